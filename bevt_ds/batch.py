@@ -1,0 +1,54 @@
+"""What one micro-step trains on: plain tensors, made by the data side, read by the model.
+
+Shape letters: B samples, T frames, H W pixels, R rows (masked cells of the micro-batch, padded),
+F frames that hold a masked cell, h = H/16 and w = W/16 the mask grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the target of a padding row
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One modality of a micro-batch: clips or images.
+
+    The index tensors are built on the host, so that nothing on the device depends on how many cells are masked.
+    """
+
+    pixels: Tensor  # clips (B,3,T,H,W), images (B,3,H,W); float, normalised RGB
+    view: Tensor  # the tokenizer's picture of the same crop: clips (B,T,3,v,v), images (B,3,v,v); float RGB in [0,1]
+    mask: Tensor  # bool, True = masked: clips (B,T/2,h,w), images (B,h,w)
+    rows: Tensor  # int64 (R,): masked positions in the flattened output, (B,T,h,w) or (B,h,w); -1 pads
+    frames: Tensor  # int64 (F,): frames to tokenize in the flattened (B,T), or images in (B,)
+    token_rows: Tensor  # int64 (R,): where each row's id lies in the flattened ids (F,h,w); 0 for padding
+    sample_keys: Tensor  # int64 (B,): bevt_ds.rng.sample_key of each sample
+    count: int  # masked cells of this modality in the GLOBAL batch: the loss's denominator
+    targets: Tensor | None = None  # int64 (R,): token ids, IGNORE for padding; filled by the tokenizer
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Stream:
+        """The same stream with every tensor on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Either stream may be absent: stage 1 is the same program with no clips."""
+
+    video: Stream | None
+    image: Stream | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with every tensor on `device`."""
+        move = lambda s: None if s is None else s.to(device, non_blocking)  # noqa: E731
+        return Batch(move(self.video), move(self.image))

@@ -1,0 +1,5 @@
+"""The one exception that entries catch and print without a traceback."""
+
+
+class UserError(Exception):
+    """A mistake the user can fix. The message names the thing that is wrong and what to do about it."""

@@ -1,0 +1,40 @@
+"""Randomness as a pure function of counters: the same key gives the same numbers on any rank, worker or resume."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Use(IntEnum):
+    """What a random number is for. Two uses never share a stream; never renumber, or old runs change."""
+
+    SHARD_ORDER = 0
+    SAMPLE_ORDER = 1
+    CLIP_START = 2
+    CROP = 3
+    FLIP = 4
+    JITTER = 5
+    MASK = 6
+    DROP_PATH = 7
+    MODEL_INIT = 8
+    SYNTHETIC = 9
+    SUBSTITUTE = 10
+    TOKENIZER = 11
+
+
+def generator(seed: int, use: Use, *counters: int) -> np.random.Generator:
+    """A numpy generator keyed by (seed, use) and up to three counters, such as (stream, step, slot).
+
+    Philox4x64 is counter-based: the key and counter are the whole state, nothing is shared or advanced elsewhere.
+    """
+    if len(counters) > 3:
+        raise ValueError(f"at most three counters, got {len(counters)}")
+    words = [0, *counters, *([0] * (3 - len(counters)))]
+    return np.random.Generator(np.random.Philox(key=[seed, int(use)], counter=words))
+
+
+def sample_key(seed: int, stream: int, step: int, slot: int) -> int:
+    """A 63-bit key for one sample of one step, from which the model derives its drop-path decisions."""
+    return int(generator(seed, Use.DROP_PATH, stream, step, slot).integers(0, 2**63 - 1))
