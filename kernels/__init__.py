@@ -1,0 +1,14 @@
+"""Windowed 3-D attention, mask tokens and the masked head, as Triton kernels and in plain PyTorch."""
+
+from .ops import gather_masked, insert_mask_tokens, masked_cross_entropy, window_attention
+from .providers import launch_counts, reset_launch_counts, resolve
+
+__all__ = [
+    "gather_masked",
+    "insert_mask_tokens",
+    "launch_counts",
+    "masked_cross_entropy",
+    "reset_launch_counts",
+    "resolve",
+    "window_attention",
+]
