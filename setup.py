@@ -5,9 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-SUBPACKAGES = sorted(
-    ".".join(path.parent.relative_to(HERE).parts) for path in (HERE / "bevt_ds").rglob("__init__.py")
-)
+SUBPACKAGES = sorted(".".join(path.parent.relative_to(HERE).parts) for path in (HERE / "bevt_ds").rglob("__init__.py"))
 
 setup(
     name="bevt_ds",
@@ -37,7 +35,13 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "opencv-python-headless", "torchvision"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "opencv-python-headless",
+            "torchvision",
+        ],
         "lint": ["ruff"],
     },
     entry_points={"console_scripts": ["bevt = bevt_ds.cli:main"]},

@@ -52,3 +52,8 @@ class Batch:
         """The same batch with every tensor on `device`."""
         move = lambda s: None if s is None else s.to(device, non_blocking)  # noqa: E731
         return Batch(move(self.video), move(self.image))
+
+    def cast(self, dtype: torch.dtype) -> Batch:
+        """The same batch with the network's pixels in `dtype`; the tokenizer's view keeps its own."""
+        cast = lambda s: None if s is None else replace(s, pixels=s.pixels.to(dtype))  # noqa: E731
+        return Batch(cast(self.video), cast(self.image))

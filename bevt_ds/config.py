@@ -1,114 +1,124 @@
 """Every number of a run, in frozen typed dataclasses. A recipe returns one `Config`; `key=value` reaches every field.
 
-Rule: a default that is not BEVT's own says so in its comment. Facts of BEVT are cited by the file that holds them in
-xyzforever/BEVT@8881b21 (PT = configs/recognition/swin/swin_base_patch244_window877_bevt_in1k_k400.py).
+A field is `Annotated[type, "what it means"]`: the text is what `--help` prints. `Literal` types are the allowed values.
+Defaults are those of BEVT's joint stage; PT below is the original's
+configs/recognition/swin/swin_base_patch244_window877_bevt_in1k_k400.py at xyzforever/BEVT@8881b21.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated as A
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. Sizes that belong to a preset (width, depths, heads) come from `name`."""
+    """The network. Width, depths and heads belong to the preset that `name` names."""
 
-    name: str = "swin_b"  # tiny | swin_t | swin_s | swin_b | swin_l
-    window: tuple[int, int, int] = (8, 7, 7)  # tokens: time, height, width
-    drop_path: float = 0.3  # PT; linear from 0 over all blocks
-    image_windows: str = "official"  # official | swin: whether images mask un-shifted blocks too (the released weights do)
-    checkpointing: bool = False  # recompute each block in the backward pass
-    kernels: str = "auto"  # auto | triton | torch
+    name: A[Literal["tiny", "swin_t", "swin_s", "swin_b", "swin_l"], "preset of the backbone"] = "swin_b"
+    window: A[tuple[int, int, int], "attention window in tokens: time, height, width"] = (8, 7, 7)
+    drop_path: A[float, "stochastic depth of the last block, linear from 0 (PT)"] = 0.3
+    image_windows: A[
+        Literal["official", "swin"],
+        "official: images mask un-shifted blocks too, as the released weights do; swin: the textbook",
+    ] = "official"
+    checkpointing: A[bool, "recompute every block in the backward pass: less memory, more time"] = False
+    kernels: A[Literal["auto", "triton", "torch"], "provider of attention, gather and loss"] = "auto"
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Where the discrete targets come from."""
 
-    name: str = "dalle"  # dalle | random_projection
-    weights: str = ""  # file; the random projection has none
-    vocab_size: int = 8192  # random_projection only: size of its codebook
-    seed: int = 0  # random_projection only
+    name: A[Literal["dalle", "random_projection"], "kind of tokenizer"] = "dalle"
+    weights: A[str, "its file (dalle: OpenAI's encoder.pkl, or safetensors)"] = ""
+    vocab_size: A[int, "random_projection: size of the codebook"] = 8192
+    seed: A[int, "random_projection: seed of projection and codebook"] = 0
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Block masking of images and tube masking of clips (mask_generator.py of the original)."""
+    """Block masks of images, tube masks of clips (mask_generator.py of the original)."""
 
-    ratio: float = 0.5  # cap: share of the grid that a 2-D mask may cover
-    min_block: int = 16  # cells of the smallest block on a 14x14 grid
-    min_aspect: float = 0.3
-    tube: tuple[float, float] = (0.5, 1.0)  # shortest and longest tube, as a share of the clip's temporal cells
+    ratio: A[float, "cap on the share of the grid that one 2-D mask covers"] = 0.5
+    min_block: A[int, "cells of the smallest block, on a 14x14 grid; scaled to other grids"] = 16
+    min_aspect: A[float, "narrowest block: height / width from this to its inverse"] = 0.3
+    tube: A[tuple[float, float], "shortest and longest tube, as shares of the clip"] = (0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Shards and what is done to a sample. Pixel sizes are of the network's view."""
+    """The shards, and what is done to a sample. Sizes are pixels of the network's view."""
 
-    videos: str = ""  # tar files: a path, a glob, a {000..099} range, or several separated by commas
-    images: str = ""
-    eval_videos: str = ""  # held-out shards for the closing summary; empty: no evaluation
-    eval_images: str = ""
-    frames: int = 16
-    stride: int = 8
-    size: int = 224
-    short_side: tuple[int, int] = (256, 320)  # PT: scale jitter, uniform integer
-    flip: float = 0.5
-    image_jitter: tuple[float, float, float] = (0.4, 0.4, 0.4)  # brightness, contrast, saturation; images only
-    token_size: int = 112  # the tokenizer's view: half of `size`
+    videos: A[str, "tar files: path, glob, {000..099} range, or several with commas; empty: none"] = ""
+    images: A[str, "the same for images"] = ""
+    eval_videos: A[str, "held-out clips for the closing summary; empty: none"] = ""
+    eval_images: A[str, "held-out images for the closing summary; empty: none"] = ""
+    frames: A[int, "frames a clip"] = 16
+    stride: A[int, "source frames from one sampled frame to the next"] = 8
+    size: A[int, "height and width of the crop, a multiple of 32"] = 224
+    short_side: A[tuple[int, int], "scale jitter: the short side is resized to a length in here (PT)"] = (256, 320)
+    flip: A[float, "probability of a horizontal flip"] = 0.5
+    image_jitter: A[tuple[float, float, float], "brightness, contrast, saturation; of images only (PT)"] = (
+        0.4,
+        0.4,
+        0.4,
+    )
+    token_size: A[int, "side of the tokenizer's view: half of size"] = 112
     mask: MaskConfig = field(default_factory=MaskConfig)
-    decoder: str = "auto"  # auto | cpu | gpu
-    workers: int = 2  # CPU decode processes a rank
-    threads: int = 2  # DALI threads a rank
-    prefetch: int = 2  # micro-batches prepared ahead
-    shuffle_window: int = 8  # shards whose samples are shuffled together
-    decode_seconds: float = 20.0  # a sample that takes longer is bad
-    max_pixels: int = 64_000_000  # a larger picture is refused before it is decoded
-    max_bad_fraction: float = 0.001  # more bad samples than this (and than 10) stop the run
+    decoder: A[Literal["auto", "cpu", "gpu"], "where clips and images are decoded"] = "auto"
+    workers: A[int, "processes a rank that decode video on the CPU"] = 2
+    threads: A[int, "DALI threads a rank"] = 2
+    prefetch: A[int, "micro-batches prepared ahead"] = 2
+    shuffle_window: A[int, "shards whose samples are shuffled together"] = 8
+    decode_seconds: A[float, "a clip that takes longer to decode is bad"] = 20.0
+    max_pixels: A[int, "a larger picture is refused before it is decoded"] = 64_000_000
+    max_bad_fraction: A[float, "more bad samples than this, and than 10, stop the run"] = 0.001
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, cosine with warm-up, clipping (PT and mmcv's defaults that it relies on)."""
+    """AdamW, cosine with warm-up, clipping (PT, and mmcv's defaults that PT relies on)."""
 
-    lr: float = 5e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    warmup_steps: int = 9370  # 10 epochs
-    warmup_ratio: float = 0.1  # the first step's share of the cosine value
-    clip_grad: float = 3.0
+    lr: A[float, "peak learning rate; it is not scaled by the batch"] = 5e-4
+    betas: A[tuple[float, float], "AdamW's decay of the two moments"] = (0.9, 0.999)
+    eps: A[float, "AdamW's epsilon"] = 1e-8
+    weight_decay: A[float, "AdamW's decoupled decay; norms and bias tables have none"] = 0.05
+    warmup_steps: A[int, "steps of linear warm-up (PT: 10 epochs)"] = 9370
+    warmup_ratio: A[float, "share of the cosine's value at step 0"] = 0.1
+    clip_grad: A[float, "bound on the gradient's global L2 norm; 0: no clipping"] = 3.0
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, batch and precision. A step is one optimizer update over the global batch."""
+    """Length, batch, precision, and what is written when. A step is one update over the global batch."""
 
-    steps: int = 140_550  # 150 epochs of 240k clips
-    global_clips: int = 256
-    global_images: int = 2048
-    micro_clips: int = 4  # a rank's clips in one forward pass
-    micro_images: int = 32
-    precision: str = "bf16"  # bf16 | fp16 | fp32
-    seed: int = 0
-    log_every: int = 10
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    eval_batches: int = 4
-    samples_every: int = 0  # 0: samples.png at the end only
+    steps: A[int, "optimizer steps (PT: 150 epochs of 240k clips)"] = 140_550
+    global_clips: A[int, "clips a step, over all ranks; 0: no video stream"] = 256
+    global_images: A[int, "images a step, over all ranks; 0: no image stream"] = 2048
+    micro_clips: A[int, "clips a rank takes in one forward pass"] = 4
+    micro_images: A[int, "images a rank takes in one forward pass"] = 32
+    precision: A[Literal["bf16", "fp16", "fp32"], "compute type; master weights are fp32"] = "bf16"
+    seed: A[int, "seed of everything random"] = 0
+    log_every: A[int, "steps from one line of log.jsonl to the next"] = 10
+    checkpoint_every: A[int, "steps from one checkpoint to the next; one is written at the end too"] = 1000
+    keep_checkpoints: A[int, "older checkpoints are removed beyond this number"] = 2
+    eval_batches: A[int, "held-out micro-batches of the closing summary"] = 4
+    min_gain: A[float, "exit 1 unless both losses end this many nats below the unigram entropy; 0: no check"] = 0.0
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run. `recipe` names the function in recipes.py that made it."""
+    """A run. `recipe` names the function of recipes.py that made it."""
 
-    recipe: str
+    recipe: A[str, "the starting point; see the list above"]
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    output_dir: str = ""
-    init_from: str = ""  # a folder or file of weights
-    resume: str = "never"  # never | auto | a checkpoint folder
-    dry_run: bool = False
+    output_dir: A[str, "what the run writes; empty: runs/RECIPE, runs/RECIPE-2, ..."] = ""
+    init_from: A[str, "weights to start from: a run's folder, saved weights, or an official file"] = ""
+    resume: A[str, "never | auto (the newest checkpoint of output_dir, if any) | a checkpoint's folder"] = "never"
+    dry_run: A[bool, "print the resolved config, parameters and steps, and stop"] = False

@@ -1,0 +1,215 @@
+"""The DeepSpeed JSON and the recipe: who owns which number, and the one dict that DeepSpeed receives.
+
+The JSON holds engine knobs and "auto". DeepSpeed does not resolve "auto" itself: `resolve` does. A number that a user
+writes into the JSON replaces the recipe's default and is reported; where it contradicts a `key=value` of the command
+line, that is an error that names both.
+"""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from bevt_ds.config import Config
+from bevt_ds.errors import UserError
+from bevt_ds.overrides import get_value, set_value
+from bevt_ds.validate import micro_steps
+
+AUTO = "auto"
+MAX_BUCKET = 200_000_000  # elements; DeepSpeed's 5e8 would reserve gigabytes for a small model
+
+DIRECT = {  # JSON path -> the config field it stands for
+    "gradient_clipping": "optim.clip_grad",
+    "optimizer.params.lr": "optim.lr",
+    "optimizer.params.betas": "optim.betas",
+    "optimizer.params.eps": "optim.eps",
+    "optimizer.params.weight_decay": "optim.weight_decay",
+}
+GLOBAL, MICRO = (
+    ("train.global_clips", "train.global_images"),
+    ("train.micro_clips", "train.micro_images"),
+)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The DeepSpeed JSON file as a dict.
+
+    Raises:
+        UserError: no such file, not JSON, or a section that belongs to the recipe.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--deepspeed_config {path}: no such file. The project's are in ds_configs/.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed_config {path}: not JSON ({error}).") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--deepspeed_config {path}: expected a JSON object.")
+    if "scheduler" in values:
+        raise UserError(f"{path}: remove 'scheduler'; the schedule is optim.lr, optim.warmup_steps and train.steps.")
+    kind = values.get("optimizer", {}).get("type", "AdamW")
+    if kind != "AdamW":
+        raise UserError(f"{path}: optimizer.type is {kind!r}; BEVT trains with AdamW.")
+    return values
+
+
+def merge(config: Config, explicit: set[str], values: dict[str, Any], world: int) -> tuple[Config, list[str]]:
+    """Numbers of the JSON taken over into the config, and a line for each.
+
+    Args:
+        config: recipe and command line together.
+        explicit: keys that the command line gave.
+        values: the JSON.
+        world: number of ranks.
+
+    Raises:
+        UserError: the JSON contradicts an explicit key, or its batch sizes do not fit the recipe's.
+    """
+    wanted: dict[str, tuple[str, Any]] = {}  # config key -> (JSON path, value)
+    for path, key in DIRECT.items():
+        value = _lookup(values, path)
+        if value not in (None, AUTO):
+            wanted[key] = (path, tuple(value) if isinstance(value, list) else value)
+    precision = _json_precision(values)
+    if precision:
+        wanted["train.precision"] = precision
+    wanted |= _json_batch(config, values, world)
+    lines = []
+    for key, (path, value) in wanted.items():
+        old = get_value(config, key)
+        if old == value:
+            continue
+        if key in explicit:
+            raise UserError(
+                f"{key}={old} on the command line, but {path} of the DeepSpeed JSON means {key}={value}:"
+                f' drop one of them, or set it to "auto" in the JSON.'
+            )
+        config = set_value(config, key, value)
+        lines.append(f"{key}: {old} -> {value} ({path} of the DeepSpeed JSON)")
+    return config, lines
+
+
+def resolve(values: dict[str, Any], config: Config, world: int, largest: int, total: int, width: int) -> dict[str, Any]:
+    """The dict for `deepspeed.initialize`: every "auto" replaced; the optimizer section is ours and left out.
+
+    Args:
+        values: the JSON.
+        config: the merged config.
+        world: number of ranks.
+        largest, total: elements of the largest parameter, and of all.
+        width: channels of the last stage.
+
+    Raises:
+        UserError: an "auto" at a place this project does not know.
+    """
+    train, steps = config.train, micro_steps(config, world)
+    micro = (train.global_clips + train.global_images) // (world * steps)
+    bucket = max(largest, min(total, MAX_BUCKET))
+    known = {
+        "train_batch_size": micro * world * steps,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+        "gradient_clipping": config.optim.clip_grad,
+        "bf16.enabled": train.precision == "bf16",
+        "fp16.enabled": train.precision == "fp16",
+        "steps_per_print": train.steps + 1,  # the project logs by itself
+        "zero_optimization.overlap_comm": world > 1,
+        "zero_optimization.reduce_bucket_size": bucket,
+        "zero_optimization.allgather_bucket_size": bucket,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * width,
+    }
+    result = {name: value for name, value in deepcopy(values).items() if name != "optimizer"}
+    for path in _auto_paths(result):
+        if path not in known:
+            raise UserError(
+                f'"{path}": "auto" in the DeepSpeed JSON is not a value this project can fill in: write it.'
+            )
+        _assign(result, path, known[path])
+    for path in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ):
+        result[path] = known[path]
+    return result
+
+
+def _json_precision(values: dict[str, Any]) -> tuple[str, str] | None:
+    """("bf16.enabled", "bf16") where the JSON decides the precision."""
+    on = [p for p in ("bf16", "fp16") if _lookup(values, f"{p}.enabled") is True]
+    if len(on) == 2:
+        raise UserError("the DeepSpeed JSON enables both bf16 and fp16: enable one.")
+    if on:
+        return f"{on[0]}.enabled", on[0]
+    off = [p for p in ("bf16", "fp16") if _lookup(values, f"{p}.enabled") is False]
+    return ("bf16.enabled and fp16.enabled", "fp32") if len(off) == 2 else None
+
+
+def _json_batch(config: Config, values: dict[str, Any], world: int) -> dict[str, tuple[str, Any]]:
+    """DeepSpeed counts samples of both streams together; the recipe's ratio of clips to images is kept."""
+    wanted: dict[str, tuple[str, Any]] = {}
+    totals = [get_value(config, key) for key in GLOBAL]
+    number = values.get("train_batch_size", AUTO)
+    if number != AUTO:
+        totals = _split("train_batch_size", number, totals)
+        wanted |= {key: ("train_batch_size", v) for key, v in zip(GLOBAL, totals, strict=True)}
+    number = values.get("train_micro_batch_size_per_gpu", AUTO)
+    if number != AUTO:
+        parts = _split("train_micro_batch_size_per_gpu", number, totals)
+        wanted |= {k: ("train_micro_batch_size_per_gpu", v) for k, v in zip(MICRO, parts, strict=True)}
+    number = values.get("gradient_accumulation_steps", AUTO)
+    if number != AUTO:
+        for key, total in zip(MICRO, totals, strict=True):
+            if total % (number * world):
+                raise UserError(
+                    f"gradient_accumulation_steps={number} of the DeepSpeed JSON: {total} samples a step do not divide"
+                    f" by {number} x {world} ranks."
+                )
+            micro = total // (number * world)
+            if key in wanted and wanted[key][1] != micro:
+                raise UserError(
+                    "train_batch_size, train_micro_batch_size_per_gpu and gradient_accumulation_steps of the DeepSpeed"
+                    f' JSON contradict each other on {world} ranks: leave one of them "auto".'
+                )
+            wanted[key] = ("gradient_accumulation_steps", micro)
+    return wanted
+
+
+def _split(path: str, number: int, ratio: list[int]) -> list[int]:
+    whole = sum(ratio)
+    if any(number * part % whole for part in ratio):
+        raise UserError(
+            f"{path}={number} of the DeepSpeed JSON does not split into clips and images as {ratio[0]}:{ratio[1]}:"
+            ' write "auto" there and set train.global_clips, train.global_images, train.micro_clips and'
+            " train.micro_images."
+        )
+    return [number * part // whole for part in ratio]
+
+
+def _lookup(values: dict[str, Any], path: str) -> Any:
+    for name in path.split("."):
+        if not isinstance(values, dict):
+            return None
+        values = values.get(name)
+    return values
+
+
+def _assign(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for name in parents:
+        values = values[name]
+    values[last] = value
+
+
+def _auto_paths(values: dict[str, Any], prefix: str = "") -> list[str]:
+    paths = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            paths += _auto_paths(value, f"{prefix}{name}.")
+        elif value == AUTO:
+            paths.append(prefix + name)
+    return paths

@@ -1,0 +1,168 @@
+"""The only file that imports deepspeed: ranks, the training engine, and what is saved of it.
+
+Loss scaling: the model returns this micro-batch's share of a loss whose denominator is the GLOBAL batch's count of
+masked cells, so gradients must be summed over ranks and micro-steps. DeepSpeed averages over ranks, hence the factor
+`world` in `backward`; its division by the accumulation steps is switched off.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor, nn
+
+from bevt_ds.batch import Batch
+from bevt_ds.config import Config
+from bevt_ds.ds_config import resolve
+from bevt_ds.errors import UserError
+from bevt_ds.optim import learning_rate, parameter_groups
+from bevt_ds.ranks import Ranks
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# All that DeepSpeed's shards of stages 0-3 need beyond tensors and plain containers.
+SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+TAG = "state"
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's reader, except that a pickle in a shard cannot run code: weights-only, with an allow-list."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(SAFE_CLASSES):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def start_ranks() -> Ranks:
+    """Join the process group, under `deepspeed`, `torchrun` or plain `python` (which becomes rank 0 of 1)."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # Its shared-memory all-reduce compiles for over a minute at the first start; gloo needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    device = torch.device(accelerator.current_device_name())
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+
+
+class Engine:
+    """A model under DeepSpeed, stepped by this project's schedule."""
+
+    def __init__(self, model: nn.Module, config: Config, values: dict[str, Any], ranks: Ranks, width: int):
+        """Wrap `model` according to the DeepSpeed JSON `values`; `width` is the channels of its last stage.
+
+        Raises:
+            UserError: a precision that the device cannot do.
+        """
+        if config.train.precision == "fp16" and ranks.device.type == "cpu":
+            raise UserError("train.precision=fp16: DeepSpeed has no fp16 on a CPU. Use bf16 or fp32.")
+        sizes = [p.numel() for p in model.parameters()]
+        settings = resolve(values, config, ranks.world, max(sizes), sum(sizes), width)
+        self.config, self.ranks = config, ranks
+        self.dtype = DTYPES[config.train.precision]
+        self.last_lr = 0.0
+        self.ds, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_optimizer(model, config, settings),
+            config=settings,
+            dist_init_required=False,
+        )
+        self.ds.checkpoint_engine = SafeCheckpointEngine()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        return self.ds.module
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return int(self.ds.zero_optimization_stage())
+
+    def forward(self, batch: Batch) -> Any:
+        """The model's output for one micro-batch, pixels in the compute dtype."""
+        return self.ds(batch.cast(self.dtype))
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of this micro-batch's share of the global loss."""
+        self.ds.backward(loss * self.ranks.world, scale_wrt_gas=False)
+
+    def step(self, step: int) -> None:
+        """After every micro-step; the last one of step number `step` updates the weights."""
+        self.last_lr = learning_rate(step, self.config.optim, self.config.train.steps)
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = self.last_lr
+        self.ds.step()
+
+    def grad_norm(self) -> float:
+        """The global L2 norm of the last update's gradient, before clipping."""
+        return float(self.ds.get_global_grad_norm() or 0.0)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients, inside the block."""
+        self.ds.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.ds.train()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The fp32 master weights by name, on the CPU; complete on rank 0, empty elsewhere. Collective."""
+        result = {}
+        for name, parameter in self.module.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            full = parameter.detach() if full is None else full
+            if self.ranks.is_main:
+                result[name] = full.float().cpu().clone()
+        if self.ranks.is_main:
+            result |= {name: buffer.cpu().clone() for name, buffer in self.module.named_buffers()}
+        return result
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimizer state that this rank holds."""
+        states = self.ds.optimizer.state.values()
+        return sum(t.numel() * t.element_size() for s in states for t in s.values() if isinstance(t, Tensor))
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shards under `folder`. Collective."""
+        self.ds.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, with the same world size and stage. Collective."""
+        loaded, _ = self.ds.load_checkpoint(str(folder), tag=TAG)
+        if loaded is None:
+            raise UserError(f"{folder}: DeepSpeed found no state to load there.")
+
+
+def _optimizer(model: nn.Module, config: Config, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    optim = config.optim
+    groups = parameter_groups(model, optim.weight_decay)
+    options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload != "none":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,85 @@
+"""What every program of the project does around its work: arguments, and one clear line for a user's mistake."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bevt_ds.errors import UserError
+
+USAGE_ERROR = 2
+OTHERS_WAIT = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line, split: DeepSpeed's JSON, the recipe, and the other key=value words."""
+
+    deepspeed_config: str
+    recipe: str
+    overrides: list[str] = field(default_factory=list)
+    wants_help: bool = False
+
+
+def parse_arguments(argv: Sequence[str], default_recipe: str, default_json: str) -> Arguments:
+    """Split a command line. Launchers add `--local_rank`, which is read from the environment instead.
+
+    Raises:
+        UserError: an option that does not exist, or a recipe given twice.
+    """
+    json_path, recipe, overrides, wants_help = default_json, None, [], False
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("-h", "--help"):
+            wants_help = True
+        elif name == "--deepspeed":
+            continue
+        elif name in ("--local_rank", "--local-rank"):
+            _ = value if equals else next(words, "")
+        elif name == "--deepspeed_config":
+            json_path = value if equals else next(words, "")
+        elif name == "recipe":
+            if recipe is not None:
+                raise UserError(f"recipe is given twice: {recipe!r} and {value!r}.")
+            recipe = value
+        elif word.startswith("-"):
+            raise UserError(f"no option {name!r}: there are --deepspeed_config FILE and --help; all else is key=value.")
+        else:
+            overrides.append(word)
+    return Arguments(json_path, recipe or default_recipe, overrides, wants_help)
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+    """Call `main` and exit with its code; a `UserError` becomes one line and exit code 2.
+
+    Most mistakes are every rank's mistake, so the others give rank 0 the time to say it first: the launcher then ends
+    them before they repeat it. Anything that is not a `UserError` keeps its traceback.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(OTHERS_WAIT)
+        print(
+            "error: " if rank == "0" else f"error on rank {rank}: ",
+            error,
+            sep="",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = USAGE_ERROR
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def project_file(relative: str) -> str:
+    """A file of the checkout if there is one, else the name as given, which then is looked up in the current folder."""
+    path = Path(__file__).resolve().parent.parent / relative
+    return str(path) if path.is_file() else relative

@@ -1,0 +1,73 @@
+"""Pretrain BEVT: `deepspeed bevt_ds/pretrain.py --deepspeed_config FILE [recipe=NAME] [key=value ...]`.
+
+This file turns a command line into a configuration; the loop is in training.py. Neither torch nor deepspeed is
+imported before the command line has proved right, so that a mistake in it shows at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
+    del sys.path[0]  # started as a script: this folder's config.py and data/ must not shadow other modules
+try:
+    import bevt_ds
+except ModuleNotFoundError:
+    sys.exit(
+        f"error: bevt_ds is not installed in {sys.executable}: run `make env`, or `pip install -e {_HERE.parent}`."
+    )
+if Path(bevt_ds.__file__ or "").resolve().parent != _HERE:
+    sys.exit(
+        f"error: this is {_HERE}/pretrain.py, but `import bevt_ds` finds the copy installed at {bevt_ds.__file__}."
+        f" Run `pip install -e {_HERE.parent}`, or start the installed copy with `python -m bevt_ds.pretrain`."
+    )
+
+import os  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+
+from bevt_ds.config import Config  # noqa: E402
+from bevt_ds.ds_config import merge, read_json  # noqa: E402
+from bevt_ds.entry import Arguments, parse_arguments, project_file, run  # noqa: E402
+from bevt_ds.help_text import help_text  # noqa: E402
+from bevt_ds.overrides import apply_overrides, parse_overrides  # noqa: E402
+from bevt_ds.recipes import get_recipe  # noqa: E402
+from bevt_ds.validate import micro_steps, require_inputs, validate  # noqa: E402
+
+
+def main(argv: Sequence[str]) -> int:
+    """The whole program; returns the exit code."""
+    arguments = parse_arguments(argv, default_recipe="demo", default_json=project_file("ds_configs/zero2.json"))
+    if arguments.wants_help:
+        print(help_text(arguments.recipe))
+        return 0
+    config, values, notes = resolve_config(arguments, world=int(os.environ.get("WORLD_SIZE", "1")))
+    if config.dry_run:
+        from bevt_ds.dry_run import report
+
+        if os.environ.get("RANK", "0") == "0":
+            print(report(config, notes, world=int(os.environ.get("WORLD_SIZE", "1"))))
+        return 0
+    require_inputs(config)
+    from bevt_ds.training import pretrain
+
+    return pretrain(config, values, notes)
+
+
+def resolve_config(arguments: Arguments, world: int) -> tuple[Config, dict, list[str]]:
+    """Recipe, command line and DeepSpeed JSON as one valid config; the JSON; and what the JSON changed.
+
+    Raises:
+        UserError: any mistake that shows without looking at shards or weights.
+    """
+    overrides = parse_overrides(arguments.overrides)
+    config = apply_overrides(get_recipe(arguments.recipe), overrides)
+    values = read_json(arguments.deepspeed_config)
+    config, notes = merge(config, set(overrides), values, world)
+    micro_steps(validate(config), world)
+    return config, values, notes
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,106 @@
+"""samples.png: what the network saw, what was hidden, and where its guess of the hidden token was right.
+
+Nothing of the target enters the picture but right or wrong, so it cannot leak the answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from bevt_ds.batch import Batch, Stream
+from bevt_ds.engine import Engine
+
+RIGHT, WRONG = np.array([0.13, 0.62, 0.30]), np.array([0.80, 0.15, 0.15])
+HIDDEN = 0.5
+FRAMES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One frame in three views, each (H, W, 3) in [0, 1]."""
+
+    title: str
+    seen: np.ndarray
+    hidden: np.ndarray
+    verdict: np.ndarray
+
+
+def draw(engine: Engine, batch: Batch, path: Path, samples: int = 2) -> None:
+    """Write the picture for the first samples of a batch that already has targets. Collective."""
+    batch = batch.cast(engine.dtype)
+    panels: list[Panel] = []
+    with engine.evaluating():
+        for name in ("video", "image"):
+            stream = getattr(batch, name)
+            if stream is not None:
+                predicted = predict(engine, stream)
+                if engine.ranks.is_main:
+                    panels += stream_panels(name, stream, predicted, samples)
+    if engine.ranks.is_main:
+        save_grid(panels, path)
+
+
+def predict(engine: Engine, stream: Stream) -> Tensor:
+    """The likeliest token id at every output position, flat (B*T*h*w,) or (B*h*w,)."""
+    model = engine.module
+    forward = model.forward_video if stream.pixels.ndim == 5 else model.forward_image
+    return model.lm_head(forward(stream.pixels, stream.mask)).argmax(-1).flatten()
+
+
+def stream_panels(name: str, stream: Stream, predicted: Tensor, samples: int) -> list[Panel]:
+    """Panels of the first samples: a few frames of each clip, or one for each image."""
+    view = stream.view if stream.view.ndim == 5 else stream.view[:, None]
+    views = rearrange(view.float().cpu(), "b t c h w -> b t h w c").numpy()
+    marks = verdicts(stream, predicted).reshape(views.shape[0], views.shape[1], *stream.mask.shape[-2:])
+    panels = []
+    for b in range(min(samples, views.shape[0])):
+        shown = np.unique(np.linspace(0, views.shape[1] - 1, FRAMES_SHOWN).round().astype(int))
+        for t in shown:
+            title = f"{name} {b}" + (f", frame {t}" if views.shape[1] > 1 else "")
+            panels.append(make_panel(title, views[b, t], marks[b, t]))
+    return panels
+
+
+def verdicts(stream: Stream, predicted: Tensor) -> np.ndarray:
+    """Per output position: -1 not masked, 0 guessed wrong, 1 guessed right; flat."""
+    marks = torch.full((predicted.numel(),), -1, dtype=torch.int8, device=predicted.device)
+    valid = stream.rows >= 0
+    rows = stream.rows[valid]
+    marks[rows] = (predicted[rows] == stream.targets[valid]).to(torch.int8)
+    return marks.cpu().numpy()
+
+
+def make_panel(title: str, picture: np.ndarray, marks: np.ndarray) -> Panel:
+    """Three views of one frame from its picture (v,v,3) and its verdicts (h,w)."""
+    scale = picture.shape[0] // marks.shape[0]
+    cells = repeat(marks, "h w -> (h a) (w b) 1", a=scale, b=scale)
+    hidden = np.where(cells >= 0, HIDDEN, picture)
+    colour = np.where(cells == 1, RIGHT, WRONG)
+    verdict = np.where(cells >= 0, 0.35 * picture + 0.65 * colour, 0.5 * picture + 0.5)
+    return Panel(title, picture, hidden, verdict)
+
+
+def save_grid(panels: list[Panel], path: Path) -> None:
+    """One column a frame; rows: input, masked input, verdict."""
+    figure, axes = plt.subplots(3, len(panels), figsize=(1.7 * len(panels), 5.6), squeeze=False, layout="constrained")
+    rows = ("input", "hidden cells", "green: right, red: wrong")
+    for column, panel in enumerate(panels):
+        for axis, picture in zip(axes[:, column], (panel.seen, panel.hidden, panel.verdict), strict=True):
+            axis.imshow(np.clip(picture, 0, 1), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[0, column].set_title(panel.title, fontsize=9)
+    for axis, label in zip(axes[:, 0], rows, strict=True):
+        axis.set_ylabel(label, fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,207 @@
+"""The training loop, and under it the set-up in the order in which things depend on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bevt_ds import checkpoint, run_folder
+from bevt_ds.batch import Batch
+from bevt_ds.config import Config
+from bevt_ds.data.draw import ensure_demo_shards
+from bevt_ds.data.loader import Loader, eval_batches
+from bevt_ds.engine import Engine, start_ranks
+from bevt_ds.errors import UserError
+from bevt_ds.flops import Sizes
+from bevt_ds.metrics import RunLog, SpeedMeter, StepSums
+from bevt_ds.model.bevt import BEVT
+from bevt_ds.model.presets import create_model
+from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, tokenize
+from bevt_ds.model.weights import load_init
+from bevt_ds.ranks import Ranks
+from bevt_ds.recipes import get_recipe
+from bevt_ds.samples import draw
+from bevt_ds.summary import as_json, as_table, evaluate, shortfall
+from bevt_ds.validate import micro_steps
+
+NOT_LEARNED = 1  # exit code
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the loop uses."""
+
+    config: Config
+    folder: Path
+    ranks: Ranks
+    loader: Loader
+    tokenizer: Tokenizer
+    engine: Engine
+    first_step: int
+
+
+def train_step(run: Run, batches: Iterator[Batch], step: int) -> StepSums:
+    """One optimizer update over the global batch; returns its metrics, still on the device."""
+    sums = StepSums()
+    for _ in range(micro_steps(run.config, run.ranks.world)):
+        batch = tokenize(run.tokenizer, next(batches))
+        output = run.engine.forward(batch)
+        run.engine.backward(output.loss)
+        run.engine.step(step)
+        sums.add(output.metrics)
+    return sums
+
+
+def train(run: Run, log: RunLog, speed: SpeedMeter) -> None:
+    """Every step that is left, with its log lines and checkpoints."""
+    train, batches = run.config.train, iter(run.loader)
+    steps = range(run.first_step, train.steps)
+    with tqdm(steps, initial=run.first_step, total=train.steps, unit="step", disable=not run.ranks.is_main) as bar:
+        for step in bar:
+            sums = train_step(run, batches, step)
+            speed.steps += 1
+            done = step + 1
+            if done % train.log_every == 0 or done == train.steps:
+                bar.set_postfix_str(write_line(run, log, speed, sums, step))
+            if done % train.checkpoint_every == 0 or done == train.steps:
+                save_checkpoint(run, done)
+
+
+def write_line(run: Run, log: RunLog, speed: SpeedMeter, sums: StepSums, step: int) -> str:
+    """Write the log line of one step; returns the short form for the progress bar. Collective.
+
+    Raises:
+        UserError: the loss is not a finite number.
+    """
+    values: dict[str, Any] = sums.read(run.ranks)
+    if not abs(values["loss"]) < float("inf"):
+        raise UserError(
+            f"the loss of step {step} is {values['loss']}. Resume from the checkpoint before it with a lower optim.lr,"
+            " or with train.precision=bf16 or fp32 if it was fp16."
+        )
+    values |= {"lr": run.engine.last_lr, "grad_norm": run.engine.grad_norm()}
+    values |= asdict(speed.read(run.loader.wait_seconds()))
+    log.write(step, values)
+    return ", ".join(f"{k} {values[k]:.3f}" for k in ("loss_video", "loss_image") if k in values)
+
+
+def save_checkpoint(run: Run, steps_done: int) -> None:
+    """Commit a checkpoint, and export the weights beside it. Collective."""
+    run_root = run.folder / run_folder.CHECKPOINTS
+    checkpoint.save(
+        run_root,
+        facts(run, steps_done),
+        run.engine.save,
+        run.ranks,
+        run.config.train.keep_checkpoints,
+    )
+    weights = run.engine.weights()
+    if run.ranks.is_main:
+        run.engine.module.save_pretrained(run.folder / run_folder.WEIGHTS, state_dict=weights)
+
+
+def facts(run: Run, steps_done: int) -> checkpoint.Facts:
+    """What a checkpoint must agree with to be continued by this run."""
+    return checkpoint.Facts(steps_done, run.ranks.world, run.engine.stage, run.config, run.loader.fingerprint)
+
+
+def finish(run: Run) -> int:
+    """Picture and closing summary; returns the exit code. Collective."""
+    config = run.config
+    if not (config.data.eval_videos or config.data.eval_images):
+        return 0
+    batches = list(eval_batches(config, device=run.ranks.device))
+    draw(run.engine, tokenize(run.tokenizer, batches[0]), run.folder / "samples.png")
+    summaries = evaluate(run.engine, run.tokenizer, batches)
+    if run.ranks.is_main:
+        run_folder.write_json(run.folder / "summary.json", as_json(summaries))
+        print(f"\n{as_table(summaries)}\n\nwrote {run.folder}/", flush=True)
+    problem = shortfall(summaries, config.train.min_gain)
+    if problem and run.ranks.is_main:
+        print(f"not learned: {problem}", flush=True)
+    return NOT_LEARNED if problem else 0
+
+
+def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int:
+    """Set up and run; returns the exit code.
+
+    Args:
+        config: the resolved configuration.
+        ds_values: the DeepSpeed JSON.
+        notes: what the JSON changed in the config, to be printed.
+    """
+    ranks = start_ranks()
+    folder = run_folder.choose_folder(config, ranks)
+    if ranks.is_main:
+        print("\n".join([f"recipe {config.recipe}, output in {folder}/", *notes]), flush=True)
+        if config.data == get_recipe("demo").data:
+            ensure_demo_shards(Path(config.data.videos).parent)
+    ranks.barrier()
+    tokenizer = make_tokenizer(config, ranks)
+    start = find_start(config, folder, ranks)
+    first_step = start[1].step if start else 0
+    loader = Loader(
+        config,
+        rank=ranks.rank,
+        world=ranks.world,
+        start_step=first_step,
+        device=ranks.device,
+        folder=folder,
+    )
+    try:
+        engine = make_engine(config, ds_values, ranks, tokenizer.vocab_size)
+        run = Run(config, folder, ranks, loader, tokenizer, engine, first_step)
+        if start:
+            checkpoint.check_continues(start[1], facts(run, first_step), start[0])
+            engine.load(start[0])
+        if ranks.is_main:
+            run_folder.write_config(folder, config)
+        with RunLog(folder, ranks, first_step) as log:
+            train(run, log, SpeedMeter(config, model_sizes(engine.module), ranks.world, ranks.device))
+        return finish(run)
+    finally:
+        loader.close()
+
+
+def find_start(config: Config, folder: Path, ranks: Ranks) -> tuple[Path, checkpoint.Facts] | None:
+    """The checkpoint to continue from, verified, or None for a new run. Collective.
+
+    Raises:
+        UserError: the one that was asked for is missing or damaged.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return checkpoint.newest_valid(folder / run_folder.CHECKPOINTS, ranks)
+    given = Path(config.resume)
+    if damage := checkpoint.find_damage(given, ranks):
+        raise UserError(f"resume={given}: {damage}.")
+    return given, checkpoint.read_facts(given)
+
+
+def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
+    """The frozen tokenizer of a run, on its device."""
+    options = config.tokenizer
+    if options.name == "dalle":
+        return load_tokenizer("dalle", weights=options.weights).to(ranks.device)
+    return load_tokenizer(options.name, vocab_size=options.vocab_size, seed=options.seed).to(ranks.device)
+
+
+def make_engine(config: Config, ds_values: dict[str, Any], ranks: Ranks, vocab_size: int) -> Engine:
+    """The model, initialised from the seed or from `init_from`, under DeepSpeed."""
+    options = asdict(config.model)
+    model = create_model(options.pop("name"), vocab_size=vocab_size, seed=config.train.seed, **options)
+    if config.init_from:
+        report = load_init(model, run_folder.weights_of(config.init_from))
+        if ranks.is_main:
+            print(report, flush=True)
+    return Engine(model, config, ds_values, ranks, width=model_sizes(model).width)
+
+
+def model_sizes(model: BEVT) -> Sizes:
+    """The sizes that FLOPs are counted from."""
+    return Sizes(model.embed_dim, model.depths, model.window, model.vocab_size)
