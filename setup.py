@@ -26,7 +26,7 @@ setup(
         "webdataset>=1.0.2",
         "nvidia-dali-cuda130>=2.4",
         "einops>=0.8.2",
-        "av>=18.1",
+        "av>=18.1,<19",
         "numpy>=2",
         "safetensors>=0.5",
         "tensorboard>=2.20",

@@ -58,7 +58,8 @@ def save(root: Path, facts: Facts, write: Callable[[Path], None], ranks: Ranks, 
     final = root / f"step-{facts.step:08d}"
     aside = root / f".tmp-{final.name}"
     if ranks.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
+        for torn in root.glob(".tmp-*"):  # left by a kill
+            shutil.rmtree(torn)
         make_folder(aside)
     ranks.barrier()
     write(aside)

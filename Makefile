@@ -1,0 +1,53 @@
+# What a person types, and what CI runs. Every target installs what it needs into .venv by itself.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help env demo test test-all test-gpu test-matrix lint format kernels-check lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
+
+env: $(VENV)/.done  ## make .venv from requirements.lock
+
+$(VENV)/.done: requirements.lock setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	  { echo "error: $(PYTHON) is not Python 3.11 or 3.12: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: env  ## draw shards, pretrain on them, and see it learn (under 3 minutes on 2 CPU cores)
+	$(BIN)/bevt shards demo demo-data
+	PATH=$(BIN):$$PATH deepspeed bevt_ds/pretrain.py --deepspeed_config ds_configs/zero2.json
+
+test: env  ## every test that needs no GPU
+	$(PYTEST) -m "not gpu and not slow"
+
+test-all: env  ## the long ones too
+	$(PYTEST) -m "not gpu"
+
+test-gpu: env  ## those that need a GPU
+	$(PYTEST) -m gpu
+
+test-matrix: env  ## the same tests on Python 3.12 with torch 2.11 (needs python3.12)
+	tests/matrix.sh
+
+lint: env  ## style and imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: env  ## rewrite the files as lint wants them
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+kernels-check: env  ## compile every kernel for sm_80 and sm_90 and compare registers and spills with the table
+	$(BIN)/python -m bevt_ds.kernels.check
+
+lock: env  ## resolve requirements.lock anew
+	$(BIN)/uv pip compile setup.py --extra test --extra lint --universal --python-version 3.11 --no-header \
+	  --quiet -o requirements.lock
+
+clean:  ## remove what the demo made
+	rm -rf demo-data runs

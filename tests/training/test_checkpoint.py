@@ -1,0 +1,176 @@
+"""The commit protocol, without torch: what is damaged is found, what is torn does not exist."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bevt_ds import checkpoint
+from bevt_ds.checkpoint import Facts, check_continues, checkpoints, find_damage, newest_valid, save
+from bevt_ds.errors import UserError
+from bevt_ds.overrides import set_value
+from bevt_ds.ranks import Ranks
+from bevt_ds.recipes import get_recipe
+from bevt_ds.run_folder import CHECKPOINTS, choose_folder, write_config
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+FACTS = Facts(step=1, world=1, stage=2, config=get_recipe("demo"), data="abc")
+
+
+def write_files(folder: Path) -> None:
+    (folder / "state").mkdir()
+    (folder / "state" / "a.pt").write_bytes(bytes(range(256)))
+    (folder / "state" / "b.pt").write_bytes(b"second" * 10)
+
+
+def commit(root: Path, step: int, keep: int = 3) -> Path:
+    return save(root, replace(FACTS, step=step), write_files, ALONE, keep)
+
+
+def test_newest_whole_checkpoint_is_found_with_its_facts(tmp_path):
+    for step in (2, 10, 7):
+        commit(tmp_path, step)
+    found, facts = newest_valid(tmp_path, ALONE)
+    assert found.name == "step-00000010"
+    assert facts == replace(FACTS, step=10)
+    assert (tmp_path / "latest").read_text() == "step-00000007"  # the last written; order is by step all the same
+
+
+def test_nothing_to_continue_from(tmp_path):
+    assert newest_valid(tmp_path, ALONE) is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest", "manifest gone"])
+def test_damage_is_found_and_the_one_before_is_used(tmp_path, damage, capsys):
+    commit(tmp_path, 1)
+    newest = commit(tmp_path, 2)
+    victim = newest / "state" / "a.pt"
+    if damage == "flip":
+        data = bytearray(victim.read_bytes())
+        data[100] ^= 1
+        victim.write_bytes(data)
+    elif damage == "cut":
+        victim.write_bytes(victim.read_bytes()[:-1])
+    elif damage == "missing":
+        victim.unlink()
+    elif damage == "manifest":
+        manifest = newest / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"world": 1', '"world": 2'))
+    else:
+        (newest / "manifest.json").unlink()
+    found, facts = newest_valid(tmp_path, ALONE)
+    assert facts.step == 1
+    assert damage == "manifest gone" or "step-00000002 is damaged" in capsys.readouterr().out
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    folder = commit(tmp_path, 1)
+    victim = folder / "state" / "a.pt"
+    whole = victim.read_bytes()
+    for bit in range(0, 8 * len(whole), 37):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        victim.write_bytes(data)
+        assert find_damage(folder, ALONE) is not None
+    victim.write_bytes(whole)
+    assert find_damage(folder, ALONE) is None
+
+
+def test_all_damaged_is_an_error_and_never_a_fresh_start(tmp_path):
+    folder = commit(tmp_path, 1)
+    (folder / "state" / "b.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        newest_valid(tmp_path, ALONE)
+
+
+@pytest.mark.parametrize("point", range(6))
+def test_a_kill_at_any_point_of_a_commit_leaves_the_old_or_the_new(tmp_path, monkeypatch, point):
+    commit(tmp_path, 1)
+    calls = {"n": 0}
+
+    def dying(real):
+        def call(*args, **kwargs):
+            calls["n"] += 1
+            if calls["n"] > point:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("_seal", "_sync", "_write_text"):
+        monkeypatch.setattr(checkpoint, name, dying(getattr(checkpoint, name)))
+    with pytest.raises(KeyboardInterrupt):
+        commit(tmp_path, 2)
+    monkeypatch.undo()
+    _, facts = newest_valid(tmp_path, ALONE)
+    assert facts.step in (1, 2)
+    commit(tmp_path, 2)
+    assert newest_valid(tmp_path, ALONE)[1].step == 2
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_retention(tmp_path):
+    for step in range(1, 6):
+        commit(tmp_path, step, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005", "step-00000004"]
+
+
+@pytest.mark.parametrize(
+    ("now", "part"),
+    [
+        (replace(FACTS, world=2), "written by 1 ranks"),
+        (replace(FACTS, stage=3), "ZeRO stage 2"),
+        (replace(FACTS, data="xyz"), "other shards"),
+        (replace(FACTS, config=set_value(FACTS.config, "optim.lr", 0.1)), "optim.lr"),
+    ],
+)
+def test_another_run_cannot_be_continued(now, part):
+    with pytest.raises(UserError, match=part):
+        check_continues(FACTS, now, Path("runs/x/checkpoints/step-00000001"))
+
+
+def test_what_does_not_change_the_result_may_change():
+    now = replace(FACTS, config=set_value(FACTS.config, "train.log_every", 1))
+    check_continues(FACTS, now, Path("x"))
+
+
+def test_newer_schema_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SCHEMA", 2)
+    folder = commit(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "SCHEMA", 1)
+    with pytest.raises(UserError, match="newer"):
+        checkpoint.read_facts(folder)
+
+
+# --- the run's folder -----------------------------------------------------------------------------
+
+
+def test_folder_of_a_run_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = get_recipe("demo")
+    for expected in ("runs/demo", "runs/demo-2", "runs/demo-3"):
+        folder = choose_folder(config, ALONE)
+        assert str(folder) == expected
+        write_config(folder, config)
+    commit(Path("runs/demo-2") / CHECKPOINTS, 1)
+    assert str(choose_folder(set_value(config, "resume", "auto"), ALONE)) == "runs/demo-2"
+    with pytest.raises(UserError, match="holds a run already"):
+        choose_folder(set_value(config, "output_dir", "runs/demo"), ALONE)
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        choose_folder(set_value(get_recipe("demo"), "output_dir", str(blocked / "run")), ALONE)
+
+
+def test_manifest_is_readable_json(tmp_path):
+    folder = commit(tmp_path, 3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["step"] == 3
+    assert set(manifest["files"]) == {"state/a.pt", "state/b.pt"}
+    shutil.rmtree(folder)

@@ -1,0 +1,218 @@
+"""Configuration: overrides, validation, and the DeepSpeed JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bevt_ds.ds_config import merge, read_json, resolve
+from bevt_ds.entry import parse_arguments
+from bevt_ds.errors import UserError
+from bevt_ds.help_text import help_text
+from bevt_ds.overrides import (
+    apply_overrides,
+    config_fields,
+    from_dict,
+    get_value,
+    parse_overrides,
+    to_dict,
+)
+from bevt_ds.recipes import RECIPES, get_recipe
+from bevt_ds.validate import micro_steps, require_inputs, validate
+
+ROOT = Path(__file__).parents[2]
+JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def configured(*words: str, recipe: str = "joint_swin_b"):
+    return apply_overrides(get_recipe(recipe), parse_overrides(words))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid_and_survive_json(name):
+    config = get_recipe(name)
+    assert config.recipe == name
+    assert validate(config) is config
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert micro_steps(config, world=1) >= 1
+
+
+def test_joint_recipe_has_the_original_numbers():
+    c = get_recipe("joint_swin_b")
+    assert (c.optim.lr, c.optim.weight_decay, c.optim.clip_grad) == (5e-4, 0.05, 3.0)
+    assert (c.train.global_clips, c.train.global_images, c.model.drop_path) == (256, 2048, 0.3)
+    assert (c.data.frames, c.data.stride, c.data.size, c.data.short_side) == (16, 8, 224, (256, 320))
+    assert micro_steps(c, world=32) == 2  # the original's update_interval on 32 GPUs
+
+
+def test_every_field_can_be_set_from_the_command_line():
+    config = get_recipe("demo")
+    for f in config_fields():
+        value = get_value(config, f.key)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        assert get_value(apply_overrides(config, {f.key: text}), f.key) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["train.stpes=3"], ["unknown key", "train.steps"]),
+        (["steps=3"], ["unknown key", "train.steps"]),
+        (["train.steps"], ["key=value"]),
+        (["data.videos=a-000.tar", "data.videos=a-001.tar"], ["given twice", "quotes"]),
+        (["train.steps=many"], ["expected int"]),
+        (["model.window=8,7"], ["expected 3 values"]),
+        (["train.precision=int8"], ["bf16, fp16, fp32"]),
+        (["model.checkpointing=yes"], ["true or false"]),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(words, parts):
+    with pytest.raises(UserError) as caught:
+        configured(*words)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("data.size=200", "multiple of 32"),
+        ("data.token_size=100", "half of data.size"),
+        ("data.frames=7", "even"),
+        ("data.short_side=320,256", "must not be larger"),
+        ("data.short_side=100,256", "cannot hold the crop"),
+        ("model.drop_path=1.5", "[0, 1)"),
+        ("data.mask.ratio=0", "between 0 and 1"),
+        ("train.steps=0", "at least 1"),
+        ("train.log_every=0", "at least 1"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(word, part):
+    with pytest.raises(UserError) as caught:
+        validate(configured(word))
+    assert part in str(caught.value)
+
+
+def test_batch_that_does_not_divide_lists_sizes_that_do():
+    with pytest.raises(UserError, match=r"train.micro_clips can be 1, 2, 4, 8, 16, 32, 64$|can be 1, 2, 4"):
+        micro_steps(configured("train.micro_clips=7"), world=2)
+    with pytest.raises(UserError, match="multiple of the 3 ranks"):
+        micro_steps(configured(), world=3)
+    with pytest.raises(UserError, match="forward passes"):
+        micro_steps(configured("train.micro_clips=8"), world=2)
+
+
+def test_missing_inputs_are_named(tmp_path):
+    with pytest.raises(UserError, match="data.videos is empty"):
+        require_inputs(configured())
+    shards = ("data.videos=v.tar", "data.images=i.tar")
+    with pytest.raises(UserError, match="encoder.pkl"):
+        require_inputs(configured(*shards))
+    with pytest.raises(UserError, match="no such file"):
+        require_inputs(configured(*shards, f"tokenizer.weights={tmp_path / 'none.pkl'}"))
+
+
+# --- the DeepSpeed JSON ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda p: p.stem)
+def test_shipped_json_leaves_every_number_to_the_recipe(path):
+    config, values = get_recipe("joint_swin_b"), read_json(str(path))
+    merged, notes = merge(config, set(), values, world=2)
+    assert (merged, notes) == (config, [])
+    result = resolve(values, config, world=2, largest=10, total=1000, width=64)
+    assert '"auto"' not in json.dumps(result)
+    assert "optimizer" not in result
+    assert result["train_batch_size"] == 256 + 2048
+    assert result["gradient_accumulation_steps"] == 32
+    assert result["gradient_clipping"] == 3.0
+    assert result["bf16"]["enabled"] is True
+
+
+def test_number_in_the_json_replaces_a_default_and_is_reported():
+    values = {"gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95]}}}
+    config, notes = merge(get_recipe("joint_swin_b"), set(), values, world=1)
+    assert (config.optim.clip_grad, config.optim.lr, config.optim.betas) == (1.0, 1e-4, (0.9, 0.95))
+    assert len(notes) == 3
+    assert "optim.lr: 0.0005 -> 0.0001" in "\n".join(notes)
+
+
+def test_json_that_contradicts_the_command_line_is_an_error():
+    config = configured("optim.lr=0.001")
+    with pytest.raises(UserError, match=r"optim.lr=0.001.*optimizer.params.lr.*0.0001"):
+        merge(config, {"optim.lr"}, {"optimizer": {"params": {"lr": 1e-4}}}, world=1)
+    merge(config, {"optim.lr"}, {"optimizer": {"params": {"lr": 1e-3}}}, world=1)  # agreeing is fine
+
+
+@pytest.mark.parametrize(
+    ("sections", "precision"),
+    [
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": False}}, "fp32"),
+        ({"bf16": {"enabled": "auto"}}, "bf16"),
+    ],
+)
+def test_json_precision(sections, precision):
+    assert merge(get_recipe("joint_swin_b"), set(), sections, world=1)[0].train.precision == precision
+
+
+def test_json_batch_sizes_keep_the_ratio_of_clips_to_images():
+    config, _ = merge(get_recipe("joint_swin_b"), set(), {"train_batch_size": 1152}, world=1)
+    assert (config.train.global_clips, config.train.global_images) == (128, 1024)
+    config, _ = merge(get_recipe("joint_swin_b"), set(), {"train_micro_batch_size_per_gpu": 18}, world=1)
+    assert (config.train.micro_clips, config.train.micro_images) == (2, 16)
+    config, _ = merge(get_recipe("joint_swin_b"), set(), {"gradient_accumulation_steps": 4}, world=8)
+    assert (config.train.micro_clips, config.train.micro_images) == (8, 64)
+    with pytest.raises(UserError, match="does not split"):
+        merge(get_recipe("joint_swin_b"), set(), {"train_batch_size": 100}, world=1)
+    with pytest.raises(UserError, match="contradict"):
+        both = {"train_micro_batch_size_per_gpu": 18, "gradient_accumulation_steps": 4}
+        merge(get_recipe("joint_swin_b"), set(), both, world=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+        ('{"scheduler": {}}', "scheduler"),
+        ('{"optimizer": {"type": "Lamb"}}', "Lamb"),
+    ],
+)
+def test_json_that_cannot_be_used(tmp_path, text, part):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_json(str(path))
+    assert part in str(caught.value)
+
+
+def test_unknown_auto_is_refused():
+    values = {"zero_optimization": {"stage": 2, "sub_group_size": "auto"}}
+    with pytest.raises(UserError, match="zero_optimization.sub_group_size"):
+        resolve(values, get_recipe("demo"), 1, 1, 1, 1)
+
+
+# --- arguments and help ---------------------------------------------------------------------------
+
+
+def test_arguments():
+    a = parse_arguments(
+        ["--local_rank=0", "--deepspeed_config", "x.json", "recipe=demo", "a=1", "--deepspeed"], "r", "j"
+    )
+    assert (a.deepspeed_config, a.recipe, a.overrides) == ("x.json", "demo", ["a=1"])
+    assert parse_arguments([], "r", "j").recipe == "r"
+    with pytest.raises(UserError, match="given twice"):
+        parse_arguments(["recipe=a", "recipe=b"], "r", "j")
+    with pytest.raises(UserError, match="--steps"):
+        parse_arguments(["--steps=3"], "r", "j")
+
+
+def test_help_names_every_recipe_and_field():
+    text = help_text("demo")
+    for name in RECIPES:
+        assert name in text
+    for f in config_fields():
+        assert f.key == "recipe" or f"  {f.key}=" in text
+        assert f.help
