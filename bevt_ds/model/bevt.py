@@ -1,0 +1,209 @@
+"""BEVT: masked token prediction on clips and images with one Video Swin encoder.
+
+Letters: B samples, T frames, t = T/2 tokens of time, H W pixels, h = H/16 and w = W/16 the mask grid, C features,
+R rows (masked output positions of a micro-batch, padded), V token ids. Masks: True = masked.
+Source of the semantics: xyzforever/BEVT@8881b21, mmaction/models/backbones/swin_transformer_bevt.py and
+mmaction/models/heads/bevt_multisource_head.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+import bevt_ds.kernels as ops
+from bevt_ds.batch import IGNORE, Batch, Stream
+from bevt_ds.errors import UserError
+
+from .layers import LMHead, MaskToken, PatchEmbed, Upsample, init_weights
+from .video_swin import VideoSwin
+from .weights import PretrainedMixin
+from .windows import Size3, WindowPolicy
+
+POLICIES = ("official", "swin")
+
+
+class BEVTOutput(NamedTuple):
+    """What `BEVT.forward` returns.
+
+    `metrics` are sums over the micro-batch's masked rows, as device scalars that add up over ranks and micro-steps:
+    loss_STREAM (cross-entropy, fp32), hits_STREAM (right predictions) and rows_STREAM (rows), for each STREAM of
+    `video` and `image` that the batch holds.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Rows(NamedTuple):
+    """Masked rows of one stream, ready for the head."""
+
+    features: Tensor  # (R,C)
+    targets: Tensor  # int64 (R,)
+
+
+class Decoder(nn.Module):
+    """From the last two stages to one feature per output position: h x w cells of `frames` output positions each.
+
+    There is no activation and no norm in it; the encoder's norm follows.
+    """
+
+    def __init__(self, dim: int, frames: int, kernels: str):
+        super().__init__()
+        self.kernels = kernels
+        self.upsample = Upsample(dim, (1, 2, 2))
+        self.reduce = nn.Linear(dim // 2 + dim, dim)
+        self.unfold = Upsample(dim, (frames, 1, 1)) if frames > 1 else nn.Identity()
+
+    def forward(self, fine: Tensor, coarse: Tensor, cells: Tensor | None = None) -> Tensor:
+        """fine (B,t,h,w,C/2), coarse (B,t,h/2,w/2,C) -> (K,frames,C), a cell's output positions side by side.
+
+        K cells: all of (B,t,h,w) flattened, or those of the index `cells` int64 (K,), where -1 stands for a cell of
+        zeros. After the upsampling each cell is on its own, so that choosing cells first changes nothing but the cost.
+        """
+        grids = [x.flatten(0, 3) for x in (fine, self.upsample(coarse))]
+        if cells is not None:
+            grids = [ops.gather_masked(x, cells, provider=self.kernels) for x in grids]
+        x = self.reduce(torch.cat(grids, dim=-1))
+        return self.unfold(x[:, None, None, None]).flatten(1, 3)
+
+
+class BEVT(PretrainedMixin, nn.Module):
+    """One encoder, a stem and a decoder for each stream, a mask token, norm and head that both share.
+
+    `encoder.patch_embed` is the clips' stem and `encoder.norm` follows the decoders. Height and width of the pictures
+    are multiples of 32, frames of 2. `image_windows="official"` masks images as the released weights expect it,
+    "swin" as the Swin paper does.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 128,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
+        window: Size3 = (8, 7, 7),
+        patch: Size3 = (2, 4, 4),
+        mlp_ratio: float = 4.0,
+        vocab_size: int = 8192,
+        drop_path: float = 0.0,
+        image_windows: WindowPolicy = "official",
+        checkpointing: bool = False,
+        kernels: str = "auto",
+    ):
+        super().__init__()
+        if image_windows not in POLICIES:
+            raise UserError(f"image_windows={image_windows!r}: choose one of {', '.join(POLICIES)}")
+        self.arch = {
+            "embed_dim": embed_dim,
+            "depths": tuple(depths),
+            "num_heads": tuple(num_heads),
+            "window": tuple(window),
+            "patch": tuple(patch),
+            "mlp_ratio": mlp_ratio,
+            "vocab_size": vocab_size,
+            "drop_path": drop_path,
+            "image_windows": image_windows,
+        }
+        self.image_windows: WindowPolicy = image_windows
+        self.encoder = VideoSwin(
+            embed_dim, depths, num_heads, window, patch, mlp_ratio, drop_path, checkpointing, kernels
+        )
+        dim = self.encoder.norm.normalized_shape[0]
+        self.image_embed = PatchEmbed((1, *patch[1:]), embed_dim)
+        self.mask_token = MaskToken(embed_dim, kernels)
+        self.video_decoder = Decoder(dim, frames=patch[0], kernels=kernels)
+        self.image_decoder = Decoder(dim, frames=1, kernels=kernels)
+        self.lm_head = LMHead(dim, vocab_size, kernels)
+        self.init_weights()
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters anew; see `layers.init_weights`."""
+        init_weights(self, generator)
+
+    def forward_video(self, clip: Tensor, mask: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        """Features of every output position of clips, after the shared norm.
+
+        clip (B,3,T,H,W) float, mask (B,T/2,h,w) bool -> (B,T*h*w,C), frame by frame, row by row.
+        """
+        fine, coarse = self._encode_video(clip, mask, sample_keys)
+        x = self.encoder.norm(self.video_decoder(fine, coarse))
+        b, t, h, w, _ = fine.shape
+        return rearrange(x, "(b t h w) f c -> b (t f h w) c", b=b, t=t, h=h, w=w)
+
+    def forward_image(self, image: Tensor, mask: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        """Features of every output position of images: image (B,3,H,W) float, mask (B,h,w) bool -> (B,h*w,C)."""
+        fine, coarse = self._encode_image(image, mask, sample_keys)
+        x = self.encoder.norm(self.image_decoder(fine, coarse))
+        return rearrange(x, "(b n) 1 c -> b n c", b=len(image))
+
+    def forward(self, batch: Batch) -> BEVTOutput:
+        """Loss and metrics of one micro-batch whose targets are filled in.
+
+        The loss is the sum over streams of cross-entropy at masked positions, each divided by the stream's `count`: the
+        masked positions of the global batch. Micro-batches of a step therefore add up to the step's loss.
+        """
+        streams = {"video": batch.video, "image": batch.image}
+        rows_of = {"video": self._video_rows, "image": self._image_rows}
+        rows = {name: rows_of[name](stream) for name, stream in streams.items() if stream is not None}
+        targets = torch.cat([r.targets for r in rows.values()])
+        features = self.encoder.norm(torch.cat([r.features for r in rows.values()]))
+        segments = tuple(len(r.targets) for r in rows.values())
+        losses, hits = self.lm_head(features, targets, segments)
+        metrics = {}
+        for i, (name, part) in enumerate(rows.items()):
+            metrics[f"loss_{name}"] = losses[i].detach()
+            metrics[f"hits_{name}"] = hits[i]
+            metrics[f"rows_{name}"] = (part.targets != IGNORE).sum()
+        loss = sum(losses[i] / streams[name].count for i, name in enumerate(rows))
+        return BEVTOutput(loss, metrics)
+
+    def _encode_video(self, clip: Tensor, mask: Tensor, keys: Tensor | None) -> list[Tensor]:
+        _check_size(clip)
+        tokens = self.mask_token(self.encoder.patch_embed(clip), mask)
+        return self.encoder.encode(tokens, "swin", keys)[-2:]
+
+    def _encode_image(self, image: Tensor, mask: Tensor, keys: Tensor | None) -> list[Tensor]:
+        _check_size(image)
+        tokens = self.mask_token(self.image_embed(image.unsqueeze(2)), mask.unsqueeze(1))
+        return self.encoder.encode(tokens, self.image_windows, keys)[-2:]
+
+    def _video_rows(self, stream: Stream) -> Rows:
+        fine, coarse = self._encode_video(stream.pixels, stream.mask, stream.sample_keys)
+        order, cells = pair_rows(stream.rows, tuple(fine.shape[2:4]), self.encoder.patch_embed.patch[0])
+        targets = F.pad(stream.targets, (0, len(order) - len(stream.targets)), value=IGNORE)
+        return Rows(self.video_decoder(fine, coarse, cells).flatten(0, 1), targets[order])
+
+    def _image_rows(self, stream: Stream) -> Rows:
+        fine, coarse = self._encode_image(stream.pixels, stream.mask, stream.sample_keys)
+        return Rows(self.image_decoder(fine, coarse, stream.rows).flatten(0, 1), stream.targets)
+
+
+def pair_rows(rows: Tensor, grid: tuple[int, int], frames: int) -> tuple[Tensor, Tensor]:
+    """Put the frames that share a mask cell side by side.
+
+    `rows` int64 (R,) index masked positions in (B,T,h,w) with grid = (h,w); -1 pads. `frames` consecutive frames share
+    a cell, so that either all of them are in `rows` or none. Returns (order, cells): order (R',) sorts rows (padded to
+    a multiple of `frames`) by cell, then frame; cells (R'/frames,) index (B,T/frames,h,w), -1 for padding.
+    """
+    rows = F.pad(rows, (0, -len(rows) % frames), value=-1)
+    plane = grid[0] * grid[1]
+    frame, position = rows // plane, rows % plane
+    cell = (frame // frames) * plane + position
+    last = torch.iinfo(torch.int64).max
+    order = torch.where(rows < 0, last, cell * frames + frame % frames).argsort()
+    sorted_cells = torch.where(rows < 0, -1, cell)[order].view(-1, frames)
+    torch._assert_async((sorted_cells == sorted_cells[:, :1]).all(), "rows must hold all frames of a masked cell")
+    return order, sorted_cells[:, 0]
+
+
+def _check_size(pixels: Tensor) -> None:
+    height, width = pixels.shape[-2:]
+    if height % 32 or width % 32:
+        raise UserError(f"pictures of {height}x{width} pixels: BEVT needs multiples of 32 (data.size)")
+    if pixels.ndim == 5 and pixels.shape[2] % 2:
+        raise UserError(f"clips of {pixels.shape[2]} frames: BEVT needs a multiple of 2 (data.frames)")

@@ -1,0 +1,255 @@
+"""Other people's checkpoints in our names: pure functions on dictionaries of tensors, no files.
+
+Facts about the formats: xyzforever/BEVT@8881b21 (names of swin_transformer_bevt.py, its `inflate_weights`, and the
+loader of swin_transformer.py that resizes bias tables). A key of a checkpoint is either translated, or expected to be
+of no use for a stated reason, or an error.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from bevt_ds.errors import UserError
+
+from .windows import Size3, bias_rows
+
+State = dict[str, Tensor]
+
+TABLE = "relative_position_bias_table"
+SPATIAL_WINDOW = (7, 7)  # of every published configuration; a checkpoint does not say it
+CONTAINERS = ("model", "module", "state_dict")
+PREFIXES = ("module.", "backbone.", "encoder.")
+
+RENAMES = (  # official name or prefix, ours
+    ("mask_token", "mask_token.token"),
+    ("patch_embed.", "encoder.patch_embed."),
+    ("patch_embed_2d.", "image_embed."),
+    ("layers.", "encoder.layers."),
+    ("norm.", "encoder.norm."),
+    ("fpn.0.", "image_decoder.upsample."),
+    ("lm_down.", "image_decoder.reduce."),
+    ("fpn_s.0.", "video_decoder.upsample."),
+    ("lm_down_st.0.", "video_decoder.reduce."),
+    ("fpn_t.0.", "video_decoder.unfold."),
+    ("cls_head.lm_head.", "lm_head."),
+)
+
+EXPECTED_UNUSED = (  # pattern of an official name, why it is not loaded
+    (r"\.relative_position_index$|\.attn_mask$", "recomputed from the window's size"),
+    (r"^cls_head\.vae_encoder\.", "the tokenizer is loaded on its own"),
+    (r"^cls_head\.fc_cls\.", "classifier of a fine-tuned model"),
+    (r"^ema_", "running averages of mmcv's EMA hook"),
+)
+EXPECTED_UNUSED_2D = (
+    *EXPECTED_UNUSED,
+    (r"^(cls_head\.)?lm_head\.", "the joint stage starts a new classifier, as the original does"),
+    (r"^head\.", "classifier of an image model"),
+)
+FRESH_AFTER_2D = (  # our prefixes that an image-stream checkpoint may lack
+    "mask_token.",
+    "video_decoder.",
+    "image_decoder.",
+    "lm_head.",
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint in BEVT's names of ours, with what is known about it."""
+
+    state: State
+    arch: dict[str, Any]  # constructor arguments of BEVT that the checkpoint determines
+    unused: dict[str, str] = field(default_factory=dict)  # its key -> why it is not loaded
+    may_be_fresh: tuple[str, ...] = ()  # prefixes of parameters that it may lack
+    notes: tuple[str, ...] = ()
+    source: Path = Path()  # filled in by whoever read the file
+
+
+def unwrap(checkpoint: Any) -> State:
+    """The state dict inside a checkpoint's container, tensors only, names without wrapper prefixes.
+
+    Raises UserError where there is none.
+    """
+    for key in CONTAINERS:
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    if not isinstance(checkpoint, dict) or not any(isinstance(v, Tensor) for v in checkpoint.values()):
+        raise UserError("holds no state dict: expected tensors by name, or them under model, module or state_dict")
+    return {strip(key): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+
+
+def strip(key: str) -> str:
+    """Remove the wrappers' prefixes, each at most once and in the original loader's order."""
+    for prefix in PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def from_official(state: State, spatial_window: tuple[int, int] = SPATIAL_WINDOW) -> Weights:
+    """A joint, fine-tuned or image-stream checkpoint of the original, its names stripped, as `Weights`.
+
+    An image-stream checkpoint (2-D) is inflated to a window of 8 tokens of time, the joint stage's.
+    """
+    stem = state.get("patch_embed.proj.weight")
+    if stem is None:
+        raise UserError("is not a Swin or BEVT checkpoint: it has no patch_embed.proj.weight")
+    if stem.ndim == 4:
+        return _from_image_stream(state)
+    state, unused = split_unused(state, EXPECTED_UNUSED)
+    arch = infer_arch(state, infer_window(state, spatial_window))
+    if "patch_embed_2d.proj.weight" in state:
+        arch["image_windows"] = "official"
+    return Weights(rename(state), arch, unused)
+
+
+def _from_image_stream(state: State) -> Weights:
+    window = (8, *SPATIAL_WINDOW)
+    state, unused = split_unused(state, EXPECTED_UNUSED_2D)
+    inflated, replaced = inflate(state, window, patch_time=2)
+    return Weights(
+        rename(inflated),
+        infer_arch(inflated, window),
+        unused | replaced,
+        FRESH_AFTER_2D,
+        (f"image-stream checkpoint inflated to 3-D, window {window}",),
+    )
+
+
+def split_unused(state: State, patterns: tuple[tuple[str, str], ...]) -> tuple[State, dict[str, str]]:
+    """Separate keys that match a pattern: (the rest, {key: the pattern's reason})."""
+    unused = {key: reason for key in state for pattern, reason in patterns if re.search(pattern, key)}
+    return {key: value for key, value in state.items() if key not in unused}, unused
+
+
+def our_name(key: str) -> str | None:
+    """Our name of an official parameter, or None if BEVT has no such parameter."""
+    for theirs, ours in RENAMES:
+        if key == theirs or (theirs.endswith(".") and key.startswith(theirs)):
+            return ours + key[len(theirs) :]
+    return None
+
+
+def rename(state: State) -> State:
+    """Official names and shapes to ours. Raises UserError for names that belong to neither."""
+    unknown = sorted(key for key in state if our_name(key) is None)
+    if unknown:
+        raise UserError(f"has tensors that no BEVT model has: {', '.join(unknown[:5])}")
+    return {our_name(key): _reshape(key, value) for key, value in state.items()}
+
+
+def _reshape(key: str, value: Tensor) -> Tensor:
+    if key in ("patch_embed.proj.weight", "patch_embed_2d.proj.weight"):
+        return value.flatten(1)  # a convolution over patches, as a matrix
+    if key == "fpn.0.weight":
+        return value.unsqueeze(2)  # 2-D kernel: one frame
+    return value.flatten() if key == "mask_token" else value
+
+
+def infer_window(state: State, spatial: tuple[int, int]) -> Size3:
+    """The 3-D window of official bias tables, from their rows and the spatial window."""
+    rows = next((v.shape[0] for k, v in state.items() if k.endswith(TABLE)), 0)
+    offsets, rest = divmod(rows, bias_rows((1, *spatial)))
+    if rest or offsets % 2 == 0:
+        raise UserError(
+            f"has bias tables of {rows} rows, which no window of (time, {spatial[0]}, {spatial[1]}) has: "
+            "state its window in a config.json beside it"
+        )
+    return ((offsets + 1) // 2, *spatial)
+
+
+def infer_arch(state: State, window: Size3) -> dict[str, Any]:
+    """Constructor arguments of BEVT from the shapes of official 3-D weights."""
+    blocks = {tuple(map(int, m.groups())) for k in state if (m := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", k))}
+    depths = tuple(sum(stage == i for stage, _ in blocks) for i in range(1 + max((s for s, _ in blocks), default=-1)))
+    stem = state["patch_embed.proj.weight"]
+    try:
+        heads = tuple(state[f"layers.{i}.blocks.0.attn.{TABLE}"].shape[1] for i in range(len(depths)))
+        mlp_ratio = state["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / stem.shape[0]
+    except KeyError as error:
+        raise UserError(f"lacks {error.args[0]}, so that the model's size cannot be told") from error
+    arch = {
+        "embed_dim": stem.shape[0],
+        "depths": depths,
+        "num_heads": heads,
+        "window": window,
+        "patch": tuple(stem.shape[2:]),
+        "mlp_ratio": mlp_ratio,
+    }
+    if "cls_head.lm_head.weight" in state:
+        arch["vocab_size"] = state["cls_head.lm_head.weight"].shape[0]
+    return arch
+
+
+def inflate(state: State, window: Size3, patch_time: int) -> tuple[State, dict[str, str]]:
+    """2-D weights (stripped official names) as 3-D ones that give the same on a clip that stands still.
+
+    The 2-D stem becomes the images' stem and, spread evenly over `patch_time` frames, the clips'; every bias table is
+    resized to the spatial window (bicubic) and repeated for every offset in time. Returns the state and what it left
+    out: {key: reason}.
+    """
+    out, replaced = {}, {}
+    for key, value in state.items():
+        if key.startswith("norm.") and f"fc_{key}" in state:
+            replaced[key] = "fc_norm takes its place"
+        elif key.startswith("fc_norm."):
+            out[key.removeprefix("fc_")] = value
+        elif key.endswith(TABLE):
+            out[key] = inflate_table(value, window)
+        else:
+            out[key] = value
+        if key.startswith("patch_embed."):
+            out[key.replace("patch_embed.", "patch_embed_2d.")] = value
+    stem = state["patch_embed.proj.weight"]
+    out["patch_embed.proj.weight"] = repeat(stem, "o c h w -> o c t h w", t=patch_time) / patch_time
+    return out, replaced
+
+
+def inflate_table(table: Tensor, window: Size3) -> Tensor:
+    """A square 2-D bias table ((2s-1)^2, N) for a 3-D window: bicubic in space where sizes differ, repeated in time."""
+    time, height, width = (2 * w - 1 for w in window)
+    side = isqrt(len(table))
+    if side**2 != len(table):
+        raise UserError(f"has a 2-D bias table of {len(table)} rows, which no square window has")
+    if (side, side) != (height, width):
+        plane = rearrange(table, "(h w) n -> 1 n h w", h=side)
+        plane = F.interpolate(plane, size=(height, width), mode="bicubic", align_corners=False)
+        table = rearrange(plane, "1 n h w -> (h w) n")
+    return table.repeat(time, 1)
+
+
+def resize_table(table: Tensor, source: Size3, target: Size3) -> Tensor:
+    """A 3-D bias table of window `source` for window `target`, trilinear, as the original's fine-tuning loader."""
+    sizes = [tuple(2 * w - 1 for w in window) for window in (source, target)]
+    t, h, _ = sizes[0]
+    volume = rearrange(table, "(t h w) n -> 1 n t h w", t=t, h=h)
+    volume = F.interpolate(volume, size=sizes[1], mode="trilinear", align_corners=False)
+    return rearrange(volume, "1 n t h w -> (t h w) n")
+
+
+def spread_image_stream(weights: Weights) -> Weights:
+    """A model of ours that saw images only, made ready for clips: `inflate`'s rules in our names.
+
+    Images train the zero-time-offset plane of each bias table and their own stem; the other planes and the clips' stem
+    are derived from those.
+    """
+    state = dict(weights.state)
+    time = 2 * weights.arch["window"][0] - 1
+    for key, table in state.items():
+        if key.endswith(TABLE):
+            state[key] = table.view(time, -1, table.shape[1])[time // 2].repeat(time, 1)
+    patch_time, height, width = weights.arch["patch"]
+    for name in ("proj.bias", "norm.weight", "norm.bias"):
+        state[f"encoder.patch_embed.{name}"] = state[f"image_embed.{name}"]
+    stem = rearrange(state["image_embed.proj.weight"], "o (c h w) -> o c h w", h=height, w=width)
+    stem = repeat(stem, "o c h w -> o (c t h w)", t=patch_time) / patch_time
+    state["encoder.patch_embed.proj.weight"] = stem
+    return replace(weights, state=state, notes=("image-only model: tables and clip stem spread over time",))

@@ -1,0 +1,209 @@
+"""Layers of Video Swin and of BEVT's decoders, all channels-last.
+
+Letters: B samples, T H W tokens along time, height and width, C channels, N heads, D channels of a head.
+Convolutions whose kernel equals their stride are written as one matrix product and a reshape: same numbers, no layout
+change. Every parameter is used inside its owner's forward, which is where ZeRO-3 gathers it.
+Source of the semantics: xyzforever/BEVT@8881b21, mmaction/models/backbones/swin_transformer_bevt.py.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+import bevt_ds.kernels as ops
+
+from .windows import Size3, WindowGeometry, bias_rows
+
+
+def pad_end(x: Tensor, pad: Size3) -> Tensor:
+    """Append `pad` zero tokens along T, H and W of x (B,T,H,W,C)."""
+    if not any(pad):
+        return x
+    t, h, w = pad
+    return F.pad(x, (0, 0, 0, w, 0, h, 0, t))
+
+
+def add_residual(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """x + branch, the branch scaled per sample: x, branch (B,T,H,W,C), scale (B,) or None for 1."""
+    if scale is not None:
+        branch = branch * scale.to(branch.dtype)[:, None, None, None, None]
+    return x + branch
+
+
+class PatchProjection(nn.Linear):
+    """The stem's convolution as a Linear over flattened patches: a class of its own because its initialisation is."""
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens, then LayerNorm. Pixels that a whole patch lacks are zeros at the end."""
+
+    def __init__(self, patch: Size3, dim: int, channels: int = 3):
+        super().__init__()
+        self.patch = patch
+        self.proj = PatchProjection(channels * prod(patch), dim)  # columns: channel, time, row, column of the patch
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B,3,T,H,W) pixels -> (B,T',H',W',C) tokens in the parameters' dtype."""
+        pad = [-extent % p for extent, p in zip(pixels.shape[2:], self.patch, strict=True)]
+        if any(pad):
+            pixels = F.pad(pixels, (0, pad[2], 0, pad[1], 0, pad[0]))
+        pt, ph, pw = self.patch
+        patches = rearrange(
+            pixels.to(self.proj.weight.dtype),
+            "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)",
+            pt=pt,
+            ph=ph,
+            pw=pw,
+        )
+        return self.norm(self.proj(patches))
+
+
+class PatchMerging(nn.Module):
+    """Halve height and width, double the channels: 2x2 neighbours side by side, LayerNorm, Linear."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,T,H,W,C) -> (B,T,ceil(H/2),ceil(W/2),2C). Odd sizes get a row or column of zeros."""
+        x = pad_end(x, (0, x.shape[2] % 2, x.shape[3] % 2))
+        # Column-major order of the four neighbours: (even,even), (odd,even), (even,odd), (odd,odd) as (row, column).
+        x = rearrange(x, "b t (h ph) (w pw) c -> b t h w (pw ph c)", ph=2, pw=2)
+        return self.reduction(self.norm(x))
+
+
+class Upsample(nn.Module):
+    """Transposed convolution with kernel = stride = `scale`: each token becomes prod(scale) tokens."""
+
+    def __init__(self, dim: int, scale: Size3):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim, *scale))  # (in, out, t, h, w), as nn.ConvTranspose3d
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,T,H,W,C) -> (B,T*t,H*h,W*w,C)."""
+        t, h, w = self.weight.shape[2:]
+        taps = rearrange(self.weight, "i o t h w -> (t h w o) i")
+        x = F.linear(x, taps, self.bias.repeat(t * h * w))
+        return rearrange(x, "b T H W (t h w c) -> b (T t) (H h) (W w) c", t=t, h=h, w=w)
+
+
+class MaskToken(nn.Module):
+    """The learned token that stands in for masked ones, shared by both streams."""
+
+    def __init__(self, dim: int, kernels: str):
+        super().__init__()
+        self.kernels = kernels
+        self.token = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Replace tokens of x (B,T,H,W,C) where mask (B,T,h,w) is True; a cell covers (1, H/h, W/w) tokens."""
+        return ops.insert_mask_tokens(x.contiguous(), self.token, mask, provider=self.kernels)
+
+
+class LMHead(nn.Linear):
+    """The classifier over token ids. With targets it gives losses, and logits need never exist as a whole."""
+
+    def __init__(self, dim: int, vocab_size: int, kernels: str):
+        super().__init__(dim, vocab_size)
+        self.kernels = kernels
+
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, segments: tuple[int, ...] = ()
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(...,C) -> logits (...,V), or with targets int64 (R,): sums over each segment of the rows x (R,C).
+
+        The sums are the cross-entropy (S,) in fp32 and the number of right answers (S,) int64; a target of -100 is
+        ignored. `segments` are row counts that sum to R.
+        """
+        if targets is None:
+            return super().forward(x)
+        return ops.masked_cross_entropy(x, self.weight, self.bias, targets, segments, provider=self.kernels)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention in windows, with a learned bias for every offset between two tokens."""
+
+    def __init__(self, dim: int, num_heads: int, window: Size3, kernels: str):
+        super().__init__()
+        self.num_heads, self.window, self.kernels = num_heads, window, kernels
+        self.relative_position_bias_table = nn.Parameter(torch.empty(bias_rows(window), num_heads))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, geometry: WindowGeometry) -> Tensor:
+        """(B,T,H,W,C) -> (B,T,H,W,C). Padding tokens are zeros before qkv and take part as keys, as in the original."""
+        _, t, h, w, _ = x.shape
+        qkv = self.qkv(pad_end(x, geometry.pad)).unflatten(-1, (3, self.num_heads, -1))  # (B,T,H,W,3,N,D)
+        x = ops.window_attention(
+            qkv,
+            self.relative_position_bias_table,
+            window=geometry.window,
+            table_window=self.window,
+            shift=geometry.shift,
+            mask_shift=geometry.mask_shift,
+            provider=self.kernels,
+        )
+        return self.proj(x[:, :t, :h, :w])
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: windowed attention, then MLP, each on a residual branch."""
+
+    def __init__(self, dim: int, num_heads: int, window: Size3, mlp_ratio: float, kernels: str):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, num_heads, window, kernels)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, geometry: WindowGeometry, scales: Tensor | None = None) -> Tensor:
+        """(B,T,H,W,C) -> the same shape; `scales` (2,B) multiplies the two branches per sample."""
+        attn_scale, mlp_scale = (None, None) if scales is None else scales
+        x = add_residual(x, self.attn(self.norm1(x), geometry), attn_scale)
+        return add_residual(x, self.mlp(self.norm2(x)), mlp_scale)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Initialise every parameter of `model` as the original does, drawing from `generator` (None: torch's own).
+
+    Linear layers, bias tables and the mask token: normal of std 0.02 cut at +-2; biases 0; LayerNorm 1 and 0. What the
+    original writes as convolutions keeps torch's default for those: uniform within 1/sqrt(fan-in), where the fan-in of
+    a transposed convolution counts its outputs.
+    """
+    for module in model.modules():
+        match module:
+            case PatchProjection():
+                _init_uniform(module, module.in_features, generator)
+            case Upsample():
+                _init_uniform(module, module.weight[0].numel(), generator)
+            case nn.Linear():
+                _init_normal(module.weight, generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            case nn.LayerNorm():
+                module.reset_parameters()
+            case WindowAttention():
+                _init_normal(module.relative_position_bias_table, generator)
+            case MaskToken():
+                _init_normal(module.token, generator)
+
+
+def _init_normal(weight: Tensor, generator: torch.Generator | None) -> None:
+    nn.init.trunc_normal_(weight, std=0.02, generator=generator)
+
+
+def _init_uniform(layer: nn.Module, fan_in: int, generator: torch.Generator | None) -> None:
+    bound = fan_in**-0.5
+    nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)

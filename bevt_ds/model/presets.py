@@ -1,0 +1,65 @@
+"""Model sizes by name. They are registered with timm as well: `timm.create_model("bevt_swin_b")`.
+
+Sizes T to L are those of Swin and Video Swin (configs/_base_/models/swin/* of xyzforever/BEVT@8881b21, with the patch
+and window of its experiments); `tiny` is ours, for 128 px and 8 frames on a CPU: its windows tile that exactly.
+"""
+
+from __future__ import annotations
+
+import sys
+from difflib import get_close_matches
+from typing import Any
+
+from timm.models import register_model
+from torch import nn
+
+from bevt_ds.errors import UserError
+
+from .bevt import BEVT
+from .video_swin import VideoSwin
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 32, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window": (4, 4, 4)},
+    "swin_t": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "swin_s": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "swin_b": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+    "swin_l": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
+}
+ENCODERS = {f"video_{name}": name for name in SIZES}
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """A BEVT (`tiny`, `swin_t`, `swin_s`, `swin_b`, `swin_l`) or its bare encoder (`video_tiny`, `video_swin_b`, ...).
+
+    `overrides` are arguments of the class's constructor and win over the preset. Raises UserError for an unknown name.
+    """
+    if name in SIZES:
+        return BEVT(**{**SIZES[name], **overrides})
+    if name in ENCODERS:
+        return VideoSwin(**{**SIZES[ENCODERS[name]], **overrides})
+    near = get_close_matches(name, [*SIZES, *ENCODERS], n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise UserError(f"no model named {name!r}{hint}: choose one of {', '.join([*SIZES, *ENCODERS])}")
+
+
+def _register(timm_name: str, name: str) -> None:
+    def build(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Any = None,
+        cache_dir: Any = None,
+        **overrides: Any,
+    ) -> nn.Module:
+        if pretrained:
+            raise UserError(f"{timm_name} has no weights to download: use from_pretrained with a file")
+        return create_model(name, **overrides)
+
+    build.__name__ = timm_name
+    if not hasattr(sys.modules[__name__], timm_name):
+        register_model(build)
+
+
+for _name in SIZES:
+    _register(f"bevt_{_name}", _name)
+for _name in ENCODERS:
+    _register(_name, _name)

@@ -1,0 +1,77 @@
+"""Frozen tokenizers: pictures to grids of discrete ids, which are what the model predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bevt_ds.batch import IGNORE, Batch, Stream
+from bevt_ds.errors import UserError
+
+from .dalle import DalleTokenizer
+from .random_projection import RandomProjectionTokenizer
+
+
+class Tokenizer(Protocol):
+    """Anything that turns pictures into ids; how it scales its pixels is its own business."""
+
+    vocab_size: int
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Pictures (N,3,v,v), float RGB in [0,1] -> ids (N,h,w), int64 in [0, vocab_size)."""
+        ...
+
+
+TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
+    "dalle": DalleTokenizer.from_file,
+    "random_projection": RandomProjectionTokenizer,
+}
+
+
+def load_tokenizer(name: str, weights: str | None = None, **options: Any) -> Tokenizer:
+    """A tokenizer by name: `dalle` needs `weights`, a file; `random_projection` takes `vocab_size` and `seed`.
+
+    Raises UserError for an unknown name, missing or superfluous weights, and a file that is not a tokenizer.
+    """
+    if name not in TOKENIZERS:
+        raise UserError(f"no tokenizer named {name!r}: choose one of {', '.join(TOKENIZERS)}")
+    if name == "random_projection":
+        if weights:
+            raise UserError("the random_projection tokenizer has no weights: leave tokenizer.weights empty")
+        return RandomProjectionTokenizer(**options)
+    if not weights:
+        raise UserError(
+            "the dalle tokenizer needs OpenAI's encoder.pkl (https://cdn.openai.com/dall-e/encoder.pkl): "
+            "download it and set tokenizer.weights=FILE"
+        )
+    return DalleTokenizer.from_file(weights, **options)
+
+
+@torch.no_grad()
+def tokenize(tokenizer: Tokenizer, batch: Batch) -> Batch:
+    """The batch with `targets` filled in. Only frames that hold a masked cell are encoded, both streams in one call."""
+    streams = [s for s in (batch.video, batch.image) if s is not None]
+    pictures = [_pictures(stream) for stream in streams]
+    ids = tokenizer.encode(torch.cat(pictures)).split([len(p) for p in pictures])
+    filled = iter([_with_targets(stream, part) for stream, part in zip(streams, ids, strict=True)])
+    return Batch(*(None if s is None else next(filled) for s in (batch.video, batch.image)))
+
+
+def _pictures(stream: Stream) -> Tensor:
+    view = stream.view if stream.view.ndim == 4 else stream.view.flatten(0, 1)
+    return view.index_select(0, stream.frames)
+
+
+def _with_targets(stream: Stream, ids: Tensor) -> Stream:
+    grid = tuple(stream.mask.shape[-2:])
+    if tuple(ids.shape[1:]) != grid:
+        raise UserError(
+            f"the tokenizer gives {ids.shape[1]}x{ids.shape[2]} ids a picture, the mask has {grid[0]}x{grid[1]} cells: "
+            "data.token_size must be half of data.size"
+        )
+    targets = ids.flatten().index_select(0, stream.token_rows)
+    return replace(stream, targets=targets.masked_fill(stream.rows < 0, IGNORE))

@@ -1,0 +1,122 @@
+"""The encoder of OpenAI's DALL-E dVAE: 8x8 pixels to one of 8192 ids (n_hid 256).
+
+Source of the architecture: openai/DALL-E@5be4b23, dall_e/encoder.py. N pictures, v pixels a side, V ids.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bevt_ds.errors import UserError
+
+from .dalle_pickle import read_pickled_module
+
+GROUPS, BLOCKS = 4, 2
+GAIN = 1 / (GROUPS * BLOCKS) ** 2  # of a block's residual path
+OUTPUT = "blocks.output.conv"
+
+
+class Conv(nn.Module):
+    """A convolution that keeps the size, with the parameter names of the original: w (O,I,k,k) and b (O,)."""
+
+    def __init__(self, n_in: int, n_out: int, size: int):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(n_out, n_in, size, size))
+        self.b = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,I,H,W) -> (N,O,H,W), in x's dtype."""
+        return F.conv2d(x, self.w.to(x.dtype), self.b.to(x.dtype), padding=self.w.shape[-1] // 2)
+
+
+class EncoderBlock(nn.Module):
+    """Residual block of four convolutions, a ReLU before each."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        hidden = n_out // 4
+        widths = ((n_in, hidden, 3), (hidden, hidden, 3), (hidden, hidden, 3), (hidden, n_out, 1))
+        self.id_path = Conv(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.res_path = nn.ModuleDict({f"conv_{i}": Conv(*w) for i, w in enumerate(widths, 1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,n_in,H,W) -> (N,n_out,H,W)."""
+        residual = x
+        for conv in self.res_path.values():
+            residual = conv(residual.relu())
+        return self.id_path(x) + GAIN * residual
+
+
+class DalleTokenizer(nn.Module):
+    """Frozen dVAE encoder. The ids are the arguments of the largest logits.
+
+    As in the original, convolutions but the last run in half precision on a GPU; everything is fp32 on a CPU.
+    """
+
+    def __init__(self, n_hid: int = 256, vocab_size: int = 8192):
+        super().__init__()
+        self.vocab_size = vocab_size
+        widths = [n_hid, *(n_hid << g for g in range(GROUPS))]
+        blocks = {"input": Conv(3, n_hid, 7)}
+        for g in range(1, GROUPS + 1):
+            pair = EncoderBlock(widths[g - 1], widths[g]), EncoderBlock(widths[g], widths[g])
+            blocks[f"group_{g}"] = nn.ModuleDict({f"block_{i}": b for i, b in enumerate(pair, 1)})
+        blocks["output"] = nn.ModuleDict({"conv": Conv(widths[-1], vocab_size, 1)})
+        self.blocks = nn.ModuleDict(blocks)
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read OpenAI's encoder.pkl, without running anything in it, or a .safetensors file with the same names.
+
+        Raises UserError for a file that is missing or holds anything else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"tokenizer weights {path} do not exist: set tokenizer.weights to DALL-E's encoder.pkl")
+        state = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickled_module(path)
+        try:
+            n_hid, vocab_size = state["blocks.input.w"].shape[0], state[f"{OUTPUT}.w"].shape[0]
+        except KeyError as error:
+            raise UserError(f"{path} is not a DALL-E encoder: it has no {error.args[0]}") from error
+        with torch.device("meta"):
+            model = cls(n_hid, vocab_size)
+        _check_names(path, model.state_dict(), state)
+        model.load_state_dict(state, assign=True)
+        return model.float()
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Pictures (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64."""
+        return self.logits(frames).argmax(1)
+
+    @torch.no_grad()
+    def logits(self, frames: Tensor) -> Tensor:
+        """Pictures (N,3,v,v), float RGB in [0,1] -> logits (N,V,v/8,v/8), fp32."""
+        x = (0.8 * frames + 0.1).to(torch.float16 if frames.is_cuda else torch.float32)
+        x = self.blocks["input"](x)
+        for g in range(1, GROUPS + 1):
+            for block in self.blocks[f"group_{g}"].values():
+                x = block(x)
+            if g < GROUPS:
+                x = F.max_pool2d(x, 2)
+        return self.blocks["output"]["conv"](x.relu().float())
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _check_names(path: Path, own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    odd = sorted(own.keys() ^ state.keys()) or [n for n in own if own[n].shape != state[n].shape]
+    if odd:
+        raise UserError(f"{path} is not a DALL-E encoder: {len(odd)} tensors differ, {odd[0]} among them")

@@ -1,0 +1,41 @@
+"""A tokenizer without weights: a fixed random projection and a fixed random codebook.
+
+The idea is BEST-RQ's (Chiu et al. 2022, for speech), here on patches of pictures. Letters: N pictures, v pixels a side.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from bevt_ds.errors import UserError
+from bevt_ds.rng import Use, generator
+
+PATCH = 8  # pixels of the tokenizer's view: 16 of the network's, one mask cell
+DIM = 16  # BEST-RQ's codebook dimension
+FLAT = 1e-2  # pixel deviations below this are noise, not contrast
+
+
+class RandomProjectionTokenizer(nn.Module):
+    """Nearest code, by angle, of a patch's random projection. The same seed gives the same ids on any machine."""
+
+    def __init__(self, vocab_size: int = 8192, seed: int = 0):
+        super().__init__()
+        if vocab_size < 2:
+            raise UserError(f"tokenizer.vocab_size={vocab_size}: a codebook needs at least two codes")
+        self.vocab_size = vocab_size
+        draw = generator(seed, Use.TOKENIZER)
+        projection = draw.standard_normal((3 * PATCH * PATCH, DIM), dtype=np.float32)
+        codebook = draw.standard_normal((vocab_size, DIM), dtype=np.float32)
+        self.register_buffer("projection", torch.from_numpy(projection))
+        self.register_buffer("codebook", nn.functional.normalize(torch.from_numpy(codebook), dim=-1))
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Pictures (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64."""
+        mean = frames.mean((2, 3), keepdim=True)
+        deviation = frames.std((1, 2, 3), keepdim=True)
+        x = (frames - mean) / (deviation + FLAT)
+        patches = rearrange(x, "n c (h ph) (w pw) -> n h w (c ph pw)", ph=PATCH, pw=PATCH)
+        return (patches @ self.projection @ self.codebook.T).argmax(-1)

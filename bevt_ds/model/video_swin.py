@@ -1,0 +1,124 @@
+"""Video Swin transformer (Liu et al. 2021): windowed attention over clips; an image is a clip with one token of time.
+
+Letters: B samples, T' H' W' tokens, C channels of the first stage, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .drop_path import residual_scales
+from .layers import Block, PatchEmbed, PatchMerging, init_weights
+from .weights import PretrainedMixin
+from .windows import Size3, WindowPolicy, block_geometry
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, then (but for the last stage) the merging that leads to the next."""
+
+    def __init__(self, dim: int, depth: int, num_heads: int, window: Size3, mlp_ratio: float, last: bool, kernels: str):
+        super().__init__()
+        self.window = window
+        self.blocks = nn.ModuleList(Block(dim, num_heads, window, mlp_ratio, kernels) for _ in range(depth))
+        self.downsample = nn.Identity() if last else PatchMerging(dim)
+
+    def forward(self, x: Tensor, policy: WindowPolicy, scales: Sequence[Tensor | None], recompute: bool) -> Tensor:
+        """(B,T',H',W',C) -> the same shape, before merging; `scales` holds a (2,B) per block."""
+        for index, (block, scale) in enumerate(zip(self.blocks, scales, strict=True)):
+            shifted = index % 2 == 1
+            geometry = block_geometry(tuple(x.shape[1:4]), self.window, shifted=shifted, policy=policy)
+            # Nothing in a block draws random numbers: the generator's state need not be kept for the second run.
+            run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            x = (run if recompute else block)(x, geometry, scale)
+        return x
+
+
+class VideoSwin(PretrainedMixin, nn.Module):
+    """The encoder: patches, four stages of window attention, LayerNorm.
+
+    Sizes are tuples over (time, height, width). `window` counts tokens. Any clip size works: patches, windows and
+    merging pad with zeros at the end, as in the original. `checkpointing` recomputes each block in the backward pass;
+    `kernels` is auto, triton or torch.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 128,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
+        window: Size3 = (8, 7, 7),
+        patch: Size3 = (2, 4, 4),
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        checkpointing: bool = False,
+        kernels: str = "auto",
+    ):
+        super().__init__()
+        self.arch = {
+            "embed_dim": embed_dim,
+            "depths": tuple(depths),
+            "num_heads": tuple(num_heads),
+            "window": tuple(window),
+            "patch": tuple(patch),
+            "mlp_ratio": mlp_ratio,
+            "drop_path": drop_path,
+        }
+        self.depths, self.drop_path, self.checkpointing = tuple(depths), drop_path, checkpointing
+        self.patch_embed = PatchEmbed(tuple(patch), embed_dim)
+        self.layers = nn.ModuleList(
+            Stage(embed_dim << i, depth, heads, tuple(window), mlp_ratio, last=i + 1 == len(depths), kernels=kernels)
+            for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True))
+        )
+        self.norm = nn.LayerNorm(embed_dim << (len(depths) - 1))
+        self.init_weights()
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters anew; see `layers.init_weights`."""
+        init_weights(self, generator)
+
+    def encode(self, tokens: Tensor, policy: WindowPolicy = "swin", sample_keys: Tensor | None = None) -> list[Tensor]:
+        """Tokens (B,T',H',W',C) -> every stage's output before merging, channels last.
+
+        In training mode drop-path follows `sample_keys` (int64 (B,)); without them it draws keys from torch's own
+        generator, once per call. In evaluation mode nothing is dropped.
+        """
+        scales = self._residual_scales(tokens, sample_keys)
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        outputs, first = [], 0
+        for stage, depth in zip(self.layers, self.depths, strict=True):
+            outputs.append(stage(tokens, policy, scales[first : first + depth], recompute))
+            tokens = stage.downsample(outputs[-1])
+            first += depth
+        return outputs
+
+    def forward_intermediates(self, clip: Tensor, sample_keys: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """A clip (B,3,T,H,W) -> (the last stage's output after the norm, every stage's before merging and norm).
+
+        All are channels first: (B,C_i,T',H'_i,W'_i).
+        """
+        outputs = self.encode(self.patch_embed(clip), sample_keys=sample_keys)
+        features = self.norm(outputs[-1])
+        first = lambda x: rearrange(x, "b t h w c -> b c t h w")  # noqa: E731
+        return first(features), [first(x) for x in outputs]
+
+    def forward_features(self, clip: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        """A clip (B,3,T,H,W) -> (B,8C,T',H',W') after the last norm."""
+        return self.forward_intermediates(clip, sample_keys)[0]
+
+    def forward(self, clip: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        """`forward_features`."""
+        return self.forward_features(clip, sample_keys)
+
+    def _residual_scales(self, tokens: Tensor, keys: Tensor | None) -> Sequence[Tensor | None]:
+        blocks = sum(self.depths)
+        if not self.training or self.drop_path == 0:
+            return [None] * blocks
+        if keys is None:
+            keys = torch.randint(2**63 - 1, (len(tokens),), device=tokens.device)
+        return residual_scales(keys, self.drop_path, blocks)

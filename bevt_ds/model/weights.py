@@ -1,0 +1,200 @@
+"""Saving and loading models: a folder of config.json and model.safetensors, or an official checkpoint file.
+
+Loading is strict: each parameter of the model is loaded, or stays at its initialisation for a reason that the report
+states; each tensor of the file is used, or is expected to be unused. Anything else is a UserError.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bevt_ds.errors import UserError
+
+from .convert import (
+    SPATIAL_WINDOW,
+    TABLE,
+    State,
+    Weights,
+    from_official,
+    resize_table,
+    spread_image_stream,
+    unwrap,
+)
+
+CONFIG, TENSORS = "config.json", "model.safetensors"
+FORMAT = "bevt_ds"
+ENCODER = "encoder."
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did, by parameter name. `str()` sums it up in a few lines."""
+
+    source: Path
+    loaded: tuple[str, ...]
+    resized: tuple[str, ...]  # those of `loaded` whose bias table was fitted to another window
+    fresh: tuple[str, ...]  # parameters that the file lacks and that keep their initialisation
+    unused: dict[str, str]  # the file's keys that are not loaded -> why
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {len(self.loaded)} tensors loaded", *self.notes]
+        if self.resized:
+            lines.append(f"{len(self.resized)} bias tables resized to the model's window")
+        if self.fresh:
+            groups = Counter(name.split(".")[0] for name in self.fresh)
+            lines.append("kept at their initialisation: " + ", ".join(f"{n} of {g}" for g, n in groups.items()))
+        for reason, number in Counter(self.unused.values()).items():
+            lines.append(f"{number} not loaded: {reason}")
+        return "\n  ".join(lines)
+
+
+class PretrainedMixin:
+    """`save_pretrained` and `from_pretrained` for a module whose `arch` holds its constructor's arguments."""
+
+    arch: dict[str, Any]  # what the network is; not how it runs (checkpointing, kernels)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        state: State | None = None,
+        streams: Sequence[str] = ("video", "image"),
+    ) -> None:
+        """Write config.json and model.safetensors into `folder`, which must hold neither.
+
+        `state` replaces the module's own state dict where its parameters are spread over ranks. `streams` are those
+        that were trained: what only clips train is derived from the images' weights when an image-only model is loaded.
+        """
+        folder = Path(folder)
+        for name in (CONFIG, TENSORS):
+            if (folder / name).exists():
+                raise UserError(f"{folder / name} exists: choose another folder or remove it first")
+        state = self.state_dict() if state is None else state
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        model = type(self).__name__
+        config = {"format": FORMAT, "model": model, "streams": list(streams), "arch": self.arch}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        except OSError as error:
+            raise UserError(f"cannot write a model into {folder}: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **overrides: Any) -> Self:
+        """A model with the weights of a folder of ours or of an official file; prints what was loaded.
+
+        `overrides` are constructor arguments that win over the file's: another `window` resizes the bias tables.
+        """
+        weights = read_weights(Path(path))
+        accepted = inspect.signature(cls).parameters
+        arch = {key: value for key, value in weights.arch.items() if key in accepted}
+        model = cls(**{**arch, **overrides})
+        print(_load(model, weights))
+        return model
+
+
+def load_init(model: PretrainedMixin, path: str | Path) -> LoadReport:
+    """Start `model` (BEVT or VideoSwin) from a folder of ours or an official file.
+
+    Raises UserError where the file is missing, of another architecture, or was trained with other `image_windows`.
+    """
+    return _load(model, read_weights(Path(path)))
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a folder written by `save_pretrained`, or an official checkpoint (.pth, .pt or .safetensors)."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a folder with {CONFIG} and {TENSORS}, or a checkpoint file")
+    try:
+        return _read_folder(path) if path.is_dir() else _read_official(path)
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
+
+
+def _read_folder(folder: Path) -> Weights:
+    config = _read_config(folder / CONFIG)
+    if config is None or not (folder / TENSORS).is_file():
+        raise UserError(f"is not a model folder: it needs {TENSORS} and a {CONFIG} of this project")
+    state = _read_tensors(folder / TENSORS)
+    if config["model"] == "VideoSwin":
+        state = {ENCODER + name: value for name, value in state.items()}
+    weights = Weights(state, config["arch"], source=folder)
+    return spread_image_stream(weights) if config["streams"] == ["image"] else weights
+
+
+def _read_official(path: Path) -> Weights:
+    """An official file; a config.json of ours beside it may state the spatial window, which the file does not."""
+    config = _read_config(path.parent / CONFIG)
+    spatial = tuple(config["arch"]["window"][1:]) if config else SPATIAL_WINDOW
+    weights = from_official(unwrap(_read_tensors(path)), spatial)
+    return replace(weights, source=path)
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """A config.json of ours, or None: folders of weights often hold somebody else's."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return config if isinstance(config, dict) and config.get("format") == FORMAT else None
+
+
+def _read_tensors(path: Path) -> Any:
+    """What a .safetensors or PyTorch file holds, on the CPU. Nothing but tensors and plain data is ever unpickled."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"is not a safetensors file: {error}") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign pickle can fail in any way
+        raise UserError(f"is not a checkpoint that can be read without running its code: {error}") from error
+
+
+def _load(model: nn.Module, weights: Weights) -> LoadReport:
+    """Copy `weights` into `model`, strictly, fitting bias tables to the model's window."""
+    state, unused = dict(weights.state), dict(weights.unused)
+    if not any(name.startswith(ENCODER) for name, _ in model.named_parameters()):
+        unused |= {name: "not part of the encoder" for name in state if not name.startswith(ENCODER)}
+        state = {name.removeprefix(ENCODER): v for name, v in state.items() if name.startswith(ENCODER)}
+    _check_arch(model.arch, weights)
+    windows = tuple(weights.arch["window"]), tuple(model.arch["window"])
+    resized = [name for name in state if name.endswith(TABLE)] if windows[0] != windows[1] else []
+    state |= {name: resize_table(state[name], *windows) for name in resized}
+    fresh = _check_names(model.state_dict(), state, weights)
+    model.load_state_dict(state, strict=False)
+    return LoadReport(weights.source, tuple(state), tuple(resized), tuple(fresh), unused, tuple(weights.notes))
+
+
+def _check_arch(arch: dict[str, Any], weights: Weights) -> None:
+    plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731
+    for key, theirs in weights.arch.items():
+        ours = arch.get(key)
+        if key not in arch or key in ("window", "drop_path") or plain(ours) == plain(theirs):
+            continue
+        raise UserError(f"{weights.source} has {key}={plain(theirs)}, this model {key}={plain(ours)}: make them agree")
+
+
+def _check_names(own: State, state: State, weights: Weights) -> list[str]:
+    """Names of `own` that stay fresh. Raises UserError unless the rest agrees by name and shape."""
+    fresh = [name for name in own if name not in state]
+    missing = [name for name in fresh if not name.startswith(weights.may_be_fresh or "\0")]
+    unknown = [name for name in state if name not in own]
+    shapes = [n for n in state if n in own and state[n].shape != own[n].shape]
+    for problem, names in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", shapes)):
+        if names:
+            raise UserError(f"{weights.source} is not of this model: it {problem} {', '.join(names[:4])}")
+    return fresh

@@ -1,0 +1,96 @@
+"""Fixtures of the model tests: where golden data lies, and micro-batches from plain tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bevt_ds.batch import IGNORE, Stream
+
+ROOT = Path(__file__).parents[2]
+SHARED = Path(os.environ.get("BEVT_SHARED", ROOT / "shared")) / "golden"
+COMMITTED = ROOT / "tests" / "data" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of the full golden set, which is too large to commit."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no full golden set at {SHARED}: the committed subset is tested instead")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def committed() -> Path:
+    """The folder of the committed golden subset; a clone without it is broken."""
+    assert COMMITTED.is_dir(), f"{COMMITTED} is missing"
+    return COMMITTED
+
+
+@pytest.fixture(scope="session")
+def joint(golden: Path) -> dict[str, Tensor]:
+    """Inputs and outputs of the original joint model."""
+    return load_file(golden / "bevt_joint_small_io.safetensors")
+
+
+@pytest.fixture(scope="session")
+def finetune(golden: Path) -> dict[str, Tensor]:
+    """Inputs and outputs of the original fine-tuning model."""
+    return load_file(golden / "swin3d_finetune_small_io.safetensors")
+
+
+@pytest.fixture(scope="session")
+def normalised() -> Callable[..., Tensor]:
+    """(uint8 - mean) / std along the channel axis 1, as the golden README defines it."""
+
+    def apply(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        shape = [1, 3] + [1] * (pixels.ndim - 2)
+        return (pixels.float() - mean.view(shape)) / std.view(shape)
+
+    return apply
+
+
+@pytest.fixture(scope="session")
+def make_stream() -> Callable[..., Stream]:
+    """Builds a Stream as the data side does, with every masked position a row and `pad` padding rows."""
+
+    def build(
+        pixels: Tensor,
+        mask: Tensor,
+        ids: Tensor | None = None,
+        view: Tensor | None = None,
+        keys: Tensor | None = None,
+        count: int | None = None,
+        pad: int = 3,
+    ) -> Stream:
+        positions = mask.repeat_interleave(2, dim=1) if mask.ndim == 4 else mask
+        rows = positions.flatten().nonzero()[:, 0]
+        plane = mask.shape[-2] * mask.shape[-1]
+        frames, slot = (rows // plane).unique(return_inverse=True)
+        fill = lambda value, n: torch.cat([value, torch.full((pad,), n)])  # noqa: E731
+        targets = None if ids is None else fill(ids.flatten()[rows].long(), IGNORE)
+        return Stream(
+            pixels=pixels,
+            view=torch.zeros(0) if view is None else view,
+            mask=mask,
+            rows=fill(rows, -1),
+            frames=frames,
+            token_rows=fill(slot * plane + rows % plane, 0),
+            sample_keys=torch.arange(len(pixels)) if keys is None else keys,
+            count=len(rows) if count is None else count,
+            targets=targets,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[[Tensor, Tensor], float]:
+    """Largest difference over the reference's largest value."""
+    return lambda actual, reference: ((actual - reference).abs().max() / reference.abs().max()).item()
