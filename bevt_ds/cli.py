@@ -1,0 +1,36 @@
+"""The `bevt` command: `bevt GROUP VERB ...`. Each group's module is loaded only when it is named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from bevt_ds.errors import UserError
+
+USAGE_ERROR = 2
+GROUPS = {"shards": ("bevt_ds.shards_cli", "draw, pack, index and look at shards of videos and images")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. A user's mistake is one line on standard error."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else USAGE_ERROR
+    try:
+        if words[0] not in GROUPS:
+            raise UserError(f"no command {words[0]!r}; there are: {', '.join(GROUPS)}")
+        return import_module(GROUPS[words[0]][0]).main(words[1:])
+    except UserError as error:
+        print(f"bevt: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", USAGE_ERROR)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10}{text}" for name, (_, text) in GROUPS.items()]
+    return "\n".join(["usage: bevt GROUP VERB [options]   (--help after any of them)", "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From shards to batches. Submodules load one by one: a decode worker needs no torch."""

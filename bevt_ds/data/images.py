@@ -1,0 +1,70 @@
+"""A look at an encoded picture's header before any decoder sees it.
+
+A few kilobytes can announce gigabytes of pixels, and DALI has no limit of its own.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from bevt_ds.data.index import BadSample
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+JPEG_MAGIC = b"\xff\xd8\xff"
+# Start-of-frame markers C0..CF hold the size, except these three: DHT, JPG, DAC.
+_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_START_OF_SCAN = 0xDA
+_ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length
+
+
+def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """(width, height) of a JPEG or PNG. BadSample: neither of them, cut, or over `max_pixels`."""
+    if data.startswith(JPEG_MAGIC):
+        width, height = _jpeg_size(data)
+    elif data.startswith(PNG_MAGIC):
+        width, height = _png_size(data)
+    else:
+        raise BadSample("it is neither JPEG nor PNG" if data else "it is empty")
+    if not width or not height:
+        raise BadSample(f"its header says {width}x{height} pixels")
+    if width * height > max_pixels:
+        raise BadSample(f"its header says {width}x{height} pixels, over data.max_pixels={max_pixels}")
+    return width, height
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Walk the segments (ISO/IEC 10918-1, B.2) to the frame header and on to the first scan."""
+    size = None
+    at = 2
+    while at + 4 <= len(data):
+        if data[at] != 0xFF:
+            raise BadSample(f"JPEG segment expected at byte {at}")
+        marker = data[at + 1]
+        if marker == 0xFF or marker in _ALONE:
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker == _START_OF_SCAN:
+            return _require_end(data, at, size)
+        length = struct.unpack_from(">H", data, at + 2)[0]
+        if marker in _FRAME_MARKERS and at + 9 <= len(data):
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            size = (width, height)
+        at += 2 + max(length, 2)
+    raise BadSample("the JPEG is cut before its picture data")
+
+
+def _require_end(data: bytes, scan: int, size: tuple[int, int] | None) -> tuple[int, int]:
+    if size is None:
+        raise BadSample("the JPEG has no frame header")
+    if data.find(b"\xff\xd9", scan) < 0:
+        raise BadSample("the JPEG is cut: it has no end marker")
+    return size
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    """Size from the IHDR chunk, which the standard puts first; IEND must close the file."""
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        raise BadSample("the PNG has no header chunk")
+    if b"IEND" not in data[-16:]:
+        raise BadSample("the PNG is cut: it has no end chunk")
+    return struct.unpack_from(">II", data, 16)

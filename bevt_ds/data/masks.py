@@ -1,0 +1,129 @@
+"""BEVT's masks: block-wise for images, a tube through time for clips. True = masked.
+
+The generators follow mask_generator.py of xyzforever/BEVT@8881b21 (BEiT's block-wise algorithm),
+with an explicit `numpy.random.Generator` where the original used Python's global one, and for any
+grid.
+
+Shape letters: B samples, T frames, h w mask grid (H/16, W/16), R masked cells, F frames with a
+masked cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bevt_ds.config import MaskConfig
+
+ATTEMPTS = 10  # draws for one block before the mask is left as it is
+REFERENCE_CELLS = 14 * 14  # the grid that MaskConfig.min_block is given for
+# rows are padded to a multiple of this, so that few distinct sizes reach the device
+ROW_BUCKET = 256
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Which output positions are scored and where their ids lie (see bevt_ds.batch.Stream)."""
+
+    rows: np.ndarray  # int64 (R,), -1 pads
+    frames: np.ndarray  # int64 (F,)
+    token_rows: np.ndarray  # int64 (R,), 0 for padding
+
+
+def block_mask(rng: np.random.Generator, grid: tuple[int, int], config: MaskConfig) -> np.ndarray:
+    """A block-wise 2-D mask: bool (h, w) with at most `ratio` of its cells set.
+
+    Rectangles are added until the cap is reached or `ATTEMPTS` draws in a row add nothing. While it
+    grows, the mask is one Python integer with a bit a cell: a union and a count cost one operation
+    each, which matters because every rank draws the masks of the whole global batch.
+    """
+    height, width = grid
+    cap = int(config.ratio * height * width)
+    min_area = config.min_block * height * width / REFERENCE_CELLS
+    uniforms = _uniforms(rng)
+    cells, count = 0, 0
+    while count < cap:
+        cells, added = _grow(cells, cap - count, min_area, config.min_aspect, grid, uniforms)
+        if not added:
+            break
+        count += added
+    return _to_array(cells, grid)
+
+
+def tube_mask(rng: np.random.Generator, grid: tuple[int, int, int], config: MaskConfig) -> np.ndarray:
+    """A tube mask: bool (T/2, h, w). One 2-D mask on a run of temporal cells that may wrap around
+    the clip's end.
+    """
+    times, height, width = grid
+    shortest, longest = (int(share * times) for share in config.tube)
+    length = int(rng.integers(max(shortest, 1), min(longest, times) + 1))
+    start = int(rng.integers(times))
+    mask = np.zeros(grid, dtype=bool)
+    mask[(start + np.arange(length)) % times] = block_mask(rng, (height, width), config)
+    return mask
+
+
+def row_index(mask: np.ndarray, frames_per_cell: int, bucket: int = ROW_BUCKET) -> RowIndex:
+    """Index tensors of a micro-batch's masks.
+
+    mask: bool (B, T/2, h, w) with `frames_per_cell` 2, or (B, h, w) with `frames_per_cell` 1 for
+    images.
+    """
+    by_frame = mask if mask.ndim == 4 else mask[:, None]
+    by_frame = np.repeat(by_frame, frames_per_cell, axis=1)
+    by_frame = by_frame.reshape(-1, mask.shape[-2] * mask.shape[-1])  # (B*T, h*w)
+    rows = np.flatnonzero(by_frame)
+    has_mask = by_frame.any(axis=1)
+    frame_of_row, cell_of_row = np.divmod(rows, by_frame.shape[1])
+    rank_of_frame = np.cumsum(has_mask) - 1
+    token_rows = rank_of_frame[frame_of_row] * by_frame.shape[1] + cell_of_row
+    padding = -len(rows) % bucket
+    return RowIndex(
+        rows=np.pad(rows, (0, padding), constant_values=-1),
+        frames=np.flatnonzero(has_mask),
+        token_rows=np.pad(token_rows, (0, padding)),
+    )
+
+
+def _uniforms(rng: np.random.Generator) -> Iterator[list[float]]:
+    """Endless draws of four numbers in [0,1), made in blocks: one call for a typical mask."""
+    while True:
+        yield from rng.random((16, 4)).tolist()
+
+
+def _grow(
+    cells: int,
+    allowed: int,
+    min_area: float,
+    min_aspect: float,
+    grid: tuple[int, int],
+    uniforms: Iterator[list[float]],
+) -> tuple[int, int]:
+    """`cells` with one more rectangle of at most `allowed` new cells, and how many it added (0:
+    none fitted).
+    """
+    height, width = grid
+    for _ in range(ATTEMPTS):
+        u_area, u_aspect, u_top, u_left = next(uniforms)
+        area = min_area + (allowed - min_area) * u_area
+        aspect = min_aspect ** (1 - 2 * u_aspect)  # log-uniform between min_aspect and its inverse
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if not (0 < h < height and 0 < w < width):
+            continue
+        top, left = int(u_top * (height - h + 1)), int(u_left * (width - w + 1))
+        row = ((1 << w) - 1) << left
+        block = sum(row << ((top + i) * width) for i in range(h))
+        added = (block & ~cells).bit_count()
+        if 0 < added <= allowed:
+            return cells | block, added
+    return cells, 0
+
+
+def _to_array(cells: int, grid: tuple[int, int]) -> np.ndarray:
+    """Bit r*w+c of `cells` -> bool (h, w)."""
+    size = grid[0] * grid[1]
+    raw = np.frombuffer(cells.to_bytes((size + 7) // 8, "little"), dtype=np.uint8)
+    return np.unpackbits(raw, count=size, bitorder="little").astype(bool).reshape(grid)

@@ -1,0 +1,217 @@
+"""Pixels: one stateless DALI graph a stream, the same operators on a CPU and on a GPU.
+
+The graph holds no reader and no random operator: bytes or frames and every parameter come from the
+sample plan through `external_source`, so there is no pipeline state to save.
+
+What differs from the original's OpenCV, measured on uint8 pictures of noisy texture (a test holds
+the bounds):
+- the resize to the short side is DALI's CUBIC without antialiasing; its kernel has a = -0.5,
+  OpenCV's -0.75: mean 0.7, at most 6 levels of 255 when enlarging 256 to 320 lines;
+- the tokenizer's view is OpenCV's LANCZOS4 at 2:1 as a filter with the same eight taps; OpenCV
+  rounds its taps to 1/2048: at most 1 level.
+
+Shape letters: B samples, T frames, S crop side, v side of the tokenizer's view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import math as dali_math
+from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
+from torch import Tensor
+
+from bevt_ds.data.plan import PlanEntry
+
+MEAN = (123.675, 116.28, 103.53)  # of 8-bit RGB (PT configuration of the original)
+STD = (58.395, 57.12, 57.375)
+LUMA = (0.2989, 0.587, 0.114)  # weights of the original's contrast and saturation
+
+
+def lanczos4_taps() -> np.ndarray:
+    """The eight weights halfway between two pixels, normalised: float32 (8,).
+
+    Lanczos with four lobes, sinc(x) sinc(x/4), at x = +-0.5, 1.5, 2.5, 3.5.
+    """
+    x = np.arange(8) - 3.5
+    taps = np.sinc(x) * np.sinc(x / 4)
+    return (taps / taps.sum()).astype(np.float32)
+
+
+def jitter_matrix(jitter: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Colour jitter as an affine map of RGB: float32 (3,3) matrix, float32 (1,) share of the mean
+    luma.
+
+    Brightness, then contrast about the picture's mean luma, then saturation about each pixel's
+    luma; nothing is clipped in between, so the three are one map.
+    """
+    brightness, contrast, saturation = jitter
+    to_luma = np.tile(np.asarray(LUMA), (3, 1))
+    saturate = saturation * np.eye(3) + (1 - saturation) * to_luma
+    matrix = brightness * contrast * saturate
+    return matrix.astype(np.float32), np.asarray([brightness * (1 - contrast)], dtype=np.float32)
+
+
+class PixelPipeline:
+    """Turns a micro-batch's payloads into the two pictures that a stream needs.
+
+    kind: "video" or "image". size: S. token_size: v = S/2. device: None for the CPU, else the CUDA
+    ordinal. decode_on_gpu: videos arrive as files and frame numbers rather than as frames.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        batch_size: int,
+        size: int,
+        token_size: int,
+        threads: int,
+        device: int | None = None,
+        decode_on_gpu: bool = False,
+    ) -> None:
+        if 2 * token_size != size:
+            raise ValueError(f"token_size must be half of size, got {token_size} and {size}")
+        self.kind, self.decode_on_gpu = kind, decode_on_gpu
+        self._settings = (batch_size, size, threads, device)
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """A fresh graph: after an error DALI does not promise that the old one still works."""
+        batch_size, size, threads, device = self._settings
+        self.graph = Pipeline(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=device,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
+        with self.graph:
+            frames = self._decoded()
+            if device is not None and not self.decode_on_gpu:
+                frames = frames.gpu()
+            crop = _crop(frames, size)
+            if self.kind == "image":
+                crop = _colour_jitter(crop, frames)
+            self.graph.set_outputs(_normalise(crop, self.kind), _token_view(crop, size, self.kind))
+        self.graph.build()
+        self._stream = None if device is None else torch.cuda.Stream(device)
+
+    def run(self, payloads: Sequence, entries: Sequence[PlanEntry]) -> tuple[Tensor, Tensor]:
+        """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
+
+        payloads: images: file bytes; clips: uint8 (T,H,W,3), or (file bytes, frame numbers) if
+        decode_on_gpu. RuntimeError: DALI rejects a sample, without saying which.
+        """
+        for name, values in self._inputs(payloads, entries).items():
+            self.graph.feed_input(name, values)
+        outputs = self.graph.run()
+        if self._stream is None:
+            return tuple(to_torch_tensor(output.as_tensor(), copy=True) for output in outputs)
+        with torch.cuda.stream(self._stream):
+            tensors = [to_torch_tensor(output.as_tensor(), copy=True) for output in outputs]
+        self._stream.synchronize()
+        return tuple(tensors)
+
+    def _decoded(self):
+        """The graph's input as pictures: HWC, or FHWC for a clip."""
+        if self.kind == "image":
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8)
+            device = "mixed" if self.decode_on_gpu else "cpu"
+            return fn.decoders.image(encoded, device=device, output_type=types.RGB)
+        if self.decode_on_gpu:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8)
+            numbers = fn.external_source(name="frame_numbers", dtype=types.INT32)
+            return fn.decoders.video(encoded, device="mixed", frames=numbers)
+        return fn.external_source(name="frames", dtype=types.UINT8, layout="FHWC")
+
+    def _inputs(self, payloads: Sequence, entries: Sequence[PlanEntry]) -> dict[str, list]:
+        inputs = {
+            "short_side": [np.float32(e.short_side) for e in entries],
+            "crop_y": [np.float32(e.crop[0]) for e in entries],
+            "crop_x": [np.float32(e.crop[1]) for e in entries],
+            "flip": [np.int32(e.flip) for e in entries],
+        }
+        if self.kind == "image":
+            inputs["encoded"] = [np.frombuffer(data, np.uint8) for data in payloads]
+            matrices = [jitter_matrix(e.jitter) for e in entries]
+            inputs["jitter_matrix"] = [matrix for matrix, _ in matrices]
+            inputs["jitter_luma"] = [share for _, share in matrices]
+        elif self.decode_on_gpu:
+            inputs["encoded"] = [np.frombuffer(data, np.uint8) for data, _ in payloads]
+            inputs["frame_numbers"] = [numbers.astype(np.int32) for _, numbers in payloads]
+        else:
+            inputs["frames"] = list(payloads)
+        return inputs
+
+
+def _scalar(name: str, dtype: types.DALIDataType):
+    return fn.external_source(name=name, dtype=dtype, ndim=0)
+
+
+def _crop(frames, size: int):
+    """Resize to the short side, cut `size` x `size`, flip: uint8, (F)HWC.
+
+    The cut's offset is the floor of fraction x (extent - size): as in the original, the last
+    possible offset is never used.
+    """
+    crop = fn.resize_crop_mirror(
+        frames,
+        resize_shorter=_scalar("short_side", types.FLOAT),
+        subpixel_scale=False,
+        interp_type=types.INTERP_CUBIC,
+        antialias=False,
+        crop=(size, size),
+        crop_pos_y=_scalar("crop_y", types.FLOAT),
+        crop_pos_x=_scalar("crop_x", types.FLOAT),
+        rounding="truncate",
+    )
+    return fn.flip(crop, horizontal=_scalar("flip", types.INT32))
+
+
+def _colour_jitter(crop, picture):
+    """The affine map of `jitter_matrix`: uint8 HWC, clipped once. The mean luma is the whole
+    picture's.
+    """
+    matrix = fn.external_source(name="jitter_matrix", dtype=types.FLOAT, ndim=2)
+    share = fn.external_source(name="jitter_luma", dtype=types.FLOAT, ndim=1)
+    channels = fn.reductions.mean(picture, axes=(0, 1))
+    luma = fn.reductions.sum(channels * types.Constant(list(LUMA), dtype=types.FLOAT), axes=0)
+    mapped = fn.coord_transform(crop, M=matrix, dtype=types.FLOAT)
+    return fn.cast(mapped + share * luma, dtype=types.UINT8)
+
+
+def _normalise(crop, kind: str):
+    """Float CHW, zero mean and unit variance of the training set; a clip becomes (3,T,S,S)."""
+    layout = "FCHW" if kind == "video" else "CHW"
+    pixels = fn.crop_mirror_normalize(crop, dtype=types.FLOAT, output_layout=layout, mean=list(MEAN), std=list(STD))
+    return fn.transpose(pixels, perm=[1, 0, 2, 3]) if kind == "video" else pixels
+
+
+def _token_view(crop, size: int, kind: str):
+    """Half-size picture of the same crop: float RGB in [0,1], (T,3,v,v) or (3,v,v).
+
+    Pixel i of the view lies halfway between pixels 2i and 2i+1, so its taps are 2i-3 .. 2i+4; the
+    filter runs along columns, every second one is kept, and the same along rows.
+    """
+    half = size // 2
+    layout, lead = ("FHWC", [-1]) if kind == "video" else ("HWC", [])
+    taps = lanczos4_taps()
+    along = {"dtype": types.FLOAT, "border": "clamp"}
+    wide = fn.filter(crop, types.Constant(taps[None, :]), anchor=[0, 3], **along)
+    narrow = _every_second(wide, [*lead, size, half, 2, 3], layout)
+    tall = fn.filter(narrow, types.Constant(taps[:, None]), anchor=[3, 0], **along)
+    view = _every_second(tall, [*lead, half, 2, half, 3], layout)
+    levels = dali_math.clamp(fn.cast(view, dtype=types.INT32), 0, 255)
+    channels_first = [0, 3, 1, 2] if kind == "video" else [2, 0, 1]
+    return fn.transpose(fn.cast(levels, dtype=types.FLOAT) / 255.0, perm=channels_first)
+
+
+def _every_second(picture, pairs: list[int], layout: str):
+    """The first of each pair of pixels: `pairs` is the shape with the halved axis as (n, 2)."""
+    paired = fn.reshape(picture, shape=pairs, layout="")
+    axis = pairs.index(2, 1)
+    first = paired[tuple(0 if i == axis else slice(None) for i in range(len(pairs)))]
+    return fn.reshape(first, layout=layout)

@@ -1,0 +1,91 @@
+"""Shard patterns -> files: paths, globs, brace ranges, and lists of them separated by commas."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from itertools import chain
+
+from bevt_ds.errors import UserError
+
+_INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand(patterns: str) -> list[str]:
+    """Paths of the tar files that `patterns` names, in the order given; a glob's matches are
+    sorted.
+
+    Examples: `a.tar`, `k400-*.tar`, `in1k-{000000..000127}.tar`, `a.tar,b-{x,y}.tar`.
+    UserError: nothing matches, a file is missing, a folder is given, a shard is named twice.
+    """
+    paths = list(chain.from_iterable(_expand_one(p) for p in _split(patterns)))
+    if not paths:
+        raise UserError(f"no shard in {patterns!r}: give tar files, for example 'train-*.tar'")
+    _require_files(paths, patterns)
+    name, times = Counter(paths).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"shard {name} is named {times} times in {patterns!r}")
+    return paths
+
+
+def _split(patterns: str) -> list[str]:
+    """Split at the commas that are outside braces."""
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(patterns):
+        depth += (char == "{") - (char == "}")
+        if char == "," and depth == 0:
+            parts.append(patterns[start:i])
+            start = i + 1
+    parts.append(patterns[start:])
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _expand_one(pattern: str) -> list[str]:
+    if pattern.startswith("pipe:"):
+        raise UserError(f"{pattern!r} would run a shell command; give the path of a tar file")
+    if os.path.isfile(pattern):
+        return [pattern]
+    return list(chain.from_iterable(_glob(path) for path in _expand_braces(pattern)))
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """`a{1..3}` and `a{x,y}` -> one string an alternative; a range keeps its zero padding."""
+    match = _INNERMOST_BRACES.search(pattern)
+    if match is None:
+        if "{" in pattern or "}" in pattern:
+            raise UserError(f"unbalanced brace in {pattern!r}")
+        return [pattern]
+    inside = match[1]
+    if limits := _RANGE.fullmatch(inside):
+        first, last = limits.groups()
+        if int(first) > int(last):
+            raise UserError(f"{{{inside}}} in {pattern!r} counts down: write {{{last}..{first}}}")
+        choices = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    else:
+        choices = inside.split(",")
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return list(chain.from_iterable(_expand_braces(head + choice + tail) for choice in choices))
+
+
+def _glob(path: str) -> list[str]:
+    if not glob.has_magic(path):
+        return [path]
+    found = sorted(glob.glob(path))
+    if not found:
+        raise UserError(f"no file matches {path!r} (working folder: {os.getcwd()})")
+    return found
+
+
+def _require_files(paths: list[str], patterns: str) -> None:
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(paths)} shards of {patterns!r} do not exist, "
+            f"the first is {missing[0]} (working folder: {os.getcwd()})"
+        )
+    for path in paths:
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder: write {os.path.join(path, '*.tar')!r}")
