@@ -80,7 +80,7 @@ class DalleTokenizer(nn.Module):
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"tokenizer weights {path} do not exist: set tokenizer.weights to DALL-E's encoder.pkl")
+            raise UserError(f"tokenizer file {path} does not exist: set tokenizer.weights to DALL-E's encoder.pkl")
         state = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickled_module(path)
         try:
             n_hid, vocab_size = state["blocks.input.w"].shape[0], state[f"{OUTPUT}.w"].shape[0]
