@@ -1,7 +1,8 @@
 """Windowed 3-D attention, mask tokens and the masked head, as Triton kernels and in plain PyTorch."""
 
+from .launches import launch_counts, reset_launch_counts
 from .ops import gather_masked, insert_mask_tokens, masked_cross_entropy, window_attention
-from .providers import launch_counts, reset_launch_counts, resolve
+from .providers import resolve
 
 __all__ = [
     "gather_masked",

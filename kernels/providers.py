@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections import Counter
 from functools import lru_cache
 
 import torch
@@ -13,22 +12,6 @@ import torch
 PROVIDERS = ("auto", "triton", "torch")
 
 _log = logging.getLogger(__name__)
-_launches: Counter[str] = Counter()
-
-
-def count_launch(kernel: str) -> None:
-    """Called by every launcher just before its kernel starts."""
-    _launches[kernel] += 1
-
-
-def launch_counts() -> dict[str, int]:
-    """Triton launches by kernel name since the process started or `reset_launch_counts`."""
-    return dict(_launches)
-
-
-def reset_launch_counts() -> None:
-    """Start counting from zero."""
-    _launches.clear()
 
 
 def interpreting() -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Size3 = tuple[int, int, int]
+from .geometry import Size3
 
 
 def relative_position_index(window: Size3, table_window: Size3) -> Tensor:
@@ -24,9 +24,7 @@ def relative_position_index(window: Size3, table_window: Size3) -> Tensor:
     The table of `table_window` (Wt, Wh, Ww) has one row per offset query - key, time slowest. A window smaller than
     the table's uses the rows of the offsets that occur in it.
     """
-    coordinates = torch.stack(
-        torch.meshgrid(*(torch.arange(n) for n in window), indexing="ij"), dim=-1
-    ).reshape(-1, 3)
+    coordinates = torch.stack(torch.meshgrid(*(torch.arange(n) for n in window), indexing="ij"), dim=-1).reshape(-1, 3)
     offset = coordinates[:, None] - coordinates[None]
     index = torch.zeros(offset.shape[:2], dtype=torch.int64)
     for axis, extent in enumerate(table_window):

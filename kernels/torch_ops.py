@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .reference import Size3
+from .geometry import Size3
 
 
 @lru_cache(maxsize=64)
@@ -54,9 +54,10 @@ def window_attention(
 
 def insert_mask_tokens(x: Tensor, mask_token: Tensor, mask: Tensor) -> Tensor:
     """`reference.insert_mask_tokens`: one select, no arithmetic on x."""
-    b, t, h, w = mask.shape
-    cells = x.view(b, t, h, x.shape[2] // h, w, x.shape[3] // w, x.shape[4])
-    return torch.where(mask[:, :, :, None, :, None, None], mask_token.to(x.dtype), cells).view(x.shape)
+    h, w = mask.shape[2:]
+    cells = x.unflatten(3, (w, -1)).unflatten(2, (h, -1))
+    masked = mask[:, :, :, None, :, None, None]
+    return torch.where(masked, mask_token.to(x.dtype), cells).flatten(4, 5).flatten(2, 3)
 
 
 class _GatherRows(torch.autograd.Function):

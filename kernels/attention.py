@@ -1,0 +1,224 @@
+"""Windowed attention, forward: q, k and v read in place, the bias from its table, softmax online.
+
+Letters as in reference.py. A program owns one head of one region (a box of tokens that attend to each
+other) and walks over its queries in tiles of BLOCK_M, over its keys in tiles of BLOCK_N, the remainder
+in tiles of TAIL. Exponents are base 2: scores and table carry a factor log2(e).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .attention_backward import launch_backward, launch_fold
+from .configs import forward_tiles
+from .geometry import Size3, Windows
+from .launches import launch
+from .tiles import GEOMETRY, LOG2E, base_two, dot, load_rows, locate, region, store_rows
+
+
+@triton.jit(do_not_specialize=["heads", "ROWS"])
+def head_major_table_kernel(table, out, heads, ROWS, BLOCK: tl.constexpr):
+    """table (ROWS, heads) of any float type -> out (heads, ROWS) in fp32, times log2(e)."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(1)
+    values = tl.load(table + row * heads + head, mask=row < ROWS).to(tl.float32)
+    tl.store(out + head * ROWS + row, values * LOG2E, mask=row < ROWS)
+
+
+@triton.jit
+def attend(
+    state, q, code_q, keys, start, size, qkv, table, width, scale, grid, UT, UH,
+    D: tl.constexpr, WRAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, over the key numbers `keys`; `state` is (acc, maximum, sum)."""
+    acc, high, total = state
+    place, code_k = locate(keys, start, size, grid, UT, UH, WRAP)
+    k = load_rows(qkv + width, place, 3 * width, D)
+    s = base_two(dot(q, tl.trans(k)), table, code_q[:, None], code_k[None, :], scale)
+    if MASKED:
+        s = tl.where((keys < size[0] * size[1] * size[2])[None, :], s, float("-inf"))
+    new_high = tl.maximum(high, tl.max(s, 1))
+    shrink = tl.exp2(high - new_high)
+    p = tl.exp2(s - new_high[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    v = load_rows(qkv + 2 * width, place, 3 * width, D)
+    acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+    return acc, new_high, total
+
+
+@triton.jit(do_not_specialize=(*GEOMETRY, "heads", "splits"))
+def window_attention_fwd_kernel(
+    qkv, table, out, lse, scale, heads, splits,
+    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, UT, UH, ROWS,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    WRAP: tl.constexpr,
+):  # fmt: skip
+    """qkv (B, T, H, W, 3, h, D), table (h, ROWS) -> out (B, T, H, W, h * D), lse (B, h, T * H * W)."""
+    grid = (T, H, W)
+    pid = tl.program_id(0)
+    head = pid % heads
+    split = pid // heads % splits
+    sample, start, size = region(pid // (heads * splits), grid, (WT, WH, WW), (ST, SH, SW), (MT, MH, MW))
+    tokens = size[0] * size[1] * size[2]
+    whole = tokens - tokens % BLOCK_N
+    width = heads * D
+    qkv += sample * (T * H * W) * (3 * width) + head * D
+    out += sample * (T * H * W) * width + head * D
+    lse += (sample * heads + head) * (T * H * W)
+    table += head * ROWS + ROWS // 2
+    for first in range(split * BLOCK_M, tokens, splits * BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        place, code = locate(rows, start, size, grid, UT, UH, WRAP)
+        q = load_rows(qkv, place, 3 * width, D)
+        acc = tl.zeros([BLOCK_M, D], tl.float32)
+        high = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for n in range(0, whole, BLOCK_N):
+            acc, high, total = attend(
+                (acc, high, total), q, code, n + tl.arange(0, BLOCK_N), start, size, qkv, table,
+                width, scale, grid, UT, UH, D, WRAP, False,
+            )  # fmt: skip
+        for n in range(whole, tokens, TAIL):
+            acc, high, total = attend(
+                (acc, high, total), q, code, n + tl.arange(0, TAIL), start, size, qkv, table,
+                width, scale, grid, UT, UH, D, WRAP, True,
+            )  # fmt: skip
+        store_rows(out, place, width, acc / total[:, None], rows < tokens, D)
+        tl.store(lse + place, high + tl.log2(total), mask=rows < tokens)
+
+
+def head_major_table(bias_table: Tensor) -> Tensor:
+    """The table as the kernels read it: (h, rows), fp32, times log2(e)."""
+    rows, heads = bias_table.shape
+    out = bias_table.new_empty((heads, rows), dtype=torch.float32)
+    grid = (triton.cdiv(rows, 256), heads)
+    launch(head_major_table_kernel, grid, bias_table, out, heads, rows, BLOCK=256)
+    return out
+
+
+def launch_forward(qkv: Tensor, bias_table: Tensor, windows: Windows, scale: float) -> tuple[Tensor, Tensor]:
+    """out (B, T, H, W, h * d) in qkv's dtype, and the base-2 log-sum-exp (B, h, T * H * W) in fp32."""
+    batch, heads, d = qkv.shape[0], qkv.shape[5], qkv.shape[6]
+    tiles = forward_tiles(windows.tokens, qkv.dtype)
+    programs = batch * windows.regions * heads
+    splits = tiles.splits(programs, windows.tokens)
+    out, lse = empty_outputs(qkv)
+    table = head_major_table(bias_table)
+    launch(
+        window_attention_fwd_kernel, (programs * splits,),
+        qkv, table, out, lse, scale, heads, splits, *windows.scalars(),
+        D=d, WRAP=windows.wraps, **tiles.options(),
+    )  # fmt: skip
+    return out, lse
+
+
+def empty_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the two results of the forward pass."""
+    b, t, h, w, _, heads, d = qkv.shape
+    out = qkv.new_empty((b, t, h, w, heads * d))
+    return out, qkv.new_empty((b, heads, t * h * w), dtype=torch.float32)
+
+
+@torch.library.custom_op("bevt_ds::window_attention", mutates_args=())
+def forward_op(
+    qkv: Tensor,
+    bias_table: Tensor,
+    window: Sequence[int],
+    table_window: Sequence[int],
+    shift: Sequence[int],
+    mask_shift: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out and log-sum-exp; opaque to the compiler."""
+    windows = windows_of(qkv, window, table_window, shift, mask_shift)
+    return launch_forward(qkv.contiguous(), bias_table.contiguous(), windows, scale)
+
+
+@torch.library.custom_op("bevt_ds::window_attention_backward", mutates_args=())
+def backward_op(
+    dout: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: Sequence[int],
+    table_window: Sequence[int],
+    shift: Sequence[int],
+    mask_shift: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """dqkv and dtable."""
+    windows = windows_of(qkv, window, table_window, shift, mask_shift)
+    bias_table = bias_table.contiguous()
+    table = head_major_table(bias_table)
+    tensors = (dout.contiguous(), qkv.contiguous(), table, out, lse)
+    dqkv, pairs = launch_backward(*tensors, windows, scale)
+    return dqkv, launch_fold(pairs, bias_table, windows)
+
+
+def windows_of(qkv: Tensor, *sizes: Sequence[int]) -> Windows:
+    """The checked geometry of a call; `sizes`: window, table_window, shift, mask_shift."""
+    return Windows(tuple(qkv.shape[1:4]), *(tuple(size) for size in sizes))
+
+
+@forward_op.register_fake
+def _(qkv, bias_table, window, table_window, shift, mask_shift, scale):
+    return empty_outputs(qkv)
+
+
+@backward_op.register_fake
+def _(dout, qkv, bias_table, out, lse, window, table_window, shift, mask_shift, scale):
+    return (
+        torch.empty_like(qkv, memory_format=torch.contiguous_format),
+        torch.empty_like(bias_table, memory_format=torch.contiguous_format),
+    )
+
+
+def save_for_backward(ctx, inputs, output) -> None:
+    """Keeps what the linear layers around the op keep anyway, plus the log-sum-exp."""
+    qkv, bias_table, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, bias_table, *output)
+
+
+def backward(ctx, dout: Tensor, _dlse: None) -> tuple:
+    """Gradients of forward_op's arguments; the log-sum-exp is not differentiable."""
+    return *backward_op(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+
+
+forward_op.register_autograd(backward, setup_context=save_for_backward)
+
+
+@register_flop_formula(torch.ops.bevt_ds.window_attention)
+def forward_flops(qkv, bias_table, window, *_, **__) -> int:
+    """Dense convention: two products over every pair of every window, masked or not."""
+    b, t, h, w, _, heads, d = qkv
+    return 4 * b * t * h * w * prod(window) * heads * d
+
+
+@register_flop_formula(torch.ops.bevt_ds.window_attention_backward)
+def backward_flops(dout, qkv, bias_table, out, lse, window, *_, **__) -> int:
+    """Five products, the recomputed one included: 2.5 times the forward pass."""
+    return forward_flops(qkv, bias_table, window) * 5 // 2
+
+
+def window_attention(
+    qkv: Tensor,
+    bias_table: Tensor,
+    *,
+    window: Size3,
+    table_window: Size3,
+    shift: Size3,
+    mask_shift: Size3,
+    scale: float | None = None,
+) -> Tensor:
+    """`reference.window_attention` by the kernels; d is 16, 32, 64 or 128, the dtype fp32, fp16 or bf16."""
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return forward_op(qkv, bias_table, window, table_window, shift, mask_shift, scale)[0]

@@ -1,0 +1,350 @@
+"""Windowed attention, backward: dqkv written packed, and the bias table's gradient by reduction.
+
+Every output element is written once, by one program, in one order: no atomics, so equal inputs give
+equal bits. With P the probabilities and delta = rowsum(dout * out), dS = P * (dout v^T - delta), and
+dq = scale dS k, dk = scale dS^T q, dv = P^T dout, dtable[u(q) - u(k)] = sum of dS over those pairs.
+
+A window of at most 64 tokens fits one tile: one kernel recomputes P once and gives everything. A larger
+one takes a kernel stationary in the queries (dq, delta), one in the keys (dk, dv), and one that sums
+dS over windows, stationary in a tile of pairs. The sums `pairs` (groups, h, N, N) are folded
+into table rows by a last kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import FOLD, SMALL_WINDOW, backward_tiles, pair_groups, pair_tiles, small_tiles
+from .geometry import Windows
+from .launches import launch
+from .tiles import (
+    GEOMETRY,
+    base_two,
+    coordinates,
+    dot,
+    load_rows,
+    locate,
+    locate_in_window,
+    region,
+    store_rows,
+)
+
+
+@triton.jit
+def add_dq(
+    dq, q, dout, code_q, lse, delta, keys, start, size, qkv, table, width, scale, grid, UT, UH,
+    D: tl.constexpr, WRAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries plus the share of the key numbers `keys`."""
+    place, code_k = locate(keys, start, size, grid, UT, UH, WRAP)
+    k = load_rows(qkv + width, place, 3 * width, D)
+    v = load_rows(qkv + 2 * width, place, 3 * width, D)
+    s = base_two(dot(q, tl.trans(k)), table, code_q[:, None], code_k[None, :], scale)
+    p = tl.exp2(s - lse[:, None])
+    if MASKED:
+        p = tl.where((keys < size[0] * size[1] * size[2])[None, :], p, 0.0)
+    ds = p * (dot(dout, tl.trans(v)) - delta[:, None])
+    return dot(ds.to(k.dtype), k, dq)
+
+
+@triton.jit(do_not_specialize=(*GEOMETRY, "heads", "splits"))
+def window_attention_bwd_q_kernel(
+    qkv, table, out, lse, dout, dqkv, delta, scale, heads, splits,
+    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, UT, UH, ROWS,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    WRAP: tl.constexpr,
+):  # fmt: skip
+    """dq into dqkv (B, T, H, W, 3, h, D), and delta (B, h, T * H * W) for the kernels after it."""
+    grid = (T, H, W)
+    pid = tl.program_id(0)
+    head = pid % heads
+    split = pid // heads % splits
+    sample, start, size = region(pid // (heads * splits), grid, (WT, WH, WW), (ST, SH, SW), (MT, MH, MW))
+    tokens = size[0] * size[1] * size[2]
+    whole = tokens - tokens % BLOCK_N
+    width = heads * D
+    qkv += sample * (T * H * W) * (3 * width) + head * D
+    dqkv += sample * (T * H * W) * (3 * width) + head * D
+    out += sample * (T * H * W) * width + head * D
+    dout += sample * (T * H * W) * width + head * D
+    lse += (sample * heads + head) * (T * H * W)
+    delta += (sample * heads + head) * (T * H * W)
+    table += head * ROWS + ROWS // 2
+    for first in range(split * BLOCK_M, tokens, splits * BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        place, code = locate(rows, start, size, grid, UT, UH, WRAP)
+        q = load_rows(qkv, place, 3 * width, D)
+        do = load_rows(dout, place, width, D)
+        o = load_rows(out, place, width, D)
+        row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        tl.store(delta + place, row_delta, mask=rows < tokens)
+        row_lse = tl.load(lse + place)
+        dq = tl.zeros([BLOCK_M, D], tl.float32)
+        for n in range(0, whole, BLOCK_N):
+            dq = add_dq(
+                dq, q, do, code, row_lse, row_delta, n + tl.arange(0, BLOCK_N), start, size, qkv,
+                table, width, scale, grid, UT, UH, D, WRAP, False,
+            )  # fmt: skip
+        for n in range(whole, tokens, TAIL):
+            dq = add_dq(
+                dq, q, do, code, row_lse, row_delta, n + tl.arange(0, TAIL), start, size, qkv,
+                table, width, scale, grid, UT, UH, D, WRAP, True,
+            )  # fmt: skip
+        store_rows(dqkv, place, 3 * width, dq * scale, rows < tokens, D)
+
+
+@triton.jit
+def add_dkv(
+    dk, dv, k, v, code_k, queries, start, size, qkv, dout, lse, delta, table, width, scale, grid,
+    UT, UH, D: tl.constexpr, WRAP: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys plus the share of the query numbers `queries`.
+
+    Scores are transposed, (keys, queries), so that P^T and dS^T are first operands as they stand. An
+    infinite log-sum-exp makes P zero for query numbers past the region.
+    """
+    place, code_q = locate(queries, start, size, grid, UT, UH, WRAP)
+    inside = queries < size[0] * size[1] * size[2]
+    q = load_rows(qkv, place, 3 * width, D)
+    do = load_rows(dout, place, width, D)
+    row_lse = tl.load(lse + place, mask=inside, other=float("inf"))
+    row_delta = tl.load(delta + place)
+    s = base_two(dot(k, tl.trans(q)), table, code_q[None, :], code_k[:, None], scale)
+    p = tl.exp2(s - row_lse[None, :])
+    dv = dot(p.to(do.dtype), do, dv)
+    ds = p * (dot(v, tl.trans(do)) - row_delta[None, :])
+    return dot(ds.to(q.dtype), q, dk), dv
+
+
+@triton.jit(do_not_specialize=(*GEOMETRY, "heads", "splits"))
+def window_attention_bwd_kv_kernel(
+    qkv, table, lse, dout, delta, dqkv, scale, heads, splits,
+    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, UT, UH, ROWS,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    WRAP: tl.constexpr,
+):  # fmt: skip
+    """dk and dv into dqkv (B, T, H, W, 3, h, D). BLOCK_M is the tile of keys, BLOCK_N of queries."""
+    grid = (T, H, W)
+    pid = tl.program_id(0)
+    head = pid % heads
+    split = pid // heads % splits
+    sample, start, size = region(pid // (heads * splits), grid, (WT, WH, WW), (ST, SH, SW), (MT, MH, MW))
+    tokens = size[0] * size[1] * size[2]
+    whole = tokens - tokens % BLOCK_N
+    width = heads * D
+    qkv += sample * (T * H * W) * (3 * width) + head * D
+    dqkv += sample * (T * H * W) * (3 * width) + head * D
+    dout += sample * (T * H * W) * width + head * D
+    lse += (sample * heads + head) * (T * H * W)
+    delta += (sample * heads + head) * (T * H * W)
+    table += head * ROWS + ROWS // 2
+    for first in range(split * BLOCK_M, tokens, splits * BLOCK_M):
+        keys = first + tl.arange(0, BLOCK_M)
+        place, code = locate(keys, start, size, grid, UT, UH, WRAP)
+        k = load_rows(qkv + width, place, 3 * width, D)
+        v = load_rows(qkv + 2 * width, place, 3 * width, D)
+        dk = tl.zeros([BLOCK_M, D], tl.float32)
+        dv = tl.zeros([BLOCK_M, D], tl.float32)
+        for n in range(0, whole, BLOCK_N):
+            dk, dv = add_dkv(
+                dk, dv, k, v, code, n + tl.arange(0, BLOCK_N), start, size, qkv, dout, lse, delta,
+                table, width, scale, grid, UT, UH, D, WRAP,
+            )  # fmt: skip
+        for n in range(whole, tokens, TAIL):
+            dk, dv = add_dkv(
+                dk, dv, k, v, code, n + tl.arange(0, TAIL), start, size, qkv, dout, lse, delta,
+                table, width, scale, grid, UT, UH, D, WRAP,
+            )  # fmt: skip
+        store_rows(dqkv + width, place, 3 * width, dk * scale, keys < tokens, D)
+        store_rows(dqkv + 2 * width, place, 3 * width, dv, keys < tokens, D)
+
+
+@triton.jit(do_not_specialize=(*GEOMETRY, "heads", "batch", "groups"))
+def window_attention_bwd_pairs_kernel(
+    qkv, table, lse, dout, delta, pairs, scale, heads, batch, groups,
+    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, UT, UH, ROWS,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """pairs (groups, h, N, N): dS summed over every groups-th window of the batch."""
+    grid, window, shift, mask_shift = (T, H, W), (WT, WH, WW), (ST, SH, SW), (MT, MH, MW)
+    tokens = WT * WH * WW
+    pid = tl.program_id(0)
+    across = tl.cdiv(tokens, BLOCK_N)
+    keys = pid % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = pid // across
+    queries = pid % tl.cdiv(tokens, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid = pid // tl.cdiv(tokens, BLOCK_M)
+    head, group = pid % heads, pid // heads
+    width = heads * D
+    table += head * ROWS + ROWS // 2
+    windows = (T * H * W) // tokens
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in range(group, batch * windows, groups):
+        sample = (i // windows).to(tl.int64)
+        at = sample * (T * H * W)
+        row = (sample * heads + head) * (T * H * W)
+        place_q, code_q, part_q = locate_in_window(queries, i % windows, grid, window, shift, mask_shift, UT, UH)
+        place_k, code_k, part_k = locate_in_window(keys, i % windows, grid, window, shift, mask_shift, UT, UH)
+        base = qkv + at * (3 * width) + head * D
+        q = load_rows(base, place_q, 3 * width, D)
+        k = load_rows(base + width, place_k, 3 * width, D)
+        s = base_two(dot(q, tl.trans(k)), table, code_q[:, None], code_k[None, :], scale)
+        p = tl.exp2(s - tl.load(lse + row + place_q)[:, None])
+        p = tl.where(part_q[:, None] == part_k[None, :], p, 0.0)
+        v = load_rows(base + 2 * width, place_k, 3 * width, D)
+        do = load_rows(dout + at * width + head * D, place_q, width, D)
+        total += p * (dot(do, tl.trans(v)) - tl.load(delta + row + place_q)[:, None])
+    pairs += (group * heads + head).to(tl.int64) * tokens * tokens
+    inside = (queries < tokens)[:, None] & (keys < tokens)[None, :]
+    tl.store(pairs + queries[:, None] * tokens + keys[None, :], total, mask=inside)
+
+
+@triton.jit(do_not_specialize=(*GEOMETRY, "heads", "batch", "groups"))
+def window_attention_bwd_small_kernel(
+    qkv, table, out, lse, dout, dqkv, pairs, scale, heads, batch, groups,
+    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, UT, UH, ROWS,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dqkv (B, T, H, W, 3, h, D) and pairs (groups, h, N, N) for windows of at most BLOCK tokens."""
+    grid, window, shift, mask_shift = (T, H, W), (WT, WH, WW), (ST, SH, SW), (MT, MH, MW)
+    tokens = WT * WH * WW
+    head = tl.program_id(0) % heads
+    group = tl.program_id(0) // heads
+    width = heads * D
+    table += head * ROWS + ROWS // 2
+    windows = (T * H * W) // tokens
+    n = tl.arange(0, BLOCK)
+    inside = n < tokens
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for i in range(group, batch * windows, groups):
+        sample = (i // windows).to(tl.int64)
+        at = sample * (T * H * W)
+        place, code, part = locate_in_window(n, i % windows, grid, window, shift, mask_shift, UT, UH)
+        base = qkv + at * (3 * width) + head * D
+        q = load_rows(base, place, 3 * width, D)
+        k = load_rows(base + width, place, 3 * width, D)
+        v = load_rows(base + 2 * width, place, 3 * width, D)
+        do = load_rows(dout + at * width + head * D, place, width, D)
+        o = load_rows(out + at * width + head * D, place, width, D)
+        row_lse = tl.load(lse + (sample * heads + head) * (T * H * W) + place)
+        row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        s = base_two(dot(q, tl.trans(k)), table, code[:, None], code[None, :], scale)
+        together = part[:, None] == part[None, :]
+        together = together & inside[:, None] & inside[None, :]
+        p = tl.where(together, tl.exp2(s - row_lse[:, None]), 0.0)
+        ds = p * (dot(do, tl.trans(v)) - row_delta[:, None])
+        total += ds
+        dv = dot(tl.trans(p.to(do.dtype)), do)
+        dk = dot(tl.trans(ds.to(q.dtype)), q) * scale
+        dq = dot(ds.to(k.dtype), k) * scale
+        base = dqkv + at * (3 * width) + head * D
+        store_rows(base, place, 3 * width, dq, inside, D)
+        store_rows(base + width, place, 3 * width, dk, inside, D)
+        store_rows(base + 2 * width, place, 3 * width, dv, inside, D)
+    pairs += (group * heads + head).to(tl.int64) * tokens * tokens
+    both = inside[:, None] & inside[None, :]
+    tl.store(pairs + n[:, None] * tokens + n[None, :], total, mask=both)
+
+
+@triton.jit(do_not_specialize=["heads", "groups", "WT", "WH", "WW", "TT", "TH", "TW"])
+def fold_pairs_kernel(pairs, dtable, heads, groups, WT, WH, WW, TT, TH, TW, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """pairs (groups, h, N, N) -> dtable ((2TT-1)(2TH-1)(2TW-1), h), every sum in a fixed order.
+
+    A program owns one head, one offset (dt, dh) and ROWS neighbouring offsets dw. It walks over the
+    queries that have a key at (dt, dh): BLOCK at a time, neighbouring dw on neighbouring keys.
+    """
+    row = tl.program_id(0)
+    blocks = tl.cdiv(2 * TW - 1, ROWS)
+    column = row % blocks * ROWS + tl.arange(0, ROWS)
+    dw = column - (TW - 1)
+    dh = row // blocks % (2 * TH - 1) - (TH - 1)
+    dt = row // (blocks * (2 * TH - 1)) - (TT - 1)
+    head = tl.program_id(1)
+    deep = tl.maximum(WT - tl.abs(dt), 0)
+    down = tl.maximum(WH - tl.abs(dh), 0)
+    tokens = WT * WH * WW
+    total = tl.zeros([BLOCK, ROWS], tl.float32)
+    for first in range(0, deep * down * WW, BLOCK):
+        t, h, w = coordinates(first + tl.arange(0, BLOCK), (deep, down, WW))
+        t += tl.maximum(dt, 0)
+        h += tl.maximum(dh, 0)
+        query = (t * WH + h) * WW + w
+        key = (((t - dt) * WH + h - dh) * WW + w)[:, None] - dw[None, :]
+        key_w = w[:, None] - dw[None, :]
+        valid = (first + tl.arange(0, BLOCK) < deep * down * WW)[:, None]
+        valid = valid & (key_w >= 0) & (key_w < WW)
+        for group in range(groups):
+            base = pairs + (group * heads + head).to(tl.int64) * tokens * tokens
+            total += tl.load(base + query[:, None] * tokens + key, mask=valid, other=0.0)
+    rows = ((dt + TT - 1) * (2 * TH - 1) + dh + TH - 1) * (2 * TW - 1) + column
+    tl.store(dtable + rows * heads + head, tl.sum(total, 0), mask=column < 2 * TW - 1)
+
+
+def launch_fold(pairs: Tensor, bias_table: Tensor, windows: Windows) -> Tensor:
+    """Gradient of the table, in its dtype."""
+    groups, heads = pairs.shape[:2]
+    dtable = torch.empty_like(bias_table)
+    t, h, w = (2 * extent - 1 for extent in windows.table_window)
+    sizes = (*windows.window, *windows.table_window)
+    grid = (t * h * triton.cdiv(w, FOLD["ROWS"]), heads)
+    launch(fold_pairs_kernel, grid, pairs, dtable, heads, groups, *sizes, **FOLD)
+    return dtable
+
+
+def launch_small(
+    dout: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
+) -> tuple[Tensor, Tensor]:
+    """dqkv and pairs, by the kernel for windows of one tile."""
+    batch, heads, d = qkv.shape[0], qkv.shape[5], qkv.shape[6]
+    groups = pair_groups(batch * windows.whole, heads)
+    dqkv = torch.empty_like(qkv)
+    pairs = table.new_empty((groups, heads, windows.tokens, windows.tokens))
+    tensors = (qkv, table, out, lse, dout, dqkv, pairs)
+    sizes = (scale, heads, batch, groups, *windows.scalars())
+    tile = small_tiles(windows.tokens, qkv.dtype)
+    launch(window_attention_bwd_small_kernel, (groups * heads,), *tensors, *sizes, D=d, **tile)
+    return dqkv, pairs
+
+
+def launch_large(
+    dout: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
+) -> tuple[Tensor, Tensor]:
+    """dqkv and pairs, by the kernels for windows of many tiles."""
+    batch, heads, d = qkv.shape[0], qkv.shape[5], qkv.shape[6]
+    tiles = backward_tiles(qkv.dtype)
+    splits = tiles.splits(batch * windows.regions * heads, windows.tokens)
+    grid = (batch * windows.regions * heads * splits,)
+    sizes = (scale, heads, splits, *windows.scalars())
+    options = {"D": d, "WRAP": windows.wraps, **tiles.options()}
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    tensors = (qkv, table, out, lse, dout, dqkv, delta)
+    launch(window_attention_bwd_q_kernel, grid, *tensors, *sizes, **options)
+    tensors = (qkv, table, lse, dout, delta, dqkv)
+    launch(window_attention_bwd_kv_kernel, grid, *tensors, *sizes, **options)
+    return dqkv, launch_pairs(dout, qkv, table, lse, delta, windows, scale)
+
+
+def launch_pairs(
+    dout: Tensor, qkv: Tensor, table: Tensor, lse: Tensor, delta: Tensor, windows: Windows, scale: float
+) -> Tensor:
+    """pairs (groups, h, N, N): dS summed over the windows of each group."""
+    batch, heads, d = qkv.shape[0], qkv.shape[5], qkv.shape[6]
+    tile = pair_tiles(qkv.dtype)
+    squares = triton.cdiv(windows.tokens, tile["BLOCK_M"]) * triton.cdiv(windows.tokens, tile["BLOCK_N"])
+    groups = pair_groups(batch * windows.whole, heads * squares)
+    pairs = table.new_empty((groups, heads, windows.tokens, windows.tokens))
+    tensors = (qkv, table, lse, dout, delta, pairs)
+    sizes = (scale, heads, batch, groups, *windows.scalars())
+    launch(window_attention_bwd_pairs_kernel, (groups * heads * squares,), *tensors, *sizes, D=d, **tile)
+    return pairs
+
+
+def launch_backward(
+    dout: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
+) -> tuple[Tensor, Tensor]:
+    """dqkv, packed as qkv, and pairs (groups, h, N, N); `table` is head-major."""
+    launch = launch_small if windows.tokens <= SMALL_WINDOW else launch_large
+    return launch(dout, qkv, table, out, lse, windows, scale)

@@ -1,0 +1,86 @@
+"""Tile sizes of the kernels: an explicit table, no autotuning at run time.
+
+An autotuner would make the first step slow, the results depend on timing noise, and the interpreter
+unusable. Change an entry only with a measurement, and run `python -m bevt_ds.kernels.check` after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PROGRAMS = 4 * 132  # enough to fill the largest GPU we know several times over; fixed, so results are too
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch configuration of one attention kernel."""
+
+    block_m: int  # queries
+    block_n: int  # keys
+    tail: int  # width of the steps over what is left of the keys (or queries) after whole blocks
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "TAIL": self.tail,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+    def splits(self, programs: int, tokens: int) -> int:
+        """Over how many programs to spread the outer tiles of a window, so that small maps fill a GPU."""
+        return max(1, min(-(-tokens // self.block_m), -(-PROGRAMS // programs)))
+
+
+def forward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the forward kernel."""
+    if tokens <= 32:
+        return Tiles(32, 32, 32, 4, 1)
+    if dtype == torch.float32:
+        return Tiles(32, 32, 16, 4, 1)
+    return Tiles(64, 64, 64 if tokens <= 64 else 16, 4, 1)
+
+
+SMALL_WINDOW = 64  # tokens up to which one tile holds a window
+
+
+def backward_tiles(dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernels for dq and for dk, dv.
+
+    Not larger, and without pipelining: Triton 3.6 was seen to miscompile 64x128 tiles of 32-wide heads
+    with two stages (triton-lang/triton#10573).
+    """
+    return Tiles(32, 32, 16, 4, 1) if dtype == torch.float32 else Tiles(64, 64, 16, 4, 1)
+
+
+def pair_tiles(dtype: torch.dtype) -> dict[str, int]:
+    """Tile of the kernel that sums dS over windows."""
+    side = 32 if dtype == torch.float32 else 64
+    return {"BLOCK_M": side, "BLOCK_N": side, "num_warps": 4, "num_stages": 1}
+
+
+def small_tiles(tokens: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile of the backward kernel for small windows."""
+    side = next(side for side in (16, 32, SMALL_WINDOW) if tokens <= side)
+    warps = 8 if side == SMALL_WINDOW and dtype == torch.float32 else 4
+    return {"BLOCK": side, "num_warps": warps, "num_stages": 1}
+
+
+def pair_groups(windows: int, programs: int) -> int:
+    """Over how many groups of windows to spread a sum that has `programs` independent parts."""
+    return max(1, min(windows, PROGRAMS // programs))
+
+
+def cross_entropy_tiles(vocabulary: int) -> dict[str, int]:
+    """Columns of the logits that a program takes at a time; BEVT's 8192 are one block of 16 KB."""
+    block = min(8192, 1 << (vocabulary - 1).bit_length())
+    return {"BLOCK": block, "num_warps": 8 if block >= 4096 else 4, "num_stages": 1}
+
+
+FOLD = {"BLOCK": 64, "ROWS": 16, "num_warps": 4}  # queries and neighbouring offsets of a step of fold_pairs
