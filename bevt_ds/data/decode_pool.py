@@ -7,7 +7,6 @@ import os
 import queue
 import select
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from bevt_ds.data import child
 from bevt_ds.data.index import BadSample, Member
 
 ATTEMPTS = 2  # a worker may die for reasons that are not the sample's: memory, a stray signal
@@ -34,7 +34,8 @@ class DecodeWorker:
     def __init__(self) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bevt_ds.data.decode_worker"],
+            child.command("bevt_ds.data.decode_worker"),
+            env=child.environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

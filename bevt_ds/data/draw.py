@@ -17,6 +17,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from bevt_ds.data import child
 from bevt_ds.data.pack import pack
 from bevt_ds.data.scene import Extent, render
 from bevt_ds.errors import UserError
@@ -34,8 +35,11 @@ def draw(folder: Path, clips: int, images: int, seed: int = 0, jobs: int | None 
     _require_absent(folder)
     jobs = jobs or len(os.sched_getaffinity(0))
     with _appearing(folder) as unfinished:
-        command = [sys.executable, "-m", __name__, str(unfinished), str(clips), str(images), str(seed)]
-        parts = [subprocess.Popen([*command, str(part), str(jobs)]) for part in range(jobs)]
+        commands = [
+            child.command("bevt_ds.data.draw", str(unfinished), *map(str, (clips, images, seed, part, jobs)))
+            for part in range(jobs)
+        ]
+        parts = [subprocess.Popen(command, env=child.environment()) for command in commands]
         try:
             codes = [part.wait() for part in parts]
         finally:

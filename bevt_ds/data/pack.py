@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,17 +51,16 @@ def pack(
     out.mkdir(parents=True, exist_ok=True)
     rejected: list[dict[str, str]] = []
     samples = _samples(source, tqdm(files, disable=not progress, unit="file"), kind, rejected)
-    counts = [
-        _write_shard(out / f"{split}-{number:06d}.tar", shard)
-        for number, shard in enumerate(_shards(samples, shard_bytes, shard_samples))
-    ]
+    with tempfile.TemporaryDirectory(dir=out, prefix=f".{split}.") as unfinished:
+        shards, total = _write_shards(samples, Path(unfinished), split, shard_bytes, shard_samples)
+        for shard in shards:
+            shard.rename(out / shard.name)
     if rejected:
         lines = "".join(json.dumps(event) + "\n" for event in rejected)
         write_atomic(out / f"{split}-rejected.jsonl", lines.encode())
-    if not counts:
-        raise UserError(f"none of the {len(files)} {kind} files under {source} can be read: see {out}")
-    shards = tuple(out / f"{split}-{number:06d}.tar" for number in range(len(counts)))
-    return Packed(shards, sum(counts), len(rejected))
+    if not shards:
+        raise UserError(f"none of the {len(files)} {kind} files under {source} is usable: see {out}")
+    return Packed(tuple(out / shard.name for shard in shards), total, len(rejected))
 
 
 def _media(source: Path, kind: str) -> list[Path]:
@@ -78,21 +78,26 @@ def _require_new(out: Path, split: str) -> None:
         raise UserError(f"{present[0]} exists: remove the shards of split {split!r} or choose another folder")
 
 
-def _samples(source: Path, files: Iterator[Path], kind: str, rejected: list[dict]) -> Iterator[dict]:
-    """webdataset samples; unreadable files are added to `rejected` instead."""
+def _samples(source: Path, files: Iterable[Path], kind: str, rejected: list[dict]) -> Iterator[dict]:
+    """webdataset samples; files that cannot be used are added to `rejected` instead."""
+    keys: set[str] = set()
     for path in files:
         name = path.relative_to(source)
+        key = str(name.with_name(name.stem.replace(".", "_")))  # webdataset ends a key at its first dot
         data = path.read_bytes()
         try:
+            if key in keys:
+                raise BadSample(f"another file has the key {key!r} too")
             facts = _describe(data, kind)
         except BadSample as bad:
             rejected.append({"path": str(name), "reason": str(bad)})
             continue
-        key = "_".join(name.with_suffix("").parts).replace(".", "_")
+        keys.add(key)
+        facts = {"source": str(name), **facts}
         yield {
             "__key__": key,
             path.suffix[1:].lower(): data,
-            "json": json.dumps({"source": str(name), **facts}, sort_keys=True).encode(),
+            "json": json.dumps(facts, sort_keys=True).encode(),
         }
 
 
@@ -103,25 +108,25 @@ def _describe(data: bytes, kind: str) -> dict:
     return {"width": width, "height": height}
 
 
-def _shards(samples: Iterator[dict], max_bytes: int, max_samples: int) -> Iterator[list[dict]]:
-    shard: list[dict] = []
-    size = 0
-    for sample in samples:
-        weight = sum(len(value) for name, value in sample.items() if name != "__key__")
-        if shard and (len(shard) == max_samples or size + weight > max_bytes):
-            yield shard
-            shard, size = [], 0
-        shard.append(sample)
-        size += weight
-    if shard:
-        yield shard
-
-
-def _write_shard(path: Path, samples: list[dict]) -> int:
-    """One tar, with nothing of the time, the user or the machine in its headers."""
-    buffer = io.BytesIO()
-    with TarWriter(buffer, user="root", group="root", mtime=0) as writer:
+def _write_shards(
+    samples: Iterator[dict], folder: Path, split: str, max_bytes: int, max_samples: int
+) -> tuple[list[Path], int]:
+    """Fill one tar after another; returns them and the number of samples."""
+    shards: list[Path] = []
+    total = count = size = 0
+    with ExitStack() as writers:
         for sample in samples:
+            weight = sum(len(value) for name, value in sample.items() if name != "__key__")
+            if not shards or count == max_samples or size + weight > max_bytes:
+                writers.close()
+                shards.append(folder / f"{split}-{len(shards):06d}.tar")
+                writer = writers.enter_context(_writer(shards[-1]))
+                count = size = 0
             writer.write(sample)
-    write_atomic(path, buffer.getvalue())
-    return len(samples)
+            count, size, total = count + 1, size + weight, total + 1
+    return shards, total
+
+
+def _writer(path: Path) -> TarWriter:
+    """A tar with nothing of the time, the user or the machine in its headers."""
+    return TarWriter(str(path), user="root", group="root", mtime=0)

@@ -78,6 +78,11 @@ class PixelPipeline:
         self._settings = (batch_size, size, threads, device)
         self.rebuild()
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the graph itself decodes files, so that a broken one can make it fail."""
+        return self.kind == "image" or self.decode_on_gpu
+
     def rebuild(self) -> None:
         """A fresh graph: after an error DALI does not promise that the old one still works."""
         batch_size, size, threads, device = self._settings

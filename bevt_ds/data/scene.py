@@ -8,6 +8,7 @@ Shape letters: N frames, H W pixels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,12 +42,12 @@ class Texture:
     wavelength: float  # pixels
 
     def paint(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Colours at pattern coordinates (...,): float32 (...,3)."""
-        along = (x * np.cos(self.angle) + y * np.sin(self.angle)) * (2 * np.pi / self.wavelength)
-        across = (y * np.cos(self.angle) - x * np.sin(self.angle)) * (2 * np.pi / self.wavelength)
-        weight = _PATTERNS[self.kind](along, across)[..., None].astype(np.float32)
+        """Colours at pattern coordinates float32 (...,): float32 (...,3)."""
+        scale = 2 * math.pi / self.wavelength
+        cosine, sine = scale * math.cos(self.angle), scale * math.sin(self.angle)
+        weight = _PATTERNS[self.kind](x * cosine + y * sine, y * cosine - x * sine)
         low, high = self.colours.astype(np.float32)
-        return low + (high - low) * weight
+        return low + (high - low) * weight[..., None].astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Shape:
 
     outline: str
     texture: Texture
-    centre: np.ndarray  # float (2,): y, x at frame 0
-    velocity: np.ndarray  # float (2,): pixels a frame
+    centre: tuple[float, float]  # pixels: y, x at frame 0
+    velocity: tuple[float, float]  # pixels a frame
     radius: float
 
     def inside(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -69,22 +70,25 @@ class Shape:
         hole = 0.5 * self.radius if self.outline == "ring" else 0.0
         return (distance < self.radius) & (distance >= hole)
 
+    def paint_over(self, picture: np.ndarray, time: int, y: np.ndarray, x: np.ndarray) -> None:
+        """Draw the shape as it is at frame `time` into float32 (H,W,3); y (H,1) and x (1,W) are pixel coordinates."""
+        local_y = y - (self.centre[0] + self.velocity[0] * time)
+        local_x = x - (self.centre[1] + self.velocity[1] * time)
+        rows, columns = np.nonzero(self.inside(local_y, local_x))
+        picture[rows, columns] = self.texture.paint(local_y[rows, 0], local_x[0, columns])
+
 
 def render(rng: np.random.Generator, extent: Extent) -> np.ndarray:
     """One scene: uint8 (N,H,W,3)."""
-    ground, drift = _random_texture(rng), rng.uniform(-2, 2, 2)
+    ground, drift = _random_texture(rng), rng.uniform(-2, 2, 2).tolist()
     shapes = [_random_shape(rng, extent) for _ in range(rng.integers(2, 6))]
-    y, x = np.meshgrid(
-        np.arange(extent.height, dtype=np.float32), np.arange(extent.width, dtype=np.float32), indexing="ij"
-    )
+    y = np.arange(extent.height, dtype=np.float32)[:, None]
+    x = np.arange(extent.width, dtype=np.float32)[None, :]
     frames = np.empty((extent.frames, extent.height, extent.width, 3), dtype=np.uint8)
     for time in range(extent.frames):
         picture = ground.paint(y - drift[0] * time, x - drift[1] * time)
         for shape in shapes:
-            centre = shape.centre + shape.velocity * time
-            local_y, local_x = y - centre[0], x - centre[1]
-            covered = shape.inside(local_y, local_x)
-            picture[covered] = shape.texture.paint(local_y[covered], local_x[covered])
+            shape.paint_over(picture, time, y, x)
         frames[time] = picture
     return frames
 
@@ -102,7 +106,7 @@ def _random_shape(rng: np.random.Generator, extent: Extent) -> Shape:
     return Shape(
         outline=str(rng.choice(_OUTLINES)),
         texture=_random_texture(rng),
-        centre=rng.uniform(0, 1, 2) * (extent.height, extent.width),
-        velocity=rng.uniform(-3, 3, 2),
+        centre=(float(rng.uniform(0, extent.height)), float(rng.uniform(0, extent.width))),
+        velocity=(float(rng.uniform(-3, 3)), float(rng.uniform(-3, 3))),
         radius=float(rng.uniform(0.15, 0.4) * extent.height),
     )

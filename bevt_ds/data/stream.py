@@ -89,9 +89,12 @@ class StreamReader:
         """Pixels and token view, with a substitute for each sample that cannot be used."""
         for i in range(len(ticket.entries)):
             self._settle(ticket, i)
+        payloads = [payload.result() for payload in ticket.payloads]
         try:
-            pictures = self.pixels.run([p.result() for p in ticket.payloads], ticket.entries)
+            pictures = self.pixels.run(payloads, ticket.entries)
         except RuntimeError:
+            if not self.pixels.decodes:
+                raise
             pictures = self._one_by_one(ticket)
         for _ in ticket.entries:
             self.ledger.accept()
