@@ -88,6 +88,8 @@ class PretrainedMixin:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+            # safetensors makes its files private to the user, whatever the umask.
+            (folder / TENSORS).chmod((folder / CONFIG).stat().st_mode)
         except OSError as error:
             raise UserError(f"cannot write a model into {folder}: {error}") from error
 

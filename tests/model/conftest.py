@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bevt_ds.batch import IGNORE, Stream
+from bevt_ds import BEVT
+from bevt_ds.batch import IGNORE, Batch, Stream
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("BEVT_SHARED", ROOT / "shared")) / "golden"
@@ -94,3 +95,24 @@ def make_stream() -> Callable[..., Stream]:
 def relative_error() -> Callable[[Tensor, Tensor], float]:
     """Largest difference over the reference's largest value."""
     return lambda actual, reference: ((actual - reference).abs().max() / reference.abs().max()).item()
+
+
+@pytest.fixture(scope="session")
+def small_bevt() -> Callable[..., BEVT]:
+    """Builds a BEVT for 64-pixel pictures and 4 frames, fast enough for a unit test."""
+    sizes = {"embed_dim": 32, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 4, 8), "window": (2, 2, 2), "vocab_size": 16}
+    return lambda **overrides: BEVT(**{**sizes, **overrides})
+
+
+@pytest.fixture
+def small_batch(make_stream: Callable[..., Stream]) -> Batch:
+    """Two clips and three images of random pixels, masks and ids for `small_bevt`."""
+    draw = torch.Generator().manual_seed(0)
+    clip, image = (torch.randn(s, generator=draw) for s in ((2, 3, 4, 64, 64), (3, 3, 64, 64)))
+    clip_mask, image_mask = (torch.rand(s, generator=draw) < 0.5 for s in ((2, 2, 4, 4), (3, 4, 4)))
+    clip_ids, image_ids = (torch.randint(16, s, generator=draw) for s in ((2, 4, 4, 4), (3, 4, 4)))
+    keys = torch.randint(2**62, (5,), generator=draw)
+    return Batch(
+        make_stream(clip, clip_mask, clip_ids, keys=keys[:2]),
+        make_stream(image, image_mask, image_ids, keys=keys[2:]),
+    )
