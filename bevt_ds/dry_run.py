@@ -24,7 +24,7 @@ def report(config: Config, notes: list[str], world: int) -> str:
     options = asdict(config.model)
     with torch.device("meta"):
         model = create_model(options.pop("name"), vocab_size=vocabulary, **options)
-    sizes = Sizes(model.embed_dim, model.depths, model.window, vocabulary)
+    sizes = Sizes.of(model.arch)
     train = config.train
     lines = [
         json.dumps(to_dict(config), indent=1),

@@ -7,7 +7,8 @@ that, and a multiply-accumulate is two FLOPs. Recomputed activations and the tok
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 # Dense bf16 TFLOP/s by a substring of the device's name, from the vendors' data sheets.
 PEAK_TFLOPS = {
@@ -29,6 +30,11 @@ class Sizes:
     window: tuple[int, int, int]
     vocab_size: int
     patch: tuple[int, int, int] = (2, 4, 4)
+
+    @classmethod
+    def of(cls, arch: dict[str, Any]) -> Sizes:
+        """From the constructor arguments that a model keeps in `arch`."""
+        return cls(**{f.name: arch[f.name] for f in fields(cls)})
 
     @property
     def width(self) -> int:

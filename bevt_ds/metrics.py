@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from bevt_ds.config import Config
 from bevt_ds.flops import Sizes, clip_macs, image_macs, peak_flops, training_flops
 from bevt_ds.ranks import Ranks
+from bevt_ds.run_folder import LOG
 
 STREAMS = ("video", "image")
 
@@ -28,7 +29,7 @@ class StepSums:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add one micro-step's device scalars: loss_S is a share of the global mean, hits_S and rows_S are counts."""
+        """Add a micro-step's device scalars: for a stream S the sums loss_S and hits_S over its rows_S masked cells."""
         for name, value in metrics.items():
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -42,11 +43,11 @@ class StepSums:
 
 def step_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     """loss, and per stream its loss and masked accuracy, from sums over the global batch."""
-    present = [s for s in STREAMS if f"loss_{s}" in totals]
-    result = {"loss": sum(totals[f"loss_{s}"] for s in present)}
-    for stream in present:
-        result[f"loss_{stream}"] = totals[f"loss_{stream}"]
-        result[f"acc_{stream}"] = totals[f"hits_{stream}"] / max(totals[f"rows_{stream}"], 1.0)
+    result = {"loss": 0.0}
+    for stream in (s for s in STREAMS if f"rows_{s}" in totals):
+        result[f"loss_{stream}"] = totals[f"loss_{stream}"] / totals[f"rows_{stream}"]
+        result[f"acc_{stream}"] = totals[f"hits_{stream}"] / totals[f"rows_{stream}"]
+        result["loss"] += result[f"loss_{stream}"]
     return result
 
 
@@ -69,17 +70,14 @@ class SpeedMeter:
         peak = peak_flops(name)
         self.peak = peak * world if peak and config.train.precision != "fp32" else None
         self.step_flops = expected_step_flops(config, sizes)
-        self.restart(0.0)
-
-    def restart(self, waited: float) -> None:
-        """Begin an interval; `waited` is the loader's running total of seconds."""
-        self.started, self.steps, self.waited = time.perf_counter(), 0, waited
+        self.started, self.steps = time.perf_counter(), 0
 
     def read(self, waited: float) -> Speed:
-        """The interval's throughput, and begin the next one."""
-        seconds = max(time.perf_counter() - self.started, 1e-9)
-        rate, wait = self.steps / seconds, (waited - self.waited) / seconds
-        self.restart(waited)
+        """The throughput since the last reading, in which the loop `waited` so many seconds for data."""
+        now = time.perf_counter()
+        seconds = max(now - self.started, 1e-9)
+        rate, wait = self.steps / seconds, waited / seconds
+        self.started, self.steps = now, 0
         train = self.config.train
         mfu = rate * self.step_flops / self.peak if self.peak else None
         return Speed(rate * train.global_clips, rate * train.global_images, wait, mfu)
@@ -101,7 +99,7 @@ class RunLog:
     def __init__(self, folder: Path, ranks: Ranks, first_step: int):
         self.file, self.board = None, None
         if ranks.is_main:
-            path = folder / "log.jsonl"
+            path = folder / LOG
             keep_before(path, first_step)
             self.file = path.open("a", encoding="utf-8")
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)

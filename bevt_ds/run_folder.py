@@ -14,6 +14,7 @@ runs/joint/
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from bevt_ds.checkpoint import checkpoints, make_folder
@@ -23,6 +24,9 @@ from bevt_ds.overrides import to_dict
 from bevt_ds.ranks import Ranks
 
 CONFIG = "config.json"
+LOG = "log.jsonl"
+SUMMARY = "summary.json"
+SAMPLES = "samples.png"
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
 
@@ -87,6 +91,20 @@ def weights_of(path: str) -> Path:
     given = Path(path)
     if not given.exists():
         raise UserError(f"init_from={path}: no such file or folder.")
-    if (given / CHECKPOINTS).is_dir() and not (given / WEIGHTS).is_dir():
-        raise UserError(f"init_from={path}: this run has not exported its weights yet ({WEIGHTS}/ is missing).")
-    return given / WEIGHTS if (given / WEIGHTS).is_dir() else given
+    if (given / WEIGHTS).is_dir():
+        return given / WEIGHTS
+    if (given / LOG).is_file():
+        commits = checkpoints(given / CHECKPOINTS)
+        if not commits:
+            raise UserError(f"init_from={path}: this run has not written a checkpoint yet.")
+        return commits[0] / WEIGHTS
+    return given
+
+
+def publish_weights(folder: Path) -> None:
+    """Put the newest checkpoint's weights where people look for them: weights/ of the run."""
+    final, aside = folder / WEIGHTS, folder / f".tmp-{WEIGHTS}"
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(checkpoints(folder / CHECKPOINTS)[0] / WEIGHTS, aside)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)

@@ -52,7 +52,7 @@ def evaluate(engine: Engine, tokenizer: Tokenizer, batches: Iterable[Batch]) -> 
                 if stream is not None:
                     ids = stream.targets[stream.targets >= 0].cpu()
                     counts[name] += torch.bincount(ids, minlength=tokenizer.vocab_size)
-                    sums[name][0] += float(metrics[f"loss_{name}"]) * stream.count
+                    sums[name][0] += float(metrics[f"loss_{name}"])
                     sums[name][1] += int(metrics[f"hits_{name}"])
                     sums[name][2] += int(metrics[f"rows_{name}"])
     return {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from bevt_ds import checkpoint, run_folder
@@ -18,7 +19,6 @@ from bevt_ds.engine import Engine, start_ranks
 from bevt_ds.errors import UserError
 from bevt_ds.flops import Sizes
 from bevt_ds.metrics import RunLog, SpeedMeter, StepSums
-from bevt_ds.model.bevt import BEVT
 from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, tokenize
 from bevt_ds.model.weights import load_init
@@ -48,7 +48,7 @@ def train_step(run: Run, batches: Iterator[Batch], step: int) -> StepSums:
     """One optimizer update over the global batch; returns its metrics, still on the device."""
     sums = StepSums()
     for _ in range(micro_steps(run.config, run.ranks.world)):
-        batch = tokenize(run.tokenizer, next(batches))
+        batch = tokenize(run.tokenizer, next(batches).to(run.ranks.device, non_blocking=True))
         output = run.engine.forward(batch)
         run.engine.backward(output.loss)
         run.engine.step(step)
@@ -90,18 +90,22 @@ def write_line(run: Run, log: RunLog, speed: SpeedMeter, sums: StepSums, step: i
 
 
 def save_checkpoint(run: Run, steps_done: int) -> None:
-    """Commit a checkpoint, and export the weights beside it. Collective."""
-    run_root = run.folder / run_folder.CHECKPOINTS
-    checkpoint.save(
-        run_root,
-        facts(run, steps_done),
-        run.engine.save,
-        run.ranks,
-        run.config.train.keep_checkpoints,
-    )
-    weights = run.engine.weights()
+    """Commit a checkpoint: the engine's shards, and the weights on their own. Collective."""
+
+    def write(folder: Path) -> None:
+        run.engine.save(folder)
+        export_weights(run, folder / run_folder.WEIGHTS)
+
+    root = run.folder / run_folder.CHECKPOINTS
+    checkpoint.save(root, facts(run, steps_done), write, run.ranks, run.config.train.keep_checkpoints)
+
+
+def export_weights(run: Run, folder: Path) -> None:
+    """Write the fp32 weights where `from_pretrained` and `init_from` read them. Collective."""
+    state, train = run.engine.weights(), run.config.train
+    streams = [name for name, size in (("video", train.global_clips), ("image", train.global_images)) if size]
     if run.ranks.is_main:
-        run.engine.module.save_pretrained(run.folder / run_folder.WEIGHTS, state_dict=weights)
+        run.engine.module.save_pretrained(folder, state, streams)
 
 
 def facts(run: Run, steps_done: int) -> checkpoint.Facts:
@@ -110,19 +114,20 @@ def facts(run: Run, steps_done: int) -> checkpoint.Facts:
 
 
 def finish(run: Run) -> int:
-    """Picture and closing summary; returns the exit code. Collective."""
+    """Exported weights, picture and closing summary; returns the exit code. Collective."""
     config = run.config
-    if not (config.data.eval_videos or config.data.eval_images):
-        return 0
-    batches = list(eval_batches(config, device=run.ranks.device))
-    draw(run.engine, tokenize(run.tokenizer, batches[0]), run.folder / "samples.png")
-    summaries = evaluate(run.engine, run.tokenizer, batches)
     if run.ranks.is_main:
-        run_folder.write_json(run.folder / "summary.json", as_json(summaries))
-        print(f"\n{as_table(summaries)}\n\nwrote {run.folder}/", flush=True)
+        run_folder.publish_weights(run.folder)
+    batches = list(eval_batches(config, device=str(run.ranks.device)))
+    if not batches:
+        return 0
+    draw(run.engine, tokenize(run.tokenizer, batches[0].to(run.ranks.device)), run.folder / run_folder.SAMPLES)
+    summaries = evaluate(run.engine, run.tokenizer, batches)
     problem = shortfall(summaries, config.train.min_gain)
-    if problem and run.ranks.is_main:
-        print(f"not learned: {problem}", flush=True)
+    if run.ranks.is_main:
+        run_folder.write_json(run.folder / run_folder.SUMMARY, as_json(summaries))
+        print(f"\n{as_table(summaries)}\n\nwrote {run.folder}/", flush=True)
+        print(f"not learned: {problem}" if problem else "", flush=True)
     return NOT_LEARNED if problem else 0
 
 
@@ -136,6 +141,7 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
     """
     ranks = start_ranks()
     folder = run_folder.choose_folder(config, ranks)
+    config = replace(config, output_dir=str(folder))
     if ranks.is_main:
         print("\n".join([f"recipe {config.recipe}, output in {folder}/", *notes]), flush=True)
         if config.data == get_recipe("demo").data:
@@ -144,15 +150,7 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
     tokenizer = make_tokenizer(config, ranks)
     start = find_start(config, folder, ranks)
     first_step = start[1].step if start else 0
-    loader = Loader(
-        config,
-        rank=ranks.rank,
-        world=ranks.world,
-        start_step=first_step,
-        device=ranks.device,
-        folder=folder,
-    )
-    try:
+    with Loader(config, ranks.rank, ranks.world, first_step, str(ranks.device)) as loader:
         engine = make_engine(config, ds_values, ranks, tokenizer.vocab_size)
         run = Run(config, folder, ranks, loader, tokenizer, engine, first_step)
         if start:
@@ -161,10 +159,8 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
         if ranks.is_main:
             run_folder.write_config(folder, config)
         with RunLog(folder, ranks, first_step) as log:
-            train(run, log, SpeedMeter(config, model_sizes(engine.module), ranks.world, ranks.device))
-        return finish(run)
-    finally:
-        loader.close()
+            train(run, log, SpeedMeter(config, Sizes.of(engine.module.arch), ranks.world, ranks.device))
+    return finish(run)
 
 
 def find_start(config: Config, folder: Path, ranks: Ranks) -> tuple[Path, checkpoint.Facts] | None:
@@ -179,7 +175,7 @@ def find_start(config: Config, folder: Path, ranks: Ranks) -> tuple[Path, checkp
         return checkpoint.newest_valid(folder / run_folder.CHECKPOINTS, ranks)
     given = Path(config.resume)
     if damage := checkpoint.find_damage(given, ranks):
-        raise UserError(f"resume={given}: {damage}.")
+        raise UserError(f"resume={given}: {damage}")
     return given, checkpoint.read_facts(given)
 
 
@@ -194,14 +190,10 @@ def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
 def make_engine(config: Config, ds_values: dict[str, Any], ranks: Ranks, vocab_size: int) -> Engine:
     """The model, initialised from the seed or from `init_from`, under DeepSpeed."""
     options = asdict(config.model)
-    model = create_model(options.pop("name"), vocab_size=vocab_size, seed=config.train.seed, **options)
+    model = create_model(options.pop("name"), vocab_size=vocab_size, **options)
+    model.init_weights(torch.Generator().manual_seed(config.train.seed))
     if config.init_from:
         report = load_init(model, run_folder.weights_of(config.init_from))
         if ranks.is_main:
             print(report, flush=True)
-    return Engine(model, config, ds_values, ranks, width=model_sizes(model).width)
-
-
-def model_sizes(model: BEVT) -> Sizes:
-    """The sizes that FLOPs are counted from."""
-    return Sizes(model.embed_dim, model.depths, model.window, model.vocab_size)
+    return Engine(model, config, ds_values, ranks, width=Sizes.of(model.arch).width)
