@@ -1,4 +1,4 @@
-"""`bevt shards`: make shards and look into them."""
+"""`bevt shards`: make shards and index them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bevt_ds.data.draw import draw
+from bevt_ds.data.draw import draw, ensure_demo_shards
 from bevt_ds.data.index import EXTENSIONS, load_shard
 from bevt_ds.data.pack import SHARD_BYTES, SHARD_SAMPLES, pack
 from bevt_ds.data.shards import expand
@@ -25,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bevt shards", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_draw(verbs)
+    _add_demo(verbs)
     _add_pack(verbs)
     _add_index(verbs)
     return parser
@@ -37,6 +38,12 @@ def _add_draw(verbs) -> None:
     verb.add_argument("--images", type=int, default=1024)
     verb.add_argument("--seed", type=int, default=0)
     verb.set_defaults(run=_draw)
+
+
+def _add_demo(verbs) -> None:
+    verb = verbs.add_parser("demo", help="draw and pack the demo recipe's shards, unless they are there")
+    verb.add_argument("folder", type=Path)
+    verb.set_defaults(run=lambda arguments: ensure_demo_shards(arguments.folder))
 
 
 def _add_pack(verbs) -> None:

@@ -48,6 +48,10 @@ class DecodeWorker:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def ask(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], np.ndarray | None]:
         """The answer to a request, and its pixels uint8 (F,H,W,3) if it has any.
 
@@ -151,6 +155,8 @@ class DecodePool:
         for _ in range(ATTEMPTS):
             worker = self._idle.get()
             try:
+                if not worker.alive:  # it died between samples: not this one's doing
+                    worker = self._replace(worker)
                 reply, pixels = worker.ask(request, self._seconds)
             except TimeoutError:
                 worker = self._replace(worker)

@@ -1,0 +1,142 @@
+"""Fixtures of the data tests: small drawn media and shards, and configurations that read them."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+
+from bevt_ds.config import Config, DataConfig, MaskConfig, TrainConfig
+from bevt_ds.data.draw_worker import encode_jpeg, encode_mp4
+from bevt_ds.data.pack import pack
+from bevt_ds.data.plan import PlanEntry
+from bevt_ds.data.scene import Extent, render
+from bevt_ds.rng import Use, generator
+
+SHARED = Path(os.environ.get("BEVT_SHARED", Path(__file__).parents[3] / "shared"))
+CLIPS, IMAGES = 10, 24
+
+
+@pytest.fixture(scope="session")
+def media_folder() -> Path:
+    """Real clips and pictures, which are not committed."""
+    folder = SHARED / "media"
+    if not folder.is_dir():
+        pytest.skip(f"no real media at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scenes() -> list[np.ndarray]:
+    """Drawn clips: uint8 (N,H,W,3) each."""
+    extent = Extent(height=72, width=96, frames=20)
+    return [render(generator(7, Use.SYNTHETIC, 0, i), extent) for i in range(CLIPS)]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, scenes: list[np.ndarray]) -> Path:
+    """A folder of small shards: three of videos, three of images, and the same as held-out data."""
+    source, out = tmp_path_factory.mktemp("media"), tmp_path_factory.mktemp("shards")
+    for i, frames in enumerate(scenes):
+        (source / f"clip-{i:02d}.mp4").write_bytes(encode_mp4(frames))
+    for i in range(IMAGES):
+        (source / f"image-{i:02d}.jpg").write_bytes(encode_jpeg(scenes[i % CLIPS][i % 20]))
+    pack(source, out, "video", "video", shard_samples=4)
+    pack(source, out, "image", "image", shard_samples=9)
+    return out
+
+
+@pytest.fixture
+def config(shards: Path) -> Config:
+    """A run of both streams, small enough for tests: 64 px, 8 frames, masks of 4x4 cells."""
+    data = DataConfig(
+        videos=f"{shards}/video-*.tar",
+        images=f"{shards}/image-*.tar",
+        eval_videos=f"{shards}/video-*.tar",
+        eval_images=f"{shards}/image-*.tar",
+        frames=8,
+        stride=2,
+        size=64,
+        token_size=32,
+        short_side=(64, 80),
+        mask=MaskConfig(min_block=24),
+        workers=1,
+        threads=1,
+        shuffle_window=2,
+        decode_seconds=20.0,
+    )
+    train = TrainConfig(steps=4, global_clips=4, global_images=8, micro_clips=2, micro_images=4, seed=3, eval_batches=2)
+    return Config(recipe="test", data=data, train=train)
+
+
+@pytest.fixture
+def with_data(config: Config) -> Callable[..., Config]:
+    """The test configuration with other values in `data`."""
+    return lambda **changes: replace(config, data=replace(config.data, **changes))
+
+
+@pytest.fixture(scope="session")
+def entry() -> Callable[..., PlanEntry]:
+    """A plan entry: the upright, centred, unchanged view, unless told otherwise."""
+    plain = PlanEntry(0, 0, 0, 0, 0, 0.0, 256, (0.5, 0.5), False, (1.0, 1.0, 1.0))
+    return lambda **changes: replace(plain, **changes)
+
+
+@pytest.fixture(scope="session")
+def make() -> SimpleNamespace:
+    """Builders of tars, noise and clips in any codec."""
+    return SimpleNamespace(tar=write_tar, noise=noise, clip=encode_clip)
+
+
+def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
+    """A tar by Python's own tarfile: not the writer that the package uses."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def noise(*shape: int, seed: int = 0, softness: float = 30.0) -> np.ndarray:
+    """Waves with noise on top: uint8 (*shape, 3), busy enough to tell two resize kernels apart."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: shape[-2], : shape[-1]]
+    waves = np.stack([np.sin(x / 7), np.cos(y / 5), np.sin((x + y) / 9)], axis=-1)
+    return np.clip(128 + 80 * waves + rng.normal(0, softness, (*shape, 3)), 0, 255).astype(np.uint8)
+
+
+def encode_clip(frames: np.ndarray, container: str, codec: str, **options: str) -> bytes:
+    """A clip with any codec of FFmpeg: uint8 (N,H,W,3) -> file bytes."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=Fraction(25))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = options
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def is_alive() -> Iterator[Callable[[int], bool]]:
+    yield alive

@@ -1,0 +1,133 @@
+"""Decode workers: what they load, and that a sample outlives the worker it kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bevt_ds.data import child
+from bevt_ds.data.decode_pool import DecodePool
+from bevt_ds.data.index import BadSample, Member, load_shard
+from bevt_ds.data.plan import clip_frames
+from bevt_ds.data.video import decode_clip
+
+
+@pytest.fixture
+def member(shards: Path) -> Member:
+    return load_shard(str(shards / "video-000000.tar")).member(1)
+
+
+@pytest.fixture
+def pool() -> Iterator[DecodePool]:
+    pool = DecodePool(workers=2, seconds=20.0, max_pixels=1 << 20)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def expected(member: Member) -> np.ndarray:
+    from bevt_ds.data.index import read_member
+
+    return decode_clip(read_member(member), lambda total: clip_frames(0.3, total, 8, 2), 1 << 20)
+
+
+def test_workers_decode_what_the_caller_would(pool: DecodePool, member: Member, expected: np.ndarray) -> None:
+    clips = [pool.clip(member, 0.3, 8, 2) for _ in range(5)]
+    for clip in clips:
+        np.testing.assert_array_equal(clip.result(), expected)
+    assert pool.frame_count(member).result() == 20
+
+
+def test_a_worker_loads_neither_torch_nor_dali_nor_the_entry() -> None:
+    code = (
+        "import sys, json, bevt_ds.data.decode_worker; "
+        "print(json.dumps([m for m in ('torch', 'nvidia.dali', 'deepspeed', 'webdataset') if m in sys.modules]))"
+    )
+    command = [*child.command("x")[:-2], "-c", code]
+    output = subprocess.run(command, env=child.environment(), capture_output=True, check=True).stdout
+    assert json.loads(output) == []
+
+
+def test_a_killed_worker_is_replaced_and_the_sample_decoded_again(
+    pool: DecodePool, member: Member, expected: np.ndarray
+) -> None:
+    first = set(pool.pids)
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+    for clip in [pool.clip(member, 0.3, 8, 2) for _ in range(4)]:
+        np.testing.assert_array_equal(clip.result(), expected)
+    assert len(pool.pids) == 2 and not first & set(pool.pids)
+
+
+def test_a_worker_killed_in_the_middle_of_a_sample(member: Member, expected: np.ndarray) -> None:
+    pool = DecodePool(workers=1, seconds=20.0, max_pixels=1 << 20)
+    try:
+        pool.clip(member, 0.3, 8, 2).result()  # started up
+        (victim,) = pool.pids
+        os.kill(victim, signal.SIGSTOP)
+        clip = pool.clip(member, 0.3, 8, 2)
+        timer = threading.Timer(0.2, os.kill, (victim, signal.SIGKILL))
+        timer.start()
+        np.testing.assert_array_equal(clip.result(), expected)
+    finally:
+        timer.cancel()
+        pool.close()
+
+
+def test_a_hanging_worker_is_replaced_after_the_deadline(member: Member, expected: np.ndarray) -> None:
+    pool = DecodePool(workers=1, seconds=20.0, max_pixels=1 << 20)
+    try:
+        pool.clip(member, 0.3, 8, 2).result()
+        pool._seconds = 0.3
+        (stuck,) = pool.pids
+        os.kill(stuck, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(BadSample, match="not decoded within 0.3 s"):
+            pool.clip(member, 0.3, 8, 2).result()
+        assert time.monotonic() - began < 5
+        pool._seconds = 20.0
+        np.testing.assert_array_equal(pool.clip(member, 0.3, 8, 2).result(), expected)
+        assert pool.pids != [stuck]
+    finally:
+        pool.close()
+
+
+def test_a_bad_sample_is_an_answer_not_a_death(pool: DecodePool, member: Member) -> None:
+    before = set(pool.pids)
+    bad = Member(**{**member.__dict__, "crc": 0})
+    with pytest.raises(BadSample, match="not those that were indexed"):
+        pool.clip(bad, 0.3, 8, 2).result()
+    assert set(pool.pids) == before
+
+
+def test_closing_ends_every_process(member: Member, is_alive: Callable[[int], bool]) -> None:
+    pool = DecodePool(workers=2, seconds=20.0, max_pixels=1 << 20)
+    pids = pool.pids
+    waiting = [pool.clip(member, 0.3, 8, 2) for _ in range(20)]
+    pool.close()
+    assert not any(is_alive(pid) for pid in pids)
+    assert all(clip.done() for clip in waiting)
+
+
+def test_workers_end_with_their_parent(member: Member, is_alive: Callable[[int], bool]) -> None:
+    code = (
+        "import os, signal, sys; from bevt_ds.data.decode_pool import DecodePool; "
+        "print(*DecodePool(2, 20.0, 1 << 20).pids, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [*child.command("x")[:-2], "-c", code]
+    result = subprocess.run(command, env=child.environment(), capture_output=True, text=True)
+    pids = [int(word) for word in result.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, pids))

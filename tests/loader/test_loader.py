@@ -1,0 +1,248 @@
+"""The loader: the same batches for any split over ranks and after any resume, whatever the samples do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bevt_ds.batch import Batch, Stream
+from bevt_ds.config import Config
+from bevt_ds.data.ledger import DataLimitError
+from bevt_ds.data.loader import LEDGER, Loader, eval_batches
+from bevt_ds.errors import UserError
+
+MEMBER = Callable[..., Config]
+
+
+def take(config: Config, batches: int, **arguments) -> list[Batch]:
+    with Loader(config, **arguments) as loader:
+        return list(islice(loader, batches))
+
+
+def assert_equal(a: Stream, b: Stream) -> None:
+    for field in fields(Stream):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, field.name
+
+
+def assert_same(a: list[Batch], b: list[Batch]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        for name in ("video", "image"):
+            assert_equal(getattr(x, name), getattr(y, name))
+
+
+@pytest.fixture(scope="module")
+def cache() -> dict:
+    return {}
+
+
+@pytest.fixture
+def batches(config: Config, cache: dict) -> list[Batch]:
+    """The first six micro-batches (three steps) of one rank."""
+    if "batches" not in cache:
+        cache["batches"] = take(config, 6)
+    return cache["batches"]
+
+
+def test_shapes_and_types(batches: list[Batch]) -> None:
+    video, image = batches[0].video, batches[0].image
+    assert video.pixels.shape == (2, 3, 8, 64, 64) and image.pixels.shape == (4, 3, 64, 64)
+    assert video.view.shape == (2, 8, 3, 32, 32) and image.view.shape == (4, 3, 32, 32)
+    assert video.mask.shape == (2, 4, 4, 4) and image.mask.shape == (4, 4, 4)
+    assert video.sample_keys.shape == (2,) and image.sample_keys.shape == (4,)
+    for stream in (video, image):
+        assert stream.pixels.dtype == stream.view.dtype == torch.float32
+        assert stream.mask.dtype == torch.bool and stream.rows.dtype == torch.int64
+        assert stream.view.min() >= 0 and stream.view.max() <= 1 and stream.targets is None
+
+
+def test_the_count_is_the_global_batchs(batches: list[Batch]) -> None:
+    for name, frames in (("video", 2), ("image", 1)):
+        for step in range(3):
+            streams = [getattr(b, name) for b in batches[2 * step : 2 * step + 2]]
+            cells = sum(int(s.mask.sum()) for s in streams) * frames
+            assert [s.count for s in streams] == [cells] * 2
+            assert sum(int((s.rows >= 0).sum()) for s in streams) == cells
+
+
+def test_view_and_pixels_show_the_same_crop(batches: list[Batch]) -> None:
+    """The 2:1 view is, up to its filter, what averaging pixel pairs gives."""
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    image = batches[0].image
+    levels = image.pixels * std[:, None, None] + mean[:, None, None]
+    halves = torch.nn.functional.avg_pool2d(levels, 2)
+    assert (halves - image.view * 255).abs().mean() < 4
+
+
+@pytest.mark.parametrize("resumed_at", [1, 2])
+def test_a_loader_started_later_continues_exactly(config: Config, batches: list[Batch], resumed_at: int) -> None:
+    later = take(config, 6 - 2 * resumed_at, start_step=resumed_at)
+    assert_same(later, batches[2 * resumed_at :])
+
+
+def test_two_ranks_share_out_what_one_rank_sees(config: Config, batches: list[Batch]) -> None:
+    by_rank = [take(config, 3, rank=rank, world=2) for rank in range(2)]
+    dealt = [by_rank[i % 2][i // 2] for i in range(6)]
+    assert_same(dealt, batches)
+
+
+def test_the_order_of_preparation_does_not_matter(with_data: Callable, batches: list[Batch]) -> None:
+    assert_same(take(with_data(workers=3, threads=2, prefetch=1), 6), batches)
+
+
+@pytest.mark.parametrize("absent", ["video", "image"])
+def test_one_stream_alone(config: Config, batches: list[Batch], absent: str) -> None:
+    missing = {"video": "clips", "image": "images"}[absent]
+    alone = replace(
+        config,
+        data=replace(config.data, **{f"{absent}s": "", f"eval_{absent}s": ""}),
+        train=replace(config.train, **{f"global_{missing}": 0}),
+    )
+    present = "image" if absent == "video" else "video"
+    for batch, both in zip(take(alone, 2), batches, strict=False):
+        assert getattr(batch, absent) is None
+        assert_equal(getattr(batch, present), getattr(both, present))
+    assert all(getattr(b, absent) is None for b in eval_batches(alone))
+
+
+def test_held_out_batches_are_one_fixed_global_batch(config: Config) -> None:
+    first, again = list(eval_batches(config)), list(eval_batches(config))
+    assert_same(first, again)
+    assert len(first) == 2
+    for name, frames in (("video", 2), ("image", 1)):
+        streams = [getattr(b, name) for b in first]
+        assert {s.count for s in streams} == {sum(int(s.mask.sum()) for s in streams) * frames}
+    by_rank = [list(eval_batches(replace(config, train=replace(config.train, eval_batches=1)), r, 2)) for r in (0, 1)]
+    assert_same([by_rank[0][0], by_rank[1][0]], first)
+
+
+def test_without_held_out_shards_there_are_no_batches(with_data: Callable) -> None:
+    assert list(eval_batches(with_data(eval_videos="", eval_images=""))) == []
+
+
+def test_waiting_is_measured(config: Config) -> None:
+    with Loader(config) as loader:
+        next(loader)
+        assert loader.wait_seconds() > 0
+        assert loader.wait_seconds() == 0
+
+
+def test_closing_ends_threads_and_processes(config: Config, is_alive: Callable[[int], bool]) -> None:
+    loader = Loader(config)
+    next(loader)
+    pids = next(iter(loader._reader._readers.values())).pool.pids
+    loader.close()
+    loader.close()
+    assert pids and not any(is_alive(pid) for pid in pids)
+    assert not loader._thread.is_alive()
+
+
+def test_the_fingerprint_tells_data_apart_not_places(
+    config: Config, with_data: Callable, shards: Path, tmp_path: Path
+) -> None:
+    for shard in shards.glob("*.tar"):
+        shutil.copy(shard, tmp_path / shard.name)
+    moved = with_data(videos=f"{tmp_path}/video-*.tar", images=f"{tmp_path}/image-*.tar")
+    fewer = with_data(videos=f"{shards}/video-00000{{0..1}}.tar")
+    prints = []
+    for c in (config, moved, fewer):
+        with Loader(c) as loader:
+            prints.append(loader.fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.fixture
+def damaged(shards: Path, tmp_path: Path, with_data: Callable) -> Callable[..., Config]:
+    """Shards in which some samples are broken before they are indexed, so that only decoding can tell."""
+
+    def build(broken: dict[str, Callable[[bytes], bytes]], kind: str = "image") -> Config:
+        import tarfile
+
+        from bevt_ds.data.index import split_name
+
+        out = tmp_path / f"{kind}-000000.tar"
+        with tarfile.open(out, "w") as new:
+            for shard in sorted(shards.glob(f"{kind}-*.tar")):
+                with tarfile.open(shard) as old:
+                    for info in old:
+                        data = old.extractfile(info).read()
+                        key, extension = split_name(info.name)
+                        if key in broken and extension != "json":
+                            data = broken[key](data)
+                        info.size = len(data)
+                        import io
+
+                        new.addfile(info, io.BytesIO(data))
+        return with_data(**{f"{kind}s": str(out)})
+
+    return build
+
+
+BROKEN = {
+    "header": lambda data: data[: len(data) // 2],  # found before decoding
+    "decoder": lambda data: data[:400] + bytes(len(data) - 402) + b"\xff\xd9",  # libjpeg finds it
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_bad_images_are_replaced_listed_and_the_same_after_resume(damaged, tmp_path: Path, how: str) -> None:
+    config = damaged({f"image-{i:02d}": BROKEN[how] for i in (2, 9, 17)})
+    with Loader(config, folder=tmp_path) as loader:
+        whole = list(islice(loader, 6))
+        found = loader.bad_samples
+    events = [json.loads(line) for line in (tmp_path / LEDGER).read_text().splitlines()]
+    assert 1 <= found <= len(events)
+    assert {e["key"] for e in events} <= {"image-02", "image-09", "image-17"}
+    assert all(e["reason"] and e["shard"].endswith(".tar") and e["stream"] == "image" for e in events)
+    assert_same(take(config, 4, start_step=1), whole[2:])
+
+
+def test_bad_videos_are_replaced(damaged, tmp_path: Path) -> None:
+    config = damaged({f"clip-{i:02d}": lambda data: data[:300] for i in (1, 4)}, kind="video")
+    with Loader(config, folder=tmp_path) as loader:
+        whole = list(islice(loader, 6))
+    events = [json.loads(line) for line in (tmp_path / LEDGER).read_text().splitlines()]
+    assert {e["key"] for e in events} == {"clip-01", "clip-04"}
+    assert_same(take(config, 2, start_step=2), whole[4:])
+
+
+def test_too_many_bad_samples_end_the_run(damaged) -> None:
+    config = damaged({f"image-{i:02d}": BROKEN["header"] for i in range(23)})
+    with pytest.raises(DataLimitError, match="data.max_bad_fraction=0.001.*image-.*cut") as caught:
+        take(config, 50)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"videos": "nothing-{0..3}.tar"}, "4 of 4 shards"),
+        ({"images": "no-*.tar"}, "no file matches"),
+        ({"decoder": "gpu"}, "needs a CUDA device"),
+    ],
+)
+def test_mistakes_are_named_before_the_first_batch(with_data: Callable, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Loader(with_data(**changes))
+
+
+def test_batches_that_do_not_divide(config: Config) -> None:
+    with pytest.raises(UserError, match="micro_clips"):
+        Loader(config, world=3)
+
+
+def test_an_epoch_shows_every_sample_once(config: Config, shards: Path) -> None:
+    """24 images in steps of 8: three steps see 24 different pictures, though crops differ."""
+    upright = replace(config.data, short_side=(64, 64), flip=0.0, image_jitter=(0.0, 0.0, 0.0))
+    batches = take(replace(config, data=upright), 6)
+    pictures = np.concatenate([b.image.view.mean(dim=(2, 3)).numpy() for b in batches])
+    assert len(np.unique(pictures.round(4), axis=0)) == 24

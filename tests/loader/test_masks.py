@@ -1,0 +1,115 @@
+"""Masks: the original's statistics, any grid, and the index tensors made of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bevt_ds.config import MaskConfig
+from bevt_ds.data.masks import block_mask, row_index, tube_mask
+from bevt_ds.rng import Use, generator
+
+DRAWS = 20_000
+# Both sides are samples: over 196 cells an honest pair was seen to differ by 4.5 standard errors.
+Z = 6.0
+ORIGINAL = json.loads((Path(__file__).parents[1] / "data" / "mask_stats.json").read_text())
+
+
+def rng(i: int) -> np.random.Generator:
+    return generator(0, Use.MASK, 0, 0, i)
+
+
+@pytest.fixture(scope="module")
+def blocks() -> np.ndarray:
+    return np.stack([block_mask(rng(i), (14, 14), MaskConfig()) for i in range(DRAWS)])
+
+
+@pytest.fixture(scope="module")
+def tubes() -> np.ndarray:
+    return np.stack([tube_mask(rng(i), (8, 14, 14), MaskConfig()) for i in range(DRAWS)])
+
+
+def z_of_shares(ours: np.ndarray, theirs: np.ndarray, draws: int = DRAWS) -> np.ndarray:
+    """Standard score of the difference of two shares, each from `draws` draws."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    pooled = (ours + theirs) / 2
+    return (ours - theirs) / np.sqrt(2 * pooled * (1 - pooled) / draws)
+
+
+def test_block_statistics_are_the_originals(blocks: np.ndarray) -> None:
+    theirs = ORIGINAL["block"]
+    counts = blocks.sum(axis=(1, 2))
+    assert np.abs(z_of_shares(blocks.mean(0), theirs["cell_probability"])).max() < Z
+    assert abs(z_of_shares((counts == 98).mean(), theirs["share_at_cap"])) < Z
+    assert abs(counts.mean() - theirs["count_mean"]) < Z * theirs["count_std"] * np.sqrt(2 / DRAWS)
+    assert counts.max() == 98
+
+
+def test_tube_statistics_are_the_originals(tubes: np.ndarray) -> None:
+    theirs = ORIGINAL["tube"]
+    lengths = tubes.any(axis=(2, 3)).sum(axis=1)
+    shares = np.asarray(list(theirs["length_histogram"].values())) / DRAWS
+    assert np.abs(z_of_shares([(lengths == n).mean() for n in range(4, 9)], shares)).max() < Z
+    fraction = tubes.mean(axis=(1, 2, 3))
+    error = theirs["fraction_std"] * np.sqrt(2 / DRAWS)
+    assert abs(fraction.mean() - theirs["fraction_mean"]) < Z * error
+    assert np.abs(tubes.mean(axis=(0, 2, 3)) - theirs["time_cell_fraction"]).max() < Z * error * 2
+
+
+def test_a_tube_is_one_slice_on_a_circular_run(tubes: np.ndarray) -> None:
+    wrapped = 0
+    for mask in tubes[:500]:
+        present = mask.any(axis=(1, 2))
+        changes = int((present != np.roll(present, 1)).sum())
+        assert changes == (0 if present.all() else 2)
+        assert (mask[present] == mask[present][0]).all()
+        wrapped += present[0] and present[-1] and not present.all()
+    assert wrapped > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    grid=st.tuples(st.integers(2, 20), st.integers(2, 20)),
+    ratio=st.floats(0.05, 0.9),
+    key=st.integers(0, 1000),
+)
+def test_any_grid_stays_under_its_cap(grid: tuple[int, int], ratio: float, key: int) -> None:
+    config = replace(MaskConfig(), ratio=ratio)
+    mask = block_mask(rng(key), grid, config)
+    assert mask.shape == grid and mask.dtype == bool
+    assert mask.sum() <= int(ratio * grid[0] * grid[1])
+    np.testing.assert_array_equal(mask, block_mask(rng(key), grid, config))
+
+
+def test_the_smallest_block_scales_with_the_grid() -> None:
+    counts = [block_mask(rng(i), (8, 8), MaskConfig()).sum() for i in range(200)]
+    assert max(counts) == 32
+    assert np.mean(counts) > 31  # with blocks of 16 cells, as on 14x14, it could seldom reach its cap
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_row_index_points_at_the_masked_cells(clip: bool) -> None:
+    if clip:
+        mask = np.stack([tube_mask(rng(i), (4, 3, 5), MaskConfig(ratio=0.5)) for i in range(3)])
+    else:
+        mask = np.stack([block_mask(rng(i), (3, 5), MaskConfig(ratio=0.5)) for i in range(7)])
+    repeat = 2 if clip else 1
+    output = np.repeat(mask, 2, axis=1) if clip else mask
+    per_frame = output.reshape(-1, 15)
+    ids = np.arange(per_frame.size).reshape(per_frame.shape)  # an id that tells its place
+    index = row_index(mask, repeat, bucket=32)
+
+    real = index.rows >= 0
+    assert len(index.rows) % 32 == 0 and len(index.rows) - real.sum() < 32
+    np.testing.assert_array_equal(index.rows[real], np.flatnonzero(output))
+    np.testing.assert_array_equal(index.frames, np.flatnonzero(per_frame.any(axis=1)))
+    tokens = ids[index.frames].reshape(-1)[index.token_rows]
+    np.testing.assert_array_equal(tokens[real], index.rows[real])
+    assert (index.token_rows[~real] == 0).all()
+    assert {a.dtype for a in (index.rows, index.frames, index.token_rows)} == {np.dtype(np.int64)}

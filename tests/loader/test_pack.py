@@ -1,0 +1,145 @@
+"""Making shards: drawing, packing, and the command line over both."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import webdataset
+
+from bevt_ds import cli
+from bevt_ds.data import draw as draw_module
+from bevt_ds.data.draw import draw, ensure_demo_shards
+from bevt_ds.data.draw_worker import encode_jpeg
+from bevt_ds.data.pack import pack
+from bevt_ds.errors import UserError
+
+
+@pytest.fixture
+def source(tmp_path: Path, make: SimpleNamespace) -> Path:
+    """A folder with good files of both kinds, in subfolders and in odd spellings, and bad ones."""
+    folder = tmp_path / "source"
+    for i, name in enumerate(["a.jpg", "d/b.JPEG", "d/e/c.x.jpg", "z.png"]):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_jpeg(make.noise(20, 30, seed=i)))
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (folder / "z.jpg").write_bytes(encode_jpeg(make.noise(20, 30, seed=9)))
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def names(tar: Path) -> list[str]:
+    with tarfile.open(tar) as archive:
+        return archive.getnames()
+
+
+def test_pack_writes_what_webdataset_reads(source: Path, tmp_path: Path) -> None:
+    packed = pack(source, tmp_path / "out", "image", "train", shard_samples=3)
+    assert [p.name for p in packed.shards] == ["train-000000.tar", "train-000001.tar"]
+    assert (packed.samples, packed.rejected) == (4, 2)
+    samples = list(webdataset.WebDataset([str(p) for p in packed.shards], shardshuffle=False))
+    assert [s["__key__"] for s in samples] == ["a", "d/b", "d/e/c_x", "z"]
+    facts = json.loads(samples[1]["json"])
+    assert facts == {"source": "d/b.JPEG", "width": 30, "height": 20}
+    assert samples[1]["jpeg"] == (source / "d/b.JPEG").read_bytes()
+
+
+def test_unusable_files_are_listed_with_the_reason(source: Path, tmp_path: Path) -> None:
+    pack(source, tmp_path / "out", "image", "train")
+    lines = (tmp_path / "out" / "train-rejected.jsonl").read_text().splitlines()
+    reasons = {event["path"]: event["reason"] for event in map(json.loads, lines)}
+    assert set(reasons) == {"broken.jpg", "z.png"}
+    assert "cut" in reasons["broken.jpg"] and "key 'z'" in reasons["z.png"]
+
+
+def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(source, tmp_path / "elsewhere" / "source")
+    first = pack(source, tmp_path / "1", "image", shard_bytes=4000)
+    again = pack(moved, tmp_path / "2", "image", shard_bytes=4000)
+    assert len(first.shards) > 1
+    assert [p.read_bytes() for p in first.shards] == [p.read_bytes() for p in again.shards]
+
+
+def test_pack_overwrites_nothing_and_leaves_nothing_half_done(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(source, tmp_path / "out", "image", "train")
+    with pytest.raises(UserError, match="train-000000.tar exists"):
+        pack(source, tmp_path / "out", "image", "train")
+    pack(source, tmp_path / "out", "image", "eval")
+
+    def interrupt(data: bytes, kind: str) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bevt_ds.data.pack._describe", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, tmp_path / "new", "image", "train")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("make_source", "message"),
+    [
+        (lambda p: p / "absent", "is not a folder"),
+        (lambda p: p, "no video file under"),
+    ],
+)
+def test_pack_needs_something_to_pack(source: Path, tmp_path: Path, make_source, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pack(make_source(source), tmp_path / "out", "video")
+
+
+def test_drawing_is_repeatable_and_never_overwrites(tmp_path: Path) -> None:
+    draw(tmp_path / "a", clips=3, images=2, jobs=2)
+    draw(tmp_path / "b", clips=3, images=2, jobs=1)
+    files = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert files == ["clip-000000.mp4", "clip-000001.mp4", "clip-000002.mp4", "image-000000.jpg", "image-000001.jpg"]
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    with pytest.raises(UserError, match="not an empty folder"):
+        draw(tmp_path / "a", clips=1, images=1)
+
+
+def test_demo_shards_appear_whole_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw_module, "DEMO_SPLITS", {"train": (2, 2), "eval": (1, 1)})
+    folder = tmp_path / "demo"
+    ensure_demo_shards(folder)
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert set(before) == {f"{s}-{k}-000000.tar" for s in ("train", "eval") for k in ("video", "image")}
+    ensure_demo_shards(folder)
+    assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    (folder / "eval-image-000000.tar").unlink()
+    with pytest.raises(UserError, match="remove it"):
+        ensure_demo_shards(folder)
+
+
+def test_an_interrupted_drawing_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(draw_module, "DEMO_SPLITS", {"train": (1, 1)})
+    monkeypatch.setattr(draw_module, "pack", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_demo_shards(tmp_path / "demo")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    media, out = str(tmp_path / "media"), str(tmp_path / "out")
+    assert cli.main(["shards", "draw", media, "--clips", "2", "--images", "1"]) == 0
+    assert cli.main(["shards", "pack", media, out, "--shard-size", "1K"]) == 0
+    assert cli.main(["shards", "index", f"{out}/*.tar"]) == 0
+    assert "train-000001.tar: 0 images, 1 videos" in capsys.readouterr().out
+    assert cli.main(["shards", "pack", media, out]) == 2
+    assert "train-000000.tar exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["nonsense"], 2)])
+def test_usage(argv: list[str], code: int, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(argv) == code
+    captured = capsys.readouterr()
+    assert "shards" in captured.out + captured.err

@@ -1,0 +1,138 @@
+"""The sample plan: every sample once an epoch, the same for any split over ranks, every number in its range."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bevt_ds.config import DataConfig
+from bevt_ds.data.plan import SampleOrder, StreamId, StreamPlan, clip_frames, slots_of
+
+COUNTS = (5, 1, 9, 3, 4)
+# Shard, member, short side, flip; crop and jitter; drop-path key: of slot 2 in step 3 of the images, seed 5.
+PINNED = (
+    (2, 1, 267, False),
+    (0.4988534450531006, 0.43630003929138184, 1.2140185973836357, 0.8256492030039041, 0.7944917371669995),
+    9115844014687262992,
+)
+
+
+def plan(stream: StreamId = StreamId.VIDEO, seed: int = 0, global_size: int = 6, **data) -> StreamPlan:
+    return StreamPlan(stream, COUNTS, replace(DataConfig(), **data), seed, global_size)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=9),
+    window=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_each_epoch_holds_each_sample_once(counts: list[int], window: int, seed: int) -> None:
+    order = SampleOrder(counts, seed, StreamId.IMAGE, window)
+    everything = {(s, m) for s, n in enumerate(counts) for m in range(n)}
+    for epoch in range(3):
+        first = epoch * order.total
+        assert {order.at(p) for p in range(first, first + order.total)} == everything
+
+
+def test_a_window_holds_few_shards() -> None:
+    order = SampleOrder([10] * 12, 0, StreamId.VIDEO, 3)
+    for first in range(0, 120, 30):
+        assert len({order.at(p)[0] for p in range(first, first + 30)}) == 3
+
+
+def test_epochs_and_streams_differ() -> None:
+    sequences = {
+        tuple(SampleOrder(COUNTS, seed, stream, 2).at(p) for p in range(first, first + 22))
+        for seed, stream, first in [(0, 0, 0), (0, 0, 22), (0, 1, 0), (1, 0, 0)]
+    }
+    assert len(sequences) == 4
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+def test_the_split_over_ranks_only_deals_out_slots(world: int) -> None:
+    dealt = [
+        slot
+        for micro_step in range(12 // (world * 2))
+        for rank in range(world)
+        for slot in slots_of(micro_step, rank, world, micro_size=2)
+    ]
+    assert dealt == list(range(12))
+
+
+def test_entries_are_functions_of_their_counters() -> None:
+    forward = [plan().entry(step, slot) for step in range(4) for slot in range(6)]
+    backward = [plan().entry(step, slot) for step in reversed(range(4)) for slot in reversed(range(6))]
+    assert forward == backward[::-1]
+    assert len({(e.shard, e.member) for e in forward[:22]}) == 22
+
+
+def test_the_plan_never_changes_by_accident() -> None:
+    """Pinned values: a run that is resumed with another version must meet the same samples."""
+    first = plan(StreamId.IMAGE, seed=5).entry(3, 2)
+    assert (first.shard, first.member, first.short_side, first.flip) == PINNED[0]
+    assert first.crop + first.jitter == pytest.approx(PINNED[1], abs=1e-12)
+    assert plan(StreamId.IMAGE, seed=5).key(3, 2) == PINNED[2]
+
+
+def test_random_views_cover_their_ranges() -> None:
+    config = DataConfig(short_side=(20, 22), flip=0.25)
+    entries = [StreamPlan(StreamId.IMAGE, COUNTS, config, 0, 2000).entry(0, slot) for slot in range(2000)]
+    assert {e.short_side for e in entries} == {20, 21, 22}
+    assert 0.2 < np.mean([e.flip for e in entries]) < 0.3
+    jitter = np.array([e.jitter for e in entries])
+    assert jitter.min() > 0.6 and jitter.max() < 1.4 and np.abs(jitter.mean(0) - 1).max() < 0.02
+    crops = np.array([e.crop for e in entries], dtype=np.float32)
+    assert crops.min() >= 0 and crops.max() < 1  # in single precision too
+
+
+def test_clips_are_not_jittered_and_held_out_samples_are_left_alone() -> None:
+    assert plan(StreamId.VIDEO).entry(0, 0).jitter == (1.0, 1.0, 1.0)
+    held_out = plan(StreamId.EVAL_IMAGE).entry(0, 1)
+    assert (held_out.crop, held_out.flip, held_out.jitter) == ((0.5, 0.5), False, (1.0, 1.0, 1.0))
+    assert held_out.short_side == 256
+
+
+def test_substitutes_are_other_samples_with_the_same_treatment() -> None:
+    original = plan().entry(2, 1)
+    substitutes = [plan().entry(2, 1, attempt) for attempt in range(1, 30)]
+    assert len({(e.shard, e.member) for e in substitutes}) > 10
+    assert substitutes == [plan().entry(2, 1, attempt) for attempt in range(1, 30)]
+    for e in substitutes:
+        assert 0 <= e.member < COUNTS[e.shard]
+        same = replace(e, attempt=0, shard=original.shard, member=original.member)
+        assert same == original
+
+
+@pytest.mark.parametrize(("stream", "shape", "frames"), [(0, (6, 8, 14, 14), 2), (1, (6, 14, 14), 1)])
+def test_masked_cells_counts_output_positions(stream: int, shape: tuple, frames: int) -> None:
+    masks = plan(StreamId(stream)).masks(4)
+    assert masks.shape == shape
+    assert plan(StreamId(stream)).masked_cells(4) == masks.sum() * frames
+    assert (masks != plan(StreamId(stream)).masks(5)).any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    start=st.integers(0, (1 << 24) - 1).map(lambda n: n / (1 << 24)),
+    total=st.integers(1, 400),
+    frames=st.integers(1, 32),
+    stride=st.integers(1, 8),
+)
+def test_clip_frames(start: float, total: int, frames: int, stride: int) -> None:
+    numbers = clip_frames(start, total, frames, stride)
+    assert len(numbers) == frames and numbers.min() >= 0 and numbers.max() < total
+    assert (np.diff(numbers) % total == stride % total).all()
+    if total >= frames * stride:
+        assert numbers[0] + frames * stride <= total  # the original's starts are 0 .. total - span
+    else:
+        assert numbers[0] == 0
+
+
+def test_every_start_is_possible() -> None:
+    starts = {int(clip_frames(i / 1000, 21, 8, 2)[0]) for i in range(1000)}
+    assert starts == set(range(6))

@@ -1,0 +1,204 @@
+"""From a shard pattern to samples: patterns, the index, and what each unusable input is answered."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bevt_ds.data import index as index_module
+from bevt_ds.data.index import SUFFIX, BadSample, load_shard, load_shards, read_member, split_name
+from bevt_ds.data.shards import expand
+from bevt_ds.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with empty files a-000 .. a-011 and b-x, b-y."""
+    monkeypatch.chdir(tmp_path)
+    for name in [f"a-{i:03d}.tar" for i in range(12)] + ["b-x.tar", "b-y.tar", "c{1}.tar"]:
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("b-x.tar", ["b-x"]),
+        ("b-*.tar", ["b-x", "b-y"]),
+        ("b-{y,x}.tar", ["b-y", "b-x"]),
+        ("a-{009..011}.tar", ["a-009", "a-010", "a-011"]),
+        ("a-{0{00,01}}.tar", ["a-000", "a-001"]),
+        ("a-00{0..1}.tar, b-{x,y}.tar", ["a-000", "a-001", "b-x", "b-y"]),
+        ("a-0{0,1}[01].tar", ["a-000", "a-001", "a-010", "a-011"]),
+        ("c{1}.tar", ["c{1}"]),
+    ],
+)
+def test_patterns(folder: Path, pattern: str, names: list[str]) -> None:
+    assert expand(pattern) == [f"{name}.tar" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("", "no shard"),
+        ("none-*.tar", "no file matches 'none-\\*.tar'"),
+        ("none.tar", "none.tar"),
+        ("a-{000..013}.tar", "2 of 14 shards .* the first is a-012.tar"),
+        ("a-{3..1}.tar", "counts down"),
+        ("a-{000..001.tar", "unbalanced brace"),
+        ("b-x.tar,b-*.tar", "b-x.tar is named 2 times"),
+        (".", "folder"),
+        ("pipe:cat a.tar", "shell"),
+    ],
+)
+def test_bad_patterns_say_what_is_wrong(folder: Path, pattern: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        expand(pattern)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a.jpg", ("a", "jpg")),
+        ("d/e.f.JPEG", ("d/e.f", "jpeg")),
+        ("d.x/noextension", ("d.x/noextension", "")),
+        ("../../etc/p.png", ("../../etc/p", "png")),
+    ],
+)
+def test_names(name: str, parts: tuple[str, str]) -> None:
+    assert split_name(name) == parts
+
+
+MEMBERS = {
+    "one.jpg": b"first",
+    "one.json": b"{}",
+    "folder/two.PNG": b"",
+    "3.mp4": b"third" * 1000,
+    "x" * 150 + ".webm": b"long name",
+    "notes.txt": b"no sample",
+}
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_members_are_read_by_offset(tmp_path: Path, make: SimpleNamespace, format: int) -> None:
+    tar = make.tar(tmp_path / "s.tar", MEMBERS, format)
+    shard = load_shard(str(tar))
+    assert shard.keys == ("one", "folder/two", "3", "x" * 150)
+    assert shard.extensions == ("jpg", "png", "mp4", "webm")
+    for i in range(len(shard)):
+        member = shard.member(i)
+        original = next(n for n in MEMBERS if split_name(n) == (member.key, member.extension))
+        assert read_member(member) == MEMBERS[original]
+    assert shard.only("video").keys == ("3", "x" * 150)
+
+
+def test_only_regular_files_are_samples(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, kind in [("link.jpg", tarfile.SYMTYPE), ("dev.jpg", tarfile.CHRTYPE), ("d.jpg", tarfile.DIRTYPE)]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        info = tarfile.TarInfo("real.jpg")
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"data"))
+    assert load_shard(str(tmp_path / "s.tar")).keys == ("real",)
+
+
+def test_the_index_is_kept_and_used(tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar = make.tar(tmp_path / "s.tar", MEMBERS)
+    shard = load_shard(str(tar))
+    assert Path(f"{tar}{SUFFIX}").exists()
+    monkeypatch.setattr(index_module, "scan", lambda *_: pytest.fail("scanned again"))
+    assert load_shard(str(tar)) == shard
+
+
+def test_a_rewritten_tar_is_indexed_again(tmp_path: Path, make: SimpleNamespace) -> None:
+    tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1111"})
+    old = load_shard(str(tar)).member(0)
+    make.tar(tar, {"b.jpg": b"2222"})
+    os.utime(tar, (1, 1))
+    assert load_shard(str(tar)).keys == ("b",)
+    with pytest.raises(BadSample, match="rewritten"):
+        read_member(old)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 99}', "null"])
+def test_a_damaged_index_is_made_again(tmp_path: Path, make: SimpleNamespace, damage: str) -> None:
+    tar = make.tar(tmp_path / "s.tar", MEMBERS)
+    shard = load_shard(str(tar))
+    Path(f"{tar}{SUFFIX}").write_text(damage)
+    assert load_shard(str(tar)) == shard
+
+
+@pytest.mark.parametrize(("column", "value"), [("offsets", [1 << 40] * 4), ("sizes", [-1] * 4), ("keys", ["a"])])
+def test_an_index_that_points_outside_is_made_again(
+    tmp_path: Path, make: SimpleNamespace, column: str, value: list
+) -> None:
+    tar = make.tar(tmp_path / "s.tar", MEMBERS)
+    shard = load_shard(str(tar))
+    place = Path(f"{tar}{SUFFIX}")
+    place.write_text(json.dumps(json.loads(place.read_text()) | {column: value}))
+    assert load_shard(str(tar)) == shard
+
+
+def test_a_folder_that_is_not_writable_is_indexed_in_the_cache(
+    tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = make.tar(tmp_path / "s.tar", MEMBERS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    beside, cached = index_module._index_places(str(tar))
+    monkeypatch.setattr(index_module, "_index_places", lambda _: (Path("/proc/nothing") / beside.name, cached))
+    shard = load_shard(str(tar))
+    assert cached.exists() and not beside.exists()
+    assert load_shard(str(tar)) == shard
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: b"", "empty"),
+        (lambda data: data[:2000], "not a whole tar"),
+        (lambda data: data[:6000], "not a whole tar"),
+        (gzip.compress, "compressed"),
+        (lambda data: b"this is no tar at all" * 100, "not a whole tar"),
+        (lambda data: data[:100] + b"\xff" + data[101:], "not a whole tar"),
+    ],
+)
+def test_tars_that_cannot_be_used(tmp_path: Path, make: SimpleNamespace, damage, message: str) -> None:
+    tar = make.tar(tmp_path / "s.tar", MEMBERS)
+    tar.write_bytes(damage(tar.read_bytes()))
+    with pytest.raises(UserError, match=message) as caught:
+        load_shard(str(tar))
+    assert str(tar) in str(caught.value)
+
+
+def test_a_key_twice_and_a_tar_without_samples(tmp_path: Path, make: SimpleNamespace) -> None:
+    twice = make.tar(tmp_path / "twice.tar", {"a.jpg": b"", "a.png": b""})
+    with pytest.raises(UserError, match="two samples named 'a'"):
+        load_shards([str(twice)], "image")
+    text = make.tar(tmp_path / "text.tar", {"a.txt": b"", "b.mp4": b""})
+    with pytest.raises(UserError, match="text.tar holds no image sample"):
+        load_shards([str(text)], "image")
+
+
+def test_a_member_that_is_damaged_or_gone(tmp_path: Path, make: SimpleNamespace) -> None:
+    tar = make.tar(tmp_path / "s.tar", MEMBERS)
+    member = load_shard(str(tar)).only("video").member(0)
+    data = bytearray(tar.read_bytes())
+    data[member.offset + 7] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(BadSample, match="not those that were indexed"):
+        read_member(member)
+    tar.write_bytes(data[: member.offset + 10])
+    with pytest.raises(BadSample, match="ends 4990 bytes before"):
+        read_member(member)
+    tar.unlink()
+    with pytest.raises(BadSample, match="No such file"):
+        read_member(member)

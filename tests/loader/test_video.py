@@ -1,0 +1,115 @@
+"""Clips decoded by PyAV: the frames that were asked for, the pixels that DALI would give, refusals."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+from nvidia.dali import fn, pipeline_def, types
+
+from bevt_ds.data.index import BadSample
+from bevt_ds.data.video import _to_rgb, decode_clip, probe
+
+MAX_PIXELS = 1 << 20
+CODECS = {
+    "h264": ("mp4", "libx264", {"g": "10", "bf": "2"}),
+    "h264 open GOP": ("mp4", "libx264", {"g": "10", "bf": "3", "x264-params": "open-gop=1"}),
+    "mpeg4": ("mp4", "mpeg4", {"g": "8", "bf": "2"}),
+    "mpeg4 in AVI": ("avi", "mpeg4", {"g": "8", "bf": "2"}),
+    "mpeg4 in MKV": ("matroska", "mpeg4", {"g": "8"}),
+    "vp9": ("webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}),
+}
+
+
+@pytest.fixture(scope="module")
+def clips(make: SimpleNamespace) -> dict[str, bytes]:
+    frames = make.noise(40, 50, 66, softness=10.0)
+    frames = np.stack([np.roll(frame, 3 * i, axis=1) for i, frame in enumerate(frames)])
+    return {name: make.clip(frames, c, codec, **options) for name, (c, codec, options) in CODECS.items()}
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("wanted", [[0], [39], [21, 23, 25], [30, 5, 5, 12], list(range(40))])
+def test_any_frames_equal_those_of_a_full_decode(clips: dict[str, bytes], name: str, wanted: list) -> None:
+    with av.open(io.BytesIO(clips[name])) as container:
+        everything = [_to_rgb(frame) for frame in container.decode(video=0)]
+    seen = []
+    got = decode_clip(clips[name], lambda total: seen.append(total) or np.array(wanted), MAX_PIXELS)
+    assert seen == [40] == [len(everything)]
+    np.testing.assert_array_equal(got, np.stack([everything[i] for i in wanted]))
+
+
+def test_decoding_starts_at_the_keyframe(clips: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frame 25 of a file with a keyframe every 10 needs few packets, not 26."""
+    fed = []
+    real = _decode_spy(fed)
+    monkeypatch.setattr("bevt_ds.data.video._decode", real)
+    decode_clip(clips["h264"], lambda total: np.array([25]), MAX_PIXELS)
+    assert fed == [20]
+
+
+def _decode_spy(fed: list):
+    from bevt_ds.data.video import _decode
+
+    def spy(stream, packets):
+        fed.append(len(packets))
+        return _decode(stream, packets)
+
+    return spy
+
+
+def test_probe(clips: dict[str, bytes]) -> None:
+    info = probe(clips["h264"], MAX_PIXELS)
+    assert (info.frames, info.width, info.height, info.codec) == (40, 66, 50, "h264")
+    assert info.fps == pytest.approx(25)
+
+
+def test_pixels_equal_dalis_decoder(clips: dict[str, bytes]) -> None:
+    """VP9 is what DALI's CPU decoder knows: swscale's flags make the conversion to RGB the same."""
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def graph():
+        encoded = fn.external_source(name="encoded")
+        numbers = fn.external_source(name="numbers", dtype=types.INT32)
+        return fn.decoders.video(encoded, frames=numbers, device="cpu")
+
+    wanted = np.array([3, 17, 4, 39], dtype=np.int32)
+    pipe = graph()
+    pipe.build()
+    pipe.feed_input("encoded", [np.frombuffer(clips["vp9"], np.uint8)])
+    pipe.feed_input("numbers", [wanted])
+    theirs = np.asarray(pipe.run()[0][0])
+    np.testing.assert_array_equal(decode_clip(clips["vp9"], lambda _: wanted, MAX_PIXELS), theirs)
+
+
+def sound() -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as out:
+        stream = out.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.rate = 16000
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("make_bad", "reason"),
+    [
+        (lambda clip: b"", "FFmpeg cannot decode it"),
+        (lambda clip: b"not a video" * 99, "FFmpeg cannot decode it"),
+        (lambda clip: clip[: len(clip) // 2], "FFmpeg cannot decode it|missing"),
+        (lambda clip: sound(), "no video stream"),
+    ],
+)
+def test_what_cannot_be_decoded_says_why(clips: dict[str, bytes], make_bad, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        decode_clip(make_bad(clips["h264"]), lambda total: np.array([total - 1]), MAX_PIXELS)
+
+
+def test_frames_over_the_limit_are_refused(clips: dict[str, bytes]) -> None:
+    with pytest.raises(BadSample, match="66x50, over data.max_pixels"):
+        decode_clip(clips["h264"], lambda total: np.array([0]), max_pixels=3000)
