@@ -9,8 +9,9 @@ import select
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from math import prod
 from typing import Any
@@ -25,7 +26,7 @@ _MAX_LINE = 1 << 16
 
 
 class WorkerDied(Exception):
-    """The worker's pipe closed before its answer was whole."""
+    """The worker's pipe closed before its answer was whole. The message is the end of its stderr."""
 
 
 class DecodeWorker:
@@ -61,7 +62,7 @@ class DecodeWorker:
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
         except BrokenPipeError as error:
-            raise WorkerDied from error
+            raise WorkerDied(self._stderr_tail()) from error
         line = self._read_line(deadline)
         reply = json.loads(line)
         if "shape" not in reply:
@@ -69,12 +70,6 @@ class DecodeWorker:
         pixels = np.empty(prod(reply["shape"]), dtype=np.uint8)
         self._read_into(memoryview(pixels), deadline)
         return reply, pixels.reshape(reply["shape"])
-
-    def stderr_tail(self) -> str:
-        """The end of what the worker wrote to its standard error."""
-        size = self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(size - 2000, 0))
-        return self._stderr.read().decode(errors="replace").strip()
 
     def kill(self) -> None:
         """End the process at once; it holds nothing that needs saving."""
@@ -87,6 +82,12 @@ class DecodeWorker:
         self._process.stdin.close()
         self._process.stdout.close()
         self._stderr.close()
+
+    def _stderr_tail(self) -> str:
+        """The end of what the worker wrote to its standard error."""
+        size = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(size - 2000, 0))
+        return self._stderr.read().decode(errors="replace").strip()
 
     def _read_line(self, deadline: float) -> bytes:
         """The header line. The pipe is unbuffered, so it is read byte by byte: it is short."""
@@ -103,13 +104,12 @@ class DecodeWorker:
                 raise TimeoutError
             got = self._process.stdout.readinto(buffer)
             if not got:
-                raise WorkerDied
+                raise WorkerDied(self._stderr_tail())
             buffer = buffer[got:]
 
 
 class DecodePool:
-    """`workers` decoder processes behind a queue. Results are futures, so their order is the
-    caller's.
+    """`workers` decoder processes behind a queue. Results are futures, so their order is the caller's.
 
     seconds: the deadline for one sample. max_pixels: the largest frame that is decoded.
     """
@@ -152,29 +152,40 @@ class DecodePool:
             "max_pixels": self._max_pixels,
             "seconds": self._seconds,
         }
+        last_words = ""
         for _ in range(ATTEMPTS):
-            worker = self._idle.get()
             try:
-                if not worker.alive:  # it died between samples: not this one's doing
-                    worker = self._replace(worker)
-                reply, pixels = worker.ask(request, self._seconds)
+                with self._borrowed() as worker:
+                    reply, pixels = worker.ask(request, self._seconds)
             except TimeoutError:
-                worker = self._replace(worker)
                 raise BadSample(f"not decoded within {self._seconds:g} s") from None
-            except WorkerDied:
+            except WorkerDied as death:
                 if self._closed:
                     raise
-                last_words = worker.stderr_tail()
-                worker = self._replace(worker)
+                last_words = str(death)
                 continue
-            finally:
-                self._idle.put(worker)
             if "bad" in reply:
                 raise BadSample(reply["bad"])
             return select_result(reply, pixels)
         raise BadSample(f"the decoder died {ATTEMPTS} times: {last_words or 'no message'}")
 
-    def _replace(self, worker: DecodeWorker) -> DecodeWorker:
+    @contextmanager
+    def _borrowed(self) -> Iterator[DecodeWorker]:
+        """An idle worker. One that hangs or dies is replaced before its place is given back."""
+        worker = self._idle.get()
+        try:
+            if not worker.alive:  # it died between samples: not this one's doing
+                worker = self._replaced(worker)
+            yield worker
+        except (TimeoutError, WorkerDied):
+            worker = self._replaced(worker)
+            raise
+        finally:
+            self._idle.put(worker)
+
+    def _replaced(self, worker: DecodeWorker) -> DecodeWorker:
+        if self._closed:
+            return worker
         self._workers.remove(worker)
         worker.close()
         fresh = DecodeWorker()

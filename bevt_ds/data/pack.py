@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from bevt_ds.config import DataConfig
 from bevt_ds.data.images import check_image
 from bevt_ds.data.index import EXTENSIONS, BadSample, write_atomic
 from bevt_ds.data.video import probe
@@ -19,7 +20,6 @@ from bevt_ds.errors import UserError
 
 SHARD_BYTES = 1 << 30
 SHARD_SAMPLES = 10_000
-MAX_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def _samples(source: Path, files: Iterable[Path], kind: str, rejected: list[dict
 
 def _describe(data: bytes, kind: str) -> dict:
     if kind == "video":
-        return asdict(probe(data, MAX_PIXELS))
-    width, height = check_image(data, MAX_PIXELS)
+        return asdict(probe(data, DataConfig.max_pixels))
+    width, height = check_image(data, DataConfig.max_pixels)
     return {"width": width, "height": height}
 
 

@@ -84,7 +84,7 @@ def test_smooth_pictures_differ_little_from_opencv(video: PixelPipeline, make: S
 
 @pytest.mark.parametrize("kind", ["video", "image"])
 def test_the_token_view_is_opencvs_lanczos4(kind: str, video, image, make: SimpleNamespace, entry) -> None:
-    """Taps in single precision against OpenCV's, which are rounded to 1/2048: one level at most."""
+    """The same taps; OpenCV sums them as integers, DALI in single precision, so that a half may round otherwise."""
     frames, views = make.noise(3, 120, 150), [entry(**view) for view in VIEWS]
     if kind == "video":
         pixels, view = video.run([frames] * 3, views)
@@ -95,14 +95,14 @@ def test_the_token_view_is_opencvs_lanczos4(kind: str, video, image, make: Simpl
         exact = np.rint(levels(crop)).astype(np.uint8)
         reference = cv2.resize(exact, (V, V), interpolation=cv2.INTER_LANCZOS4)
         difference = np.abs(np.moveaxis(got.numpy(), 0, -1) * 255 - reference)
-        assert difference.max() < 1 + ROUNDING and difference.mean() < 0.4
+        assert difference.max() < 1 + ROUNDING and (difference > 0.5).mean() < 1e-3
     assert small.min() >= 0 and small.max() <= 1
 
 
 def test_the_taps_are_a_symmetric_average() -> None:
     taps = lanczos4_taps()
     np.testing.assert_array_equal(taps, taps[::-1])
-    assert abs(taps.sum() - 1) < 1e-6
+    assert abs(taps.sum() - 1) < 8 / 2 / 2048  # each is rounded to 1/2048
 
 
 @pytest.mark.parametrize("jitter", [(1.3, 0.7, 1.4), (0.6, 1.4, 0.6), (1.4, 1.4, 1.4), (1.0, 1.0, 1.0)])
@@ -192,3 +192,15 @@ def test_a_progressive_jpeg_passes() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (30, 20)).save(buffer, "JPEG", progressive=True, exif=b"Exif\0\0" + bytes(500))
     assert check_image(buffer.getvalue(), 1000) == (30, 20)
+
+
+def test_a_picture_is_turned_as_its_exif_says(image: PixelPipeline, make: SimpleNamespace, entry: Callable) -> None:
+    """Orientation 6, a quarter turn, as OpenCV's reader applies it too."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(make.noise(110, 130)).save(buffer, "JPEG", quality=95, exif=exif)
+    upright = cv2.imdecode(np.frombuffer(buffer.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert upright.shape == (130, 110, 3)
+    pixels, _ = image.run([buffer.getvalue()], [entry(short_side=110)])
+    assert np.abs(levels(pixels[0]) - opencv_crop(upright, entry(short_side=110))).mean() < 0.5
