@@ -9,6 +9,7 @@ mmaction/models/heads/bevt_multisource_head.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -40,11 +41,13 @@ class BEVTOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class Rows(NamedTuple):
-    """Masked rows of one stream, ready for the head."""
+@dataclass(frozen=True)
+class Rows:
+    """Masked rows of one stream, ready for the shared norm and head."""
 
     features: Tensor  # (R,C)
     targets: Tensor  # int64 (R,)
+    count: int  # the loss's denominator, as in Stream
 
 
 class Decoder(nn.Module):
@@ -111,7 +114,15 @@ class BEVT(PretrainedMixin, nn.Module):
         }
         self.image_windows: WindowPolicy = image_windows
         self.encoder = VideoSwin(
-            embed_dim, depths, num_heads, window, patch, mlp_ratio, drop_path, checkpointing, kernels
+            embed_dim=embed_dim,
+            depths=depths,
+            num_heads=num_heads,
+            window=window,
+            patch=patch,
+            mlp_ratio=mlp_ratio,
+            drop_path=drop_path,
+            checkpointing=checkpointing,
+            kernels=kernels,
         )
         dim = self.encoder.norm.normalized_shape[0]
         self.image_embed = PatchEmbed((1, *patch[1:]), embed_dim)
@@ -147,20 +158,21 @@ class BEVT(PretrainedMixin, nn.Module):
         The loss is the sum over streams of cross-entropy at masked positions, each divided by the stream's `count`: the
         masked positions of the global batch. Micro-batches of a step therefore add up to the step's loss.
         """
-        streams = {"video": batch.video, "image": batch.image}
-        rows_of = {"video": self._video_rows, "image": self._image_rows}
-        rows = {name: rows_of[name](stream) for name, stream in streams.items() if stream is not None}
-        targets = torch.cat([r.targets for r in rows.values()])
-        features = self.encoder.norm(torch.cat([r.features for r in rows.values()]))
-        segments = tuple(len(r.targets) for r in rows.values())
+        streams: dict[str, Rows] = {}
+        if batch.video is not None:
+            streams["video"] = self._video_rows(batch.video)
+        if batch.image is not None:
+            streams["image"] = self._image_rows(batch.image)
+        features = self.encoder.norm(torch.cat([rows.features for rows in streams.values()]))
+        targets = torch.cat([rows.targets for rows in streams.values()])
+        segments = tuple(len(rows.targets) for rows in streams.values())
         losses, hits = self.lm_head(features, targets, segments)
         metrics = {}
-        for i, (name, part) in enumerate(rows.items()):
+        for i, (name, rows) in enumerate(streams.items()):
             metrics[f"loss_{name}"] = losses[i].detach()
             metrics[f"hits_{name}"] = hits[i]
-            metrics[f"rows_{name}"] = (part.targets != IGNORE).sum()
-        loss = sum(losses[i] / streams[name].count for i, name in enumerate(rows))
-        return BEVTOutput(loss, metrics)
+            metrics[f"rows_{name}"] = (rows.targets != IGNORE).sum()
+        return BEVTOutput(sum(losses[i] / rows.count for i, rows in enumerate(streams.values())), metrics)
 
     def _encode_video(self, clip: Tensor, mask: Tensor, keys: Tensor | None) -> list[Tensor]:
         _check_size(clip)
@@ -176,11 +188,11 @@ class BEVT(PretrainedMixin, nn.Module):
         fine, coarse = self._encode_video(stream.pixels, stream.mask, stream.sample_keys)
         order, cells = pair_rows(stream.rows, tuple(fine.shape[2:4]), self.encoder.patch_embed.patch[0])
         targets = F.pad(stream.targets, (0, len(order) - len(stream.targets)), value=IGNORE)
-        return Rows(self.video_decoder(fine, coarse, cells).flatten(0, 1), targets[order])
+        return Rows(self.video_decoder(fine, coarse, cells).flatten(0, 1), targets[order], stream.count)
 
     def _image_rows(self, stream: Stream) -> Rows:
         fine, coarse = self._encode_image(stream.pixels, stream.mask, stream.sample_keys)
-        return Rows(self.image_decoder(fine, coarse, stream.rows).flatten(0, 1), stream.targets)
+        return Rows(self.image_decoder(fine, coarse, stream.rows).flatten(0, 1), stream.targets, stream.count)
 
 
 def pair_rows(rows: Tensor, grid: tuple[int, int], frames: int) -> tuple[Tensor, Tensor]:

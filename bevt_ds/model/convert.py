@@ -161,7 +161,7 @@ def infer_window(state: State, spatial: tuple[int, int]) -> Size3:
     if rest or offsets % 2 == 0:
         raise UserError(
             f"has bias tables of {rows} rows, which no window of (time, {spatial[0]}, {spatial[1]}) has: "
-            "state its window in a config.json beside it"
+            'state its window in a config.json beside it: {"format": "bevt_ds", "arch": {"window": [T, H, W]}}'
         )
     return ((offsets + 1) // 2, *spatial)
 
@@ -228,10 +228,9 @@ def inflate_table(table: Tensor, window: Size3) -> Tensor:
 
 def resize_table(table: Tensor, source: Size3, target: Size3) -> Tensor:
     """A 3-D bias table of window `source` for window `target`, trilinear, as the original's fine-tuning loader."""
-    sizes = [tuple(2 * w - 1 for w in window) for window in (source, target)]
-    t, h, _ = sizes[0]
-    volume = rearrange(table, "(t h w) n -> 1 n t h w", t=t, h=h)
-    volume = F.interpolate(volume, size=sizes[1], mode="trilinear", align_corners=False)
+    (t, h, w), size = (tuple(2 * extent - 1 for extent in window) for window in (source, target))
+    volume = rearrange(table, "(t h w) n -> 1 n t h w", t=t, h=h, w=w)
+    volume = F.interpolate(volume, size=size, mode="trilinear", align_corners=False)
     return rearrange(volume, "1 n t h w -> (t h w) n")
 
 

@@ -6,7 +6,7 @@ and window of its experiments); `tiny` is ours, for 128 px and 8 frames on a CPU
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
@@ -42,7 +42,9 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     raise UserError(f"no model named {name!r}{hint}: choose one of {', '.join([*SIZES, *ENCODERS])}")
 
 
-def _register(timm_name: str, name: str) -> None:
+def _timm_entry(timm_name: str, name: str) -> Callable[..., nn.Module]:
+    """A function with the arguments that timm passes, which builds `name`."""
+
     def build(
         pretrained: bool = False,
         pretrained_cfg: Any = None,
@@ -55,11 +57,10 @@ def _register(timm_name: str, name: str) -> None:
         return create_model(name, **overrides)
 
     build.__name__ = timm_name
-    if not hasattr(sys.modules[__name__], timm_name):
-        register_model(build)
+    return build
 
 
-for _name in SIZES:
-    _register(f"bevt_{_name}", _name)
-for _name in ENCODERS:
-    _register(_name, _name)
+TIMM_NAMES = {f"bevt_{name}": name for name in SIZES} | {name: name for name in ENCODERS}
+for _timm_name, _name in TIMM_NAMES.items():
+    register_model(_timm_entry(_timm_name, _name))
+__all__ = ["ENCODERS", "SIZES", "TIMM_NAMES", "create_model"]  # register_model appends names that are no attributes

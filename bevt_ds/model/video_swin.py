@@ -6,7 +6,6 @@ Letters: B samples, T' H' W' tokens, C channels of the first stage, L blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from einops import rearrange
@@ -33,9 +32,10 @@ class Stage(nn.Module):
         for index, (block, scale) in enumerate(zip(self.blocks, scales, strict=True)):
             shifted = index % 2 == 1
             geometry = block_geometry(tuple(x.shape[1:4]), self.window, shifted=shifted, policy=policy)
-            # Nothing in a block draws random numbers: the generator's state need not be kept for the second run.
-            run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-            x = (run if recompute else block)(x, geometry, scale)
+            if recompute:  # no block draws random numbers, so that no generator's state need be kept
+                x = checkpoint(block, x, geometry, scale, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, geometry, scale)
         return x
 
 

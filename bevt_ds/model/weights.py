@@ -31,10 +31,12 @@ from .convert import (
     spread_image_stream,
     unwrap,
 )
+from .windows import Size3, bias_rows
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT = "bevt_ds"
 ENCODER = "encoder."
+BEVT_ONLY = {"vocab_size", "image_windows"}  # constructor arguments that the bare encoder lacks
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class PretrainedMixin:
         """
         weights = read_weights(Path(path))
         accepted = inspect.signature(cls).parameters
+        unknown = weights.arch.keys() - accepted.keys() - BEVT_ONLY
+        if unknown:
+            raise UserError(f"{path} was written by another version: its {CONFIG} has {', '.join(sorted(unknown))}")
         arch = {key: value for key, value in weights.arch.items() if key in accepted}
         model = cls(**{**arch, **overrides})
         print(_load(model, weights))
@@ -129,6 +134,8 @@ def _read_folder(folder: Path) -> Weights:
     config = _read_config(folder / CONFIG)
     if config is None or not (folder / TENSORS).is_file():
         raise UserError(f"is not a model folder: it needs {TENSORS} and a {CONFIG} of this project")
+    if missing := {"model", "streams", "arch"} - config.keys():
+        raise UserError(f"has a {CONFIG} without {', '.join(sorted(missing))}: write it anew with save_pretrained")
     state = _read_tensors(folder / TENSORS)
     if config["model"] == "VideoSwin":
         state = {ENCODER + name: value for name, value in state.items()}
@@ -173,9 +180,8 @@ def _load(model: nn.Module, weights: Weights) -> LoadReport:
         unused |= {name: "not part of the encoder" for name in state if not name.startswith(ENCODER)}
         state = {name.removeprefix(ENCODER): v for name, v in state.items() if name.startswith(ENCODER)}
     _check_arch(model.arch, weights)
-    windows = tuple(weights.arch["window"]), tuple(model.arch["window"])
-    resized = [name for name in state if name.endswith(TABLE)] if windows[0] != windows[1] else []
-    state |= {name: resize_table(state[name], *windows) for name in resized}
+    resized = _fit_tables(state, weights, tuple(model.arch["window"]))
+    state |= resized
     fresh = _check_names(model.state_dict(), state, weights)
     model.load_state_dict(state, strict=False)
     return LoadReport(weights.source, tuple(state), tuple(resized), tuple(fresh), unused, tuple(weights.notes))
@@ -190,10 +196,22 @@ def _check_arch(arch: dict[str, Any], weights: Weights) -> None:
         raise UserError(f"{weights.source} has {key}={plain(theirs)}, this model {key}={plain(ours)}: make them agree")
 
 
+def _fit_tables(state: State, weights: Weights, target: Size3) -> State:
+    """The bias tables of `state` for window `target`, where that is not the checkpoint's own."""
+    source = tuple(weights.arch["window"])
+    if source == target:
+        return {}
+    tables = {name: table for name, table in state.items() if name.endswith(TABLE)}
+    for name, table in tables.items():
+        if len(table) != bias_rows(source):
+            raise UserError(f"{weights.source} has {len(table)} rows in {name}, its window {source} has not")
+    return {name: resize_table(table, source, target) for name, table in tables.items()}
+
+
 def _check_names(own: State, state: State, weights: Weights) -> list[str]:
     """Names of `own` that stay fresh. Raises UserError unless the rest agrees by name and shape."""
     fresh = [name for name in own if name not in state]
-    missing = [name for name in fresh if not name.startswith(weights.may_be_fresh or "\0")]
+    missing = [name for name in fresh if not name.startswith(weights.may_be_fresh)]
     unknown = [name for name in state if name not in own]
     shapes = [n for n in state if n in own and state[n].shape != own[n].shape]
     for problem, names in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", shapes)):

@@ -142,6 +142,27 @@ def test_shapes_of_the_public_surface(small_bevt):
         model.forward_video(torch.randn(1, 3, 3, 64, 64), torch.zeros(1, 1, 4, 4, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("policy", ["official", "swin"])
+def test_sizes_that_windows_do_not_tile(policy, small_bevt):
+    """96 pixels: 24, 12, 6 and 3 tokens against windows of 7, that is padding, then clipping, in both streams."""
+    model = small_bevt(window=(8, 7, 7), image_windows=policy)
+    with torch.no_grad():
+        video = model.forward_video(torch.randn(1, 3, 4, 96, 96), torch.zeros(1, 2, 6, 6, dtype=torch.bool))
+        image = model.forward_image(torch.randn(1, 3, 96, 96), torch.zeros(1, 6, 6, dtype=torch.bool))
+    assert video.shape == (1, 144, 256) and image.shape == (1, 36, 256)
+    assert video.isfinite().all() and image.isfinite().all()
+
+
+def test_half_precision(small_bevt, small_batch):
+    """bf16 weights take fp32 pixels; the loss stays fp32 and close to the fp32 model's."""
+    model = small_bevt(drop_path=0.2).train()
+    expected = model(small_batch).loss
+    out = model.bfloat16()(small_batch)
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32 and all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    torch.testing.assert_close(out.loss, expected, rtol=2**-7, atol=0)  # bf16 has 8 bits of precision
+
+
 def test_masked_pixels_do_not_leak(small_bevt):
     """With every cell masked the picture has no influence; with none it has."""
     model = small_bevt().eval()

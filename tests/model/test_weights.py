@@ -228,6 +228,23 @@ def test_unknown_and_missing_tensors_are_refused(official, tmp_path):
             BEVT.from_pretrained(tmp_path / f"{name}.safetensors")
 
 
+def test_damaged_config(small_bevt, tmp_path):
+    small_bevt().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for broken, message in (
+        ({k: v for k, v in config.items() if k != "arch"}, "without arch"),
+        ({**config, "arch": {**config["arch"], "later": 1}}, "another version: its config.json has later"),
+        ({**config, "format": "other"}, "not a model folder"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=message):
+            BEVT.from_pretrained(tmp_path)
+    config["arch"]["window"] = [4, 2, 2]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="27 rows in .*, its window"):
+        load_init(small_bevt(), tmp_path)
+
+
 def test_paths_that_hold_no_model(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.pth").write_text("not a checkpoint")

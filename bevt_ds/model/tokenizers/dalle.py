@@ -100,6 +100,7 @@ class DalleTokenizer(nn.Module):
     def logits(self, frames: Tensor) -> Tensor:
         """Pictures (N,3,v,v), float RGB in [0,1] -> logits (N,V,v/8,v/8), fp32."""
         x = (0.8 * frames + 0.1).to(torch.float16 if frames.is_cuda else torch.float32)
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.blocks["input"](x)
         for g in range(1, GROUPS + 1):
             for block in self.blocks[f"group_{g}"].values():
