@@ -23,6 +23,7 @@ from nvidia.dali import math as dali_math
 from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 from torch import Tensor
 
+from bevt_ds.data.index import BadSample
 from bevt_ds.data.plan import PlanEntry
 
 MEAN = (123.675, 116.28, 103.53)  # of 8-bit RGB (PT configuration of the original)
@@ -78,11 +79,6 @@ class PixelPipeline:
         self._settings = (batch_size, size, threads, device)
         self.rebuild()
 
-    @property
-    def decodes(self) -> bool:
-        """Whether the graph itself decodes files, so that a broken one can make it fail."""
-        return self.kind == "image" or self.decode_on_gpu
-
     def rebuild(self) -> None:
         """A fresh graph: after an error DALI does not promise that the old one still works."""
         batch_size, size, threads, device = self._settings
@@ -108,17 +104,27 @@ class PixelPipeline:
         """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
 
         payloads: images: file bytes; clips: uint8 (T,H,W,3), or (file bytes, frame numbers) if
-        decode_on_gpu. RuntimeError: DALI rejects a sample, without saying which.
+        decode_on_gpu. BadSample: DALI cannot decode one of them; it does not say which.
         """
         for name, values in self._inputs(payloads, entries).items():
             self.graph.feed_input(name, values)
-        outputs = self.graph.run()
+        outputs = self._run_graph()
         if self._stream is None:
             return tuple(to_torch_tensor(output.as_tensor(), copy=True) for output in outputs)
         with torch.cuda.stream(self._stream):
             tensors = [to_torch_tensor(output.as_tensor(), copy=True) for output in outputs]
         self._stream.synchronize()
         return tuple(tensors)
+
+    def _run_graph(self) -> tuple:
+        try:
+            return self.graph.run()
+        except RuntimeError as error:
+            if "fn.decoders." not in str(error):  # the operator that failed: only these see untrusted bytes
+                raise
+            self.rebuild()
+            reason = str(error).partition("encountered:")[2].split("Current pipeline")[0].strip()
+            raise BadSample(f"DALI cannot decode it: {reason}") from error
 
     def _decoded(self):
         """The graph's input as pictures: HWC, or FHWC for a clip."""

@@ -92,9 +92,7 @@ class StreamReader:
         payloads = [payload.result() for payload in ticket.payloads]
         try:
             pictures = self.pixels.run(payloads, ticket.entries)
-        except RuntimeError:
-            if not self.pixels.decodes:
-                raise
+        except BadSample:
             pictures = self._one_by_one(ticket)
         for _ in ticket.entries:
             self.ledger.accept()
@@ -117,18 +115,16 @@ class StreamReader:
 
     def _one_by_one(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
         """DALI refused the batch without naming the culprit: run each sample alone."""
-        pictures = []
-        for i in range(len(ticket.entries)):
-            while True:
-                self.pixels.rebuild()
-                self._settle(ticket, i)
-                try:
-                    payload = ticket.payloads[i].result()
-                    pictures.append(self.pixels.run([payload], ticket.entries[i : i + 1]))
-                    break
-                except RuntimeError as error:
-                    self._substitute(ticket, i, f"DALI cannot decode it: {_first_line(error)}")
+        pictures = [self._alone(ticket, i) for i in range(len(ticket.entries))]
         return tuple(torch.cat(parts) for parts in zip(*pictures, strict=True))
+
+    def _alone(self, ticket: Ticket, i: int) -> tuple[Tensor, Tensor]:
+        while True:
+            self._settle(ticket, i)
+            try:
+                return self.pixels.run([ticket.payloads[i].result()], [ticket.entries[i]])
+            except BadSample as bad:
+                self._substitute(ticket, i, str(bad))
 
 
 def _read_image(member: Member, max_pixels: int) -> bytes:
@@ -142,9 +138,3 @@ def _read_video(pool: DecodePool, member: Member, clip: tuple[float, int, int]) 
     start, frames, stride = clip
     numbers = clip_frames(start, pool.frame_count(member).result(), frames, stride)
     return read_member(member), numbers
-
-
-def _first_line(error: Exception) -> str:
-    """DALI's message without its stack: the first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if len(lines) == 1 else next((x for x in lines if "rror" in x), lines[0])

@@ -151,15 +151,21 @@ def test_the_graph_does_the_work_and_holds_no_state(kind: str, operators: set, v
     assert names <= operators | inputs | arithmetic  # no reader and nothing random
 
 
-def test_a_broken_picture_fails_and_a_rebuilt_graph_works(make: SimpleNamespace, entry: Callable) -> None:
+def test_a_broken_picture_fails_its_batch_and_no_later_one(make: SimpleNamespace, entry: Callable) -> None:
     pipeline = PixelPipeline("image", 2, S, V, threads=1)
     good = encode(make.noise(120, 150))
     before = pipeline.run([good], [entry()])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(BadSample, match="DALI cannot decode it: nvImageCodec"):
         pipeline.run([good, good[:60] + bytes(50)], [entry(), entry()])
-    pipeline.rebuild()
     after = pipeline.run([good], [entry()])
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_fault_of_the_graph_is_no_bad_sample(make: SimpleNamespace, entry: Callable) -> None:
+    """Frames of two channels are the caller's mistake: no substitute, but a traceback."""
+    pipeline = PixelPipeline("video", 1, S, V, threads=1)
+    with pytest.raises(RuntimeError, match="crop_mirror_normalize"):
+        pipeline.run([np.ascontiguousarray(make.noise(1, 120, 150)[..., :2])], [entry()])
 
 
 def header(jpeg: bytes, width: int, height: int) -> bytes:
