@@ -24,6 +24,8 @@ from bevt_ds.data.video import decode_clip, probe
 def main() -> None:
     """Serve until the pipe closes, which is also what happens when the parent dies."""
     av.logging.set_level(av.logging.PANIC)
+    # a terminal sends it to all; when to stop is the parent's decision
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     for line in requests:
         request = json.loads(line)

@@ -1,4 +1,6 @@
-"""Media files -> WebDataset shards: `{split}-{number:06d}.tar` with `<key>.mp4|jpg|...` and `<key>.json`."""
+"""Media files -> WebDataset shards: `{split}-{number:06d}.tar` with `<key>.mp4|jpg|...` and
+`<key>.json`.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,11 @@ def pack(
     shard_samples: int = SHARD_SAMPLES,
     progress: bool = False,
 ) -> Packed:
-    """Pack the media of `kind` ("video" or "image") under a folder, in the order of their paths, bytes as they are.
+    """Pack the media of `kind` ("video" or "image") under a folder, in the order of their paths,
+    bytes as they are.
 
-    A shard is closed before it would pass `shard_bytes` or `shard_samples`. The same input gives the same tars. What
-    cannot be read is listed in `{split}-rejected.jsonl` with the reason.
+    A shard is closed before it would pass `shard_bytes` or `shard_samples`. The same input gives
+    the same tars. What cannot be read is listed in `{split}-rejected.jsonl` with the reason.
     UserError: no such media under `source`, or shards of this split are already in `out`.
     """
     files = _media(source, kind)
@@ -83,7 +86,8 @@ def _samples(source: Path, files: Iterable[Path], kind: str, rejected: list[dict
     keys: set[str] = set()
     for path in files:
         name = path.relative_to(source)
-        key = str(name.with_name(name.stem.replace(".", "_")))  # webdataset ends a key at its first dot
+        # webdataset ends a key at its first dot
+        key = str(name.with_name(name.stem.replace(".", "_")))
         data = path.read_bytes()
         try:
             if key in keys:

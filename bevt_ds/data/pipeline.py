@@ -4,9 +4,12 @@ The graph holds no reader and no random operator: bytes or frames and every para
 sample plan through `external_source`, so there is no pipeline state to save.
 
 What differs from the original's OpenCV, in levels of 255 (a test holds the bounds):
-- the resize to the short side is DALI's CUBIC without antialiasing. Its kernel has a = -0.5, OpenCV's -0.75: mean 0.4
-  and at most 11 on real pictures resized to 256, 288 and 320 lines, mean 1.6 and at most 13 on noise;
-- the tokenizer's view is OpenCV's LANCZOS4 at 2:1 as a filter with the same eight taps: equal, but for a level where
+- the resize to the short side is DALI's CUBIC without antialiasing. Its kernel has a = -0.5,
+OpenCV's -0.75: mean 0.4
+  and at most 11 on real pictures resized to 256, 288 and 320 lines, mean 1.6 and at most 13 on
+  noise;
+- the tokenizer's view is OpenCV's LANCZOS4 at 2:1 as a filter with the same eight taps: equal, but
+for a level where
   a half is rounded (less than one value in a thousand).
 
 Shape letters: B samples, T frames, S crop side, v side of the tokenizer's view.
@@ -34,17 +37,17 @@ LUMA = (0.2989, 0.587, 0.114)  # weights of the original's contrast and saturati
 def lanczos4_taps() -> np.ndarray:
     """The eight weights halfway between two pixels: float32 (8,).
 
-    Lanczos with four lobes, sinc(x) sinc(x/4), at x = +-0.5, 1.5, 2.5, 3.5; rounded to 1/2048, as OpenCV's are for
-    8-bit pictures.
+    Lanczos with four lobes, sinc(x) sinc(x/4), at x = +-0.5, 1.5, 2.5, 3.5; rounded to 1/2048, as
+    OpenCV's are for 8-bit pictures.
     """
     x = np.arange(8) - 3.5
     taps = np.sinc(x) * np.sinc(x / 4)
     return (np.rint(2048 * taps / taps.sum()) / 2048).astype(np.float32)
 
 
-def jitter_matrix(jitter: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Colour jitter as an affine map of RGB: float32 (3,3) matrix, float32 (1,) share of the mean
-    luma.
+def jitter_matrix(jitter: tuple[float, float, float]) -> tuple[np.ndarray, np.float32]:
+    """Colour jitter as an affine map of RGB: a float32 (3,3) matrix, and the share of the mean luma
+    that is added.
 
     Brightness, then contrast about the picture's mean luma, then saturation about each pixel's
     luma; nothing is clipped in between, so the three are one map.
@@ -53,7 +56,7 @@ def jitter_matrix(jitter: tuple[float, float, float]) -> tuple[np.ndarray, np.nd
     to_luma = np.tile(np.asarray(LUMA), (3, 1))
     saturate = saturation * np.eye(3) + (1 - saturation) * to_luma
     matrix = brightness * contrast * saturate
-    return matrix.astype(np.float32), np.asarray([brightness * (1 - contrast)], dtype=np.float32)
+    return matrix.astype(np.float32), np.float32(brightness * (1 - contrast))
 
 
 class PixelPipeline:
@@ -120,7 +123,8 @@ class PixelPipeline:
         try:
             return self.graph.run()
         except RuntimeError as error:
-            if "fn.decoders." not in str(error):  # the operator that failed: only these see untrusted bytes
+            # the operator that failed: only these see untrusted bytes
+            if "fn.decoders." not in str(error):
                 raise
             self.rebuild()
             reason = str(error).partition("encountered:")[2].split("Current pipeline")[0].strip()
@@ -162,6 +166,11 @@ def _scalar(name: str, dtype: types.DALIDataType):
     return fn.external_source(name=name, dtype=dtype, ndim=0)
 
 
+def _constant(values, beside):
+    """A constant where the picture `beside` is: DALI does not move it there by itself."""
+    return types.Constant(np.asarray(values, dtype=np.float32), device=beside.device)
+
+
 def _crop(frames, size: int):
     """Resize to the short side, cut `size` x `size`, flip: uint8, (F)HWC.
 
@@ -187,11 +196,10 @@ def _colour_jitter(crop, picture):
     picture's.
     """
     matrix = fn.external_source(name="jitter_matrix", dtype=types.FLOAT, ndim=2)
-    share = fn.external_source(name="jitter_luma", dtype=types.FLOAT, ndim=1)
     channels = fn.reductions.mean(picture, axes=(0, 1))
-    luma = fn.reductions.sum(channels * types.Constant(list(LUMA), dtype=types.FLOAT), axes=0)
+    luma = fn.reductions.sum(channels * _constant(LUMA, picture), axes=0)
     mapped = fn.coord_transform(crop, M=matrix, dtype=types.FLOAT)
-    return fn.cast(mapped + share * luma, dtype=types.UINT8)
+    return fn.cast(mapped + _scalar("jitter_luma", types.FLOAT) * luma, dtype=types.UINT8)
 
 
 def _normalise(crop, kind: str):
@@ -211,9 +219,9 @@ def _token_view(crop, size: int, kind: str):
     layout, lead = ("FHWC", [-1]) if kind == "video" else ("HWC", [])
     taps = lanczos4_taps()
     along = {"dtype": types.FLOAT, "border": "clamp"}
-    wide = fn.filter(crop, types.Constant(taps[None, :]), anchor=[0, 3], **along)
+    wide = fn.filter(crop, _constant(taps[None, :], crop), anchor=[0, 3], **along)
     narrow = _every_second(wide, [*lead, size, half, 2, 3], layout)
-    tall = fn.filter(narrow, types.Constant(taps[:, None]), anchor=[3, 0], **along)
+    tall = fn.filter(narrow, _constant(taps[:, None], crop), anchor=[3, 0], **along)
     view = _every_second(tall, [*lead, half, 2, half, 3], layout)
     levels = dali_math.clamp(fn.cast(view, dtype=types.INT32), 0, 255)
     channels_first = [0, 3, 1, 2] if kind == "video" else [2, 0, 1]

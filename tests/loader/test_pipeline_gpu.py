@@ -1,0 +1,66 @@
+"""The same graph on a GPU: same frames and crops as on the CPU, pixels within what two decoders may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from bevt_ds.config import Config
+from bevt_ds.data.draw_worker import encode_jpeg, encode_mp4
+from bevt_ds.data.loader import Loader
+from bevt_ds.data.pipeline import PixelPipeline
+from bevt_ds.data.video import decode_clip
+
+S, V = 96, 48
+LEVEL = 2 / 255  # what decoders of one file may differ by on average
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a.cpu() - b.cpu()).abs()
+
+
+def test_the_operators_give_the_same_pixels(make: SimpleNamespace, entry: Callable) -> None:
+    frames = make.noise(4, 120, 150)
+    entries = [entry(short_side=s, crop=(0.3, 0.7), flip=s == 120) for s in (120, 150)]
+    results = [
+        PixelPipeline("video", 2, S, V, threads=2, device=device).run([frames] * 2, entries) for device in (None, 0)
+    ]
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        assert on_gpu.is_cuda
+        assert difference(on_cpu, on_gpu).mean() < LEVEL / 10
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_decoding_on_the_gpu(kind: str, make: SimpleNamespace, entry: Callable) -> None:
+    e = entry(short_side=120, crop=(0.3, 0.7), jitter=(1.1, 0.9, 1.2))
+    if kind == "video":
+        data = encode_mp4(make.noise(20, 120, 150, softness=5.0))
+        numbers = np.array([3, 5, 7, 9])
+        payloads = [decode_clip(data, lambda total: numbers, 1 << 20)], [(data, numbers)]
+    else:
+        data = encode_jpeg(make.noise(120, 150, softness=5.0))
+        payloads = [data], [data]
+    on_cpu = PixelPipeline(kind, 1, S, V, threads=2).run(payloads[0], [e])
+    on_gpu = PixelPipeline(kind, 1, S, V, threads=2, device=0, decode_on_gpu=True).run(payloads[1], [e])
+    assert difference(on_cpu[1], on_gpu[1]).mean() < LEVEL
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
+def test_the_loader_delivers_to_the_gpu(config: Config, decoder: str) -> None:
+    config = replace(config, data=replace(config.data, decoder=decoder))
+    with Loader(config, device="cuda:0") as loader:
+        on_gpu = list(islice(loader, 3))
+    with Loader(replace(config, data=replace(config.data, decoder="cpu"))) as loader:
+        on_cpu = list(islice(loader, 3))
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        for x, y in ((a.video, b.video), (a.image, b.image)):
+            assert y.pixels.is_cuda and torch.equal(x.rows, y.rows) and x.count == y.count
+            assert difference(x.view, y.view).mean() < LEVEL
