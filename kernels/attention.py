@@ -17,31 +17,65 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .attention_backward import launch_backward, launch_fold
-from .configs import forward_tiles
+from .configs import PREPARE, forward_tiles
 from .geometry import Size3, Windows
-from .launches import launch
-from .tiles import GEOMETRY, LOG2E, base_two, dot, load_rows, locate, region, store_rows
+from .launches import launch, launch_regions
+from .tiles import (
+    CODES,
+    GEOMETRY,
+    LOG2E,
+    base_two,
+    code_stride,
+    coordinates,
+    dot,
+    load_rows,
+    locate,
+    part_size,
+    region,
+    store_rows,
+)
 
 
-@triton.jit(do_not_specialize=["heads", "ROWS"])
-def head_major_table_kernel(table, out, heads, ROWS, BLOCK: tl.constexpr):
-    """table (ROWS, heads) of any float type -> out (heads, ROWS) in fp32, times log2(e)."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    head = tl.program_id(1)
-    values = tl.load(table + row * heads + head, mask=row < ROWS).to(tl.float32)
-    tl.store(out + head * ROWS + row, values * LOG2E, mask=row < ROWS)
+@triton.jit(do_not_specialize=["heads", "ROWS", "WT", "WH", "WW", "MT", "MH", "MW", "UT", "UH"])
+def prepare_kernel(
+    bias_table, table, codes, heads, ROWS, WT, WH, WW, MT, MH, MW, UT, UH, BLOCK: tl.constexpr
+):  # fmt: skip
+    """What every program of a call needs, in the form in which it is read.
+
+    bias_table (ROWS, heads) of any float type -> table (heads, ROWS), fp32, times log2(e); and codes
+    (shapes, N rounded up to CODES): the codes of the tokens of each shape that a region can have, numbered by
+    part of the window along time, height, width, 3 each. The first programs do the former, the rest the latter.
+    """
+    blocks = tl.cdiv(ROWS, BLOCK)
+    pid = tl.program_id(0)
+    if pid < heads * blocks:
+        head = pid // blocks
+        row = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(bias_table + row * heads + head, mask=row < ROWS)
+        tl.store(table + head * ROWS + row, values.to(tl.float32) * LOG2E, mask=row < ROWS)
+    else:
+        stride = code_stride(WT * WH * WW)
+        pid = pid - heads * blocks
+        shape = pid // tl.cdiv(stride, BLOCK)
+        n = pid % tl.cdiv(stride, BLOCK) * BLOCK + tl.arange(0, BLOCK)
+        # No region has an empty part; its codes are never read, but must not divide by zero.
+        size_t = tl.maximum(part_size(shape // 9, WT, MT), 1)
+        size_h = tl.maximum(part_size(shape // 3 % 3, WH, MH), 1)
+        size_w = tl.maximum(part_size(shape % 3, WW, MW), 1)
+        t, h, w = coordinates(n, (size_t, size_h, size_w))
+        tl.store(codes + shape * stride + n, t * UT + h * UH + w, mask=n < stride)
 
 
 @triton.jit
 def attend(
-    state, q, code_q, keys, start, size, qkv, table, width, scale, grid, UT, UH,
+    state, q, bias_q, keys, start, size, qkv, codes, width, scale, grid,
     D: tl.constexpr, WRAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, over the key numbers `keys`; `state` is (acc, maximum, sum)."""
     acc, high, total = state
-    place, code_k = locate(keys, start, size, grid, UT, UH, WRAP)
+    place = locate(keys, start, size, grid, WRAP)
     k = load_rows(qkv + width, place, 3 * width, D)
-    s = base_two(dot(q, tl.trans(k)), table, code_q[:, None], code_k[None, :], scale)
+    s = base_two(dot(q, tl.trans(k)), bias_q[:, None] - tl.load(codes + keys)[None, :], scale)
     if MASKED:
         s = tl.where((keys < size[0] * size[1] * size[2])[None, :], s, float("-inf"))
     new_high = tl.maximum(high, tl.max(s, 1))
@@ -55,17 +89,18 @@ def attend(
 
 @triton.jit(do_not_specialize=(*GEOMETRY, "heads", "splits"))
 def window_attention_fwd_kernel(
-    qkv, table, out, lse, scale, heads, splits,
-    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, UT, UH, ROWS,
+    qkv, table, codes, out, lse, scale, heads, splits,
+    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, ROWS,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     WRAP: tl.constexpr,
 ):  # fmt: skip
-    """qkv (B, T, H, W, 3, h, D), table (h, ROWS) -> out (B, T, H, W, h * D), lse (B, h, T * H * W)."""
+    """qkv (B, T, H, W, 3, h, D), table and codes of `prepare_kernel`
+    -> out (B, T, H, W, h * D), lse (B, h, T * H * W)."""
     grid = (T, H, W)
     pid = tl.program_id(0)
     head = pid % heads
     split = pid // heads % splits
-    sample, start, size = region(pid // (heads * splits), grid, (WT, WH, WW), (ST, SH, SW), (MT, MH, MW))
+    sample, start, size, shape = region(pid // (heads * splits), grid, (WT, WH, WW), (ST, SH, SW), (MT, MH, MW))
     tokens = size[0] * size[1] * size[2]
     whole = tokens - tokens % BLOCK_N
     width = heads * D
@@ -73,49 +108,47 @@ def window_attention_fwd_kernel(
     out += sample * (T * H * W) * width + head * D
     lse += (sample * heads + head) * (T * H * W)
     table += head * ROWS + ROWS // 2
+    codes += shape * code_stride(WT * WH * WW)
     for first in range(split * BLOCK_M, tokens, splits * BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
-        place, code = locate(rows, start, size, grid, UT, UH, WRAP)
+        place = locate(rows, start, size, grid, WRAP)
+        bias_q = table + tl.load(codes + rows)
         q = load_rows(qkv, place, 3 * width, D)
         acc = tl.zeros([BLOCK_M, D], tl.float32)
         high = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for n in range(0, whole, BLOCK_N):
             acc, high, total = attend(
-                (acc, high, total), q, code, n + tl.arange(0, BLOCK_N), start, size, qkv, table,
-                width, scale, grid, UT, UH, D, WRAP, False,
+                (acc, high, total), q, bias_q, n + tl.arange(0, BLOCK_N), start, size, qkv, codes,
+                width, scale, grid, D, WRAP, False,
             )  # fmt: skip
         for n in range(whole, tokens, TAIL):
             acc, high, total = attend(
-                (acc, high, total), q, code, n + tl.arange(0, TAIL), start, size, qkv, table,
-                width, scale, grid, UT, UH, D, WRAP, True,
+                (acc, high, total), q, bias_q, n + tl.arange(0, TAIL), start, size, qkv, codes,
+                width, scale, grid, D, WRAP, True,
             )  # fmt: skip
         store_rows(out, place, width, acc / total[:, None], rows < tokens, D)
         tl.store(lse + place, high + tl.log2(total), mask=rows < tokens)
 
 
-def head_major_table(bias_table: Tensor) -> Tensor:
-    """The table as the kernels read it: (h, rows), fp32, times log2(e)."""
+def launch_prepare(bias_table: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """The table as the kernels read it, (h, rows) in fp32, and the codes, int32 (shapes, padded N)."""
     rows, heads = bias_table.shape
-    out = bias_table.new_empty((heads, rows), dtype=torch.float32)
-    grid = (triton.cdiv(rows, 256), heads)
-    launch(head_major_table_kernel, grid, bias_table, out, heads, rows, BLOCK=256)
-    return out
+    padded = triton.cdiv(windows.tokens, CODES) * CODES
+    table = bias_table.new_empty((heads, rows), dtype=torch.float32)
+    codes = bias_table.new_empty((windows.shapes, padded), dtype=torch.int32)
+    sizes = (heads, rows, *windows.window, *windows.mask_shift, *windows.table_strides)
+    grid = (heads * triton.cdiv(rows, PREPARE) + windows.shapes * triton.cdiv(padded, PREPARE),)
+    launch(prepare_kernel, grid, bias_table, table, codes, *sizes, BLOCK=PREPARE)
+    return table, codes
 
 
 def launch_forward(qkv: Tensor, bias_table: Tensor, windows: Windows, scale: float) -> tuple[Tensor, Tensor]:
     """out (B, T, H, W, h * d) in qkv's dtype, and the base-2 log-sum-exp (B, h, T * H * W) in fp32."""
-    batch, heads, d = qkv.shape[0], qkv.shape[5], qkv.shape[6]
-    tiles = forward_tiles(windows.tokens, qkv.dtype)
-    programs = batch * windows.regions * heads
-    splits = tiles.splits(programs, windows.tokens)
     out, lse = empty_outputs(qkv)
-    table = head_major_table(bias_table)
-    launch(
-        window_attention_fwd_kernel, (programs * splits,),
-        qkv, table, out, lse, scale, heads, splits, *windows.scalars(),
-        D=d, WRAP=windows.wraps, **tiles.options(),
-    )  # fmt: skip
+    tensors = (qkv, *launch_prepare(bias_table, windows), out, lse)
+    tiles = forward_tiles(windows.tokens, qkv.dtype)
+    launch_regions(window_attention_fwd_kernel, tensors, tiles, windows, scale)
     return out, lse
 
 
@@ -157,8 +190,8 @@ def backward_op(
     """dqkv and dtable."""
     windows = windows_of(qkv, window, table_window, shift, mask_shift)
     bias_table = bias_table.contiguous()
-    table = head_major_table(bias_table)
-    tensors = (dout.contiguous(), qkv.contiguous(), table, out, lse)
+    tables = launch_prepare(bias_table, windows)
+    tensors = (dout.contiguous(), qkv.contiguous(), *tables, out, lse)
     dqkv, pairs = launch_backward(*tensors, windows, scale)
     return dqkv, launch_fold(pairs, bias_table, windows)
 

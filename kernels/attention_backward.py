@@ -17,32 +17,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import FOLD, SMALL_WINDOW, backward_tiles, pair_groups, pair_tiles, small_tiles
+from .configs import FOLD, SMALL_WINDOW, key_tiles, pair_groups, pair_tiles, query_tiles, small_tiles
 from .geometry import Windows
-from .launches import launch
+from .launches import launch, launch_regions
 from .tiles import (
     GEOMETRY,
     base_two,
+    beyond_cuts,
+    code_stride,
     coordinates,
     dot,
     load_rows,
     locate,
-    locate_in_window,
     region,
     store_rows,
+    window_origin,
 )
 
 
 @triton.jit
 def add_dq(
-    dq, q, dout, code_q, lse, delta, keys, start, size, qkv, table, width, scale, grid, UT, UH,
+    dq, q, dout, bias_q, lse, delta, keys, start, size, qkv, codes, width, scale, grid,
     D: tl.constexpr, WRAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries plus the share of the key numbers `keys`."""
-    place, code_k = locate(keys, start, size, grid, UT, UH, WRAP)
+    place = locate(keys, start, size, grid, WRAP)
     k = load_rows(qkv + width, place, 3 * width, D)
     v = load_rows(qkv + 2 * width, place, 3 * width, D)
-    s = base_two(dot(q, tl.trans(k)), table, code_q[:, None], code_k[None, :], scale)
+    s = base_two(dot(q, tl.trans(k)), bias_q[:, None] - tl.load(codes + keys)[None, :], scale)
     p = tl.exp2(s - lse[:, None])
     if MASKED:
         p = tl.where((keys < size[0] * size[1] * size[2])[None, :], p, 0.0)
@@ -52,8 +54,8 @@ def add_dq(
 
 @triton.jit(do_not_specialize=(*GEOMETRY, "heads", "splits"))
 def window_attention_bwd_q_kernel(
-    qkv, table, out, lse, dout, dqkv, delta, scale, heads, splits,
-    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, UT, UH, ROWS,
+    qkv, table, codes, out, lse, dout, dqkv, delta, scale, heads, splits,
+    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, ROWS,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     WRAP: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +64,7 @@ def window_attention_bwd_q_kernel(
     pid = tl.program_id(0)
     head = pid % heads
     split = pid // heads % splits
-    sample, start, size = region(pid // (heads * splits), grid, (WT, WH, WW), (ST, SH, SW), (MT, MH, MW))
+    sample, start, size, shape = region(pid // (heads * splits), grid, (WT, WH, WW), (ST, SH, SW), (MT, MH, MW))
     tokens = size[0] * size[1] * size[2]
     whole = tokens - tokens % BLOCK_N
     width = heads * D
@@ -73,9 +75,11 @@ def window_attention_bwd_q_kernel(
     lse += (sample * heads + head) * (T * H * W)
     delta += (sample * heads + head) * (T * H * W)
     table += head * ROWS + ROWS // 2
+    codes += shape * code_stride(WT * WH * WW)
     for first in range(split * BLOCK_M, tokens, splits * BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
-        place, code = locate(rows, start, size, grid, UT, UH, WRAP)
+        place = locate(rows, start, size, grid, WRAP)
+        bias_q = table + tl.load(codes + rows)
         q = load_rows(qkv, place, 3 * width, D)
         do = load_rows(dout, place, width, D)
         o = load_rows(out, place, width, D)
@@ -85,34 +89,35 @@ def window_attention_bwd_q_kernel(
         dq = tl.zeros([BLOCK_M, D], tl.float32)
         for n in range(0, whole, BLOCK_N):
             dq = add_dq(
-                dq, q, do, code, row_lse, row_delta, n + tl.arange(0, BLOCK_N), start, size, qkv,
-                table, width, scale, grid, UT, UH, D, WRAP, False,
+                dq, q, do, bias_q, row_lse, row_delta, n + tl.arange(0, BLOCK_N), start, size, qkv,
+                codes, width, scale, grid, D, WRAP, False,
             )  # fmt: skip
         for n in range(whole, tokens, TAIL):
             dq = add_dq(
-                dq, q, do, code, row_lse, row_delta, n + tl.arange(0, TAIL), start, size, qkv,
-                table, width, scale, grid, UT, UH, D, WRAP, True,
+                dq, q, do, bias_q, row_lse, row_delta, n + tl.arange(0, TAIL), start, size, qkv,
+                codes, width, scale, grid, D, WRAP, True,
             )  # fmt: skip
         store_rows(dqkv, place, 3 * width, dq * scale, rows < tokens, D)
 
 
 @triton.jit
 def add_dkv(
-    dk, dv, k, v, code_k, queries, start, size, qkv, dout, lse, delta, table, width, scale, grid,
-    UT, UH, D: tl.constexpr, WRAP: tl.constexpr,
+    dk, dv, k, v, code_k, queries, start, size, qkv, dout, lse, delta, table, codes, width, scale,
+    grid, D: tl.constexpr, WRAP: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys plus the share of the query numbers `queries`.
 
     Scores are transposed, (keys, queries), so that P^T and dS^T are first operands as they stand. An
     infinite log-sum-exp makes P zero for query numbers past the region.
     """
-    place, code_q = locate(queries, start, size, grid, UT, UH, WRAP)
+    place = locate(queries, start, size, grid, WRAP)
     inside = queries < size[0] * size[1] * size[2]
     q = load_rows(qkv, place, 3 * width, D)
     do = load_rows(dout, place, width, D)
     row_lse = tl.load(lse + place, mask=inside, other=float("inf"))
     row_delta = tl.load(delta + place)
-    s = base_two(dot(k, tl.trans(q)), table, code_q[None, :], code_k[:, None], scale)
+    bias_k = table - code_k
+    s = base_two(dot(k, tl.trans(q)), bias_k[:, None] + tl.load(codes + queries)[None, :], scale)
     p = tl.exp2(s - row_lse[None, :])
     dv = dot(p.to(do.dtype), do, dv)
     ds = p * (dot(v, tl.trans(do)) - row_delta[None, :])
@@ -121,8 +126,8 @@ def add_dkv(
 
 @triton.jit(do_not_specialize=(*GEOMETRY, "heads", "splits"))
 def window_attention_bwd_kv_kernel(
-    qkv, table, lse, dout, delta, dqkv, scale, heads, splits,
-    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, UT, UH, ROWS,
+    qkv, table, codes, lse, dout, delta, dqkv, scale, heads, splits,
+    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, ROWS,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     WRAP: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +136,7 @@ def window_attention_bwd_kv_kernel(
     pid = tl.program_id(0)
     head = pid % heads
     split = pid // heads % splits
-    sample, start, size = region(pid // (heads * splits), grid, (WT, WH, WW), (ST, SH, SW), (MT, MH, MW))
+    sample, start, size, shape = region(pid // (heads * splits), grid, (WT, WH, WW), (ST, SH, SW), (MT, MH, MW))
     tokens = size[0] * size[1] * size[2]
     whole = tokens - tokens % BLOCK_N
     width = heads * D
@@ -141,22 +146,24 @@ def window_attention_bwd_kv_kernel(
     lse += (sample * heads + head) * (T * H * W)
     delta += (sample * heads + head) * (T * H * W)
     table += head * ROWS + ROWS // 2
+    codes += shape * code_stride(WT * WH * WW)
     for first in range(split * BLOCK_M, tokens, splits * BLOCK_M):
         keys = first + tl.arange(0, BLOCK_M)
-        place, code = locate(keys, start, size, grid, UT, UH, WRAP)
+        place = locate(keys, start, size, grid, WRAP)
+        code_k = tl.load(codes + keys)
         k = load_rows(qkv + width, place, 3 * width, D)
         v = load_rows(qkv + 2 * width, place, 3 * width, D)
         dk = tl.zeros([BLOCK_M, D], tl.float32)
         dv = tl.zeros([BLOCK_M, D], tl.float32)
         for n in range(0, whole, BLOCK_N):
             dk, dv = add_dkv(
-                dk, dv, k, v, code, n + tl.arange(0, BLOCK_N), start, size, qkv, dout, lse, delta,
-                table, width, scale, grid, UT, UH, D, WRAP,
+                dk, dv, k, v, code_k, n + tl.arange(0, BLOCK_N), start, size, qkv, dout, lse, delta,
+                table, codes, width, scale, grid, D, WRAP,
             )  # fmt: skip
         for n in range(whole, tokens, TAIL):
             dk, dv = add_dkv(
-                dk, dv, k, v, code, n + tl.arange(0, TAIL), start, size, qkv, dout, lse, delta,
-                table, width, scale, grid, UT, UH, D, WRAP,
+                dk, dv, k, v, code_k, n + tl.arange(0, TAIL), start, size, qkv, dout, lse, delta,
+                table, codes, width, scale, grid, D, WRAP,
             )  # fmt: skip
         store_rows(dqkv + width, place, 3 * width, dk * scale, keys < tokens, D)
         store_rows(dqkv + 2 * width, place, 3 * width, dv, keys < tokens, D)
@@ -164,8 +171,8 @@ def window_attention_bwd_kv_kernel(
 
 @triton.jit(do_not_specialize=(*GEOMETRY, "heads", "batch", "groups"))
 def window_attention_bwd_pairs_kernel(
-    qkv, table, lse, dout, delta, pairs, scale, heads, batch, groups,
-    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, UT, UH, ROWS,
+    qkv, table, codes, lse, dout, delta, pairs, scale, heads, batch, groups,
+    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, ROWS,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """pairs (groups, h, N, N): dS summed over every groups-th window of the batch."""
@@ -179,24 +186,28 @@ def window_attention_bwd_pairs_kernel(
     pid = pid // tl.cdiv(tokens, BLOCK_M)
     head, group = pid % heads, pid // heads
     width = heads * D
-    table += head * ROWS + ROWS // 2
+    bias_q = table + head * ROWS + ROWS // 2 + tl.load(codes + queries)
+    code_k = tl.load(codes + keys)
     windows = (T * H * W) // tokens
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in range(group, batch * windows, groups):
         sample = (i // windows).to(tl.int64)
-        at = sample * (T * H * W)
-        row = (sample * heads + head) * (T * H * W)
-        place_q, code_q, part_q = locate_in_window(queries, i % windows, grid, window, shift, mask_shift, UT, UH)
-        place_k, code_k, part_k = locate_in_window(keys, i % windows, grid, window, shift, mask_shift, UT, UH)
-        base = qkv + at * (3 * width) + head * D
-        q = load_rows(base, place_q, 3 * width, D)
+        origin, cuts = window_origin(i % windows, grid, window, shift, mask_shift)
+        base = qkv + sample * (T * H * W) * (3 * width) + head * D
+        place_k = locate(keys, origin, window, grid, True)
         k = load_rows(base + width, place_k, 3 * width, D)
-        s = base_two(dot(q, tl.trans(k)), table, code_q[:, None], code_k[None, :], scale)
-        p = tl.exp2(s - tl.load(lse + row + place_q)[:, None])
-        p = tl.where(part_q[:, None] == part_k[None, :], p, 0.0)
         v = load_rows(base + 2 * width, place_k, 3 * width, D)
-        do = load_rows(dout + at * width + head * D, place_q, width, D)
-        total += p * (dot(do, tl.trans(v)) - tl.load(delta + row + place_q)[:, None])
+        place_q = locate(queries, origin, window, grid, True)
+        q = load_rows(base, place_q, 3 * width, D)
+        do = load_rows(dout + sample * (T * H * W) * width + head * D, place_q, width, D)
+        row = (sample * heads + head) * (T * H * W) + place_q
+        s = base_two(dot(q, tl.trans(k)), bias_q[:, None] - code_k[None, :], scale)
+        p = tl.exp2(s - tl.load(lse + row)[:, None])
+        if cuts != 0:
+            part_q = beyond_cuts(queries, window, mask_shift) & cuts
+            part_k = beyond_cuts(keys, window, mask_shift) & cuts
+            p = tl.where(part_q[:, None] == part_k[None, :], p, 0.0)
+        total += p * (dot(do, tl.trans(v)) - tl.load(delta + row)[:, None])
     pairs += (group * heads + head).to(tl.int64) * tokens * tokens
     inside = (queries < tokens)[:, None] & (keys < tokens)[None, :]
     tl.store(pairs + queries[:, None] * tokens + keys[None, :], total, mask=inside)
@@ -204,49 +215,56 @@ def window_attention_bwd_pairs_kernel(
 
 @triton.jit(do_not_specialize=(*GEOMETRY, "heads", "batch", "groups"))
 def window_attention_bwd_small_kernel(
-    qkv, table, out, lse, dout, dqkv, pairs, scale, heads, batch, groups,
-    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, UT, UH, ROWS,
+    qkv, table, codes, out, lse, dout, dqkv, pairs, scale, heads, batch, groups,
+    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, ROWS,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dqkv (B, T, H, W, 3, h, D) and pairs (groups, h, N, N) for windows of at most BLOCK tokens."""
+    """dqkv (B, T, H, W, 3, h, D) and pairs (groups, h, N, N) for windows of at most BLOCK tokens.
+
+    Scores are transposed as in `add_dkv`; dS^T is zero for keys past the window.
+    """
     grid, window, shift, mask_shift = (T, H, W), (WT, WH, WW), (ST, SH, SW), (MT, MH, MW)
     tokens = WT * WH * WW
     head = tl.program_id(0) % heads
     group = tl.program_id(0) // heads
     width = heads * D
-    table += head * ROWS + ROWS // 2
-    windows = (T * H * W) // tokens
     n = tl.arange(0, BLOCK)
     inside = n < tokens
+    code = tl.load(codes + n)
+    bias_k = table + head * ROWS + ROWS // 2 - code
+    windows = (T * H * W) // tokens
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for i in range(group, batch * windows, groups):
         sample = (i // windows).to(tl.int64)
         at = sample * (T * H * W)
-        place, code, part = locate_in_window(n, i % windows, grid, window, shift, mask_shift, UT, UH)
+        origin, cuts = window_origin(i % windows, grid, window, shift, mask_shift)
+        place = locate(n, origin, window, grid, True)
         base = qkv + at * (3 * width) + head * D
         q = load_rows(base, place, 3 * width, D)
         k = load_rows(base + width, place, 3 * width, D)
         v = load_rows(base + 2 * width, place, 3 * width, D)
         do = load_rows(dout + at * width + head * D, place, width, D)
         o = load_rows(out + at * width + head * D, place, width, D)
-        row_lse = tl.load(lse + (sample * heads + head) * (T * H * W) + place)
+        row = (sample * heads + head) * (T * H * W) + place
+        row_lse = tl.load(lse + row, mask=inside, other=float("inf"))
         row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        s = base_two(dot(q, tl.trans(k)), table, code[:, None], code[None, :], scale)
-        together = part[:, None] == part[None, :]
-        together = together & inside[:, None] & inside[None, :]
-        p = tl.where(together, tl.exp2(s - row_lse[:, None]), 0.0)
-        ds = p * (dot(do, tl.trans(v)) - row_delta[:, None])
+        s = base_two(dot(k, tl.trans(q)), bias_k[:, None] + code[None, :], scale)
+        p = tl.exp2(s - row_lse[None, :])
+        if cuts != 0:
+            part = beyond_cuts(n, window, mask_shift) & cuts
+            p = tl.where(part[:, None] == part[None, :], p, 0.0)
+        dv = dot(p.to(do.dtype), do)
+        ds = p * (dot(v, tl.trans(do)) - row_delta[None, :])
+        ds = tl.where(inside[:, None], ds, 0.0)
         total += ds
-        dv = dot(tl.trans(p.to(do.dtype)), do)
-        dk = dot(tl.trans(ds.to(q.dtype)), q) * scale
-        dq = dot(ds.to(k.dtype), k) * scale
+        ds = ds.to(q.dtype)
         base = dqkv + at * (3 * width) + head * D
-        store_rows(base, place, 3 * width, dq, inside, D)
-        store_rows(base + width, place, 3 * width, dk, inside, D)
         store_rows(base + 2 * width, place, 3 * width, dv, inside, D)
+        store_rows(base + width, place, 3 * width, dot(ds, q) * scale, inside, D)
+        store_rows(base, place, 3 * width, dot(tl.trans(ds), k) * scale, inside, D)
     pairs += (group * heads + head).to(tl.int64) * tokens * tokens
     both = inside[:, None] & inside[None, :]
-    tl.store(pairs + n[:, None] * tokens + n[None, :], total, mask=both)
+    tl.store(pairs + n[None, :] * tokens + n[:, None], total, mask=both)
 
 
 @triton.jit(do_not_specialize=["heads", "groups", "WT", "WH", "WW", "TT", "TH", "TW"])
@@ -295,14 +313,14 @@ def launch_fold(pairs: Tensor, bias_table: Tensor, windows: Windows) -> Tensor:
 
 
 def launch_small(
-    dout: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
+    dout: Tensor, qkv: Tensor, table: Tensor, codes: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """dqkv and pairs, by the kernel for windows of one tile."""
     batch, heads, d = qkv.shape[0], qkv.shape[5], qkv.shape[6]
     groups = pair_groups(batch * windows.whole, heads)
     dqkv = torch.empty_like(qkv)
     pairs = table.new_empty((groups, heads, windows.tokens, windows.tokens))
-    tensors = (qkv, table, out, lse, dout, dqkv, pairs)
+    tensors = (qkv, table, codes, out, lse, dout, dqkv, pairs)
     sizes = (scale, heads, batch, groups, *windows.scalars())
     tile = small_tiles(windows.tokens, qkv.dtype)
     launch(window_attention_bwd_small_kernel, (groups * heads,), *tensors, *sizes, D=d, **tile)
@@ -310,25 +328,19 @@ def launch_small(
 
 
 def launch_large(
-    dout: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
+    dout: Tensor, qkv: Tensor, table: Tensor, codes: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """dqkv and pairs, by the kernels for windows of many tiles."""
-    batch, heads, d = qkv.shape[0], qkv.shape[5], qkv.shape[6]
-    tiles = backward_tiles(qkv.dtype)
-    splits = tiles.splits(batch * windows.regions * heads, windows.tokens)
-    grid = (batch * windows.regions * heads * splits,)
-    sizes = (scale, heads, splits, *windows.scalars())
-    options = {"D": d, "WRAP": windows.wraps, **tiles.options()}
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    tensors = (qkv, table, out, lse, dout, dqkv, delta)
-    launch(window_attention_bwd_q_kernel, grid, *tensors, *sizes, **options)
-    tensors = (qkv, table, lse, dout, delta, dqkv)
-    launch(window_attention_bwd_kv_kernel, grid, *tensors, *sizes, **options)
-    return dqkv, launch_pairs(dout, qkv, table, lse, delta, windows, scale)
+    tensors = (qkv, table, codes, out, lse, dout, dqkv, delta)
+    launch_regions(window_attention_bwd_q_kernel, tensors, query_tiles(qkv.dtype), windows, scale)
+    tensors = (qkv, table, codes, lse, dout, delta, dqkv)
+    launch_regions(window_attention_bwd_kv_kernel, tensors, key_tiles(qkv.dtype), windows, scale)
+    return dqkv, launch_pairs(dout, qkv, table, codes, lse, delta, windows, scale)
 
 
 def launch_pairs(
-    dout: Tensor, qkv: Tensor, table: Tensor, lse: Tensor, delta: Tensor, windows: Windows, scale: float
+    dout: Tensor, qkv: Tensor, table: Tensor, codes: Tensor, lse: Tensor, delta: Tensor, windows: Windows, scale: float
 ) -> Tensor:
     """pairs (groups, h, N, N): dS summed over the windows of each group."""
     batch, heads, d = qkv.shape[0], qkv.shape[5], qkv.shape[6]
@@ -336,15 +348,15 @@ def launch_pairs(
     squares = triton.cdiv(windows.tokens, tile["BLOCK_M"]) * triton.cdiv(windows.tokens, tile["BLOCK_N"])
     groups = pair_groups(batch * windows.whole, heads * squares)
     pairs = table.new_empty((groups, heads, windows.tokens, windows.tokens))
-    tensors = (qkv, table, lse, dout, delta, pairs)
+    tensors = (qkv, table, codes, lse, dout, delta, pairs)
     sizes = (scale, heads, batch, groups, *windows.scalars())
     launch(window_attention_bwd_pairs_kernel, (groups * heads * squares,), *tensors, *sizes, D=d, **tile)
     return pairs
 
 
 def launch_backward(
-    dout: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
+    dout: Tensor, qkv: Tensor, table: Tensor, codes: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """dqkv, packed as qkv, and pairs (groups, h, N, N); `table` is head-major."""
-    launch = launch_small if windows.tokens <= SMALL_WINDOW else launch_large
-    return launch(dout, qkv, table, out, lse, windows, scale)
+    """dqkv, packed as qkv, and pairs (groups, h, N, N); table and codes are what `prepare_kernel` makes."""
+    launch_kernels = launch_small if windows.tokens <= SMALL_WINDOW else launch_large
+    return launch_kernels(dout, qkv, table, codes, out, lse, windows, scale)

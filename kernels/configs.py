@@ -12,6 +12,10 @@ import torch
 
 PROGRAMS = 4 * 132  # enough to fill the largest GPU we know several times over; fixed, so results are too
 
+PREPARE = 512  # table rows or codes of a program of prepare_kernel
+SMALL_WINDOW = 64  # tokens up to which one tile holds a window
+FOLD = {"BLOCK": 64, "ROWS": 16, "num_warps": 4}  # queries and neighbouring offsets of a step of fold_pairs
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -39,30 +43,31 @@ class Tiles:
 
 
 def forward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of the forward kernel."""
-    if tokens <= 32:
-        return Tiles(32, 32, 32, 4, 1)
+    """Tiles of the forward kernel; images, 49 tokens, take one step over their keys."""
     if dtype == torch.float32:
         return Tiles(32, 32, 16, 4, 1)
-    return Tiles(64, 64, 64 if tokens <= 64 else 16, 4, 1)
+    return Tiles(64, 64, 64 if tokens <= SMALL_WINDOW else 16, 4, 1)
 
 
-SMALL_WINDOW = 64  # tokens up to which one tile holds a window
+def query_tiles(dtype: torch.dtype) -> Tiles:
+    """Tiles of the backward kernel for dq.
 
-
-def backward_tiles(dtype: torch.dtype) -> Tiles:
-    """Tiles of the kernels for dq and for dk, dv.
-
-    Not larger, and without pipelining: Triton 3.6 was seen to miscompile 64x128 tiles of 32-wide heads
-    with two stages (triton-lang/triton#10573).
+    Here and below no larger and without pipelining: Triton 3.6 was seen to miscompile 64x128 tiles of
+    32-wide heads with two stages (triton-lang/triton#10573).
     """
     return Tiles(32, 32, 16, 4, 1) if dtype == torch.float32 else Tiles(64, 64, 16, 4, 1)
 
 
+def key_tiles(dtype: torch.dtype) -> Tiles:
+    """Tiles of the backward kernel for dk and dv: `block_m` keys, `block_n` queries."""
+    return Tiles(32, 32, 16, 4, 1) if dtype == torch.float32 else Tiles(64, 32, 16, 4, 1)
+
+
 def pair_tiles(dtype: torch.dtype) -> dict[str, int]:
     """Tile of the kernel that sums dS over windows."""
-    side = 32 if dtype == torch.float32 else 64
-    return {"BLOCK_M": side, "BLOCK_N": side, "num_warps": 4, "num_stages": 1}
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
 
 
 def small_tiles(tokens: int, dtype: torch.dtype) -> dict[str, int]:
@@ -81,6 +86,3 @@ def cross_entropy_tiles(vocabulary: int) -> dict[str, int]:
     """Columns of the logits that a program takes at a time; BEVT's 8192 are one block of 16 KB."""
     block = min(8192, 1 << (vocabulary - 1).bit_length())
     return {"BLOCK": block, "num_warps": 8 if block >= 4096 else 4, "num_stages": 1}
-
-
-FOLD = {"BLOCK": 64, "ROWS": 16, "num_warps": 4}  # queries and neighbouring offsets of a step of fold_pairs

@@ -64,6 +64,11 @@ class Windows:
         return prod(n + (m > 0) for n, m in zip(self.counts, self.mask_shift, strict=True))
 
     @property
+    def shapes(self) -> int:
+        """Rows of the kernels' table of codes: 3 parts for each axis from the first one that is cut."""
+        return next((3 ** (3 - axis) for axis in range(3) if self.mask_shift[axis]), 1)
+
+    @property
     def wraps(self) -> bool:
         """Whether a region can straddle the edge over which the shift rolls the map."""
         return any(s and s != m for s, m in zip(self.shift, self.mask_shift, strict=True))
@@ -94,4 +99,4 @@ class Windows:
 
     def scalars(self) -> tuple[int, ...]:
         """The kernels' geometry arguments, in the order of `tiles.GEOMETRY`."""
-        return (*self.grid, *self.window, *self.shift, *self.mask_shift, *self.table_strides, self.table_rows)
+        return (*self.grid, *self.window, *self.shift, *self.mask_shift, self.table_rows)

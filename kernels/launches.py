@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from .configs import Tiles
+from .geometry import Windows
+
 
 class Launch(NamedTuple):
     """A launch that was recorded and not made."""
@@ -27,6 +32,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     elif all(grid):
         _counts[kernel.fn.__name__] += 1
         kernel[grid](*args, **options)
+
+
+def launch_regions(kernel: Any, tensors: tuple[Tensor, ...], tiles: Tiles, windows: Windows, scale: float) -> None:
+    """Start an attention kernel that has a program, or a few, for every region and head; tensors[0] is qkv."""
+    batch, heads, d = tensors[0].shape[0], *tensors[0].shape[5:]
+    programs = batch * windows.regions * heads
+    splits = tiles.splits(programs, windows.tokens)
+    sizes = (scale, heads, splits, *windows.scalars())
+    options = {"D": d, "WRAP": windows.wraps, **tiles.options()}
+    launch(kernel, (programs * splits,), *tensors, *sizes, **options)
 
 
 @contextmanager

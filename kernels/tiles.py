@@ -2,7 +2,8 @@
 
 Nothing is rolled, padded or partitioned in memory. A token n of a box of tokens has local coordinates
 (t, h, w), w fastest. They give its place in the unrolled map, and its code u = t * UT + h * UH + w, with
-the strides of the bias table: the bias of query q and key k is table row u(q) - u(k) + middle.
+the strides of the bias table: the bias of query q and key k is table row u(q) - u(k) + middle. Places are
+computed where they are needed; codes, needed for every column of every tile, are computed once a call.
 
 Sizes along time, height and width travel as tuples: grid, window, shift, mask_shift, start, size.
 """
@@ -10,15 +11,15 @@ Sizes along time, height and width travel as tuples: grid, window, shift, mask_s
 import triton
 import triton.language as tl
 
-# The integer arguments of every attention kernel: grid, window, shift, mask shift, strides and rows of
-# the table. None is specialised on its value: one compiled kernel serves all stages of a model, and
-# what kernels-check compiled is what runs.
-GEOMETRY = (
-    *("T", "H", "W", "WT", "WH", "WW", "ST", "SH", "SW", "MT", "MH", "MW"),
-    *("UT", "UH", "ROWS"),
-)
+from .providers import interpreting
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# The integer arguments of every attention kernel: grid, window, shift, mask shift, rows of the table. None is
+# specialised on its value: one compiled kernel serves all stages of a model, and what `check` compiled is what runs.
+GEOMETRY = ("T", "H", "W", "WT", "WH", "WW", "ST", "SH", "SW", "MT", "MH", "MW", "ROWS")
+
+LOG2E = tl.constexpr(1.4426950408889634)
+CODES = tl.constexpr(128)  # the codes of a shape are padded to a multiple of this, the largest tile
+INTERPRETED = tl.constexpr(interpreting())
 
 
 @triton.jit
@@ -43,27 +44,36 @@ def segments(extent, window, mask_shift):
 
 
 @triton.jit
+def part_size(part, window, mask_shift):
+    """Extent of a segment: part 0 is a whole window, 1 and 2 are what the cut makes of the last one."""
+    return tl.where(part == 0, window, tl.where(part == 1, window - mask_shift, mask_shift))
+
+
+@triton.jit
 def segment(i, extent, window, shift, mask_shift):
-    """Start in the unrolled map, and size, of segment i of an axis."""
+    """Start in the unrolled map, and part, of segment i of an axis."""
     last = extent // window - 1
-    cut = tl.where(i == last, window - mask_shift, mask_shift)
-    size = tl.where((mask_shift > 0) & (i >= last), cut, window)
+    part = tl.where((mask_shift > 0) & (i >= last), i - last + 1, 0)
     start = tl.where(i > last, extent - mask_shift, i * window) + shift
-    return tl.where(start >= extent, start - extent, start), size
+    return tl.where(start >= extent, start - extent, start), part
 
 
 @triton.jit
 def region(i, grid, window, shift, mask_shift):
-    """Sample, start and size of region i of a batch."""
+    """Sample, start, size and shape number (see `prepare_kernel`) of region i of a batch."""
     across = segments(grid[2], window[2], mask_shift[2])
     down = segments(grid[1], window[1], mask_shift[1])
     deep = segments(grid[0], window[0], mask_shift[0])
-    w, width = segment(i % across, grid[2], window[2], shift[2], mask_shift[2])
+    w, part_w = segment(i % across, grid[2], window[2], shift[2], mask_shift[2])
     i = i // across
-    h, height = segment(i % down, grid[1], window[1], shift[1], mask_shift[1])
+    h, part_h = segment(i % down, grid[1], window[1], shift[1], mask_shift[1])
     i = i // down
-    t, depth = segment(i % deep, grid[0], window[0], shift[0], mask_shift[0])
-    return (i // deep).to(tl.int64), (t, h, w), (depth, height, width)
+    t, part_t = segment(i % deep, grid[0], window[0], shift[0], mask_shift[0])
+    size_t = part_size(part_t, window[0], mask_shift[0])
+    size_h = part_size(part_h, window[1], mask_shift[1])
+    size_w = part_size(part_w, window[2], mask_shift[2])
+    shape = (part_t * 3 + part_h) * 3 + part_w
+    return (i // deep).to(tl.int64), (t, h, w), (size_t, size_h, size_w), shape
 
 
 @triton.jit
@@ -73,42 +83,45 @@ def around(position, extent):
 
 
 @triton.jit
-def locate(n, start, size, grid, UT, UH, WRAP: tl.constexpr):
-    """Place in the map and code of the tokens n of a region. WRAP: a region can straddle an edge."""
+def locate(n, start, size, grid, WRAP: tl.constexpr):
+    """Place in the map of the tokens n of a region. WRAP: a region can straddle an edge."""
     t, h, w = coordinates(n, size)
-    code = t * UT + h * UH + w
     t, h, w = start[0] + t, start[1] + h, start[2] + w
     if WRAP:
         t, h, w = around(t, grid[0]), around(h, grid[1]), around(w, grid[2])
-    return (t * grid[1] + h) * grid[2] + w, code
+    return (t * grid[1] + h) * grid[2] + w
 
 
 @triton.jit
-def beyond_cut(x, i, extent, window, mask_shift):
-    """1 for local coordinates x behind the cut of window i of an axis, else 0."""
-    cut = (mask_shift > 0) & (i == extent // window - 1)
-    return tl.where(cut & (x >= window - mask_shift), 1, 0)
-
-
-@triton.jit
-def locate_in_window(n, i, grid, window, shift, mask_shift, UT, UH):
-    """Place, code and region number of the tokens n of a whole window, the i-th of a sample.
+def window_origin(i, grid, window, shift, mask_shift):
+    """Where whole window i of a sample starts, rolled by `shift`, and which of its axes are cut: a sum
+    of 4 (time), 2 (height) and 1 (width).
 
     For the kernels that sum over windows and therefore number the pairs of all windows alike.
     """
-    across, down = grid[2] // window[2], grid[1] // window[1]
-    iw = i % across
-    ih = i // across % down
-    it = i // (across * down)
+    across, down, deep = grid[2] // window[2], grid[1] // window[1], grid[0] // window[0]
+    w = i % across
+    h = i // across % down
+    t = i // (across * down)
+    cuts = tl.where((mask_shift[0] > 0) & (t == deep - 1), 4, 0)
+    cuts += tl.where((mask_shift[1] > 0) & (h == down - 1), 2, 0)
+    cuts += tl.where((mask_shift[2] > 0) & (w == across - 1), 1, 0)
+    return (t * window[0] + shift[0], h * window[1] + shift[1], w * window[2] + shift[2]), cuts
+
+
+@triton.jit
+def beyond_cuts(n, window, mask_shift):
+    """For the tokens n of a window, on which axes they would lie behind a cut: a sum like `cuts`."""
     t, h, w = coordinates(n, window)
-    code = t * UT + h * UH + w
-    part = beyond_cut(t, it, grid[0], window[0], mask_shift[0]) * 4
-    part += beyond_cut(h, ih, grid[1], window[1], mask_shift[1]) * 2
-    part += beyond_cut(w, iw, grid[2], window[2], mask_shift[2])
-    t = around(it * window[0] + shift[0] + t, grid[0])
-    h = around(ih * window[1] + shift[1] + h, grid[1])
-    w = around(iw * window[2] + shift[2] + w, grid[2])
-    return (t * grid[1] + h) * grid[2] + w, code, part
+    beyond = tl.where(t >= window[0] - mask_shift[0], 4, 0)
+    beyond += tl.where(h >= window[1] - mask_shift[1], 2, 0)
+    return beyond + tl.where(w >= window[2] - mask_shift[2], 1, 0)
+
+
+@triton.jit
+def code_stride(tokens):
+    """Length of a row of codes, for windows of that many tokens."""
+    return tl.cdiv(tokens, CODES) * CODES
 
 
 @triton.jit
@@ -131,9 +144,20 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
-def base_two(product, table, code_q, code_k, scale):
-    """Base-2 scores from q k^T; a single fused multiply-add per pair puts in scale and bias.
+def look_up(pointers):
+    """The fp32 values at a tensor of pointers, in whatever layout the pointers have.
 
-    `code_q` and `code_k` broadcast to the shape of `product`; `table` points at the zero offset.
+    Not tl.load: that reads in a layout of its own and then moves the tile through shared memory into the
+    layout of the matrix product. The interpreter has no assembler, so there it is tl.load.
     """
-    return product * (scale * LOG2E) + tl.load(table + (code_q - code_k))
+    if INTERPRETED:
+        return tl.load(pointers)
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.f32 $0, [$1];", "=r,l", [pointers], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def base_two(product, bias, scale):
+    """Base-2 scores from q k^T and pointers to their biases: one fused multiply-add per pair."""
+    return product * (scale * LOG2E) + look_up(bias)

@@ -1,0 +1,187 @@
+"""Compiles every shipped kernel configuration for sm_80 and sm_90, with no GPU, and compares with a table.
+
+    python -m bevt_ds.kernels.check            # fails where a kernel got worse
+    python -m bevt_ds.kernels.check --update   # writes compiled_<triton version>.json
+
+The launchers themselves say what is shipped: they run on tensors without memory at the shapes of the
+models, and each distinct launch is compiled as it would be on a GPU. Triton's own ptxas and nvdisasm do the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import attention, attention_backward, head_loss, mask_tokens
+from .geometry import Windows
+from .launches import Launch, record
+
+TARGETS = (80, 90)
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTHS = (
+    96,
+    128,
+    192,
+)  # channels of stage 1 of the tiny and small, base, and large models; features have 8 times as many
+VOCABULARY = 8192
+WORSE = {"registers": 16, "spills": 0, "shared": 2048}  # growth that the check lets pass
+
+
+def shipped_windows() -> Iterator[Windows]:
+    """A geometry for each window that the models use: clips of 16 frames, long clips, half clips, images."""
+    table, still = (8, 7, 7), (0, 0, 0)
+    yield Windows((8, 56, 56), (8, 7, 7), table, (0, 3, 3), (0, 3, 3))
+    yield Windows((16, 56, 56), (16, 7, 7), (16, 7, 7), still, still)
+    yield Windows((4, 56, 56), (4, 7, 7), table, still, still)
+    yield Windows((1, 56, 56), (1, 7, 7), table, still, (0, 3, 3))
+
+
+def record_attention(windows: Windows, dtype: torch.dtype) -> None:
+    """Forward and backward of one geometry; the kernels do not depend on batch or heads."""
+    qkv = torch.empty((1, *windows.grid, 3, 4, 32), dtype=dtype, device="meta")
+    table = torch.empty((windows.table_rows, 4), dtype=torch.float32, device="meta")
+    out, lse = attention.launch_forward(qkv, table, windows, 32**-0.5)
+    for table_dtype in DTYPES:
+        bias_table = table.to(table_dtype)
+        tables = attention.launch_prepare(bias_table, windows)
+        _, pairs = attention_backward.launch_backward(out, qkv, *tables, out, lse, windows, 32**-0.5)
+        attention_backward.launch_fold(pairs, bias_table, windows)
+
+
+def record_masked(width: int, dtype: torch.dtype) -> None:
+    """Mask tokens, gather and loss of one model size."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, mask = empty(1, 8, 56, 56, width), empty(1, 8, 14, 14, dtype=torch.bool)
+    mask_tokens.launch_insert(x, empty(width), mask)
+    mask_tokens.launch_insert_backward(x, mask)
+    features, index = empty(3136, 8 * width), empty(1568, dtype=torch.int64)
+    mask_tokens.launch_gather(features, index)
+    mask_tokens.launch_scatter(empty(1568, 8 * width), index, 3136)
+    for write_grad in (False, True):
+        head_loss.launch_cross_entropy(empty(1568, VOCABULARY), index, write_grad)
+
+
+def shipped_launches() -> list[Launch]:
+    """Every launch that the models make."""
+    with record() as launches:
+        for dtype in DTYPES:
+            for windows in shipped_windows():
+                record_attention(windows, dtype)
+            for width in WIDTHS:
+                record_masked(width, dtype)
+    return launches
+
+
+def source_of(launch: Launch) -> tuple[str, ASTSource, dict[str, int]]:
+    """A launch's readable key, its source for the compiler, and the compiler's options."""
+    options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages")}
+    constants = {k: v for k, v in launch.options.items() if k not in options}
+    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | constants
+    signature, attributes = {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = values[name]
+        if name in constants:
+            signature[name] = "constexpr"
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    types = [kind[1:] for kind in signature.values() if kind.startswith("*")]
+    settings = [f"{k}={v}" for k, v in (constants | options).items()]
+    key = " ".join([launch.kernel.fn.__name__, ",".join(types), *settings])
+    return key, ASTSource(launch.kernel, signature, constants, attributes), options
+
+
+def tool(name: str, *args: str) -> str:
+    """Output of a program of Triton's package."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *args], check=True, capture_output=True, text=True).stdout
+
+
+def measure(source: ASTSource, options: dict[str, int], capability: int) -> dict[str, int | str]:
+    """Registers a thread, spill instructions, bytes of shared memory, and the class of the matrix products."""
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, assembly = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", file.name)
+    products = [kind for kind in ("HGMMA", "HMMA") if re.search(rf"\b{kind}\b", assembly)]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
+        "shared": compiled.metadata.shared,
+        "products": "+".join(products) or "none",
+    }
+
+
+def compile_all() -> dict[str, dict[str, int | str]]:
+    """The measurements of every distinct launch, by 'sm_XX kernel types settings'."""
+    table = {}
+    for launch in shipped_launches():
+        key, source, options = source_of(launch)
+        for capability in TARGETS:
+            name = f"sm_{capability} {key}"
+            if name not in table:
+                table[name] = measure(source, options, capability)
+    return dict(sorted(table.items()))
+
+
+def regressions(old: dict, new: dict) -> list[str]:
+    """What got worse, or appeared, or went away."""
+    found = [f"not in the table: {key}" for key in new.keys() - old.keys()]
+    found += [f"no longer shipped: {key}" for key in old.keys() - new.keys()]
+    for key in old.keys() & new.keys():
+        for what, slack in WORSE.items():
+            if new[key][what] > old[key][what] + slack:
+                found.append(f"{what} {old[key][what]} -> {new[key][what]}: {key}")
+        if new[key]["products"] != old[key]["products"]:
+            found.append(f"products {old[key]['products']} -> {new[key]['products']}: {key}")
+    return sorted(found)
+
+
+def main() -> int:
+    """The command; 0 where nothing got worse."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write the table instead of comparing")
+    update = parser.parse_args().update
+    if triton.knobs.runtime.interpret:
+        sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    path = Path(__file__).with_name(f"compiled_{triton.__version__}.json")
+    table = compile_all()
+    if update:
+        path.write_text(json.dumps(table, indent=1) + "\n")
+        print(f"{len(table)} configurations -> {path.name}")
+        return 0
+    if not path.exists():
+        sys.exit(f"there is no table for triton {triton.__version__}: make one with --update")
+    found = regressions(json.loads(path.read_text()), table)
+    print("\n".join(found) or f"{len(table)} configurations, none worse than {path.name}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
