@@ -107,7 +107,7 @@ class MaskToken(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Replace tokens of x (B,T,H,W,C) where mask (B,T,h,w) is True; a cell covers (1, H/h, W/w) tokens."""
-        return ops.insert_mask_tokens(x.contiguous(), self.token, mask, provider=self.kernels)
+        return ops.insert_mask_tokens(x.contiguous(), self.token, mask.bool(), provider=self.kernels)
 
 
 class LMHead(nn.Linear):

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from bevt_ds.errors import UserError
 from bevt_ds.rng import Use, generator
 
-PATCH = 8  # pixels of the tokenizer's view: 16 of the network's, one mask cell
+POOL = 2  # pixels averaged along each axis first: finer detail is mostly the codec's noise
+PATCH = 4  # averages a patch has along each axis: 8 pixels of the view, 16 of the network's, one mask cell
 DIM = 16  # BEST-RQ's codebook dimension
+COLOUR = 0.5  # weight of a patch's mean colour, which otherwise decides most ids alone
 FLAT = 1e-2  # pixel deviations below this are noise, not contrast
 
 
@@ -30,12 +33,16 @@ class RandomProjectionTokenizer(nn.Module):
         projection = draw.standard_normal((3 * PATCH * PATCH, DIM), dtype=np.float32)
         codebook = draw.standard_normal((vocab_size, DIM), dtype=np.float32)
         self.register_buffer("projection", torch.from_numpy(projection))
-        self.register_buffer("codebook", nn.functional.normalize(torch.from_numpy(codebook), dim=-1))
+        self.register_buffer("codebook", F.normalize(torch.from_numpy(codebook), dim=-1))
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Pictures (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64."""
-        mean = frames.mean((2, 3), keepdim=True)
-        deviation = frames.std((1, 2, 3), keepdim=True)
-        x = (frames - mean) / (deviation + FLAT)
-        patches = rearrange(x, "n c (h ph) (w pw) -> n h w (c ph pw)", ph=PATCH, pw=PATCH)
-        return (patches @ self.projection @ self.codebook.T).argmax(-1)
+        """Pictures (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64.
+
+        A picture's brightness and contrast are taken out first; then each patch is its mean colour and what differs
+        from it.
+        """
+        mean, deviation = frames.mean((2, 3), keepdim=True), frames.std((1, 2, 3), keepdim=True)
+        x = F.avg_pool2d((frames - mean) / (deviation + FLAT), POOL)
+        patches = rearrange(x, "n c (h ph) (w pw) -> n h w c (ph pw)", ph=PATCH, pw=PATCH)
+        patches = patches - (1 - COLOUR) * patches.mean(-1, keepdim=True)
+        return (patches.flatten(3) @ self.projection @ self.codebook.T).argmax(-1)
