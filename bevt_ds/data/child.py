@@ -10,9 +10,7 @@ import bevt_ds
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """Run `module` as a program with this interpreter; the working folder is not searched for
-    modules.
-    """
+    """Run `module` as a program with this interpreter; the working folder is not searched for modules."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 

@@ -109,8 +109,7 @@ class DecodeWorker:
 
 
 class DecodePool:
-    """`workers` decoder processes behind a queue. Results are futures, so their order is the
-    caller's.
+    """`workers` decoder processes behind a queue. Results are futures, so their order is the caller's.
 
     seconds: the deadline for one sample. max_pixels: the largest frame that is decoded.
     """

@@ -1,8 +1,7 @@
 """A process that decodes clips: `python -m bevt_ds.data.decode_worker`, driven by DecodePool.
 
-One JSON line in, one JSON line out, then the pixels as raw bytes if the line says ok. A separate
-program rather than a fork: it imports neither torch nor the entry, and a decoder that crashes or
-hangs costs one process.
+One JSON line in, one JSON line out, then the pixels as raw bytes if the line says ok. A separate program rather than a
+fork: it imports neither torch nor the entry, and a decoder that crashes or hangs costs one process.
 """
 
 from __future__ import annotations

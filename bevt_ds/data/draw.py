@@ -1,6 +1,4 @@
-"""Draw media where there are none: MP4 clips and JPEG images of scenes, and the demo's shards made
-of them.
-"""
+"""Draw media where there are none: MP4 clips and JPEG images of scenes, and the demo's shards made of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A process that draws its share of the media: `python -m bevt_ds.data.draw_worker`, started by
-draw().
-"""
+"""A process that draws its share of the media: `python -m bevt_ds.data.draw_worker`, started by draw()."""
 
 from __future__ import annotations
 

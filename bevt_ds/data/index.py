@@ -1,8 +1,7 @@
 """Where each sample lies inside its tar: made once, kept beside the tar, checked at each start.
 
-Reading by offset is what makes the sample plan a pure function: any rank reaches any sample without
-reading the ones before it. The index holds the checksum of each member, so a repacked or damaged
-tar cannot pass for the indexed one.
+Reading by offset is what makes the sample plan a pure function: any rank reaches any sample without reading the ones
+before it. The index holds the checksum of each member, so a repacked or damaged tar cannot pass for the indexed one.
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class Member:
-    """One media file inside a tar. `key` is its name without the extension; it is never used as a
-    path.
-    """
+    """One media file inside a tar. `key` is its name without the extension; it is never used as a path."""
 
     path: str  # of the tar
     key: str
@@ -101,9 +98,7 @@ def load_shard(path: str) -> Shard:
 
 
 def scan(path: str, tar: BinaryIO) -> Shard:
-    """Walk the tar's headers and checksum its media members. Anything that is not a regular file is
-    passed over.
-    """
+    """Walk the tar's headers and checksum its media members. Anything that is not a regular file is passed over."""
     rows: dict[str, tuple[str, int, int, int]] = {}
     try:
         with tarfile.open(fileobj=tar, mode="r:") as archive:
@@ -153,9 +148,7 @@ def _open_tar(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _exclusive(tar: BinaryIO) -> Iterator[None]:
-    """One process a node indexes; the others find its result. A file system without locks costs
-    repeated work only.
-    """
+    """One process a node indexes; the others find its result. A file system without locks costs repeated work only."""
     with suppress(OSError):
         fcntl.flock(tar, fcntl.LOCK_EX)
     yield
@@ -220,9 +213,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def _checksum(tar: BinaryIO, offset: int, size: int) -> int:
-    """CRC-32 of a member, read with pread: the archive's own file position stays where tarfile left
-    it.
-    """
+    """CRC-32 of a member, read with pread: the archive's own file position stays where tarfile left it."""
     crc = 0
     for start in range(offset, offset + size, _CHUNK):
         crc = zlib.crc32(os.pread(tar.fileno(), min(_CHUNK, offset + size - start), start), crc)

@@ -20,9 +20,7 @@ class DataLimitError(UserError):
 
 
 class Ledger:
-    """Counts good and bad samples of one rank. `path`: JSON lines are appended there; None: counts
-    only.
-    """
+    """Counts good and bad samples of one rank. `path`: JSON lines are appended there; None: counts only."""
 
     def __init__(self, path: Path | None, max_fraction: float) -> None:
         self.path, self.max_fraction = path, max_fraction

@@ -48,8 +48,8 @@ class Source:
 class BatchReader:
     """Makes the micro-batches of one rank. `begin` starts reading and decoding, `finish` assembles.
 
-    rank, world: this process among those that share the global batch. device: where the pictures
-    end up; index tensors stay on the host. folder: where bad samples are listed.
+    rank, world: this process among those that share the global batch. device: where the pictures end up; index tensors
+    stay on the host. folder: where bad samples are listed.
     """
 
     def __init__(
@@ -107,9 +107,9 @@ class Loader:
 
     Batches are prepared in a background thread. Use as a context manager, or call `close`.
 
-    rank, world: this process among those that share the global batch. start_step: the first step.
-    device: where the pictures end up. folder: where bad samples are listed; None: nowhere.
-    UserError: shards missing or unusable, or sizes that do not divide.
+    rank, world: this process among those that share the global batch. start_step: the first step. device: where the
+    pictures end up. folder: where bad samples are listed; None: nowhere. UserError: shards missing or unusable, or
+    sizes that do not divide.
     """
 
     def __init__(
@@ -193,9 +193,9 @@ class Loader:
 def eval_batches(config: Config, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> Iterator[Batch]:
     """This rank's held-out micro-batches, the same at every call: centre crops and fixed masks.
 
-    All of them, over all ranks, form one global batch: `Stream.count` is the whole evaluation's, so
-    the sum of the losses is the mean over every masked cell. Nothing is yielded without held-out
-    shards. A rank gets train.eval_batches of them.
+    All of them, over all ranks, form one global batch: `Stream.count` is the whole evaluation's, so the sum of the
+    losses is the mean over every masked cell. Nothing is yielded without held-out shards. A rank gets
+    train.eval_batches of them.
     """
     sources = _eval_sources(config, world)
     if not sources:

@@ -1,11 +1,9 @@
 """BEVT's masks: block-wise for images, a tube through time for clips. True = masked.
 
-The generators follow mask_generator.py of xyzforever/BEVT@8881b21 (BEiT's block-wise algorithm),
-with an explicit `numpy.random.Generator` where the original used Python's global one, and for any
-grid.
+The generators follow mask_generator.py of xyzforever/BEVT@8881b21 (BEiT's block-wise algorithm), with an explicit
+`numpy.random.Generator` where the original used Python's global one, and for any grid.
 
-Shape letters: B samples, T frames, h w mask grid (H/16, W/16), R masked cells, F frames with a
-masked cell.
+Shape letters: B samples, T frames, h w mask grid (H/16, W/16), R masked cells, F frames with a masked cell.
 """
 
 from __future__ import annotations
@@ -36,9 +34,9 @@ class RowIndex:
 def block_mask(rng: np.random.Generator, grid: tuple[int, int], config: MaskConfig) -> np.ndarray:
     """A block-wise 2-D mask: bool (h, w) with at most `ratio` of its cells set.
 
-    Rectangles are added until the cap is reached or `ATTEMPTS` draws in a row add nothing. While it
-    grows, the mask is one Python integer with a bit a cell: a union and a count cost one operation
-    each, which matters because every rank draws the masks of the whole global batch.
+    Rectangles are added until the cap is reached or `ATTEMPTS` draws in a row add nothing. While it grows, the mask is
+    one Python integer with a bit a cell: a union and a count cost one operation each, which matters because every rank
+    draws the masks of the whole global batch.
     """
     height, width = grid
     cap = int(config.ratio * height * width)
@@ -54,9 +52,7 @@ def block_mask(rng: np.random.Generator, grid: tuple[int, int], config: MaskConf
 
 
 def tube_mask(rng: np.random.Generator, grid: tuple[int, int, int], config: MaskConfig) -> np.ndarray:
-    """A tube mask: bool (T/2, h, w). One 2-D mask on a run of temporal cells that may wrap around
-    the clip's end.
-    """
+    """A tube mask: bool (T/2, h, w). One 2-D mask on a run of temporal cells that may wrap around the clip's end."""
     times, height, width = grid
     shortest, longest = (int(share * times) for share in config.tube)
     length = int(rng.integers(max(shortest, 1), min(longest, times) + 1))
@@ -69,8 +65,7 @@ def tube_mask(rng: np.random.Generator, grid: tuple[int, int, int], config: Mask
 def row_index(mask: np.ndarray, frames_per_cell: int, bucket: int = ROW_BUCKET) -> RowIndex:
     """Index tensors of a micro-batch's masks.
 
-    mask: bool (B, T/2, h, w) with `frames_per_cell` 2, or (B, h, w) with `frames_per_cell` 1 for
-    images.
+    mask: bool (B, T/2, h, w) with `frames_per_cell` 2, or (B, h, w) with `frames_per_cell` 1 for images.
     """
     by_frame = mask if mask.ndim == 4 else mask[:, None]
     by_frame = np.repeat(by_frame, frames_per_cell, axis=1)
@@ -102,9 +97,7 @@ def _grow(
     grid: tuple[int, int],
     uniforms: Iterator[list[float]],
 ) -> tuple[int, int]:
-    """`cells` with one more rectangle of at most `allowed` new cells, and how many it added (0:
-    none fitted).
-    """
+    """`cells` with one more rectangle of at most `allowed` new cells, and how many it added (0: none fitted)."""
     height, width = grid
     for _ in range(ATTEMPTS):
         u_area, u_aspect, u_top, u_left = next(uniforms)

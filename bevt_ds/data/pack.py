@@ -1,6 +1,4 @@
-"""Media files -> WebDataset shards: `{split}-{number:06d}.tar` with `<key>.mp4|jpg|...` and
-`<key>.json`.
-"""
+"""Media files -> WebDataset shards: `{split}-{number:06d}.tar` with `<key>.mp4|jpg|...` and `<key>.json`."""
 
 from __future__ import annotations
 
@@ -42,12 +40,11 @@ def pack(
     shard_samples: int = SHARD_SAMPLES,
     progress: bool = False,
 ) -> Packed:
-    """Pack the media of `kind` ("video" or "image") under a folder, in the order of their paths,
-    bytes as they are.
+    """Pack the media of `kind` ("video" or "image") under a folder: bytes as they are, in the order of their paths.
 
-    A shard is closed before it would pass `shard_bytes` or `shard_samples`. The same input gives
-    the same tars. What cannot be read is listed in `{split}-rejected.jsonl` with the reason.
-    UserError: no such media under `source`, or shards of this split are already in `out`.
+    A shard is closed before it would pass `shard_bytes` or `shard_samples`. The same input gives the same tars. What
+    cannot be read is listed in `{split}-rejected.jsonl` with the reason. UserError: no such media under `source`, or
+    shards of this split are already in `out`.
     """
     files = _media(source, kind)
     _require_new(out, split)

@@ -1,16 +1,13 @@
 """Pixels: one stateless DALI graph a stream, the same operators on a CPU and on a GPU.
 
-The graph holds no reader and no random operator: bytes or frames and every parameter come from the
-sample plan through `external_source`, so there is no pipeline state to save.
+The graph holds no reader and no random operator: bytes or frames and every parameter come from the sample plan through
+`external_source`, so there is no pipeline state to save.
 
 What differs from the original's OpenCV, in levels of 255 (a test holds the bounds):
-- the resize to the short side is DALI's CUBIC without antialiasing. Its kernel has a = -0.5,
-OpenCV's -0.75: mean 0.4
-  and at most 11 on real pictures resized to 256, 288 and 320 lines, mean 1.6 and at most 13 on
-  noise;
-- the tokenizer's view is OpenCV's LANCZOS4 at 2:1 as a filter with the same eight taps: equal, but
-for a level where
-  a half is rounded (less than one value in a thousand).
+- The resize to the short side is DALI's CUBIC without antialiasing. Its kernel has a = -0.5, OpenCV's -0.75: mean 0.4
+  and at most 11 on real pictures resized to 256, 288 and 320 lines, mean 1.6 and at most 13 on noise.
+- The tokenizer's view is OpenCV's LANCZOS4 at 2:1 as a filter with the same eight taps: equal, but for a level where a
+  half is rounded (less than one value in a thousand).
 
 Shape letters: B samples, T frames, S crop side, v side of the tokenizer's view.
 """
@@ -37,8 +34,8 @@ LUMA = (0.2989, 0.587, 0.114)  # weights of the original's contrast and saturati
 def lanczos4_taps() -> np.ndarray:
     """The eight weights halfway between two pixels: float32 (8,).
 
-    Lanczos with four lobes, sinc(x) sinc(x/4), at x = +-0.5, 1.5, 2.5, 3.5; rounded to 1/2048, as
-    OpenCV's are for 8-bit pictures.
+    Lanczos with four lobes, sinc(x) sinc(x/4), at x = +-0.5, 1.5, 2.5, 3.5; rounded to 1/2048, as OpenCV's are for
+    8-bit pictures.
     """
     x = np.arange(8) - 3.5
     taps = np.sinc(x) * np.sinc(x / 4)
@@ -46,11 +43,10 @@ def lanczos4_taps() -> np.ndarray:
 
 
 def jitter_matrix(jitter: tuple[float, float, float]) -> tuple[np.ndarray, np.float32]:
-    """Colour jitter as an affine map of RGB: a float32 (3,3) matrix, and the share of the mean luma
-    that is added.
+    """Colour jitter as an affine map of RGB: float32 (3,3) matrix, and the share of the mean luma to add.
 
-    Brightness, then contrast about the picture's mean luma, then saturation about each pixel's
-    luma; nothing is clipped in between, so the three are one map.
+    Brightness, then contrast about the picture's mean luma, then saturation about each pixel's luma; nothing is
+    clipped in between, so the three are one map.
     """
     brightness, contrast, saturation = jitter
     to_luma = np.tile(np.asarray(LUMA), (3, 1))
@@ -62,8 +58,8 @@ def jitter_matrix(jitter: tuple[float, float, float]) -> tuple[np.ndarray, np.fl
 class PixelPipeline:
     """Turns a micro-batch's payloads into the two pictures that a stream needs.
 
-    kind: "video" or "image". size: S. token_size: v = S/2. device: None for the CPU, else the CUDA
-    ordinal. decode_on_gpu: videos arrive as files and frame numbers rather than as frames.
+    kind: "video" or "image". size: S. token_size: v = S/2. device: None for the CPU, else the CUDA ordinal.
+    decode_on_gpu: videos arrive as files and frame numbers rather than as frames.
     """
 
     def __init__(
@@ -106,8 +102,8 @@ class PixelPipeline:
     def run(self, payloads: Sequence, entries: Sequence[PlanEntry]) -> tuple[Tensor, Tensor]:
         """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
 
-        payloads: images: file bytes; clips: uint8 (T,H,W,3), or (file bytes, frame numbers) if
-        decode_on_gpu. BadSample: DALI cannot decode one of them; it does not say which.
+        payloads: images: file bytes; clips: uint8 (T,H,W,3), or (file bytes, frame numbers) if decode_on_gpu.
+        BadSample: DALI cannot decode one of them; it does not say which.
         """
         for name, values in self._inputs(payloads, entries).items():
             self.graph.feed_input(name, values)
@@ -123,7 +119,7 @@ class PixelPipeline:
         try:
             return self.graph.run()
         except RuntimeError as error:
-            # the operator that failed: only these see untrusted bytes
+            # DALI names the operator that failed; only decoders see untrusted bytes.
             if "fn.decoders." not in str(error):
                 raise
             self.rebuild()
@@ -174,13 +170,13 @@ def _constant(values, beside):
 def _crop(frames, size: int):
     """Resize to the short side, cut `size` x `size`, flip: uint8, (F)HWC.
 
-    The cut's offset is the floor of fraction x (extent - size): as in the original, the last
-    possible offset is never used.
+    The cut's offset is the floor of fraction x (extent - size): as in the original, the last possible offset is never
+    used.
     """
     crop = fn.resize_crop_mirror(
         frames,
         resize_shorter=_scalar("short_side", types.FLOAT),
-        subpixel_scale=False,
+        subpixel_scale=False,  # the ratio follows from the rounded size, as in OpenCV
         interp_type=types.INTERP_CUBIC,
         antialias=False,
         crop=(size, size),
@@ -192,9 +188,7 @@ def _crop(frames, size: int):
 
 
 def _colour_jitter(crop, picture):
-    """The affine map of `jitter_matrix`: uint8 HWC, clipped once. The mean luma is the whole
-    picture's.
-    """
+    """The affine map of `jitter_matrix`: uint8 HWC, clipped once. The mean luma is the whole picture's."""
     matrix = fn.external_source(name="jitter_matrix", dtype=types.FLOAT, ndim=2)
     channels = fn.reductions.mean(picture, axes=(0, 1))
     luma = fn.reductions.sum(channels * _constant(LUMA, picture), axes=0)
@@ -212,8 +206,8 @@ def _normalise(crop, kind: str):
 def _token_view(crop, size: int, kind: str):
     """Half-size picture of the same crop: float RGB in [0,1], (T,3,v,v) or (3,v,v).
 
-    Pixel i of the view lies halfway between pixels 2i and 2i+1, so its taps are 2i-3 .. 2i+4; the
-    filter runs along columns, every second one is kept, and the same along rows.
+    Pixel i of the view lies halfway between pixels 2i and 2i+1, so its taps are 2i-3 .. 2i+4; the filter runs along
+    columns, every second one is kept, and the same along rows.
     """
     half = size // 2
     layout, lead = ("FHWC", [-1]) if kind == "video" else ("HWC", [])

@@ -1,8 +1,7 @@
-"""The sample plan: which sample fills a slot of a step, and what is done to it. Pure functions of
-their arguments.
+"""The sample plan: which sample fills a slot of a step, and what is done to it. Pure functions of their arguments.
 
-A slot is a position in the global batch of one step. Nothing here knows ranks or workers, so the
-sequence of samples, crops and masks is the same for any number of ranks and after any resume.
+A slot is a position in the global batch of one step. Nothing here knows ranks or workers, so the sequence of samples,
+crops and masks is the same for any number of ranks and after any resume.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ NO_JITTER = (1.0, 1.0, 1.0)
 
 
 class StreamId(IntEnum):
-    """A counter of every random number, so that no two streams share one. Never renumber, or old
-    runs change.
-    """
+    """A counter of every random number, so that no two streams share one. Never renumber, or old runs change."""
 
     VIDEO = 0
     IMAGE = 1
@@ -64,11 +61,10 @@ class PlanEntry:
 
 
 class SampleOrder:
-    """Position in an endless sequence of epochs -> (shard, member). Each epoch holds each sample
-    exactly once.
+    """Position in an endless sequence of epochs -> (shard, member). Each epoch holds each sample exactly once.
 
-    Shards are shuffled, then the samples of each run of `window` shards among themselves, so that
-    reads stay within few files at a time.
+    Shards are shuffled, then the samples of each run of `window` shards among themselves, so that reads stay within
+    few files at a time.
     """
 
     def __init__(self, counts: Sequence[int], seed: int, stream: StreamId, window: int) -> None:
@@ -121,9 +117,7 @@ class StreamPlan:
         self.masks = lru_cache(maxsize=2)(self._masks)
 
     def entry(self, step: int, slot: int, attempt: int = 0) -> PlanEntry:
-        """The sample of (step, slot), or with `attempt` j > 0 its j-th substitute: another sample,
-        treated alike.
-        """
+        """The sample of (step, slot), or with `attempt` j > 0 its j-th substitute: another sample, treated alike."""
         shard, member = self._locate(step, slot, attempt)
         treatment = self._fixed_view() if self.stream.held_out else self._random_view(step, slot)
         return PlanEntry(step, slot, attempt, shard, member, *treatment)
@@ -176,11 +170,9 @@ class StreamPlan:
 
 
 def clip_frames(start: float, total: int, frames: int, stride: int) -> np.ndarray:
-    """Frame numbers of a clip: int64 (frames,), evenly `stride` apart, from a video of `total`
-    frames.
+    """Frame numbers of a clip: int64 (frames,), evenly `stride` apart, from a video of `total` frames.
 
-    The possible starts are 0 .. total - frames*stride, and a shorter video is repeated
-    (SampleFrames of the original).
+    The possible starts are 0 .. total - frames*stride, and a shorter video is repeated (SampleFrames of the original).
     """
     starts = max(total - frames * stride + 1, 1)
     return (int(start * starts) + stride * np.arange(frames)) % total

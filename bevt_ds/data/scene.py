@@ -1,7 +1,7 @@
 """A drawn world: textured shapes that move in front of a textured ground.
 
-Textures are large against a mask cell and everything moves smoothly, so what is hidden can be
-inferred from what is around it in space and time.
+Textures are large against a mask cell and everything moves smoothly, so what is hidden can be inferred from what is
+around it in space and time.
 
 Shape letters: N frames, H W pixels.
 """
@@ -71,9 +71,7 @@ class Shape:
         return (distance < self.radius) & (distance >= hole)
 
     def paint_over(self, picture: np.ndarray, time: int, y: np.ndarray, x: np.ndarray) -> None:
-        """Draw the shape as it is at frame `time` into float32 (H,W,3); y (H,1) and x (1,W) are
-        pixel coordinates.
-        """
+        """Draw the shape as it is at frame `time` into float32 (H,W,3); y (H,1) and x (1,W) are pixel coordinates."""
         local_y = y - (self.centre[0] + self.velocity[0] * time)
         local_x = x - (self.centre[1] + self.velocity[1] * time)
         rows, columns = np.nonzero(self.inside(local_y, local_x))

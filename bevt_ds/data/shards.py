@@ -15,11 +15,10 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand(patterns: str) -> list[str]:
-    """Paths of the tar files that `patterns` names, in the order given; a glob's matches are
-    sorted.
+    """Paths of the tar files that `patterns` names, in the order given; a glob's matches are sorted.
 
-    Examples: `a.tar`, `k400-*.tar`, `in1k-{000000..000127}.tar`, `a.tar,b-{x,y}.tar`.
-    UserError: nothing matches, a file is missing, a folder is given, a shard is named twice.
+    Examples: `a.tar`, `k400-*.tar`, `in1k-{000000..000127}.tar`, `a.tar,b-{x,y}.tar`. UserError: nothing matches, a
+    file is missing, a folder is given, a shard is named twice.
     """
     paths = list(chain.from_iterable(_expand_one(p) for p in _split(patterns)))
     if not paths:

@@ -32,8 +32,7 @@ class Ticket:
 
 
 class StreamReader:
-    """Reads the micro-batches of one plan. `begin` starts the slow work, `finish` waits and
-    assembles.
+    """Reads the micro-batches of one plan. `begin` starts the slow work, `finish` waits for it.
 
     pool decodes videos on the CPU or counts their frames for the GPU; threads read files.
     """

@@ -45,8 +45,8 @@ def probe(data: bytes, max_pixels: int) -> VideoInfo:
 def decode_clip(data: bytes, choose: FrameChoice, max_pixels: int) -> np.ndarray:
     """The chosen frames of a video: uint8 (F,H,W,3) RGB.
 
-    data: the whole file. choose: given the number of frames, returns the wanted frame numbers, in
-    any order and with repeats. BadSample: the file cannot be decoded that far.
+    data: the whole file. choose: given the number of frames, returns the wanted frame numbers, in any order and with
+    repeats. BadSample: the file cannot be decoded that far.
     """
     with _opened(data) as (container, stream):
         packets = _demux(container, stream)
@@ -93,9 +93,7 @@ def _has_distinct_times(packets: list) -> bool:
 
 
 def _by_time(stream, packets: list, wanted: np.ndarray) -> dict[int, np.ndarray]:
-    """Frame i is the i-th in order of presentation; decoding starts at the keyframe before the
-    first.
-    """
+    """Frame i is the i-th in order of presentation; decoding starts at the keyframe before the first."""
     times = sorted(p.pts for p in packets)
     number_of = {times[i]: i for i in wanted.tolist()}
     keyframes = [k for k, p in enumerate(packets) if p.is_keyframe and p.pts <= min(number_of)]
