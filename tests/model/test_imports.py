@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 MODEL = Path(__file__).parents[2] / "bevt_ds" / "model"
@@ -21,8 +22,6 @@ def imported(path: Path) -> set[str]:
 
 
 def test_imports_of_the_model():
-    import sys
-
     files = list(MODEL.rglob("*.py"))
     assert len(files) > 8
     for path in files:
