@@ -11,7 +11,6 @@ from pathlib import Path
 
 from bevt_ds.errors import UserError
 
-USAGE_ERROR = 2
 OTHERS_WAIT = 5.0  # seconds
 
 
@@ -73,7 +72,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
             file=sys.stderr,
             flush=True,
         )
-        code = USAGE_ERROR
+        code = error.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)

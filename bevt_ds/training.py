@@ -84,6 +84,7 @@ def write_line(run: Run, log: RunLog, speed: SpeedMeter, sums: StepSums, step: i
             " or with train.precision=bf16 or fp32 if it was fp16."
         )
     values |= {"lr": run.engine.last_lr, "grad_norm": run.engine.grad_norm()}
+    values["optimizer_bytes"] = run.engine.optimizer_bytes()
     values |= asdict(speed.read(run.loader.wait_seconds()))
     log.write(step, values)
     return ", ".join(f"{k} {values[k]:.3f}" for k in ("loss_video", "loss_image") if k in values)
@@ -150,7 +151,7 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
     tokenizer = make_tokenizer(config, ranks)
     start = find_start(config, folder, ranks)
     first_step = start[1].step if start else 0
-    with Loader(config, ranks.rank, ranks.world, first_step, str(ranks.device)) as loader:
+    with Loader(config, ranks.rank, ranks.world, first_step, str(ranks.device), folder) as loader:
         engine = make_engine(config, ds_values, ranks, tokenizer.vocab_size)
         run = Run(config, folder, ranks, loader, tokenizer, engine, first_step)
         if start:

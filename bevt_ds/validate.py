@@ -42,8 +42,12 @@ def validate(config: Config) -> Config:
     _need(min(model.window) > 0, f"model.window={model.window}: every side must be at least 1.")
     _need(0 < data.mask.ratio < 1, f"data.mask.ratio={data.mask.ratio}: must be between 0 and 1.")
     _need(train.steps > 0, f"train.steps={train.steps}: must be at least 1.")
-    for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "eval_batches"):
         _need(getattr(train, name) > 0, f"train.{name}={getattr(train, name)}: must be at least 1.")
+    for name in ("workers", "threads", "prefetch", "shuffle_window"):
+        _need(getattr(data, name) > 0, f"data.{name}={getattr(data, name)}: must be at least 1.")
+    _need(data.decode_seconds > 0, f"data.decode_seconds={data.decode_seconds}: must be positive.")
+    _need(train.seed >= 0, f"train.seed={train.seed}: must not be negative.")
     _need(config.optim.lr > 0, f"optim.lr={config.optim.lr}: must be positive.")
     return config
 

@@ -1,0 +1,24 @@
+"""Shards and settings of small real runs."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.training.processes import ROOT, SMALL
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> dict[str, object]:
+    """The committed shards, as settings; copied, so that the index written beside them is not committed."""
+    folder = tmp_path_factory.mktemp("shards")
+    for tar in (ROOT / "tests" / "data" / "shards").glob("*.tar"):
+        shutil.copy(tar, folder)
+    return {"data.videos": folder / "clips-000000.tar", "data.images": folder / "images-000000.tar"}
+
+
+@pytest.fixture
+def small(shards) -> dict[str, object]:
+    """Settings of a run of six small steps."""
+    return {**SMALL, **shards}

@@ -1,0 +1,98 @@
+"""Small real runs: their settings, and ranks started as plain processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ENTRY = "bevt_ds/pretrain.py"
+SECONDS = 240  # for one small run on a slow machine
+
+SMALL = {  # the demo recipe, smaller: 64 px, 4 frames, 2 clips and 4 images a forward pass
+    "data.size": 64,
+    "data.token_size": 32,
+    "data.short_side": "64,80",
+    "data.frames": 4,
+    "data.eval_videos": "",
+    "data.eval_images": "",
+    "model.window": "2,2,2",
+    "optim.lr": 2e-3,
+    "optim.warmup_steps": 4,
+    "data.mask.ratio": 0.4,
+    "tokenizer.vocab_size": 64,
+    "model.image_windows": "official",
+    "train.steps": 6,
+    "train.global_clips": 4,
+    "train.micro_clips": 2,
+    "train.global_images": 8,
+    "train.micro_images": 4,
+    "train.log_every": 1,
+    "train.checkpoint_every": 1000,
+    "train.min_gain": 0,
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run left behind."""
+
+    code: int
+    output: str
+    folder: Path
+
+    def log(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+
+    def losses(self) -> list[tuple]:
+        """Everything of a log line that must not depend on when or how often the run was stopped."""
+        return [tuple(line[k] for k in ("step", "loss_video", "loss_image", "lr", "grad_norm")) for line in self.log()]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """A clean environment for a child: this interpreter's programs first, one thread a rank."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return {**env, "PATH": path, "OMP_NUM_THREADS": "1", **extra}
+
+
+def as_words(settings: dict[str, object]) -> list[str]:
+    """Settings as the command line takes them."""
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def start_ranks(settings: dict[str, object], world: int, stage: int = 2) -> list[subprocess.Popen]:
+    """Start the ranks of one run without a launcher."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, ENTRY, "--deepspeed_config", f"ds_configs/zero{stage}.json", *as_words(settings)]
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+
+
+def run_ranks(folder: Path, settings: dict[str, object], world: int = 1, stage: int = 2) -> Finished:
+    """Run to the end; the output is rank 0's."""
+    ranks = start_ranks({**settings, "output_dir": folder}, world, stage)
+    try:
+        outputs = [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return Finished(max(rank.returncode for rank in ranks), outputs[0], folder)

@@ -1,0 +1,118 @@
+"""Whole runs on committed shards: what they write, that ranks do not change the losses, that resume is exact."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import bevt_ds
+from bevt_ds.overrides import from_dict
+from tests.training.golden_curve import FILE, curve_run
+from tests.training.processes import ROOT, SECONDS, as_words, environment, run_ranks, start_ranks
+
+JSON = ["--deepspeed_config", "ds_configs/zero2.json"]
+
+
+def test_losses_equal_the_committed_curve(tmp_path, shards):
+    """A refactor must not move the losses. Bits differ between CPUs, hence the tolerance."""
+    run = curve_run(tmp_path / "run", shards)
+    assert run.code == 0, run.output
+    expected = json.loads(FILE.read_text())
+    assert [line["step"] for line in run.log()] == [line["step"] for line in expected]
+    for line, golden in zip(run.log(), expected, strict=True):
+        assert {k: line[k] for k in golden} == pytest.approx(golden, rel=1e-4)
+
+
+def test_what_a_run_writes(tmp_path, small, shards):
+    held_out = {key.replace("data.", "data.eval_"): path for key, path in shards.items()}
+    settings = {**small, **held_out, "train.steps": 2, "train.eval_batches": 1}
+    run = run_ranks(tmp_path / "run", settings)
+    assert run.code == 0, run.output
+    assert from_dict(json.loads((run.folder / "config.json").read_text())).train.steps == 2
+    assert {"step", "loss", "loss_video", "acc_image", "lr", "grad_norm", "clips_per_s", "data_wait", "mfu"} <= set(
+        run.log()[0]
+    )
+    assert list((run.folder / "tensorboard").glob("events*"))
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert {"loss", "accuracy", "unigram_entropy", "commonest_rate", "gain"} <= set(summary["video"])
+    assert "unigram entropy" in run.output
+    assert Image.open(run.folder / "samples.png").width > 500
+    model = bevt_ds.BEVT.from_pretrained(run.folder / "weights")
+    saved = load_file(run.folder / "weights" / "model.safetensors")
+    assert set(saved) == set(model.state_dict())
+
+    again = run_ranks(run.folder, settings)
+    assert (again.code, "holds a run already" in again.output) == (2, True)
+
+
+def test_ranks_do_not_change_the_losses(tmp_path, small):
+    settings = {**small, "model.drop_path": 0.3, "train.steps": 4}
+    alone = run_ranks(tmp_path / "one", settings, world=1)
+    both = run_ranks(tmp_path / "two", settings, world=2)
+    assert (alone.code, both.code) == (0, 0), alone.output + both.output
+    for one, two in zip(alone.losses(), both.losses(), strict=True):
+        assert two == pytest.approx(one, rel=2e-4)
+    ratio = both.log()[-1]["optimizer_bytes"] / alone.log()[-1]["optimizer_bytes"]
+    assert 0.49 < ratio < 0.52
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_killed_run_continues_exactly(tmp_path, small, stage):
+    """SIGKILL in the middle of the warm-up, 2 ranks, drop-path 0.3: every later loss is equal to the last bit."""
+    extra = {"model.drop_path": 0.3, "train.steps": 7, "train.checkpoint_every": 2, "optim.warmup_steps": 6}
+    settings = {**small, **extra}
+    whole = run_ranks(tmp_path / "whole", settings, world=2, stage=stage)
+    assert whole.code == 0, whole.output
+
+    folder = tmp_path / "killed"
+    ranks = start_ranks({**settings, "output_dir": folder}, world=2, stage=stage)
+    wait_for_step(folder / "log.jsonl", 4, ranks)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+        rank.communicate()
+    resumed = run_ranks(folder, {**settings, "resume": "auto"}, world=2, stage=stage)
+    assert resumed.code == 0, resumed.output
+    assert resumed.losses() == whole.losses()
+    final = [load_file(f / "weights" / "model.safetensors") for f in (whole.folder, folder)]
+    assert all(final[0][name].equal(final[1][name]) for name in final[0])
+
+
+def wait_for_step(log: Path, step: int, ranks: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while last_step(log) < step:
+        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
+        assert time.monotonic() < deadline, f"{log} did not reach step {step}"
+        time.sleep(0.02)
+
+
+def last_step(log: Path) -> int:
+    """The last step with a whole line in the log, or -1."""
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_launchers(tmp_path, small, launcher):
+    bin_folder = Path(sys.executable).parent
+    commands = {"deepspeed": ["deepspeed", "--master_port", "29617"], "torchrun": ["torchrun", "--standalone"]}
+    program = str(bin_folder / commands[launcher][0])
+    settings = {**small, "train.steps": 1, "output_dir": tmp_path / "run"}
+    done = subprocess.run(
+        [program, *commands[launcher][1:], "bevt_ds/pretrain.py", *JSON, *as_words(settings)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 1
