@@ -221,7 +221,7 @@ def window_attention_bwd_small_kernel(
 ):  # fmt: skip
     """dqkv (B, T, H, W, 3, h, D) and pairs (groups, h, N, N) for windows of at most BLOCK tokens.
 
-    Scores are transposed as in `add_dkv`; dS^T is zero for keys past the window.
+    Of token numbers past the window, as queries an infinite log-sum-exp makes P zero, as keys k is zero for dq.
     """
     grid, window, shift, mask_shift = (T, H, W), (WT, WH, WW), (ST, SH, SW), (MT, MH, MW)
     tokens = WT * WH * WW
@@ -231,7 +231,7 @@ def window_attention_bwd_small_kernel(
     n = tl.arange(0, BLOCK)
     inside = n < tokens
     code = tl.load(codes + n)
-    bias_k = table + head * ROWS + ROWS // 2 - code
+    bias = table + head * ROWS + ROWS // 2 + code
     windows = (T * H * W) // tokens
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for i in range(group, batch * windows, groups):
@@ -240,31 +240,30 @@ def window_attention_bwd_small_kernel(
         origin, cuts = window_origin(i % windows, grid, window, shift, mask_shift)
         place = locate(n, origin, window, grid, True)
         base = qkv + at * (3 * width) + head * D
+        base_out = dqkv + at * (3 * width) + head * D
+        do = load_rows(dout + at * width + head * D, place, width, D)
+        o = load_rows(out + at * width + head * D, place, width, D)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        row = (sample * heads + head) * (T * H * W) + place
+        row_lse = tl.load(lse + row, mask=inside, other=float("inf"))
         q = load_rows(base, place, 3 * width, D)
         k = load_rows(base + width, place, 3 * width, D)
         v = load_rows(base + 2 * width, place, 3 * width, D)
-        do = load_rows(dout + at * width + head * D, place, width, D)
-        o = load_rows(out + at * width + head * D, place, width, D)
-        row = (sample * heads + head) * (T * H * W) + place
-        row_lse = tl.load(lse + row, mask=inside, other=float("inf"))
-        row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        s = base_two(dot(k, tl.trans(q)), bias_k[:, None] + code[None, :], scale)
-        p = tl.exp2(s - row_lse[None, :])
+        p = tl.exp2(base_two(dot(q, tl.trans(k)), bias[:, None] - code[None, :], scale) - row_lse[:, None])
         if cuts != 0:
             part = beyond_cuts(n, window, mask_shift) & cuts
             p = tl.where(part[:, None] == part[None, :], p, 0.0)
-        dv = dot(p.to(do.dtype), do)
-        ds = p * (dot(v, tl.trans(do)) - row_delta[None, :])
-        ds = tl.where(inside[:, None], ds, 0.0)
+        dv = dot(tl.trans(p.to(do.dtype)), do)
+        store_rows(base_out + 2 * width, place, 3 * width, dv, inside, D)
+        ds = p * (dot(do, tl.trans(v)) - delta[:, None])
         total += ds
         ds = ds.to(q.dtype)
-        base = dqkv + at * (3 * width) + head * D
-        store_rows(base + 2 * width, place, 3 * width, dv, inside, D)
-        store_rows(base + width, place, 3 * width, dot(ds, q) * scale, inside, D)
-        store_rows(base, place, 3 * width, dot(tl.trans(ds), k) * scale, inside, D)
+        k = tl.where(inside[:, None], k, tl.zeros_like(k))
+        store_rows(base_out, place, 3 * width, dot(ds, k) * scale, inside, D)
+        store_rows(base_out + width, place, 3 * width, dot(tl.trans(ds), q) * scale, inside, D)
     pairs += (group * heads + head).to(tl.int64) * tokens * tokens
     both = inside[:, None] & inside[None, :]
-    tl.store(pairs + n[None, :] * tokens + n[:, None], total, mask=both)
+    tl.store(pairs + n[:, None] * tokens + n[None, :], total, mask=both)
 
 
 @triton.jit(do_not_specialize=["heads", "groups", "WT", "WH", "WW", "TT", "TH", "TW"])

@@ -82,7 +82,8 @@ class Windows:
     @property
     def table_rows(self) -> int:
         """Offsets in the table; the zero offset is the middle row."""
-        return prod(2 * w - 1 for w in self.table_window)
+        t, h, w = self.table_window
+        return (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
 
     @property
     def dense_pairs(self) -> int:

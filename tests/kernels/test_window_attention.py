@@ -1,0 +1,208 @@
+"""The attention kernels against the reference: values, gradients, isolation, determinism, registration."""
+
+from functools import partial
+from math import prod
+
+import pytest
+import torch
+from bevt_ds.kernels import reference
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from bevt_ds import kernels
+
+STILL = (0, 0, 0)
+# grid, window, table_window, shift, mask_shift: BEVT's combinations in small, and awkward remainders
+CASES = {
+    "clip": ((2, 4, 6), (2, 4, 3), (2, 4, 3), STILL, STILL),
+    "clip-shifted": ((2, 8, 6), (2, 4, 3), (2, 4, 3), (0, 2, 1), (0, 2, 1)),
+    "long-clip-shifted": ((4, 4, 4), (2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1)),
+    "long-clip-last-stage": ((4, 3, 3), (2, 3, 3), (2, 3, 3), (1, 0, 0), (1, 0, 0)),
+    "short-clip": ((1, 4, 4), (1, 2, 2), (3, 2, 2), STILL, STILL),
+    "window-below-table": ((2, 2, 3), (2, 2, 3), (3, 4, 5), STILL, STILL),
+    "image-official-unshifted": ((1, 6, 6), (1, 3, 3), (4, 3, 3), STILL, (0, 1, 1)),
+    "image-official-last-stage": ((1, 7, 7), (1, 7, 7), (2, 7, 7), (0, 3, 3), (0, 3, 3)),
+    "rolled-unmasked": ((1, 4, 6), (1, 2, 3), (1, 2, 3), (0, 1, 2), STILL),
+    "rolled-and-cut-elsewhere": ((2, 4, 4), (2, 4, 4), (2, 4, 4), (1, 1, 2), (0, 2, 1)),
+    "large": ((2, 7, 7), (2, 7, 7), (2, 7, 7), STILL, STILL),
+    "large-shifted": ((2, 7, 14), (2, 7, 7), (3, 7, 7), (0, 0, 3), (0, 0, 3)),
+    "large-cut-in-time": ((5, 4, 4), (5, 4, 4), (5, 4, 4), STILL, (2, 0, 0)),
+    "large-rolled": ((1, 9, 9), (1, 9, 9), (1, 9, 9), (0, 4, 2), STILL),
+}
+attend = partial(kernels.window_attention, provider="triton")
+
+
+def inputs(case, dtype, device, batch=1, heads=2, d=16):
+    """qkv, table and the sizes of a case."""
+    grid, window, table_window, shift, mask_shift = CASES[case]
+    qkv = torch.randn(batch, *grid, 3, heads, d, device=device).to(dtype)
+    table = torch.randn(prod(2 * w - 1 for w in table_window), heads, device=device).to(dtype)
+    sizes = {"window": window, "table_window": table_window, "shift": shift, "mask_shift": mask_shift}
+    return qkv, table, sizes
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference(case, dtype, device, check_op, poisoned):
+    """Output, dqkv and dtable, with every output element written."""
+    qkv, table, sizes = inputs(case, dtype, device)
+    check_op(attend, reference.window_attention, (qkv, table), **sizes)
+
+
+@pytest.mark.parametrize("case", ["clip-shifted", "large-shifted"])
+def test_head_dim_batch_and_scale(case, device, check_op, poisoned):
+    """d = 32, three heads, two samples, a given scale."""
+    qkv, table, sizes = inputs(case, torch.float32, device, batch=2, heads=3, d=32)
+    check_op(attend, reference.window_attention, (qkv, table), **sizes, scale=0.5)
+
+
+def test_table_of_another_dtype(device):
+    """A float32 table beside float16 activations gives a float32 gradient."""
+    qkv, table, sizes = inputs("clip", torch.float16, device)
+    table = table.float().requires_grad_()
+    attend(qkv.requires_grad_(), table, **sizes).float().sum().backward()
+    assert qkv.grad.dtype == torch.float16
+    assert table.grad.dtype == torch.float32
+
+
+def test_public_calls_launch_the_kernels(device):
+    """Small windows take the fused backward kernel, large ones the three separate ones."""
+    common = {"prepare_kernel": 2, "window_attention_fwd_kernel": 1, "fold_pairs_kernel": 1}
+    expected = {
+        "clip": {"window_attention_bwd_small_kernel": 1},
+        "large": {f"window_attention_bwd_{part}_kernel": 1 for part in ("q", "kv", "pairs")},
+    }
+    for case, backward in expected.items():
+        kernels.reset_launch_counts()
+        qkv, table, sizes = inputs(case, torch.float32, device)
+        attend(qkv.requires_grad_(), table, **sizes).sum().backward()
+        assert kernels.launch_counts() == common | backward
+
+
+@pytest.mark.parametrize("case", ["clip-shifted", "large-shifted"])
+def test_regions_do_not_see_each_other(case, device):
+    """Changing one token changes, bitwise, nothing outside its region, forward or backward."""
+    qkv, table, sizes = inputs(case, torch.float32, device, heads=1)
+    grid = CASES[case][0]
+    region = torch.arange(prod(grid)).view(1, *grid, 1)
+    together = reference.same_region(grid, sizes["window"], sizes["mask_shift"])
+    rolled = torch.roll(region, [-s for s in sizes["shift"]], dims=(1, 2, 3))
+    windows = reference.partition(rolled, sizes["window"])[..., 0]
+    window, token = -1, -1
+    mine = windows[window][together[window][token]]
+    outside = torch.ones(prod(grid), dtype=torch.bool).index_fill_(0, mine, False)
+    assert outside.any()
+
+    def run(qkv):
+        qkv = qkv.clone().requires_grad_()
+        out = attend(qkv, table, **sizes)
+        (dqkv,) = torch.autograd.grad((out * torch.linspace(0.5, 1.5, out.shape[-1], device=device)).sum(), qkv)
+        return out.detach().flatten(0, 3).cpu(), dqkv.flatten(0, 3).cpu()
+
+    changed = qkv.clone()
+    changed.view(prod(grid), -1)[windows[window][token]] += 1000
+    for before, after in zip(run(qkv), run(changed), strict=True):
+        assert torch.equal(before[outside], after[outside])
+        assert not torch.equal(before[mine], after[mine])
+
+
+@pytest.mark.parametrize("case", ["clip-shifted", "large"])
+def test_bitwise_repeatable(case, device):
+    """No atomics: equal inputs, equal bits."""
+    qkv, table, sizes = inputs(case, torch.float32, device)
+
+    def run():
+        leaves = qkv.clone().requires_grad_(), table.clone().requires_grad_()
+        out = attend(*leaves, **sizes)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+
+    first = run()
+    for _ in range(100 if device == "cuda" else 1):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_rolling_the_input_rolls_the_output(device):
+    """Unmasked windows shifted by s are unshifted windows of the rolled map."""
+    qkv, table, sizes = inputs("rolled-unmasked", torch.float32, device)
+    rolled = torch.roll(qkv, [-s for s in sizes["shift"]], dims=(1, 2, 3))
+    plain = attend(rolled, table, **sizes | {"shift": STILL})
+    assert torch.equal(torch.roll(plain, sizes["shift"], dims=(1, 2, 3)), attend(qkv, table, **sizes))
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_other_operator_between_the_linear_layers(device):
+    """From qkv to out and back there are our two operators and nothing else: no roll, no copy, no permute."""
+    qkv, table, sizes = inputs("clip-shifted", torch.float32, device)
+    leaves = qkv.requires_grad_(), table.requires_grad_()
+    grad = torch.randn(*qkv.shape[:4], 32, device=device)
+    with Operators() as seen:
+        out = attend(*leaves, **sizes)
+        torch.autograd.grad(out, leaves, grad)
+    ours = [name for name in seen.names if not name.startswith("aten::detach")]
+    assert ours == ["bevt_ds::window_attention", "bevt_ds::window_attention_backward"]
+
+
+def test_registration(device):
+    """Schema, fake tensors and autograd agree with the implementation."""
+    from bevt_ds.kernels.attention import backward_op, forward_op
+
+    qkv, table, sizes = inputs("clip", torch.float32, device)
+    settings = (*(list(size) for size in sizes.values()), 0.25)
+    torch.library.opcheck(forward_op, (qkv.requires_grad_(), table.requires_grad_(), *settings))
+    with torch.no_grad():
+        out, lse = forward_op(qkv, table, *settings)
+        tensors = (torch.randn_like(out), qkv.detach(), table.detach(), out, lse)
+    torch.library.opcheck(backward_op, (*tensors, *settings))
+
+
+def test_flop_formula(device):
+    """Forward 4 N d per token and head, backward 2.5 times that."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    qkv, table, sizes = inputs("clip", torch.float32, device)
+    with FlopCounterMode(display=False) as counter:
+        attend(qkv.requires_grad_(), table, **sizes).sum().backward()
+    tokens, heads, d = qkv[..., 0, 0, 0].numel(), 2, 16
+    forward = 4 * tokens * prod(sizes["window"]) * heads * d
+    assert counter.get_total_flops() == forward * 7 // 2
+
+
+def test_under_compile_and_checkpointing(device):
+    """One graph under torch.compile, and recomputation give the eager gradients bitwise."""
+    qkv, table, sizes = inputs("clip", torch.float32, device)
+
+    def plain(x, y):
+        return attend(x, y, **sizes).sin()
+
+    def gradients(function):
+        leaves = qkv.clone().requires_grad_(), table.clone().requires_grad_()
+        return torch.autograd.grad(function(*leaves).sum(), leaves)
+
+    expected = gradients(plain)
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    recomputed = partial(checkpoint, plain, use_reentrant=False)
+    for function in (compiled, recomputed):
+        assert all(torch.equal(a, b) for a, b in zip(expected, gradients(function), strict=True))
+
+
+def test_table_swapped_out_between_passes(device):
+    """ZeRO-3 empties a parameter after its module ran, and fills it again before the backward pass."""
+    qkv, table, sizes = inputs("clip", torch.float32, device)
+    expected = torch.nn.Parameter(table.clone())
+    attend(qkv, expected, **sizes).sum().backward()
+    parameter = torch.nn.Parameter(table.clone())
+    loss = attend(qkv, parameter, **sizes).sum()
+    parameter.data = torch.empty(0, device=device)
+    parameter.data = table.clone()
+    loss.backward()
+    assert torch.equal(parameter.grad, expected.grad)
