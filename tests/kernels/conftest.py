@@ -5,6 +5,7 @@ The interpreter multiplies bfloat16 wrongly, so bfloat16 is tested on a GPU only
 """
 
 import os
+from math import prod
 
 import pytest
 import torch
@@ -14,13 +15,34 @@ if not torch.cuda.is_available():
 
 from bevt_ds import kernels
 
+STILL = (0, 0, 0)
+# grid, window, table_window, shift, mask_shift: BEVT's combinations in small, and awkward remainders
+CASES = {
+    "clip": ((2, 4, 6), (2, 4, 3), (2, 4, 3), STILL, STILL),
+    "clip-shifted": ((2, 8, 6), (2, 4, 3), (2, 4, 3), (0, 2, 1), (0, 2, 1)),
+    "long-clip-shifted": ((4, 4, 4), (2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1)),
+    "long-clip-last-stage": ((4, 3, 3), (2, 3, 3), (2, 3, 3), (1, 0, 0), (1, 0, 0)),
+    "short-clip": ((1, 4, 4), (1, 2, 2), (3, 2, 2), STILL, STILL),
+    "window-below-table": ((2, 2, 3), (2, 2, 3), (3, 4, 5), STILL, STILL),
+    "image-official-unshifted": ((1, 6, 6), (1, 3, 3), (4, 3, 3), STILL, (0, 1, 1)),
+    "image-official-last-stage": ((1, 7, 7), (1, 7, 7), (2, 7, 7), (0, 3, 3), (0, 3, 3)),
+    "rolled-unmasked": ((1, 4, 6), (1, 2, 3), (1, 2, 3), (0, 1, 2), STILL),
+    "rolled-and-cut-elsewhere": ((2, 4, 4), (2, 4, 4), (2, 4, 4), (1, 1, 2), (0, 2, 1)),
+    "large": ((2, 7, 7), (2, 7, 7), (2, 7, 7), STILL, STILL),
+    "large-shifted": ((2, 7, 14), (2, 7, 7), (3, 7, 7), (0, 0, 3), (0, 0, 3)),
+    "large-cut-in-time": ((5, 4, 4), (5, 4, 4), (5, 4, 4), STILL, (2, 0, 0)),
+    "large-rolled": ((1, 9, 9), (1, 9, 9), (1, 9, 9), (0, 4, 2), STILL),
+}
+
 KERNEL_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
 
 def pytest_generate_tests(metafunc):
-    """`dtype` runs over what the kernels compute correctly here."""
+    """`dtype` runs over what the kernels compute correctly here, `every_case` over the geometries."""
     if "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+    if "every_case" in metafunc.fixturenames:
+        metafunc.parametrize("every_case", CASES)
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +56,21 @@ def seeded() -> None:
     """Every test starts from the same random numbers and counts its own launches."""
     torch.manual_seed(0)
     kernels.reset_launch_counts()
+
+
+@pytest.fixture(scope="session")
+def inputs():
+    """Makes the arguments of window_attention for a case."""
+
+    def make(case, dtype, device, batch=1, heads=2, d=16):
+        """qkv, table and the sizes of a case."""
+        grid, window, table_window, shift, mask_shift = CASES[case]
+        qkv = torch.randn(batch, *grid, 3, heads, d, device=device).to(dtype)
+        table = torch.randn(prod(2 * w - 1 for w in table_window), heads, device=device).to(dtype)
+        sizes = {"window": window, "table_window": table_window, "shift": shift, "mask_shift": mask_shift}
+        return qkv, table, sizes
+
+    return make
 
 
 @pytest.fixture

@@ -12,50 +12,23 @@ from torch.utils.checkpoint import checkpoint
 from bevt_ds import kernels
 
 STILL = (0, 0, 0)
-# grid, window, table_window, shift, mask_shift: BEVT's combinations in small, and awkward remainders
-CASES = {
-    "clip": ((2, 4, 6), (2, 4, 3), (2, 4, 3), STILL, STILL),
-    "clip-shifted": ((2, 8, 6), (2, 4, 3), (2, 4, 3), (0, 2, 1), (0, 2, 1)),
-    "long-clip-shifted": ((4, 4, 4), (2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1)),
-    "long-clip-last-stage": ((4, 3, 3), (2, 3, 3), (2, 3, 3), (1, 0, 0), (1, 0, 0)),
-    "short-clip": ((1, 4, 4), (1, 2, 2), (3, 2, 2), STILL, STILL),
-    "window-below-table": ((2, 2, 3), (2, 2, 3), (3, 4, 5), STILL, STILL),
-    "image-official-unshifted": ((1, 6, 6), (1, 3, 3), (4, 3, 3), STILL, (0, 1, 1)),
-    "image-official-last-stage": ((1, 7, 7), (1, 7, 7), (2, 7, 7), (0, 3, 3), (0, 3, 3)),
-    "rolled-unmasked": ((1, 4, 6), (1, 2, 3), (1, 2, 3), (0, 1, 2), STILL),
-    "rolled-and-cut-elsewhere": ((2, 4, 4), (2, 4, 4), (2, 4, 4), (1, 1, 2), (0, 2, 1)),
-    "large": ((2, 7, 7), (2, 7, 7), (2, 7, 7), STILL, STILL),
-    "large-shifted": ((2, 7, 14), (2, 7, 7), (3, 7, 7), (0, 0, 3), (0, 0, 3)),
-    "large-cut-in-time": ((5, 4, 4), (5, 4, 4), (5, 4, 4), STILL, (2, 0, 0)),
-    "large-rolled": ((1, 9, 9), (1, 9, 9), (1, 9, 9), (0, 4, 2), STILL),
-}
 attend = partial(kernels.window_attention, provider="triton")
 
 
-def inputs(case, dtype, device, batch=1, heads=2, d=16):
-    """qkv, table and the sizes of a case."""
-    grid, window, table_window, shift, mask_shift = CASES[case]
-    qkv = torch.randn(batch, *grid, 3, heads, d, device=device).to(dtype)
-    table = torch.randn(prod(2 * w - 1 for w in table_window), heads, device=device).to(dtype)
-    sizes = {"window": window, "table_window": table_window, "shift": shift, "mask_shift": mask_shift}
-    return qkv, table, sizes
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_matches_reference(case, dtype, device, check_op, poisoned):
+def test_matches_reference(every_case, dtype, device, inputs, check_op, poisoned):
     """Output, dqkv and dtable, with every output element written."""
-    qkv, table, sizes = inputs(case, dtype, device)
+    qkv, table, sizes = inputs(every_case, dtype, device)
     check_op(attend, reference.window_attention, (qkv, table), **sizes)
 
 
 @pytest.mark.parametrize("case", ["clip-shifted", "large-shifted"])
-def test_head_dim_batch_and_scale(case, device, check_op, poisoned):
+def test_head_dim_batch_and_scale(case, device, inputs, check_op, poisoned):
     """d = 32, three heads, two samples, a given scale."""
     qkv, table, sizes = inputs(case, torch.float32, device, batch=2, heads=3, d=32)
     check_op(attend, reference.window_attention, (qkv, table), **sizes, scale=0.5)
 
 
-def test_table_of_another_dtype(device):
+def test_table_of_another_dtype(device, inputs):
     """A float32 table beside float16 activations gives a float32 gradient."""
     qkv, table, sizes = inputs("clip", torch.float16, device)
     table = table.float().requires_grad_()
@@ -64,7 +37,7 @@ def test_table_of_another_dtype(device):
     assert table.grad.dtype == torch.float32
 
 
-def test_public_calls_launch_the_kernels(device):
+def test_public_calls_launch_the_kernels(device, inputs):
     """Small windows take the fused backward kernel, large ones the three separate ones."""
     common = {"prepare_kernel": 2, "window_attention_fwd_kernel": 1, "fold_pairs_kernel": 1}
     expected = {
@@ -79,10 +52,10 @@ def test_public_calls_launch_the_kernels(device):
 
 
 @pytest.mark.parametrize("case", ["clip-shifted", "large-shifted"])
-def test_regions_do_not_see_each_other(case, device):
+def test_regions_do_not_see_each_other(case, device, inputs):
     """Changing one token changes, bitwise, nothing outside its region, forward or backward."""
     qkv, table, sizes = inputs(case, torch.float32, device, heads=1)
-    grid = CASES[case][0]
+    grid = tuple(qkv.shape[1:4])
     region = torch.arange(prod(grid)).view(1, *grid, 1)
     together = reference.same_region(grid, sizes["window"], sizes["mask_shift"])
     rolled = torch.roll(region, [-s for s in sizes["shift"]], dims=(1, 2, 3))
@@ -106,7 +79,7 @@ def test_regions_do_not_see_each_other(case, device):
 
 
 @pytest.mark.parametrize("case", ["clip-shifted", "large"])
-def test_bitwise_repeatable(case, device):
+def test_bitwise_repeatable(case, device, inputs):
     """No atomics: equal inputs, equal bits."""
     qkv, table, sizes = inputs(case, torch.float32, device)
 
@@ -120,7 +93,7 @@ def test_bitwise_repeatable(case, device):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-def test_rolling_the_input_rolls_the_output(device):
+def test_rolling_the_input_rolls_the_output(device, inputs):
     """Unmasked windows shifted by s are unshifted windows of the rolled map."""
     qkv, table, sizes = inputs("rolled-unmasked", torch.float32, device)
     rolled = torch.roll(qkv, [-s for s in sizes["shift"]], dims=(1, 2, 3))
@@ -140,7 +113,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_other_operator_between_the_linear_layers(device):
+def test_no_other_operator_between_the_linear_layers(device, inputs):
     """From qkv to out and back there are our two operators and nothing else: no roll, no copy, no permute."""
     qkv, table, sizes = inputs("clip-shifted", torch.float32, device)
     leaves = qkv.requires_grad_(), table.requires_grad_()
@@ -152,7 +125,7 @@ def test_no_other_operator_between_the_linear_layers(device):
     assert ours == ["bevt_ds::window_attention", "bevt_ds::window_attention_backward"]
 
 
-def test_registration(device):
+def test_registration(device, inputs):
     """Schema, fake tensors and autograd agree with the implementation."""
     from bevt_ds.kernels.attention import backward_op, forward_op
 
@@ -165,7 +138,7 @@ def test_registration(device):
     torch.library.opcheck(backward_op, (*tensors, *settings))
 
 
-def test_flop_formula(device):
+def test_flop_formula(device, inputs):
     """Forward 4 N d per token and head, backward 2.5 times that."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -177,7 +150,7 @@ def test_flop_formula(device):
     assert counter.get_total_flops() == forward * 7 // 2
 
 
-def test_under_compile_and_checkpointing(device):
+def test_under_compile_and_checkpointing(device, inputs):
     """One graph under torch.compile, and recomputation give the eager gradients bitwise."""
     qkv, table, sizes = inputs("clip", torch.float32, device)
 
@@ -195,7 +168,7 @@ def test_under_compile_and_checkpointing(device):
         assert all(torch.equal(a, b) for a, b in zip(expected, gradients(function), strict=True))
 
 
-def test_table_swapped_out_between_passes(device):
+def test_table_swapped_out_between_passes(device, inputs):
     """ZeRO-3 empties a parameter after its module ran, and fills it again before the backward pass."""
     qkv, table, sizes = inputs("clip", torch.float32, device)
     expected = torch.nn.Parameter(table.clone())
