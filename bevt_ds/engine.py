@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # All that DeepSpeed's shards of stages 0-3 need beyond tensors and plain containers.
 SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 TAG = "state"
+# DeepSpeed calls collectives by names that newer torch wants replaced; nobody who trains can do anything about it.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):

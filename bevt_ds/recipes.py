@@ -24,7 +24,7 @@ def demo() -> Config:
     folder = "demo-data"
     return Config(
         recipe="demo",
-        model=ModelConfig(name="tiny", window=(4, 4, 4), drop_path=0.0),
+        model=ModelConfig(name="tiny", window=(4, 4, 4), drop_path=0.0, image_windows="swin"),
         tokenizer=TokenizerConfig(name="random_projection", vocab_size=64),
         data=DataConfig(
             videos=f"{folder}/train-video-*.tar",
@@ -37,21 +37,21 @@ def demo() -> Config:
             token_size=64,
             short_side=(128, 160),
             image_jitter=(0.0, 0.0, 0.0),
-            mask=MaskConfig(ratio=0.4),
+            mask=MaskConfig(ratio=0.35, min_block=6),
             workers=1,
             threads=1,
         ),
-        optim=OptimConfig(lr=3e-3, warmup_steps=20),
+        optim=OptimConfig(lr=1.2e-3, warmup_steps=20),
         train=TrainConfig(
-            steps=160,
-            global_clips=8,
+            steps=280,
+            global_clips=4,
             global_images=16,
-            micro_clips=8,
+            micro_clips=4,
             micro_images=16,
             precision="fp32",
-            log_every=5,
+            log_every=10,
             checkpoint_every=100,
-            eval_batches=4,
+            eval_batches=6,
             min_gain=0.2,
         ),
     )

@@ -8,13 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from einops import rearrange, repeat
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from bevt_ds.batch import Batch, Stream
@@ -22,7 +19,9 @@ from bevt_ds.engine import Engine
 
 RIGHT, WRONG = np.array([0.13, 0.62, 0.30]), np.array([0.80, 0.15, 0.15])
 HIDDEN = 0.5
-FRAMES_SHOWN = 4
+SAMPLES = {"video": 2, "image": 8}
+FRAMES_SHOWN, COLUMNS = 4, 8
+ROWS = ("input", "hidden cells", "green: right\nred: wrong")
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Panel:
     verdict: np.ndarray
 
 
-def draw(engine: Engine, batch: Batch, path: Path, samples: int = 2) -> None:
+def draw(engine: Engine, batch: Batch, path: Path) -> None:
     """Write the picture for the first samples of a batch that already has targets. Collective."""
     batch = batch.cast(engine.dtype)
     panels: list[Panel] = []
@@ -45,7 +44,7 @@ def draw(engine: Engine, batch: Batch, path: Path, samples: int = 2) -> None:
             if stream is not None:
                 predicted = predict(engine, stream)
                 if engine.ranks.is_main:
-                    panels += stream_panels(name, stream, predicted, samples)
+                    panels += stream_panels(name, stream, predicted, SAMPLES[name])
     if engine.ranks.is_main:
         save_grid(panels, path)
 
@@ -91,16 +90,24 @@ def make_panel(title: str, picture: np.ndarray, marks: np.ndarray) -> Panel:
 
 
 def save_grid(panels: list[Panel], path: Path) -> None:
-    """One column a frame; rows: input, masked input, verdict."""
-    figure, axes = plt.subplots(3, len(panels), figsize=(1.7 * len(panels), 5.6), squeeze=False, layout="constrained")
-    rows = ("input", "hidden cells", "green: right, red: wrong")
+    """Blocks of three rows (input, hidden cells, verdict), each with a column a frame."""
+    blocks = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
+    size = (1.7 * min(COLUMNS, len(panels)), 5.4 * len(blocks))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(3 * len(blocks), min(COLUMNS, len(panels)), squeeze=False)
+    for axis in grid.flat:
+        axis.set_axis_off()
+    for number, block in enumerate(blocks):
+        _fill_block(grid[3 * number : 3 * number + 3], block)
+    figure.savefig(path, dpi=100)
+
+
+def _fill_block(axes: np.ndarray, panels: list[Panel]) -> None:
     for column, panel in enumerate(panels):
         for axis, picture in zip(axes[:, column], (panel.seen, panel.hidden, panel.verdict), strict=True):
+            axis.set_axis_on()
             axis.imshow(np.clip(picture, 0, 1), interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.set(xticks=[], yticks=[])
         axes[0, column].set_title(panel.title, fontsize=9)
-    for axis, label in zip(axes[:, 0], rows, strict=True):
+    for axis, label in zip(axes[:, 0], ROWS, strict=True):
         axis.set_ylabel(label, fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
