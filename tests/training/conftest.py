@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +24,13 @@ def shards(tmp_path_factory) -> dict[str, object]:
 def small(shards) -> dict[str, object]:
     """Settings of a run of six small steps."""
     return {**SMALL, **shards}
+
+
+@pytest.fixture(scope="session")
+def media() -> Path:
+    """The folder of real clips and images, which is not committed."""
+    places = [Path(os.environ.get("BEVT_SHARED", "")), ROOT / "shared", ROOT.parent / "shared"]
+    found = [place / "media" for place in places if (place / "media").is_dir()]
+    if not found:
+        pytest.skip("no folder of real media: set BEVT_SHARED to the folder that holds media/")
+    return found[0]

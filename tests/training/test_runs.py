@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import bevt_ds
+from bevt_ds.data.pack import pack
 from bevt_ds.overrides import from_dict
 from tests.training.golden_curve import FILE, curve_run
 from tests.training.processes import ROOT, SECONDS, as_words, environment, run_ranks, start_ranks
@@ -116,3 +117,31 @@ def test_launchers(tmp_path, small, launcher):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 1
+
+
+def test_real_media_train(tmp_path, small, media):
+    """The main job on real clips (H.264 and MPEG-4, MP4 and AVI) and real JPEGs, without a bad sample."""
+    for kind, split in (("video", "clips"), ("image", "images")):
+        pack(media, tmp_path / "shards", kind, split=split)
+    real = {"data.videos": tmp_path / "shards/clips-*.tar", "data.images": tmp_path / "shards/images-*.tar"}
+    run = run_ranks(tmp_path / "run", {**small, **real, "train.steps": 2, "data.stride": 2})
+    assert run.code == 0, run.output
+    assert len(run.log()) == 2
+    assert not (run.folder / "bad_samples.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"data.videos": "nowhere/clips-{000..001}.tar"}, "nowhere/clips-000.tar"),
+        ({"init_from": "README.md"}, "README.md"),
+        ({"tokenizer.name": "dalle", "tokenizer.weights": "README.md"}, "README.md"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistake_is_one_line_and_exit_code_2(tmp_path, small, settings, part):
+    run = run_ranks(tmp_path / "run", {**small, **settings})
+    errors = [line for line in run.output.splitlines() if line.startswith("error: ")]
+    assert (run.code, len(errors)) == (2, 1), run.output
+    assert part in errors[0]
+    assert "Traceback" not in run.output

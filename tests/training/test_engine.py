@@ -1,0 +1,46 @@
+"""The engine's promises that need no run: what its checkpoint reader refuses, and how ranks meet."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from bevt_ds.engine import SafeCheckpointEngine
+
+
+class Hostile:
+    """A pickle that creates a file when it is loaded carelessly."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_hostile_shard_is_refused(tmp_path, zipped):
+    canary, shard = tmp_path / "canary", tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": torch.zeros(2), "extra": Hostile(canary)}, shard, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(Exception, match="mkdir|weights_only|Unsupported"):
+        SafeCheckpointEngine().load(str(shard))
+    assert not canary.exists()
+    torch.load(shard, weights_only=False)
+    assert canary.exists(), "the payload must be live, or this test shows nothing"
+
+
+def test_what_deepspeed_stores_is_read(tmp_path):
+    state = {
+        "loss_scaler": LossScaler(1),
+        "stage": ZeroStageEnum.weights,
+        "slice": fragment_address(start=1, numel=2),
+        "tensor": torch.arange(3),
+    }
+    torch.save(state, tmp_path / "shard.pt")
+    loaded = SafeCheckpointEngine().load(str(tmp_path / "shard.pt"))
+    assert loaded["tensor"].tolist() == [0, 1, 2]
+    assert loaded["stage"] == ZeroStageEnum.weights
