@@ -2,6 +2,7 @@
 
     python -m bevt_ds.kernels.check            # fails where a kernel got worse
     python -m bevt_ds.kernels.check --update   # writes compiled_<triton version>.json
+    python -m bevt_ds.kernels.check --only "sm_90 window_attention_fwd"
 
 The launchers themselves say what is shipped: they run on tensors without memory at the shapes of the
 models, and each distinct launch is compiled as it would be on a GPU. Triton's own ptxas and nvdisasm do the rest.
@@ -138,14 +139,14 @@ def measure(source: ASTSource, options: dict[str, int], capability: int) -> dict
     }
 
 
-def compile_all() -> dict[str, dict[str, int | str]]:
-    """The measurements of every distinct launch, by 'sm_XX kernel types settings'."""
+def compile_all(only: str) -> dict[str, dict[str, int | str]]:
+    """The measurements of every distinct launch whose key, 'sm_XX kernel types settings', contains `only`."""
     table = {}
     for launch in shipped_launches():
         key, source, options = source_of(launch)
         for capability in TARGETS:
             name = f"sm_{capability} {key}"
-            if name not in table:
+            if only in name and name not in table:
                 table[name] = measure(source, options, capability)
     return dict(sorted(table.items()))
 
@@ -167,19 +168,21 @@ def main() -> int:
     """The command; 0 where nothing got worse."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the table instead of comparing")
-    update = parser.parse_args().update
+    parser.add_argument("--only", default="", help="compare only the lines of the table that contain this text")
+    arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
     path = Path(__file__).with_name(f"compiled_{triton.__version__}.json")
-    table = compile_all()
-    if update:
+    if arguments.update:
+        table = compile_all("")
         path.write_text(json.dumps(table, indent=1) + "\n")
         print(f"{len(table)} configurations -> {path.name}")
         return 0
     if not path.exists():
         sys.exit(f"there is no table for triton {triton.__version__}: make one with --update")
-    found = regressions(json.loads(path.read_text()), table)
-    print("\n".join(found) or f"{len(table)} configurations, none worse than {path.name}")
+    expected = {key: row for key, row in json.loads(path.read_text()).items() if arguments.only in key}
+    found = regressions(expected, compile_all(arguments.only))
+    print("\n".join(found) or f"{len(expected)} configurations, none worse than {path.name}")
     return 1 if found else 0
 
 

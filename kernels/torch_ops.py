@@ -128,7 +128,8 @@ def masked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`reference.masked_cross_entropy`."""
     logits = F.linear(h, weight, bias)
-    losses = F.cross_entropy(logits.float(), target, ignore_index=-100, reduction="none")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(wide, target, ignore_index=-100, reduction="none")
     hits = (logits.argmax(-1) == target) & (target != -100)
     sums = torch.stack([part.sum() for part in losses.split(segments)])
     return sums, torch.stack([part.sum() for part in hits.split(segments)])
