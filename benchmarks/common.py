@@ -1,0 +1,138 @@
+"""What every benchmark needs: timing, ceilings of the machine, and where a number comes from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EXPS_PER_CLOCK = 16  # exp2 of a streaming multiprocessor per clock, compute capability 8.0 and 9.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: median, 20th and 80th percentile."""
+
+    p50: float
+    p20: float
+    p80: float
+
+
+def quantiles(milliseconds: list[float]) -> Timing:
+    """Of at least one repetition."""
+    return Timing(*(round(float(q), 5) for q in torch.tensor(milliseconds).quantile(torch.tensor([0.5, 0.2, 0.8]))))
+
+
+def time_on_gpu(run: Callable[[], Any], budget_ms: float) -> Timing:
+    """GPU time between events, second-level cache flushed before each repetition.
+
+    The flush and a short spin keep the GPU busy while the host enqueues, so launch overhead is not measured.
+    """
+    flush = torch.empty(512 * 2**20, dtype=torch.uint8, device="cuda")
+    times, spent, start = [], 0.0, time.perf_counter()
+    while len(times) < 10 or (spent < budget_ms and time.perf_counter() - start < 10 * budget_ms / 1000):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(1_000_000)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+        spent += times[-1]
+    return quantiles(times)
+
+
+def time_on_cpu(run: Callable[[], Any], budget_ms: float) -> Timing:
+    """Wall time."""
+    times = []
+    while len(times) < 5 or sum(times) < budget_ms:
+        start = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - start))
+    return quantiles(times)
+
+
+def measure(run: Callable[[], Any], device: str, budget_ms: float = 100.0) -> Timing:
+    """Time of `run` after three warm-up runs."""
+    for _ in range(3):
+        run()
+    return (time_on_gpu if device == "cuda" else time_on_cpu)(run, budget_ms)
+
+
+def peak_megabytes(run: Callable[[], Any], device: str) -> float | None:
+    """Memory that `run` needs above what is allocated before it; None on a CPU, where torch does not count."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+
+@cache
+def ceilings(device: str) -> dict[str, float | None]:
+    """Measured copy rate (read + write) and matrix product rate, and the exp2 rate by clock and unit count."""
+    gpu = device == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    x = torch.randn(2**28 if gpu else 2**24, device=device, dtype=dtype)
+    y = torch.empty_like(x)
+    copy = 2 * x.nbytes / measure(lambda: y.copy_(x), device).p50 * 1e3
+    n = 8192 if gpu else 1024
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    matmul = 2 * n**3 / measure(lambda: a @ b, device).p50 * 1e3
+    return {"copy_bytes_s": copy, "matmul_flop_s": matmul, "exp_s": exp_rate() if gpu else None}
+
+
+def exp_rate() -> float:
+    """exp2 per second of the current GPU at its highest clock."""
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    clock = float(subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]) * 1e6
+    return EXPS_PER_CLOCK * torch.cuda.get_device_properties(0).multi_processor_count * clock
+
+
+@cache
+def provenance(device: str) -> dict[str, str]:
+    """Commit, device, clocks and versions: without these a number is not written."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    name = torch.cuda.get_device_name(0) if device == "cuda" else f"CPU {platform.processor() or platform.machine()}"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"]
+        versions["clocks"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0]
+    if triton_version := _triton_version():
+        versions["triton"] = triton_version
+    return {"commit": commit or "unknown", "device": name, "threads": str(torch.get_num_threads()), **versions}
+
+
+def _triton_version() -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+def read_rows(path: Path) -> Iterator[dict]:
+    """The rows that an earlier run left."""
+    if path.exists():
+        yield from (json.loads(line) for line in path.read_text().splitlines())
+
+
+def append_row(path: Path, row: dict) -> None:
+    """One JSON object a line, on disk before the next measurement starts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")

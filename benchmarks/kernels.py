@@ -1,0 +1,169 @@
+"""Times the kernels against other ways to do the same, after checking that they are right.
+
+    python -m benchmarks.kernels               # Swin-B, 8 clips and 64 images: minutes
+    python -m benchmarks.kernels --part 1/6    # the first sixth of all other shapes; may be interrupted and resumed
+    python -m benchmarks.kernels --soak        # every configuration 1,000 times, results bitwise equal
+
+Rows go to benchmarks/results/kernels-<device>.jsonl as they are measured, and what is already there for the same
+commit is not measured again; a markdown page and a plot are drawn from them. Without a GPU the same command times small
+shapes over what runs on a CPU, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import kernels_masked, kernels_providers, kernels_report
+from .common import append_row, ceilings, measure, peak_megabytes, provenance, read_rows
+from .kernels_cases import Case, default_cases, further_cases, small_cases
+from .kernels_providers import Job
+
+RESULTS = Path(__file__).parent / "results"
+DIRECTIONS = ("forward", "backward", "both")
+FAILURES = (RuntimeError, NotImplementedError, ValueError, AssertionError)  # what a competitor may fail with
+
+
+def time_direction(job: Job, direction: str, device: str) -> dict:
+    """Times and memory of one direction."""
+    if direction == "backward":
+        outputs = job.forward()
+        run: Callable = lambda: job.backward(outputs)  # noqa: E731
+    else:
+        run = getattr(job, direction)
+    timing = measure(run, device)
+    return {
+        "p50_ms": timing.p50,
+        "p20_ms": timing.p20,
+        "p80_ms": timing.p80,
+        "peak_mb": peak_megabytes(run, device),
+    }
+
+
+def time_job(make: Callable[..., Job], device: str, dtype: torch.dtype, ours: bool, *case: object) -> dict[str, dict]:
+    """Results by direction. A competitor that fails gives its reason; a failure of ours is an error."""
+    results = {}
+    try:
+        job = make(*case, device, dtype)
+        for direction in DIRECTIONS:
+            results[direction] = time_direction(job, direction, device)
+    except FAILURES as error:
+        if ours:
+            raise
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
+        for direction in DIRECTIONS:
+            results.setdefault(direction, {"error": reason})
+    return results
+
+
+def attention_row(case: Case, direction: str, limits: dict, dtype: torch.dtype) -> dict:
+    """What a row says about its case."""
+    roof_ms, binding = case.roof_ms(direction, limits, dtype.itemsize)
+    return {
+        "dense_flops": case.flops(direction),
+        "executed_flops": case.flops(direction, dense=False),
+        "roof_ms": roof_ms,
+        "roof": binding,
+        "blocks": case.blocks,
+    }
+
+
+class Run:
+    """One device, one file of rows."""
+
+    def __init__(self, device: str, path: Path) -> None:
+        self.device, self.path = device, path
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.ours = "triton" if device == "cuda" else "torch"
+        self.source, self.limits = provenance(device), ceilings(device)
+        self.done = {
+            (row["op"], row["case"], row["provider"])
+            for row in read_rows(path)
+            if row["provenance"]["commit"] == self.source["commit"]
+        }
+
+    def write(self, op: str, case: str, provider: str, direction: str, result: dict, extra: dict) -> None:
+        """One row, on screen and on disk."""
+        row = {"op": op, "case": case, "provider": provider, "direction": direction, "dtype": str(self.dtype)}
+        row |= result | extra | {"ceilings": self.limits, "provenance": self.source}
+        append_row(self.path, row)
+        print(f"{op} {case} {direction} {provider}: {result.get('p50_ms', result.get('error'))}", flush=True)
+
+    def attention(self, case: Case) -> None:
+        """Correctness, then every provider."""
+        providers = kernels_providers.GPU_PROVIDERS if self.device == "cuda" else kernels_providers.CPU_PROVIDERS
+        todo = {name for name in providers if ("window_attention", case.name, name) not in self.done}
+        if not todo:
+            return
+        kernels_providers.check_correct(case, self.device, self.dtype, self.ours)
+        for name in providers:
+            if name in todo:
+                results = time_job(providers[name], self.device, self.dtype, name == "bevt_ds", case)
+                for direction, result in results.items():
+                    extra = attention_row(case, direction, self.limits, self.dtype)
+                    self.write("window_attention", case.name, name, direction, result, extra)
+
+    def masked(self) -> None:
+        """Mask tokens and the masked head."""
+        for op, case, name, make in kernels_masked.masked_jobs(self.device):
+            if (op, case.name, name) not in self.done:
+                kernels_masked.check_masked(case, self.device, self.dtype, self.ours)
+                results = time_job(make, self.device, self.dtype, name == "bevt_ds", case)
+                for direction, result in results.items():
+                    self.write(op, case.name, name, direction, result, {})
+
+
+def soak(device: str, launches: int) -> None:
+    """Every case that many times forward and backward; a difference in one bit raises."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    provider = "triton" if device == "cuda" else "torch"
+    for case in default_cases() if device == "cuda" else small_cases():
+        job = kernels_providers.ours(case, device, dtype, provider)
+        first = job.backward(outputs := job.forward())
+        for _ in range(launches):
+            again = job.forward()
+            pairs = zip((*outputs, *first), (*again, *job.backward(again)), strict=True)
+            if not all(torch.equal(a, b) for a, b in pairs):
+                raise AssertionError(f"{case.name}: two launches differ")
+        print(f"{case.name}: {launches} launches, all equal", flush=True)
+
+
+def part_of(cases: list[Case], part: str) -> list[Case]:
+    """The i-th of n parts, '1/6' being the first."""
+    i, n = (int(number) for number in part.split("/"))
+    return cases[i - 1 :: n]
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--part", help="i/n of the shapes beyond the default ones")
+    parser.add_argument("--soak", action="store_true", help="repeat instead of timing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    if device == "cpu":
+        print("No GPU: small shapes on the CPU. These numbers say nothing about the Triton kernels.")
+    if arguments.soak:
+        return soak(device, 1000 if device == "cuda" else 3)
+    slug = re.sub(r"[^a-z0-9]+", "-", provenance(device)["device"].lower()).strip("-")
+    run = Run(device, arguments.out / f"kernels-{slug}.jsonl")
+    cases = small_cases() if device == "cpu" else default_cases()
+    for case in part_of(further_cases(), arguments.part) if arguments.part else cases:
+        run.attention(case)
+    if not arguments.part:
+        run.masked()
+    rows = list(read_rows(run.path))
+    run.path.with_suffix(".md").write_text(kernels_report.markdown(rows))
+    kernels_report.plot(rows, run.path.with_suffix(".png"))
+    print(f"{len(rows)} rows in {run.path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The kernel benchmark: the competitors compute the same thing, and the page says only what was measured."""
+
+import pytest
+import torch
+from bevt_ds.kernels.reference import partition
+
+from benchmarks import kernels_cases, kernels_masked, kernels_providers, kernels_report
+from bevt_ds import kernels
+
+CASES = [case for case in kernels_cases.small_cases() if case.stream == "image"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("rival", ["eager", "eager_unbind", "sdpa"])
+def test_competitors_agree_with_us(case, rival):
+    """From the same qkv and table, to float32 rounding; the original's mask is -100 and not minus infinity."""
+    torch.manual_seed(0)
+    qkv, table = kernels_providers.arguments(case, "cpu", torch.float32)
+    ours = kernels.window_attention(qkv, table, **kernels_providers.sizes(case), provider="torch")
+    job = kernels_providers.CPU_PROVIDERS[rival](case, "cpu", torch.float32)
+    with torch.no_grad():
+        if rival == "sdpa":
+            job.leaves[0].copy_(qkv)
+        else:
+            rolled = kernels_providers.rolled(qkv, case.windows.shift, -1)
+            job.leaves[1].copy_(partition(rolled, case.windows.window).flatten(2))
+        job.leaves[-1].copy_(table)
+    outputs = job.forward()
+    torch.testing.assert_close(outputs[0], ours, rtol=1e-4, atol=1e-5)
+    assert all(grad.isfinite().all() for grad in job.backward(outputs))
+
+
+def test_default_set_is_swin_b():
+    """Three shifted stages of four for clips, all four for images; the FLOPs of the published model."""
+    cases = kernels_cases.default_cases()
+    assert len(cases) == 15
+    video = [case for case in cases if case.stream == "video"]
+    assert sum(case.blocks for case in video) == 24
+    forward = sum(case.blocks * case.flops("forward") for case in video)
+    assert forward / 8 == pytest.approx(39.0e9, rel=0.01)
+    executed = sum(case.blocks * case.flops("forward", dense=False) for case in video)
+    assert executed / forward == pytest.approx(0.845, abs=0.005)
+
+
+def test_parts_cover_the_rest_once():
+    """--part 1/3, 2/3, 3/3 together are all further shapes."""
+    from benchmarks.kernels import part_of
+
+    cases = kernels_cases.further_cases()
+    parts = [case.name for i in (1, 2, 3) for case in part_of(cases, f"{i}/3")]
+    assert sorted(parts) == sorted(case.name for case in cases)
+    assert len(set(parts)) == len(parts)
+
+
+def row(provider, direction="both", p50=1.0, **more):
+    """A measured row of one Swin-B case."""
+    source = {"provenance": {"device": "GPU"}, "ceilings": {}}
+    times = {"p50_ms": p50, "p20_ms": p50, "p80_ms": p50, "peak_mb": 1.0}
+    case = {"op": "window_attention", "case": "b-stage1 8 video 8x7x7 plain", "blocks": 2, "dense_flops": 1e9}
+    return case | {"provider": provider, "direction": direction} | times | source | more
+
+
+def test_failed_competitor_voids_the_best():
+    """The speedup over the best needs all competitors; the one over eager does not."""
+    rows = [row("eager", p50=6.0), row("bevt_ds"), row("compile", p50=3.0), row("sdpa", p50=2.0)]
+    goal_eager, goal_best, *_ = (name for name, _, _ in kernels_report.TARGETS)
+    complete = kernels_report.weighted([*rows, row("flex", p50=4.0)])
+    assert (complete[goal_eager], complete[goal_best]) == (6.0, 2.0)
+    failed = row("flex", error="RuntimeError: no")
+    failed.pop("p50_ms")
+    partial = kernels_report.weighted([*rows, failed])
+    assert (partial[goal_eager], partial[goal_best]) == (6.0, None)
+    assert "failed: RuntimeError: no" in kernels_report.markdown([*rows, failed])
+
+
+def test_nothing_measured_is_nothing_written():
+    """Without forward rows there is no forward rate."""
+    figures = kernels_report.weighted([row("eager", p50=6.0), row("bevt_ds")])
+    assert figures["forward"] is None and figures["backward"] is None
+
+
+def test_page_of_a_cpu_says_so():
+    """And sets no goals beside its numbers."""
+    page = kernels_report.markdown([row("bevt_ds") | {"provenance": {"device": "CPU x86_64"}}])
+    assert "These are CPU numbers" in page
+    assert "target" not in page
+
+
+def test_masked_jobs_run():
+    """Each job of the masked ops has an output and gradients, and ours agree with the reference."""
+    case = kernels_masked.SMALL_STEP
+    kernels_masked.check_masked(case, "cpu", torch.float32, "torch")
+    for _, _, _, make in kernels_masked.masked_jobs("cpu"):
+        job = make(case, "cpu", torch.float32)
+        assert all(grad.isfinite().all() for grad in job.backward(job.forward()))
