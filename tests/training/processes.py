@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ENTRY = "bevt_ds/pretrain.py"
 SECONDS = 240  # for one small run on a slow machine
 
 SMALL = {  # the demo recipe, smaller: 64 px, 4 frames, 2 clips and 4 images a forward pass
@@ -62,9 +61,10 @@ def environment(**extra: str) -> dict[str, str]:
     return {**env, "PATH": path, "OMP_NUM_THREADS": "1", **extra}
 
 
-def as_words(settings: dict[str, object]) -> list[str]:
-    """Settings as the command line takes them."""
-    return [f"{key}={value}" for key, value in settings.items()]
+def command(stage: int, settings: dict[str, object]) -> list[str]:
+    """The entry and its arguments."""
+    words = [f"{key}={value}" for key, value in settings.items()]
+    return ["bevt_ds/pretrain.py", "--deepspeed_config", f"ds_configs/zero{stage}.json", *words]
 
 
 def start_ranks(settings: dict[str, object], world: int, stage: int = 2) -> list[subprocess.Popen]:
@@ -72,11 +72,10 @@ def start_ranks(settings: dict[str, object], world: int, stage: int = 2) -> list
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, ENTRY, "--deepspeed_config", f"ds_configs/zero{stage}.json", *as_words(settings)]
     place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
-            command,
+            [sys.executable, *command(stage, settings)],
             cwd=ROOT,
             env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
             stdout=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,7 @@ import bevt_ds
 from bevt_ds.data.pack import pack
 from bevt_ds.overrides import from_dict
 from tests.training.golden_curve import FILE, curve_run
-from tests.training.processes import ROOT, SECONDS, as_words, environment, run_ranks, start_ranks
-
-JSON = ["--deepspeed_config", "ds_configs/zero2.json"]
+from tests.training.processes import ROOT, SECONDS, command, environment, run_ranks, start_ranks
 
 
 def test_losses_equal_the_committed_curve(tmp_path, shards):
@@ -68,14 +67,14 @@ def test_ranks_do_not_change_the_losses(tmp_path, small):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_killed_run_continues_exactly(tmp_path, small, stage):
     """SIGKILL in the middle of the warm-up, 2 ranks, drop-path 0.3: every later loss is equal to the last bit."""
-    extra = {"model.drop_path": 0.3, "train.steps": 7, "train.checkpoint_every": 2, "optim.warmup_steps": 6}
+    extra = {"model.drop_path": 0.3, "train.steps": 5, "train.checkpoint_every": 2, "optim.warmup_steps": 6}
     settings = {**small, **extra}
     whole = run_ranks(tmp_path / "whole", settings, world=2, stage=stage)
     assert whole.code == 0, whole.output
 
     folder = tmp_path / "killed"
     ranks = start_ranks({**settings, "output_dir": folder}, world=2, stage=stage)
-    wait_for_step(folder / "log.jsonl", 4, ranks)
+    wait_for_step(folder / "log.jsonl", 2, ranks)
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
         rank.communicate()
@@ -101,22 +100,24 @@ def last_step(log: Path) -> int:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_launchers(tmp_path, small, launcher):
-    bin_folder = Path(sys.executable).parent
-    commands = {"deepspeed": ["deepspeed", "--master_port", "29617"], "torchrun": ["torchrun", "--standalone"]}
-    program = str(bin_folder / commands[launcher][0])
-    settings = {**small, "train.steps": 1, "output_dir": tmp_path / "run"}
+@pytest.mark.parametrize(
+    ("launcher", "stage", "precision"),
+    [(["deepspeed", "--master_port", "29617"], 2, "fp32"), (["torchrun", "--standalone"], 1, "bf16")],
+    ids=["deepspeed", "torchrun"],
+)
+def test_launchers(tmp_path, small, launcher, stage, precision):
+    settings = {**small, "train.steps": 1, "train.precision": precision, "output_dir": tmp_path / "run"}
+    program = str(Path(sys.executable).parent / launcher[0])
     done = subprocess.run(
-        [program, *commands[launcher][1:], "bevt_ds/pretrain.py", *JSON, *as_words(settings)],
+        [program, *launcher[1:], *command(stage, settings)],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "run" / "log.jsonl").read_text().count("\n") == 1
+    assert last_step(tmp_path / "run" / "log.jsonl") == 0
 
 
 def test_real_media_train(tmp_path, small, media):
@@ -145,3 +146,14 @@ def test_mistake_is_one_line_and_exit_code_2(tmp_path, small, settings, part):
     assert (run.code, len(errors)) == (2, 1), run.output
     assert part in errors[0]
     assert "Traceback" not in run.output
+
+
+def test_checkout_beside_another_installed_copy_is_an_error(tmp_path):
+    """A non-editable install run from inside the checkout would mix two versions of the code."""
+    copy = tmp_path / "bevt_ds" / "pretrain.py"
+    copy.parent.mkdir()
+    shutil.copy(ROOT / "bevt_ds" / "pretrain.py", copy)
+    done = subprocess.run([sys.executable, str(copy), "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "pip install -e" in done.stderr
+    assert "Traceback" not in done.stderr

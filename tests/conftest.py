@@ -1,0 +1,30 @@
+"""What was not run, and why, in the last lines of every test run."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+REASONS = {
+    "gpu": "need a CUDA device (make test-gpu)",
+    "slow": "take longer than CI allows (make test-all)",
+}
+_deselected: Counter[str] = Counter()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        mark = next((name for name in REASONS if item.get_closest_marker(name)), None)
+        _deselected[REASONS[mark] if mark else "were deselected on the command line"] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reasons = Counter(_deselected)
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason.removeprefix("Skipped: ")] += 1
+    if reasons:
+        terminalreporter.section(f"{sum(reasons.values())} tests not run")
+        for reason, number in reasons.most_common():
+            terminalreporter.write_line(f"{number:4d}  {reason}")
