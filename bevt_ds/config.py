@@ -57,6 +57,7 @@ class DataConfig:
     eval_images: A[str, "held-out images for the closing summary; empty: none"] = ""
     frames: A[int, "frames a clip"] = 16
     stride: A[int, "source frames from one sampled frame to the next"] = 8
+    clips_per_video: A[int, "clips, each with its crop and mask, from one decode of a video; 1: the original"] = 1
     size: A[int, "height and width of the crop, a multiple of 32"] = 224
     short_side: A[tuple[int, int], "scale jitter: the short side is resized to a length in here (PT)"] = (256, 320)
     flip: A[float, "probability of a horizontal flip"] = 0.5
@@ -70,11 +71,19 @@ class DataConfig:
     decoder: A[Literal["auto", "cpu", "gpu"], "where clips and images are decoded"] = "auto"
     workers: A[int, "processes a rank that decode video on the CPU"] = 2
     threads: A[int, "DALI threads a rank"] = 2
+    readers: A[int, "threads a rank that read files"] = 4
     prefetch: A[int, "micro-batches prepared ahead"] = 2
     shuffle_window: A[int, "shards whose samples are shuffled together"] = 8
     decode_seconds: A[float, "a clip that takes longer to decode is bad"] = 20.0
     max_pixels: A[int, "a larger picture is refused before it is decoded"] = 64_000_000
+    max_frames: A[int, "a longer video is refused before it is decoded"] = 200_000
+    max_file_bytes: A[int, "a larger file is refused unread"] = 1 << 30
+    max_clip_bytes: A[int, "a clip whose frames would take more memory is refused before it is decoded"] = 1 << 30
     max_bad_fraction: A[float, "more bad samples than this, and than 10, stop the run"] = 0.001
+    cache_dir: A[str, "where remote shards are kept; empty: ~/.cache/bevt_ds/shards"] = ""
+    cache_bytes: A[int, "the least recently used remote shards are thrown out beyond this, on each node"] = 100 << 30
+    remote_seconds: A[float, "the longest wait for the next bytes of a remote shard"] = 30.0
+    allow_pipe: A[bool, "let pipe:COMMAND stand for a shard: it runs a shell"] = False
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,13 @@ def validate(config: Config) -> Config:
         f"data.frames={data.frames}: must be even, a token spans 2 frames.",
     )
     _need(data.stride > 0, f"data.stride={data.stride}: must be at least 1.")
+    for name in ("clips_per_video", "workers", "threads", "readers", "prefetch", "shuffle_window"):
+        _need(getattr(data, name) > 0, f"data.{name}={getattr(data, name)}: must be at least 1.")
+    _need(
+        train.micro_clips % data.clips_per_video == 0,
+        f"train.micro_clips={train.micro_clips}: must be a multiple of data.clips_per_video={data.clips_per_video},"
+        " because one rank decodes a video once for all its clips.",
+    )
     _need(0 <= model.drop_path < 1, f"model.drop_path={model.drop_path}: must be in [0, 1).")
     _need(min(model.window) > 0, f"model.window={model.window}: every side must be at least 1.")
     _need(0 < data.mask.ratio < 1, f"data.mask.ratio={data.mask.ratio}: must be between 0 and 1.")

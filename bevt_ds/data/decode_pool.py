@@ -1,7 +1,8 @@
-"""Decode workers: started, given a deadline for each sample, and replaced when they hang or die."""
+"""Decode workers: started, given a deadline for each sample, and replaced when they hang, die or grow."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import queue
@@ -11,18 +12,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from math import prod
 from typing import Any
 
 import numpy as np
 
 from bevt_ds.data import child
-from bevt_ds.data.index import BadSample, Member
+from bevt_ds.data.limits import BadSample, Limits
 
 ATTEMPTS = 2  # a worker may die for reasons that are not the sample's: memory, a stray signal
+MOST_RESIDENT = 2 << 30  # bytes; a worker that holds more is replaced
+READ_AHEAD = 2  # threads that may read a file while all workers are busy
 _MAX_LINE = 1 << 16
+_PIPE_BYTES = 1 << 20
+
+Load = Callable[[], bytes]
+Reply = dict[str, Any]
 
 
 class WorkerDied(Exception):
@@ -42,8 +48,14 @@ class DecodeWorker:
             stderr=self._stderr,
             bufsize=0,
         )
-        self._poll = select.poll()
-        self._poll.register(self._process.stdout, select.POLLIN)
+        self._inlet, self._outlet = self._process.stdin.fileno(), self._process.stdout.fileno()
+        self._writable, self._readable = select.poll(), select.poll()
+        self._writable.register(self._inlet, select.POLLOUT)
+        self._readable.register(self._outlet, select.POLLIN)
+        os.set_blocking(self._inlet, False)  # a worker that is stopped must not stop its parent
+        for pipe in (self._inlet, self._outlet):
+            with suppress(OSError):  # the system may allow no more than its default
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     @property
     def pid(self) -> int:
@@ -53,23 +65,22 @@ class DecodeWorker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], np.ndarray | None]:
-        """The answer to a request, and its pixels uint8 (F,H,W,3) if it has any.
+    def ask(self, request: dict[str, Any], data: bytes, seconds: float) -> tuple[Reply, np.ndarray]:
+        """The answer to a request about the file `data`, and the bytes that came with it: uint8 (n,).
 
         TimeoutError: no answer within `seconds`. WorkerDied: there will be none.
         """
         deadline = time.monotonic() + seconds
+        line = json.dumps({**request, "size": len(data), "seconds": seconds}).encode() + b"\n"
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._write(memoryview(line), deadline)
+            self._write(memoryview(data), deadline)
         except BrokenPipeError as error:
             raise WorkerDied(self._stderr_tail()) from error
-        line = self._read_line(deadline)
-        reply = json.loads(line)
-        if "shape" not in reply:
-            return reply, None
-        pixels = np.empty(prod(reply["shape"]), dtype=np.uint8)
-        self._read_into(memoryview(pixels), deadline)
-        return reply, pixels.reshape(reply["shape"])
+        reply = json.loads(self._read_line(deadline))
+        payload = np.empty(reply["size"], dtype=np.uint8)
+        self._read_into(memoryview(payload), deadline)
+        return reply, payload
 
     def kill(self) -> None:
         """End the process at once; it holds nothing that needs saving."""
@@ -89,6 +100,12 @@ class DecodeWorker:
         self._stderr.seek(max(size - 2000, 0))
         return self._stderr.read().decode(errors="replace").strip()
 
+    def _write(self, buffer: memoryview, deadline: float) -> None:
+        while len(buffer):
+            _wait(self._writable, deadline)
+            with suppress(BlockingIOError):
+                buffer = buffer[os.write(self._inlet, buffer) :]
+
     def _read_line(self, deadline: float) -> bytes:
         """The header line. The pipe is unbuffered, so it is read byte by byte: it is short."""
         line = bytearray()
@@ -100,40 +117,53 @@ class DecodeWorker:
 
     def _read_into(self, buffer: memoryview, deadline: float) -> None:
         while len(buffer):
-            if not self._poll.poll(max(deadline - time.monotonic(), 0) * 1000):
-                raise TimeoutError
+            _wait(self._readable, deadline)
             got = self._process.stdout.readinto(buffer)
             if not got:
                 raise WorkerDied(self._stderr_tail())
             buffer = buffer[got:]
 
 
+def _wait(poll: select.poll, deadline: float) -> None:
+    if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+        raise TimeoutError
+
+
 class DecodePool:
     """`workers` decoder processes behind a queue. Results are futures, so their order is the caller's.
 
-    seconds: the deadline for one sample. max_pixels: the largest frame that is decoded.
+    seconds: the deadline for one sample, from the moment its bytes are there.
     """
 
-    def __init__(self, workers: int, seconds: float, max_pixels: int) -> None:
-        self._seconds, self._max_pixels, self._closed = seconds, max_pixels, False
+    def __init__(self, workers: int, seconds: float, limits: Limits) -> None:
+        self._seconds, self._limits, self._closed = seconds, asdict(limits), False
         self._idle: queue.SimpleQueue[DecodeWorker] = queue.SimpleQueue()
         self._workers = {DecodeWorker() for _ in range(workers)}
         for worker in self._workers:
             self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._threads = ThreadPoolExecutor(workers + READ_AHEAD, thread_name_prefix="decode")
 
     @property
     def pids(self) -> list[int]:
         return [worker.pid for worker in self._workers]
 
-    def clip(self, member: Member, start: float, frames: int, stride: int) -> Future[np.ndarray]:
-        """The clip's frames: uint8 (F,H,W,3). The future raises BadSample if there are none."""
-        clip = (start, frames, stride)
-        return self._threads.submit(self._answer, member, clip, lambda reply, pixels: pixels)
+    def clips(
+        self, load: Load, starts: list[tuple[float, float]], frames: int, stride: int
+    ) -> Future[tuple[Reply, np.ndarray]]:
+        """Clips of one video, decoded together: uint8 (k,F,H,W,3). The future raises BadSample if there are none.
 
-    def frame_count(self, member: Member) -> Future[int]:
-        """How many frames the video has, from its packets' headers."""
-        return self._threads.submit(self._answer, member, None, lambda reply, _: reply["frames"])
+        starts: start and phase of each clip, see bevt_ds.data.plan.clip_frames.
+        """
+        request = {"work": "clips", "starts": starts, "frames": frames, "stride": stride}
+        return self._threads.submit(self._shaped, load, request)
+
+    def describe(self, load: Load) -> Future[tuple[Reply, np.ndarray]]:
+        """The fields of VideoInfo, from the packets' headers and the first frame."""
+        return self.submit(load, {"work": "describe"})
+
+    def submit(self, load: Load, request: dict[str, Any]) -> Future[tuple[Reply, np.ndarray]]:
+        """Any work of decode_worker on the file that `load` returns."""
+        return self._threads.submit(self._answer, load, request)
 
     def close(self) -> None:
         """End every worker. Samples not yet begun are dropped."""
@@ -145,20 +175,21 @@ class DecodePool:
         for worker in self._workers:
             worker.close()
 
-    def _answer(self, member: Member, clip: tuple | None, select_result: Callable) -> Any:
-        request = {
-            "member": asdict(member),
-            "clip": clip,
-            "max_pixels": self._max_pixels,
-            "seconds": self._seconds,
-        }
+    def _shaped(self, load: Load, request: dict[str, Any]) -> tuple[Reply, np.ndarray]:
+        reply, pixels = self._answer(load, request)
+        return reply, pixels.reshape(reply["shape"])
+
+    def _answer(self, load: Load, request: dict[str, Any]) -> tuple[Reply, np.ndarray]:
+        data = load()
         last_words = ""
         for _ in range(ATTEMPTS):
             try:
                 with self._borrowed() as worker:
-                    reply, pixels = worker.ask(request, self._seconds)
+                    reply, payload = worker.ask({**request, "limits": self._limits}, data, self._seconds)
+                    if reply["resident"] > MOST_RESIDENT:
+                        worker.kill()
             except TimeoutError:
-                raise BadSample(f"not decoded within {self._seconds:g} s") from None
+                raise BadSample(f"not decoded within {self._seconds:g} s", transient=True) from None
             except WorkerDied as death:
                 if self._closed:
                     raise
@@ -166,8 +197,8 @@ class DecodePool:
                 continue
             if "bad" in reply:
                 raise BadSample(reply["bad"])
-            return select_result(reply, pixels)
-        raise BadSample(f"the decoder died {ATTEMPTS} times: {last_words or 'no message'}")
+            return reply, payload
+        raise BadSample(f"the decoder died {ATTEMPTS} times: {last_words or 'no message'}", transient=True)
 
     @contextmanager
     def _borrowed(self) -> Iterator[DecodeWorker]:

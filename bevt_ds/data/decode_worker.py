@@ -1,23 +1,29 @@
-"""A process that decodes clips: `python -m bevt_ds.data.decode_worker`, driven by DecodePool.
+"""A process that works on one video at a time: `python -m bevt_ds.data.decode_worker`, driven by WorkerPool.
 
-One JSON line in, one JSON line out, then the pixels as raw bytes if the line says ok. A separate program rather than a
+A JSON line and the file's bytes in; a JSON line and, where it says so, bytes out. A separate program rather than a
 fork: it imports neither torch nor the entry, and a decoder that crashes or hangs costs one process.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import av
 import numpy as np
 
-from bevt_ds.data.index import BadSample, Member, read_member
+from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.plan import clip_frames
-from bevt_ds.data.video import decode_clip, probe
+from bevt_ds.data.video import opened, probe
+
+Answer = tuple[dict[str, Any], memoryview | bytes]
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
@@ -30,31 +36,62 @@ def main() -> None:
         request = json.loads(line)
         # If the parent is gone too, nobody else would end a decoder that hangs.
         signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"])
-        serve(request, replies)
+        serve(request, requests.read(request["size"]), replies)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def serve(request: dict[str, Any], replies: BinaryIO) -> None:
-    """Answer one request: {"member", "max_pixels", "seconds", "clip": [start, frames,
-    stride]|None}.
-
-    With a clip the answer carries its frames, without one it describes the file.
-    """
+def serve(request: dict[str, Any], data: bytes, replies: BinaryIO) -> None:
+    """Answer one request: {"work", "size", "limits", "seconds", ...}; see the functions in WORK for the rest."""
     try:
-        data = read_member(Member(**request["member"]))
-        if request["clip"] is None:
-            reply, pixels = asdict(probe(data, request["max_pixels"])), None
-        else:
-            start, frames, stride = request["clip"]
-            choose = lambda total: clip_frames(start, total, frames, stride)  # noqa: E731
-            pixels = decode_clip(data, choose, request["max_pixels"])
-            reply = {"shape": pixels.shape}
+        reply, payload = WORK[request["work"]](data, Limits(**request["limits"]), request)
     except BadSample as bad:
-        reply, pixels = {"bad": str(bad)}, None
+        reply, payload = {"bad": str(bad)}, b""
+    reply |= {"size": len(payload), "resident": resident_bytes()}
     replies.write(json.dumps(reply).encode() + b"\n")
-    if pixels is not None:
-        replies.write(np.ascontiguousarray(pixels).data)
+    replies.write(payload)
     replies.flush()
+
+
+def clips(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
+    """{"starts": [(start, phase)], "frames", "stride"} -> {"shape": (k,F,H,W,3), "demux", "decode"} and the pixels."""
+    began = time.perf_counter()
+    with opened(data, limits) as video:
+        demuxed = time.perf_counter()
+        total = len(video.packets)
+        frames, stride = request["frames"], request["stride"]
+        wanted = [clip_frames(start, total, frames, stride, phase) for start, phase in request["starts"]]
+        pixels = np.ascontiguousarray(video.frames(np.concatenate(wanted)))
+    reply = {
+        "shape": (len(wanted), frames, *pixels.shape[1:]),
+        "demux": demuxed - began,
+        "decode": time.perf_counter() - demuxed,
+    }
+    return reply, pixels.reshape(-1).data
+
+
+def describe(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
+    """The fields of VideoInfo."""
+    return asdict(probe(data, limits)), b""
+
+
+def check(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
+    """The fields of VideoInfo, after every frame has been decoded."""
+    with opened(data, limits) as video:
+        video.decode_all()
+        return asdict(video.info), b""
+
+
+WORK: dict[str, Callable[[bytes, Limits, dict[str, Any]], Answer]] = {
+    "clips": clips,
+    "describe": describe,
+    "check": check,
+}
+
+
+def resident_bytes() -> int:
+    """Memory of this process; a decoder that leaks shows here."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * _PAGE
 
 
 if __name__ == "__main__":

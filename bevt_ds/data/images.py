@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import struct
 
-from bevt_ds.data.index import BadSample
+from bevt_ds.data.limits import BadSample, Limits
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JPEG_MAGIC = b"\xff\xd8\xff"
 # Start-of-frame markers C0..CF hold the size, except these three: DHT, JPG, DAC.
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN = 0xDA
+MOST_SCANS = 100  # progressive JPEGs have about ten
 _ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length
 
 
-def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """(width, height) of a JPEG or PNG. BadSample: neither of them, cut, or over `max_pixels`."""
+def check_image(data: bytes, limits: Limits) -> tuple[int, int]:
+    """(width, height) of a JPEG or PNG. BadSample: neither of them, cut, or over a limit."""
+    if len(data) > limits.file_bytes:
+        raise BadSample(f"it has {len(data)} bytes, over data.max_file_bytes={limits.file_bytes}")
     if data.startswith(JPEG_MAGIC):
         width, height = _jpeg_size(data)
     elif data.startswith(PNG_MAGIC):
         width, height = _png_size(data)
     else:
         raise BadSample("it is neither JPEG nor PNG" if data else "it is empty")
-    if not width or not height:
-        raise BadSample(f"its header says {width}x{height} pixels")
-    if width * height > max_pixels:
-        raise BadSample(f"its header says {width}x{height} pixels, over data.max_pixels={max_pixels}")
+    limits.check_picture(width, height)
     return width, height
 
 
@@ -58,6 +58,9 @@ def _require_end(data: bytes, scan: int, size: tuple[int, int] | None) -> tuple[
         raise BadSample("the JPEG has no frame header")
     if data.find(b"\xff\xd9", scan) < 0:
         raise BadSample("the JPEG is cut: it has no end marker")
+    # inside a scan 0xFF is followed by 0, so these two bytes are a marker
+    if (scans := data.count(b"\xff\xda", scan)) > MOST_SCANS:
+        raise BadSample(f"the JPEG has {scans} scans: it would take very long to decode")
     return size
 
 

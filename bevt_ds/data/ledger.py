@@ -1,15 +1,23 @@
-"""Bad samples are counted and written down, never hidden; too many of them end the run."""
+"""Bad samples are counted and written down, never hidden; too many of them end the run.
+
+A rank counts its own samples. Whether there are too many is judged on the sums over all ranks, so that all of them
+stop at the same step; see bevt_ds.data.loader.
+"""
 
 from __future__ import annotations
 
 import json
+import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bevt_ds.data.index import Member
+from bevt_ds.data.limits import BadSample
+from bevt_ds.data.members import Member
 from bevt_ds.data.plan import PlanEntry, StreamId
 from bevt_ds.errors import UserError
 
-ALWAYS_ALLOWED = 10  # bad samples, however few have been read
+ALWAYS_ALLOWED = 10  # bad samples of a stream, however few have been read
 IN_A_ROW = 100  # bad samples with no good one between them: something systematic
 
 
@@ -19,38 +27,78 @@ class DataLimitError(UserError):
     exit_code = 3
 
 
-class Ledger:
-    """Counts good and bad samples of one rank. `path`: JSON lines are appended there; None: counts only."""
+@dataclass(frozen=True)
+class Skip:
+    """A place of the plan that was given up for a reason that may not come back: time, memory, storage."""
 
-    def __init__(self, path: Path | None, max_fraction: float) -> None:
-        self.path, self.max_fraction = path, max_fraction
+    stream: int
+    step: int
+    slot: int
+    attempt: int
+    reason: str
+
+
+class Skips:
+    """The skips of a run: known ones from a checkpoint, and those met since. Threads may share it."""
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        """`state`: what `state` returned in the run that is resumed."""
+        self._lock = threading.Lock()
+        known = [Skip(*row) for row in (state or {}).get("skips", [])]
+        self._by_place = {(s.stream, s.step, s.slot, s.attempt): s for s in known}
+
+    def add(self, skip: Skip) -> None:
+        with self._lock:
+            self._by_place[skip.stream, skip.step, skip.slot, skip.attempt] = skip
+
+    def reason(self, stream: StreamId, entry: PlanEntry) -> str | None:
+        """Why this place is skipped, or None."""
+        with self._lock:
+            skip = self._by_place.get((int(stream), entry.step, entry.slot, entry.attempt))
+        return skip and skip.reason
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint taken before `step` must hold, as JSON. Skips of earlier steps are history."""
+        with self._lock:
+            later = [s for s in self._by_place.values() if s.step >= step]
+        return {"skips": sorted([s.stream, s.step, s.slot, s.attempt, s.reason] for s in later)}
+
+
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One state from those of all ranks."""
+    rows = {tuple(row) for state in states for row in state.get("skips", [])}
+    return {"skips": [list(row) for row in sorted(rows)]}
+
+
+class Ledger:
+    """Good and bad samples of one stream on one rank. `path`: JSON lines are appended there; None: counts only."""
+
+    def __init__(self, stream: StreamId, path: Path | None, skips: Skips) -> None:
+        self.stream, self.path, self.skips = stream, path, skips
         self.good = self.bad = self._row = 0
 
-    def accept(self) -> None:
-        self.good += 1
+    def accept(self, samples: int) -> None:
+        self.good += samples
         self._row = 0
 
-    def reject(self, stream: StreamId, entry: PlanEntry, member: Member, reason: str) -> None:
-        """Record a bad sample. DataLimitError: that was one too many."""
+    def reject(self, entry: PlanEntry, member: Member, bad: BadSample) -> None:
+        """Record a bad sample. DataLimitError: it is one of very many in a row."""
         self.bad += 1
         self._row += 1
-        self._write(stream, entry, member, reason)
-        allowed = max(ALWAYS_ALLOWED, self.max_fraction * (self.good + self.bad))
-        if self.bad > allowed or self._row >= IN_A_ROW:
+        if bad.transient:
+            self.skips.add(Skip(int(self.stream), entry.step, entry.slot, entry.attempt, str(bad)))
+        self._write(entry, member, str(bad))
+        if self._row >= IN_A_ROW:
             raise DataLimitError(
-                f"{self.bad} bad samples among {self.good + self.bad}, {self._row} in a row: over "
-                f"data.max_bad_fraction={self.max_fraction:g}. The last: {member.key!r} in "
-                f"{member.path}: {reason}. Check the shards{self._where()}"
+                f"{self._row} bad {self.stream.kind} samples in a row. The last: {member.key!r} in {member.path}:"
+                f" {bad}. {_hint(self.path)}"
             )
 
-    def _where(self) -> str:
-        return f"; all are listed in {self.path}" if self.path else ""
-
-    def _write(self, stream: StreamId, entry: PlanEntry, member: Member, reason: str) -> None:
+    def _write(self, entry: PlanEntry, member: Member, reason: str) -> None:
         if self.path is None:
             return
         event = {
-            "stream": stream.name.lower(),
+            "stream": self.stream.name.lower(),
             "step": entry.step,
             "slot": entry.slot,
             "attempt": entry.attempt,
@@ -61,3 +109,16 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:  # one write a line: ranks may share it
             file.write(json.dumps(event) + "\n")
+
+
+def require_few_bad(kind: str, good: int, bad: int, max_fraction: float, path: Path | None) -> None:
+    """DataLimitError: the bad samples of a stream, summed over ranks, are over the budget."""
+    if bad > max(ALWAYS_ALLOWED, max_fraction * (good + bad)):
+        raise DataLimitError(
+            f"{bad} bad samples among {good + bad} {kind}s: over data.max_bad_fraction={max_fraction:g}. {_hint(path)}"
+        )
+
+
+def _hint(path: Path | None) -> str:
+    where = f"All are listed in {path}; " if path else ""
+    return f"{where}`bevt shards check` finds them beforehand."

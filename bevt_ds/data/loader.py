@@ -10,29 +10,35 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bevt_ds.batch import Batch
 from bevt_ds.config import Config
 from bevt_ds.data.decode_pool import DecodePool
-from bevt_ds.data.index import Shard, load_shards
-from bevt_ds.data.ledger import Ledger
+from bevt_ds.data.index import load_shards
+from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, require_few_bad
+from bevt_ds.data.limits import Limits
+from bevt_ds.data.members import Shard
 from bevt_ds.data.pipeline import PixelPipeline
 from bevt_ds.data.plan import StreamId, StreamPlan, slots_of
 from bevt_ds.data.shards import expand
-from bevt_ds.data.stream import StreamReader, Ticket
+from bevt_ds.data.storage import Storage
+from bevt_ds.data.stream import Resources, StreamReader, Ticket
+from bevt_ds.data.timing import StageTimes, bottleneck
 from bevt_ds.errors import UserError
 from bevt_ds.validate import micro_steps
 
 LEDGER = "bad_samples.jsonl"
-READ_THREADS = 4
+
+Exchange = Callable[[list[int]], list[int]]  # the sums of the numbers over all ranks; every rank calls it
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class BatchReader:
     """Makes the micro-batches of one rank. `begin` starts reading and decoding, `finish` assembles.
 
     rank, world: this process among those that share the global batch. device: where the pictures end up; index tensors
-    stay on the host. folder: where bad samples are listed.
+    stay on the host. folder: where bad samples are listed. state: what an earlier run must pass on, see Loader.state.
     """
 
     def __init__(
@@ -60,26 +66,24 @@ class BatchReader:
         world: int,
         device: torch.device | str,
         folder: Path | None,
+        state: dict[str, Any] | None = None,
     ) -> None:
         self._rank, self._world = rank, world
         self._micro_sizes = {s.stream: s.micro_size for s in sources}
-        self.ledger = Ledger(folder and folder / LEDGER, config.data.max_bad_fraction)
-        shards = {s.stream: load_shards(expand(s.shards), s.stream.kind) for s in sources}
-        self.fingerprint = _fingerprint(shards)
+        self.skips, self.times = Skips(state), StageTimes()
+        self.ledgers = {s.stream: Ledger(s.stream, folder and folder / LEDGER, self.skips) for s in sources}
         with ExitStack() as resources:
-            threads = resources.enter_context(ThreadPoolExecutor(READ_THREADS))
-            pool = _decode_pool(config, sources)
-            if pool is not None:
-                resources.callback(pool.close)
+            shared = _resources(config, sources, self.times, resources)
+            shards = {s.stream: _shards(s, config, shared.storage) for s in sources}
+            self.fingerprint = _fingerprint(shards)
             self._readers = {
                 s.stream: StreamReader(
                     _plan(s, shards[s.stream], config),
                     shards[s.stream],
                     config.data,
-                    _pixels(s, config, torch.device(device)),
-                    threads,
-                    pool,
-                    self.ledger,
+                    _pixels(s, config, torch.device(device), self.times),
+                    shared,
+                    self.ledgers[s.stream],
                 )
                 for s in sources
             }
@@ -102,14 +106,24 @@ class BatchReader:
         self._resources.close()
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What the background thread hands over: a micro-batch or an error, and the counts up to there."""
+
+    item: Batch | BaseException
+    counts: tuple[int, ...]  # good and bad samples of each stream, since the start
+
+
 class Loader:
     """Iterates over the `Batch`es of this rank for ever: each step's micro-steps in order.
 
     Batches are prepared in a background thread. Use as a context manager, or call `close`.
 
     rank, world: this process among those that share the global batch. start_step: the first step. device: where the
-    pictures end up. folder: where bad samples are listed; None: nowhere. UserError: shards missing or unusable, or
-    sizes that do not divide.
+    pictures end up. folder: where bad samples are listed; None: nowhere. state: what the run that is resumed passed on.
+    exchange: sums a short list of integers over all ranks; `next` calls it once, in the caller's thread, so that all
+    ranks find at the same micro-batch that there are too many bad samples, or that one of them cannot go on. None: this
+    rank judges alone. UserError: shards missing or unusable, or sizes that do not divide.
     """
 
     def __init__(
@@ -120,12 +134,15 @@ class Loader:
         start_step: int = 0,
         device: torch.device | str = "cpu",
         folder: Path | None = None,
+        state: dict[str, Any] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.micro_steps = micro_steps(config, world)
-        self._reader = BatchReader(config, _training_sources(config), rank, world, device, folder)
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(config.data.prefetch)
+        self._config, self._exchange = config.data, exchange or list
+        self._reader = BatchReader(config, _training_sources(config), rank, world, device, folder, state)
+        self._ready: queue.Queue[_Prepared] = queue.Queue(config.data.prefetch)
         self._stopping = threading.Event()
-        self._waited = 0.0
+        self._waited, self._handed_out, self._step = 0.0, 0, start_step
         self._thread = threading.Thread(
             target=self._prepare, args=(start_step, config.data.prefetch), name="loader", daemon=True
         )
@@ -139,24 +156,40 @@ class Loader:
     @property
     def bad_samples(self) -> int:
         """Samples that this rank has had to replace."""
-        return self._reader.ledger.bad
+        return sum(ledger.bad for ledger in self._reader.ledgers.values())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint taken now must hold beside the step, as JSON: samples given up for want of time, memory or
+        storage, which another run might find good. A resumed run takes those of all ranks: ledger.merge_states.
+        """
+        done, rest = divmod(self._handed_out, self.micro_steps)
+        return self._reader.skips.state(self._step + done + (rest > 0))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         began = time.perf_counter()
-        item = self._ready.get()
+        prepared = self._ready.get()
         self._waited += time.perf_counter() - began
-        if isinstance(item, BaseException):
+        try:
+            self._judge(prepared)
+        except BaseException:
             self.close()
-            raise item
-        return _use_on_current_stream(item)
+            raise
+        self._handed_out += 1
+        return _use_on_current_stream(prepared.item)
 
     def wait_seconds(self) -> float:
         """Seconds that `next` has blocked since the last call: what the data cost the step."""
         waited, self._waited = self._waited, 0.0
         return waited
+
+    def bottleneck(self) -> str:
+        """One line on the stage of loading that was busiest since the last call, and what would help."""
+        data = self._config
+        lanes = {"storage": data.readers, "demux": data.workers, "decode": data.workers, "augment": 1, "copy": 1}
+        return bottleneck(self._reader.times.take(), lanes)
 
     def close(self) -> None:
         """Stop preparing and end every process. Calling it twice is harmless."""
@@ -170,6 +203,20 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _judge(self, prepared: _Prepared) -> None:
+        """Raise where this rank, another, or all of them together cannot go on; the same on every rank."""
+        error = prepared.item if isinstance(prepared.item, BaseException) else None
+        over = isinstance(error, DataLimitError)
+        limits, failures, *counts = self._exchange([int(over), int(error is not None and not over), *prepared.counts])
+        if error is not None:
+            raise error
+        if failures:
+            raise RuntimeError("reading data has failed on another rank; the reason is in that rank's output")
+        for (stream, ledger), good, bad in zip(self._reader.ledgers.items(), counts[::2], counts[1::2], strict=True):
+            require_few_bad(stream.kind, good, bad, self._config.max_bad_fraction, ledger.path)
+        if limits:
+            raise DataLimitError("another rank has met too many bad samples in a row; its output names the last")
+
     def _prepare(self, start_step: int, ahead: int) -> None:
         """The background thread: keeps `ahead` micro-batches decoding and as many ready."""
         try:
@@ -181,9 +228,10 @@ class Loader:
 
     def _offer(self, item: Batch | BaseException) -> bool:
         """Queue an item; False once the loader is closing."""
+        counts = tuple(n for ledger in self._reader.ledgers.values() for n in (ledger.good, ledger.bad))
         while not self._stopping.is_set():
             try:
-                self._ready.put(item, timeout=0.1)
+                self._ready.put(_Prepared(item, counts), timeout=0.1)
                 return True
             except queue.Full:
                 continue
@@ -246,11 +294,22 @@ def _fingerprint(shards: dict[StreamId, list[Shard]]) -> str:
     return digest.hexdigest()
 
 
-def _decode_pool(config: Config, sources: Sequence[Source]) -> DecodePool | None:
+def _resources(config: Config, sources: Sequence[Source], times: StageTimes, closing: ExitStack) -> Resources:
+    """Threads, decode workers and storage; `closing` ends them."""
     data = config.data
-    if not any(source.stream.kind == "video" for source in sources):
-        return None
-    return DecodePool(data.workers, data.decode_seconds, data.max_pixels)
+    storage = Storage(data)
+    closing.callback(storage.close)
+    threads = closing.enter_context(ThreadPoolExecutor(data.readers))
+    pool = None
+    if any(source.stream.kind == "video" for source in sources):
+        pool = DecodePool(data.workers, data.decode_seconds, Limits.of(data))
+        closing.callback(pool.close)
+    return Resources(storage, threads, pool, times)
+
+
+def _shards(source: Source, config: Config, storage: Storage) -> list[Shard]:
+    paths = expand(source.shards, config.data.allow_pipe)
+    return load_shards(paths, source.stream.kind, config.data.readers, storage.load_shard)
 
 
 def _plan(source: Source, shards: Sequence[Shard], config: Config) -> StreamPlan:
@@ -258,7 +317,7 @@ def _plan(source: Source, shards: Sequence[Shard], config: Config) -> StreamPlan
     return StreamPlan(source.stream, counts, config.data, config.train.seed, source.global_size)
 
 
-def _pixels(source: Source, config: Config, device: torch.device) -> PixelPipeline:
+def _pixels(source: Source, config: Config, device: torch.device, times: StageTimes) -> PixelPipeline:
     data = config.data
     on_cuda = device.type == "cuda"
     if data.decoder == "gpu" and not on_cuda:
@@ -271,6 +330,7 @@ def _pixels(source: Source, config: Config, device: torch.device) -> PixelPipeli
         data.threads,
         device=(device.index or 0) if on_cuda else None,
         decode_on_gpu=on_cuda and data.decoder != "cpu",
+        times=times,
     )
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from bevt_ds.config import DataConfig
 from bevt_ds.data.images import check_image
-from bevt_ds.data.index import EXTENSIONS, BadSample, write_atomic
+from bevt_ds.data.index import EXTENSIONS, write_atomic
+from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.video import probe
 from bevt_ds.errors import UserError
 
@@ -104,8 +104,8 @@ def _samples(source: Path, files: Iterable[Path], kind: str, rejected: list[dict
 
 def _describe(data: bytes, kind: str) -> dict:
     if kind == "video":
-        return asdict(probe(data, DataConfig.max_pixels))
-    width, height = check_image(data, DataConfig.max_pixels)
+        return asdict(probe(data, Limits()))
+    width, height = check_image(data, Limits())
     return {"width": width, "height": height}
 
 

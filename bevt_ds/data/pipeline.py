@@ -23,8 +23,9 @@ from nvidia.dali import math as dali_math
 from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 from torch import Tensor
 
-from bevt_ds.data.index import BadSample
+from bevt_ds.data.limits import BadSample
 from bevt_ds.data.plan import PlanEntry
+from bevt_ds.data.timing import StageTimes
 
 MEAN = (123.675, 116.28, 103.53)  # of 8-bit RGB (PT configuration of the original)
 STD = (58.395, 57.12, 57.375)
@@ -59,7 +60,7 @@ class PixelPipeline:
     """Turns a micro-batch's payloads into the two pictures that a stream needs.
 
     kind: "video" or "image". size: S. token_size: v = S/2. device: None for the CPU, else the CUDA ordinal.
-    decode_on_gpu: videos arrive as files and frame numbers rather than as frames.
+    decode_on_gpu: videos arrive as files and frame numbers rather than as frames. times: where the seconds are counted.
     """
 
     def __init__(
@@ -71,10 +72,11 @@ class PixelPipeline:
         threads: int,
         device: int | None = None,
         decode_on_gpu: bool = False,
+        times: StageTimes | None = None,
     ) -> None:
         if 2 * token_size != size:
             raise ValueError(f"token_size must be half of size, got {token_size} and {size}")
-        self.kind, self.decode_on_gpu = kind, decode_on_gpu
+        self.kind, self.decode_on_gpu, self.times = kind, decode_on_gpu, times or StageTimes()
         self._settings = (batch_size, size, threads, device)
         self.rebuild()
 
@@ -105,9 +107,15 @@ class PixelPipeline:
         payloads: images: file bytes; clips: uint8 (T,H,W,3), or (file bytes, frame numbers) if decode_on_gpu.
         BadSample: DALI cannot decode one of them; it does not say which.
         """
-        for name, values in self._inputs(payloads, entries).items():
-            self.graph.feed_input(name, values)
-        outputs = self._run_graph()
+        with self.times.measured("augment"):
+            for name, values in self._inputs(payloads, entries).items():
+                self.graph.feed_input(name, values)
+            outputs = self._run_graph()
+        with self.times.measured("copy"):
+            return self._copied(outputs)
+
+    def _copied(self, outputs: tuple) -> tuple[Tensor, Tensor]:
+        """The graph's outputs as tensors of their own: DALI uses its buffers again."""
         if self._stream is None:
             return tuple(to_torch_tensor(output.as_tensor(), copy=True) for output in outputs)
         with torch.cuda.stream(self._stream):

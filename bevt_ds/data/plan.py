@@ -54,6 +54,7 @@ class PlanEntry:
     shard: int
     member: int
     start: float  # [0,1): where the clip starts among the possible starts
+    phase: float  # [0,1): by what share of the stride it starts later than that
     short_side: int  # pixels
     crop: tuple[float, float]  # [0,1): y, x of the crop among the possible positions
     flip: bool
@@ -114,12 +115,19 @@ class StreamPlan:
         self.order = SampleOrder(counts, seed, stream, config.shuffle_window)
         self.grid = (config.size // CELL, config.size // CELL)
         self.frames_per_cell = FRAMES_PER_CELL if stream.kind == "video" else 1
+        repeats = stream.kind == "video" and not stream.held_out
+        self.clips_per_sample = config.clips_per_video if repeats else 1
         self.masks = lru_cache(maxsize=2)(self._masks)
 
     def entry(self, step: int, slot: int, attempt: int = 0) -> PlanEntry:
-        """The sample of (step, slot), or with `attempt` j > 0 its j-th substitute: another sample, treated alike."""
-        shard, member = self._locate(step, slot, attempt)
-        treatment = self._fixed_view() if self.stream.held_out else self._random_view(step, slot)
+        """The sample of (step, slot), or with `attempt` j > 0 its j-th substitute: another sample, treated alike.
+
+        Slots come in groups of `clips_per_sample` that share a sample and a window of its time, so that one decode
+        serves them all; clips, crops and masks are each slot's own.
+        """
+        first = slot - slot % self.clips_per_sample
+        shard, member = self._locate(step, first, attempt)
+        treatment = self._fixed_view() if self.stream.held_out else self._random_view(step, slot, first)
         return PlanEntry(step, slot, attempt, shard, member, *treatment)
 
     def key(self, step: int, slot: int) -> int:
@@ -142,17 +150,18 @@ class StreamPlan:
 
     def _locate(self, step: int, slot: int, attempt: int) -> tuple[int, int]:
         if attempt == 0:
-            return self.order.at(step * self.global_size + slot)
+            return self.order.at((step * self.global_size + slot) // self.clips_per_sample)
         rng = generator(self.seed, Use.SUBSTITUTE, self.stream, step, slot)
         sample = int(rng.integers(self.order.total, size=attempt)[-1])
         starts = np.cumsum(self.order.counts) - self.order.counts
         shard = int(np.searchsorted(starts, sample, side="right")) - 1
         return shard, sample - int(starts[shard])
 
-    def _random_view(self, step: int, slot: int) -> tuple:
+    def _random_view(self, step: int, slot: int, first: int) -> tuple:
         draw = lambda use: generator(self.seed, use, self.stream, step, slot)  # noqa: E731
         config = self.config
-        start = _fraction(draw(Use.CLIP_START))
+        start = _fraction(generator(self.seed, Use.CLIP_START, self.stream, step, first))
+        phase = 0.0 if slot == first else _fraction(draw(Use.CLIP_START))
         crop_rng = draw(Use.CROP)
         short_side = int(crop_rng.integers(config.short_side[0], config.short_side[1] + 1))
         crop = (_fraction(crop_rng), _fraction(crop_rng))
@@ -162,20 +171,21 @@ class StreamPlan:
             strengths = np.asarray(config.image_jitter)
             factors = draw(Use.JITTER).uniform(np.maximum(1 - strengths, 0), 1 + strengths)
             jitter = tuple(float(f) for f in factors)
-        return start, short_side, crop, flip, jitter
+        return start, phase, short_side, crop, flip, jitter
 
     def _fixed_view(self) -> tuple:
         """Held-out samples: the middle of the clip, the centre of the picture, nothing random."""
-        return 0.5, self.config.short_side[0], (0.5, 0.5), False, NO_JITTER
+        return 0.5, 0.0, self.config.short_side[0], (0.5, 0.5), False, NO_JITTER
 
 
-def clip_frames(start: float, total: int, frames: int, stride: int) -> np.ndarray:
+def clip_frames(start: float, total: int, frames: int, stride: int, phase: float = 0.0) -> np.ndarray:
     """Frame numbers of a clip: int64 (frames,), evenly `stride` apart, from a video of `total` frames.
 
     The possible starts are 0 .. total - frames*stride, and a shorter video is repeated (SampleFrames of the original).
+    That leaves the last stride - 1 frames of the span unused, and so room for any `phase`.
     """
     starts = max(total - frames * stride + 1, 1)
-    return (int(start * starts) + stride * np.arange(frames)) % total
+    return (int(start * starts) + int(phase * stride) + stride * np.arange(frames)) % total
 
 
 def slots_of(micro_step: int, rank: int, world: int, micro_size: int) -> range:

@@ -1,4 +1,4 @@
-"""Shard patterns -> files: paths, globs, brace ranges, and lists of them separated by commas."""
+"""Shard patterns -> files: paths, URLs, globs, brace ranges, and lists of them separated by commas."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import re
 from collections import Counter
 from itertools import chain
 
+from bevt_ds.data.remote import PIPE, can_list, glob_remote, is_remote
 from bevt_ds.errors import UserError
 
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def expand(patterns: str) -> list[str]:
+def expand(patterns: str, allow_pipe: bool = False) -> list[str]:
     """Paths of the tar files that `patterns` names, in the order given; a glob's matches are sorted.
 
-    Examples: `a.tar`, `k400-*.tar`, `in1k-{000000..000127}.tar`, `a.tar,b-{x,y}.tar`. UserError: nothing matches, a
-    file is missing, a folder is given, a shard is named twice.
+    Examples: `a.tar`, `k400-*.tar`, `in1k-{000000..000127}.tar`, `a.tar,b-{x,y}.tar`, `s3://bucket/k400-*.tar`.
+    UserError: nothing matches, a local file is missing, a folder is given, a shard is named twice, or `pipe:` without
+    `allow_pipe`.
     """
-    paths = list(chain.from_iterable(_expand_one(p) for p in _split(patterns)))
+    paths = list(chain.from_iterable(_expand_one(p, allow_pipe) for p in _split(patterns)))
     if not paths:
         raise UserError(f"no shard in {patterns!r}: give tar files, for example 'train-*.tar'")
-    _require_files(paths, patterns)
+    _require_files([path for path in paths if not is_remote(path)], patterns)
     name, times = Counter(paths).most_common(1)[0]
     if times > 1:
         raise UserError(f"shard {name} is named {times} times in {patterns!r}")
@@ -42,9 +44,9 @@ def _split(patterns: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _expand_one(pattern: str) -> list[str]:
-    if pattern.startswith("pipe:"):
-        raise UserError(f"{pattern!r} would run a shell command; give the path of a tar file")
+def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
+    if pattern.startswith(PIPE) and not allow_pipe:
+        raise UserError(f"{pattern!r} would run a shell command; give the path of a tar file, or data.allow_pipe=true")
     if os.path.isfile(pattern):
         return [pattern]
     return list(chain.from_iterable(_glob(path) for path in _expand_braces(pattern)))
@@ -70,11 +72,12 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _glob(path: str) -> list[str]:
-    if not glob.has_magic(path):
-        return [path]
-    found = sorted(glob.glob(path))
+    if not glob.has_magic(path) or (is_remote(path) and not can_list(path)):
+        return [path]  # a question mark in a URL is no wildcard
+    found = glob_remote(path) if is_remote(path) else sorted(glob.glob(path))
     if not found:
-        raise UserError(f"no file matches {path!r} (working folder: {os.getcwd()})")
+        where = "" if is_remote(path) else f" (working folder: {os.getcwd()})"
+        raise UserError(f"no file matches {path!r}{where}")
     return found
 
 

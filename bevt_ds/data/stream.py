@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +15,32 @@ from bevt_ds.batch import Stream
 from bevt_ds.config import DataConfig
 from bevt_ds.data.decode_pool import DecodePool
 from bevt_ds.data.images import check_image
-from bevt_ds.data.index import BadSample, Member, Shard, read_member
 from bevt_ds.data.ledger import Ledger
+from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.masks import row_index
+from bevt_ds.data.members import Member, Shard
 from bevt_ds.data.pipeline import PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamPlan, clip_frames
+from bevt_ds.data.storage import Storage
+from bevt_ds.data.timing import StageTimes
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the streams of a rank share."""
+
+    storage: Storage
+    threads: ThreadPoolExecutor  # read images and, for the GPU, videos
+    pool: DecodePool | None  # decodes videos on the CPU, or looks at them before the GPU does
+    times: StageTimes
 
 
 @dataclass
 class Ticket:
-    """A micro-batch under way: its samples are being read and decoded."""
+    """A micro-batch under way: its samples are being read and decoded.
+
+    A sample fills `clips_per_sample` slots: payloads[i] belongs to the slots and entries from i * clips_per_sample on.
+    """
 
     step: int
     slots: range
@@ -32,10 +49,7 @@ class Ticket:
 
 
 class StreamReader:
-    """Reads the micro-batches of one plan. `begin` starts the slow work, `finish` waits for it.
-
-    pool decodes videos on the CPU or counts their frames for the GPU; threads read files.
-    """
+    """Reads the micro-batches of one plan. `begin` starts the slow work, `finish` waits for it."""
 
     def __init__(
         self,
@@ -43,16 +57,17 @@ class StreamReader:
         shards: Sequence[Shard],
         config: DataConfig,
         pixels: PixelPipeline,
-        threads: ThreadPoolExecutor,
-        pool: DecodePool | None,
+        shared: Resources,
         ledger: Ledger,
     ) -> None:
         self.plan, self.shards, self.config, self.pixels = plan, shards, config, pixels
-        self.threads, self.pool, self.ledger = threads, pool, ledger
+        self.shared, self.ledger, self.limits = shared, ledger, Limits.of(config)
 
     def begin(self, step: int, slots: range) -> Ticket:
         entries = [self.plan.entry(step, slot) for slot in slots]
-        return Ticket(step, slots, entries, [self._fetch(entry) for entry in entries])
+        k = self.plan.clips_per_sample
+        payloads = [self._fetch(entries[i : i + k]) for i in range(0, len(entries), k)]
+        return Ticket(step, slots, entries, payloads)
 
     def finish(self, ticket: Ticket) -> Stream:
         """The micro-batch: pictures on the pipeline's device, index tensors on the host."""
@@ -60,80 +75,103 @@ class StreamReader:
         masks = self.plan.masks(ticket.step)[ticket.slots.start : ticket.slots.stop]
         index = row_index(masks, self.plan.frames_per_cell)
         keys = [self.plan.key(ticket.step, slot) for slot in ticket.slots]
+        host = self._pinned if pixels.is_cuda else lambda tensor: tensor
         return Stream(
             pixels=pixels,
             view=view,
-            mask=torch.from_numpy(masks.copy()),
-            rows=torch.from_numpy(index.rows),
-            frames=torch.from_numpy(index.frames),
-            token_rows=torch.from_numpy(index.token_rows),
-            sample_keys=torch.tensor(keys, dtype=torch.int64),
+            mask=host(torch.from_numpy(masks.copy())),
+            rows=host(torch.from_numpy(index.rows)),
+            frames=host(torch.from_numpy(index.frames)),
+            token_rows=host(torch.from_numpy(index.token_rows)),
+            sample_keys=host(torch.tensor(keys, dtype=torch.int64)),
             count=self.plan.masked_cells(ticket.step),
         )
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        with self.shared.times.measured("copy"):
+            return tensor.pin_memory()
 
     def _member(self, entry: PlanEntry) -> Member:
         return self.shards[entry.shard].member(entry.member)
 
-    def _fetch(self, entry: PlanEntry) -> Future:
-        """What the pipeline needs of a sample; the future raises BadSample if it is unusable."""
-        member = self._member(entry)
+    def _fetch(self, group: list[PlanEntry]) -> Future:
+        """What the pipeline needs of a sample, a list with an item a clip; the future raises BadSample."""
+        first = group[0]
+        if reason := self.ledger.skips.reason(self.plan.stream, first):
+            return _failed(BadSample(reason, transient=True))
+        load = partial(self.shared.storage.read, self._member(first), self.shared.times)
         if self.plan.stream.kind == "image":
-            return self.threads.submit(_read_image, member, self.config.max_pixels)
-        clip = (entry.start, self.config.frames, self.config.stride)
+            return self.shared.threads.submit(self._read_image, load)
         if self.pixels.decode_on_gpu:
-            return self.threads.submit(_read_video, self.pool, member, clip)
-        return self.pool.clip(member, *clip)
+            return self.shared.threads.submit(self._read_videos, load, group)
+        starts = [(entry.start, entry.phase) for entry in group]
+        return self.shared.pool.clips(load, starts, self.config.frames, self.config.stride)
+
+    def _read_image(self, load) -> list[bytes]:
+        data = load()
+        check_image(data, self.limits)
+        return [data]
+
+    def _read_videos(self, load, group: list[PlanEntry]) -> list[tuple[bytes, Any]]:
+        """The whole file and each clip's frame numbers, once a worker has looked at it and decoded a frame."""
+        data = load()
+        reply, _ = self.shared.pool.describe(lambda: data).result()
+        frames, stride = self.config.frames, self.config.stride
+        return [(data, clip_frames(e.start, reply["frames"], frames, stride, e.phase)) for e in group]
+
+    def _unpacked(self, payload) -> list:
+        """A future's result as a list with an item a clip; the worker's times are noted."""
+        if isinstance(payload, list):
+            return payload
+        reply, pixels = payload
+        for stage in ("demux", "decode"):
+            self.shared.times.add(stage, reply[stage])
+        return list(pixels)
 
     def _pictures(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
         """Pixels and token view, with a substitute for each sample that cannot be used."""
-        for i in range(len(ticket.entries)):
-            self._settle(ticket, i)
-        payloads = [payload.result() for payload in ticket.payloads]
+        samples = [self._settled(ticket, i) for i in range(len(ticket.payloads))]
         try:
-            pictures = self.pixels.run(payloads, ticket.entries)
+            pictures = self.pixels.run([clip for clips in samples for clip in clips], ticket.entries)
         except BadSample:
             pictures = self._one_by_one(ticket)
-        for _ in ticket.entries:
-            self.ledger.accept()
+        self.ledger.accept(len(ticket.payloads))
         return pictures
 
-    def _settle(self, ticket: Ticket, i: int) -> None:
+    def _settled(self, ticket: Ticket, i: int) -> list:
         """Wait for sample i; while it is bad, put the plan's next substitute in its place."""
         while True:
             try:
-                ticket.payloads[i].result()
-                return
+                return self._unpacked(ticket.payloads[i].result())
             except BadSample as bad:
-                self._substitute(ticket, i, str(bad))
+                self._substitute(ticket, i, bad)
 
-    def _substitute(self, ticket: Ticket, i: int, reason: str) -> None:
-        entry = ticket.entries[i]
-        self.ledger.reject(self.plan.stream, entry, self._member(entry), reason)
-        ticket.entries[i] = self.plan.entry(entry.step, entry.slot, entry.attempt + 1)
-        ticket.payloads[i] = self._fetch(ticket.entries[i])
+    def _slots(self, i: int) -> slice:
+        k = self.plan.clips_per_sample
+        return slice(i * k, (i + 1) * k)
+
+    def _substitute(self, ticket: Ticket, i: int, bad: BadSample) -> None:
+        group = ticket.entries[self._slots(i)]
+        self.ledger.reject(group[0], self._member(group[0]), bad)
+        group = [self.plan.entry(e.step, e.slot, e.attempt + 1) for e in group]
+        ticket.entries[self._slots(i)] = group
+        ticket.payloads[i] = self._fetch(group)
 
     def _one_by_one(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
         """DALI refused the batch without naming the culprit: run each sample alone."""
-        pictures = [self._alone(ticket, i) for i in range(len(ticket.entries))]
+        pictures = [self._alone(ticket, i) for i in range(len(ticket.payloads))]
         return tuple(torch.cat(parts) for parts in zip(*pictures, strict=True))
 
     def _alone(self, ticket: Ticket, i: int) -> tuple[Tensor, Tensor]:
         while True:
-            self._settle(ticket, i)
+            clips = self._settled(ticket, i)
             try:
-                return self.pixels.run([ticket.payloads[i].result()], [ticket.entries[i]])
+                return self.pixels.run(clips, ticket.entries[self._slots(i)])
             except BadSample as bad:
-                self._substitute(ticket, i, str(bad))
+                self._substitute(ticket, i, bad)
 
 
-def _read_image(member: Member, max_pixels: int) -> bytes:
-    data = read_member(member)
-    check_image(data, max_pixels)
-    return data
-
-
-def _read_video(pool: DecodePool, member: Member, clip: tuple[float, int, int]) -> Any:
-    """The whole file, and the clip's frame numbers, which need the file's number of frames."""
-    start, frames, stride = clip
-    numbers = clip_frames(start, pool.frame_count(member).result(), frames, stride)
-    return read_member(member), numbers
+def _failed(error: BadSample) -> Future:
+    future: Future = Future()
+    future.set_exception(error)
+    return future

@@ -87,7 +87,7 @@ def with_data(config: Config) -> Callable[..., Config]:
 @pytest.fixture(scope="session")
 def entry() -> Callable[..., PlanEntry]:
     """A plan entry: the upright, centred, unchanged view, unless told otherwise."""
-    plain = PlanEntry(0, 0, 0, 0, 0, 0.0, 256, (0.5, 0.5), False, (1.0, 1.0, 1.0))
+    plain = PlanEntry(0, 0, 0, 0, 0, 0.0, 0.0, 256, (0.5, 0.5), False, (1.0, 1.0, 1.0))
     return lambda **changes: replace(plain, **changes)
 
 

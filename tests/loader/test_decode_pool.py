@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,35 +17,38 @@ import pytest
 
 from bevt_ds.data import child
 from bevt_ds.data.decode_pool import DecodePool
-from bevt_ds.data.index import BadSample, Member, load_shard
+from bevt_ds.data.index import load_shard
+from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.members import read_member
 from bevt_ds.data.plan import clip_frames
 from bevt_ds.data.video import decode_clip
 
+Load = Callable[[], bytes]
+
 
 @pytest.fixture
-def member(shards: Path) -> Member:
-    return load_shard(str(shards / "video-000000.tar")).member(1)
+def member(shards: Path) -> Load:
+    """How to read a clip of 20 frames."""
+    return partial(read_member, load_shard(str(shards / "video-000000.tar")).member(1))
 
 
 @pytest.fixture
 def pool() -> Iterator[DecodePool]:
-    pool = DecodePool(workers=2, seconds=20.0, max_pixels=1 << 20)
+    pool = DecodePool(workers=2, seconds=20.0, limits=Limits())
     yield pool
     pool.close()
 
 
 @pytest.fixture
-def expected(member: Member) -> np.ndarray:
-    from bevt_ds.data.index import read_member
-
-    return decode_clip(read_member(member), lambda total: clip_frames(0.3, total, 8, 2), 1 << 20)
+def expected(member: Load) -> np.ndarray:
+    return decode_clip(member(), lambda total: clip_frames(0.3, total, 8, 2), Limits())[None]
 
 
-def test_workers_decode_what_the_caller_would(pool: DecodePool, member: Member, expected: np.ndarray) -> None:
-    clips = [pool.clip(member, 0.3, 8, 2) for _ in range(5)]
+def test_workers_decode_what_the_caller_would(pool: DecodePool, member: Load, expected: np.ndarray) -> None:
+    clips = [pool.clips(member, [(0.3, 0.0)], 8, 2) for _ in range(5)]
     for clip in clips:
-        np.testing.assert_array_equal(clip.result(), expected)
-    assert pool.frame_count(member).result() == 20
+        np.testing.assert_array_equal(clip.result()[1], expected)
+    assert pool.describe(member).result()[0]["frames"] == 20
 
 
 def test_a_worker_loads_neither_torch_nor_dali_nor_the_entry() -> None:
@@ -58,70 +62,70 @@ def test_a_worker_loads_neither_torch_nor_dali_nor_the_entry() -> None:
 
 
 def test_a_killed_worker_is_replaced_and_the_sample_decoded_again(
-    pool: DecodePool, member: Member, expected: np.ndarray
+    pool: DecodePool, member: Load, expected: np.ndarray
 ) -> None:
     first = set(pool.pids)
     for pid in first:
         os.kill(pid, signal.SIGKILL)
-    for clip in [pool.clip(member, 0.3, 8, 2) for _ in range(4)]:
-        np.testing.assert_array_equal(clip.result(), expected)
+    for clip in [pool.clips(member, [(0.3, 0.0)], 8, 2) for _ in range(4)]:
+        np.testing.assert_array_equal(clip.result()[1], expected)
     assert len(pool.pids) == 2 and not first & set(pool.pids)
 
 
-def test_a_worker_killed_in_the_middle_of_a_sample(member: Member, expected: np.ndarray) -> None:
-    pool = DecodePool(workers=1, seconds=20.0, max_pixels=1 << 20)
+def test_a_worker_killed_in_the_middle_of_a_sample(member: Load, expected: np.ndarray) -> None:
+    pool = DecodePool(workers=1, seconds=20.0, limits=Limits())
     try:
-        pool.clip(member, 0.3, 8, 2).result()  # started up
+        pool.clips(member, [(0.3, 0.0)], 8, 2).result()[1]  # started up
         (victim,) = pool.pids
         os.kill(victim, signal.SIGSTOP)
-        clip = pool.clip(member, 0.3, 8, 2)
+        clip = pool.clips(member, [(0.3, 0.0)], 8, 2)
         timer = threading.Timer(0.2, os.kill, (victim, signal.SIGKILL))
         timer.start()
-        np.testing.assert_array_equal(clip.result(), expected)
+        np.testing.assert_array_equal(clip.result()[1], expected)
     finally:
         timer.cancel()
         pool.close()
 
 
-def test_a_hanging_worker_is_replaced_after_the_deadline(member: Member, expected: np.ndarray) -> None:
-    pool = DecodePool(workers=1, seconds=20.0, max_pixels=1 << 20)
+def test_a_hanging_worker_is_replaced_after_the_deadline(member: Load, expected: np.ndarray) -> None:
+    pool = DecodePool(workers=1, seconds=20.0, limits=Limits())
     try:
-        pool.clip(member, 0.3, 8, 2).result()
+        pool.clips(member, [(0.3, 0.0)], 8, 2).result()[1]
         pool._seconds = 0.3
         (stuck,) = pool.pids
         os.kill(stuck, signal.SIGSTOP)
         began = time.monotonic()
         with pytest.raises(BadSample, match="not decoded within 0.3 s"):
-            pool.clip(member, 0.3, 8, 2).result()
+            pool.clips(member, [(0.3, 0.0)], 8, 2).result()[1]
         assert time.monotonic() - began < 5
         pool._seconds = 20.0
-        np.testing.assert_array_equal(pool.clip(member, 0.3, 8, 2).result(), expected)
+        np.testing.assert_array_equal(pool.clips(member, [(0.3, 0.0)], 8, 2).result()[1], expected)
         assert pool.pids != [stuck]
     finally:
         pool.close()
 
 
-def test_a_bad_sample_is_an_answer_not_a_death(pool: DecodePool, member: Member) -> None:
+def test_a_bad_sample_is_an_answer_not_a_death(pool: DecodePool, member: Load) -> None:
     before = set(pool.pids)
-    bad = Member(**{**member.__dict__, "crc": 0})
-    with pytest.raises(BadSample, match="not those that were indexed"):
-        pool.clip(bad, 0.3, 8, 2).result()
+    with pytest.raises(BadSample, match="cut"):
+        pool.clips(lambda: member()[:-1000], [(0.3, 0.0)], 8, 2).result()
     assert set(pool.pids) == before
 
 
-def test_closing_ends_every_process(member: Member, is_alive: Callable[[int], bool]) -> None:
-    pool = DecodePool(workers=2, seconds=20.0, max_pixels=1 << 20)
+def test_closing_ends_every_process(member: Load, is_alive: Callable[[int], bool]) -> None:
+    pool = DecodePool(workers=2, seconds=20.0, limits=Limits())
     pids = pool.pids
-    waiting = [pool.clip(member, 0.3, 8, 2) for _ in range(20)]
+    waiting = [pool.clips(member, [(0.3, 0.0)], 8, 2) for _ in range(20)]
     pool.close()
     assert not any(is_alive(pid) for pid in pids)
     assert all(clip.done() for clip in waiting)
 
 
-def test_workers_end_with_their_parent(member: Member, is_alive: Callable[[int], bool]) -> None:
+def test_workers_end_with_their_parent(member: Load, is_alive: Callable[[int], bool]) -> None:
     code = (
         "import os, signal, sys; from bevt_ds.data.decode_pool import DecodePool; "
-        "print(*DecodePool(2, 20.0, 1 << 20).pids, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "from bevt_ds.data.limits import Limits; "
+        "print(*DecodePool(2, 20.0, Limits()).pids, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     command = [*child.command("x")[:-2], "-c", code]
     result = subprocess.run(command, env=child.environment(), capture_output=True, text=True)

@@ -139,7 +139,7 @@ def test_waiting_is_measured(config: Config) -> None:
 def test_closing_ends_threads_and_processes(config: Config, is_alive: Callable[[int], bool]) -> None:
     loader = Loader(config)
     next(loader)
-    pids = next(iter(loader._reader._readers.values())).pool.pids
+    pids = next(iter(loader._reader._readers.values())).shared.pool.pids
     loader.close()
     loader.close()
     assert pids and not any(is_alive(pid) for pid in pids)
@@ -167,7 +167,7 @@ def damaged(shards: Path, tmp_path: Path, with_data: Callable) -> Callable[..., 
     def build(broken: dict[str, Callable[[bytes], bytes]], kind: str = "image") -> Config:
         import tarfile
 
-        from bevt_ds.data.index import split_name
+        from bevt_ds.data.members import split_name
 
         out = tmp_path / f"{kind}-000000.tar"
         with tarfile.open(out, "w") as new:
@@ -217,7 +217,7 @@ def test_bad_videos_are_replaced(damaged, tmp_path: Path) -> None:
 
 def test_too_many_bad_samples_end_the_run(damaged) -> None:
     config = damaged({f"image-{i:02d}": BROKEN["header"] for i in range(23)})
-    with pytest.raises(DataLimitError, match="data.max_bad_fraction=0.001.*image-.*cut") as caught:
+    with pytest.raises(DataLimitError, match="in a row. The last: 'image-.*cut|data.max_bad_fraction=0.001") as caught:
         take(config, 50)
     assert caught.value.exit_code == 3
 

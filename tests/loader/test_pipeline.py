@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from bevt_ds.data.images import check_image
-from bevt_ds.data.index import BadSample
+from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pipeline import LUMA, MEAN, STD, PixelPipeline, jitter_matrix, lanczos4_taps
 from bevt_ds.data.plan import PlanEntry
 
@@ -177,27 +177,29 @@ def header(jpeg: bytes, width: int, height: int) -> bytes:
 def test_headers_are_checked_before_a_decoder_sees_them(make: SimpleNamespace) -> None:
     picture = make.noise(40, 60)
     jpeg, png = encode(picture, ".jpg"), encode(picture)
-    assert check_image(jpeg, 10_000) == check_image(png, 10_000) == (60, 40)
+    limits = Limits(pixels=10_000)
+    assert check_image(jpeg, limits) == check_image(png, limits) == (60, 40)
     bad = {
         "empty": b"",
         "neither JPEG nor PNG": b"GIF89a" + bytes(100),
         "over data.max_pixels": header(jpeg, 30_000, 30_000),
-        "0x40": header(jpeg, 0, 40),
+        "0x40 pixels": header(jpeg, 0, 40),
         "no end marker": jpeg[:-2],
         "before its picture data": jpeg[:100],
         "segment expected": jpeg[:20] + b"\x00" + jpeg[21:],
         "no end chunk": png[:-20],
         "no header chunk": png[:20],
+        "101 scans": jpeg[:-2] + b"\xff\xda\x00\x02" * 100 + jpeg[-2:],
     }
     for reason, data in bad.items():
         with pytest.raises(BadSample, match=reason):
-            check_image(data, 10_000)
+            check_image(data, limits)
 
 
 def test_a_progressive_jpeg_passes() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (30, 20)).save(buffer, "JPEG", progressive=True, exif=b"Exif\0\0" + bytes(500))
-    assert check_image(buffer.getvalue(), 1000) == (30, 20)
+    assert check_image(buffer.getvalue(), Limits(pixels=1000)) == (30, 20)
 
 
 def test_a_picture_is_turned_as_its_exif_says(image: PixelPipeline, make: SimpleNamespace, entry: Callable) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from bevt_ds.config import Config
 from bevt_ds.data.draw_worker import encode_jpeg, encode_mp4
+from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.pipeline import PixelPipeline
 from bevt_ds.data.video import decode_clip
@@ -44,7 +45,7 @@ def test_decoding_on_the_gpu(kind: str, make: SimpleNamespace, entry: Callable) 
     if kind == "video":
         data = encode_mp4(make.noise(20, 120, 150, softness=5.0))
         numbers = np.array([3, 5, 7, 9])
-        payloads = [decode_clip(data, lambda total: numbers, 1 << 20)], [(data, numbers)]
+        payloads = [decode_clip(data, lambda total: numbers, Limits())], [(data, numbers)]
     else:
         data = encode_jpeg(make.noise(120, 150, softness=5.0))
         payloads = [data], [data]

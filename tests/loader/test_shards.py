@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from bevt_ds.data import index as index_module
-from bevt_ds.data.index import SUFFIX, BadSample, load_shard, load_shards, read_member, split_name
+from bevt_ds.data.index import SUFFIX, load_shard, load_shards
+from bevt_ds.data.limits import BadSample
+from bevt_ds.data.members import read_member, split_name
 from bevt_ds.data.shards import expand
 from bevt_ds.errors import UserError
 
@@ -153,8 +155,8 @@ def test_a_folder_that_is_not_writable_is_indexed_in_the_cache(
 ) -> None:
     tar = make.tar(tmp_path / "s.tar", MEMBERS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    beside, cached = index_module._index_places(str(tar))
-    monkeypatch.setattr(index_module, "_index_places", lambda _: (Path("/proc/nothing") / beside.name, cached))
+    beside, cached = index_module.index_places(str(tar))
+    monkeypatch.setattr(index_module, "index_places", lambda _: (Path("/proc/nothing") / beside.name, cached))
     shard = load_shard(str(tar))
     assert cached.exists() and not beside.exists()
     assert load_shard(str(tar)) == shard

@@ -1,0 +1,36 @@
+"""Which container a video is in, and what its header claims, before FFmpeg or DALI see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bevt_ds.data.avi import check_avi, is_avi
+from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.matroska import MAGIC, check_matroska
+from bevt_ds.data.mp4 import TOP_LEVEL, check_mp4
+
+
+@dataclass(frozen=True)
+class Container:
+    """The claims of a container's header about its first video stream."""
+
+    name: str  # "mp4", "matroska" or "avi"
+    width: int
+    height: int
+    frames: int | None  # None: it does not say, or an edit list may hide some
+
+
+def check_container(data: bytes, limits: Limits) -> Container:
+    """BadSample: no container that is read here, cut, contradicting itself, or over a limit."""
+    if not data:
+        raise BadSample("it is empty")
+    if len(data) > limits.file_bytes:
+        raise BadSample(f"it has {len(data)} bytes, over data.max_file_bytes={limits.file_bytes}")
+    if data.startswith(MAGIC):
+        return Container("matroska", *check_matroska(data, limits))
+    if is_avi(data):
+        return Container("avi", *check_avi(data, limits), frames=None)
+    if data[4:8].decode("latin-1") in TOP_LEVEL:
+        track = check_mp4(data, limits)
+        return Container("mp4", track.width, track.height, None if track.edited else track.frames)
+    raise BadSample("it is neither MP4, WebM, Matroska nor AVI")

@@ -1,0 +1,90 @@
+"""Samples by place: where in which tar a media file lies, and reading it from there."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import BinaryIO
+
+from bevt_ds.data.limits import BadSample
+
+VIDEO_EXTENSIONS = frozenset({"mp4", "avi", "mkv", "webm"})
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png"})
+EXTENSIONS = {"video": VIDEO_EXTENSIONS, "image": IMAGE_EXTENSIONS}
+BLOCK = 512  # bytes of a tar header
+
+
+@dataclass(frozen=True)
+class Member:
+    """One media file inside a tar. `key` is its name without the extension; it is never used as a path."""
+
+    path: str  # of the tar, or its URL
+    key: str
+    extension: str  # lower case, no dot
+    offset: int  # bytes, of the data
+    size: int  # bytes
+    crc: int  # CRC-32 of the data
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The media members of one tar, in columns: a million samples should cost megabytes."""
+
+    path: str
+    keys: tuple[str, ...]
+    extensions: tuple[str, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    crcs: tuple[int, ...]
+    heads: tuple[int, ...]  # CRC-32 of the header block before the data
+    labels: tuple[str, ...]  # from `<key>.cls`, or "label" in `<key>.json`; empty: none
+    ignored: int  # members named like media that are no regular file
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def member(self, i: int) -> Member:
+        columns = (self.keys, self.extensions, self.offsets, self.sizes, self.crcs)
+        return Member(self.path, *(column[i] for column in columns))
+
+    def members(self) -> Iterator[Member]:
+        return map(self.member, range(len(self)))
+
+    def only(self, kind: str) -> Shard:
+        """The members of one kind, "video" or "image"."""
+        keep = [i for i, extension in enumerate(self.extensions) if extension in EXTENSIONS[kind]]
+        columns = {name: tuple(getattr(self, name)[i] for i in keep) for name in COLUMNS}
+        return Shard(path=self.path, ignored=self.ignored, **columns)
+
+
+COLUMNS = tuple(f.name for f in fields(Shard) if f.name not in ("path", "ignored"))
+
+
+def read_member(member: Member) -> bytes:
+    """The member's bytes, checked against the index. BadSample: they are not what was indexed."""
+    try:
+        with open(member.path, "rb") as tar:
+            data = _read_at(tar, member.offset, member.size)
+    except OSError as error:
+        raise BadSample(f"cannot read the shard: {error.strerror}", transient=True) from error
+    if len(data) != member.size:
+        raise BadSample(f"the shard ends {member.size - len(data)} bytes before the sample does")
+    if zlib.crc32(data) != member.crc:
+        raise BadSample("its bytes are not those that were indexed: damaged or rewritten")
+    return data
+
+
+def _read_at(tar: BinaryIO, offset: int, size: int) -> bytes:
+    """Up to `size` bytes; fewer only at the end of the file. One read may return less than it was asked for."""
+    data = os.pread(tar.fileno(), size, offset)
+    while len(data) < size and (more := os.pread(tar.fileno(), size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`a/b.c.JPG` -> (`a/b.c`, `jpg`); a name without a dot has the extension ""."""
+    key, dot, extension = name.rpartition(".")
+    return (key, extension.lower()) if dot and "/" not in extension else (name, "")
