@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 __version__ = "0.1.0"
+
+if find_spec("bevt_ds.kernels") is None:  # it lies in kernels/ of a checkout, where only an installation finds it
+    raise ImportError(
+        f"{__file__} is a checkout that is not installed: run `pip install -e .` in it, or `make env`. (If bevt_ds is"
+        " installed elsewhere, start Python from another folder.)"
+    )
 
 _PUBLIC = {
     "BEVT": "bevt_ds.model.bevt",

@@ -14,10 +14,8 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
     del sys.path[0]  # started as a script: this folder's config.py and data/ must not shadow other modules
 try:
     import bevt_ds
-except ModuleNotFoundError:
-    sys.exit(
-        f"error: bevt_ds is not installed in {sys.executable}: run `make env`, or `pip install -e {_HERE.parent}`."
-    )
+except ImportError as error:
+    sys.exit(f"error: {error}. Run `pip install -e {_HERE.parent}` with {sys.executable}, or `make env`.")
 if Path(bevt_ds.__file__ or "").resolve().parent != _HERE:
     sys.exit(
         f"error: this is {_HERE}/pretrain.py, but `import bevt_ds` finds the copy installed at {bevt_ds.__file__}."
