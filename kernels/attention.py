@@ -252,6 +252,6 @@ def window_attention(
     mask_shift: Size3,
     scale: float | None = None,
 ) -> Tensor:
-    """`reference.window_attention` by the kernels; d is 16, 32, 64 or 128, the dtype fp32, fp16 or bf16."""
+    """`reference.window_attention` by the kernels; d is 16 or 32, the dtype fp32, fp16 or bf16."""
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     return forward_op(qkv, bias_table, window, table_window, shift, mask_shift, scale)[0]

@@ -54,12 +54,16 @@ def add_dq(
 
 @triton.jit(do_not_specialize=(*GEOMETRY, "heads", "splits"))
 def window_attention_bwd_q_kernel(
-    qkv, table, codes, out, lse, dout, dqkv, delta, scale, heads, splits,
+    qkv, table, codes, out, lse, dout, dqkv, delta, stats, scale, heads, splits,
     T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, ROWS,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     WRAP: tl.constexpr,
 ):  # fmt: skip
-    """dq into dqkv (B, T, H, W, 3, h, D), and delta (B, h, T * H * W) for the kernels after it."""
+    """dq into dqkv (B, T, H, W, 3, h, D), and delta for the kernels after it: in the order of the map, (B, h,
+    T * H * W), and with the log-sum-exp in the order of the regions, stats (regions, h, 2, N rounded up to CODES).
+
+    In the latter the log-sum-exp is infinite past a region's end, which makes P zero there.
+    """
     grid = (T, H, W)
     pid = tl.program_id(0)
     head = pid % heads
@@ -75,7 +79,9 @@ def window_attention_bwd_q_kernel(
     lse += (sample * heads + head) * (T * H * W)
     delta += (sample * heads + head) * (T * H * W)
     table += head * ROWS + ROWS // 2
-    codes += shape * code_stride(WT * WH * WW)
+    stride = code_stride(WT * WH * WW)
+    codes += shape * stride
+    stats += (pid // (heads * splits) * heads + head).to(tl.int64) * 2 * stride
     for first in range(split * BLOCK_M, tokens, splits * BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         place = locate(rows, start, size, grid, WRAP)
@@ -84,8 +90,10 @@ def window_attention_bwd_q_kernel(
         do = load_rows(dout, place, width, D)
         o = load_rows(out, place, width, D)
         row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        tl.store(delta + place, row_delta, mask=rows < tokens)
         row_lse = tl.load(lse + place)
+        tl.store(delta + place, row_delta, mask=rows < tokens)
+        tl.store(stats + stride + rows, row_delta)
+        tl.store(stats + rows, tl.where(rows < tokens, row_lse, float("inf")))
         dq = tl.zeros([BLOCK_M, D], tl.float32)
         for n in range(0, whole, BLOCK_N):
             dq = add_dq(
@@ -102,20 +110,18 @@ def window_attention_bwd_q_kernel(
 
 @triton.jit
 def add_dkv(
-    dk, dv, k, v, code_k, queries, start, size, qkv, dout, lse, delta, table, codes, width, scale,
+    dk, dv, k, v, code_k, queries, start, size, qkv, dout, stats, table, codes, width, scale,
     grid, D: tl.constexpr, WRAP: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys plus the share of the query numbers `queries`.
 
-    Scores are transposed, (keys, queries), so that P^T and dS^T are first operands as they stand. An
-    infinite log-sum-exp makes P zero for query numbers past the region.
+    Scores are transposed, (keys, queries), so that P^T and dS^T are first operands as they stand.
     """
     place = locate(queries, start, size, grid, WRAP)
-    inside = queries < size[0] * size[1] * size[2]
     q = load_rows(qkv, place, 3 * width, D)
     do = load_rows(dout, place, width, D)
-    row_lse = tl.load(lse + place, mask=inside, other=float("inf"))
-    row_delta = tl.load(delta + place)
+    row_lse = tl.load(stats[0] + queries)
+    row_delta = tl.load(stats[1] + queries)
     bias_k = table - code_k
     s = base_two(dot(k, tl.trans(q)), bias_k[:, None] + tl.load(codes + queries)[None, :], scale)
     p = tl.exp2(s - row_lse[None, :])
@@ -126,7 +132,7 @@ def add_dkv(
 
 @triton.jit(do_not_specialize=(*GEOMETRY, "heads", "splits"))
 def window_attention_bwd_kv_kernel(
-    qkv, table, codes, lse, dout, delta, dqkv, scale, heads, splits,
+    qkv, table, codes, dout, stats, dqkv, scale, heads, splits,
     T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, ROWS,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     WRAP: tl.constexpr,
@@ -143,10 +149,11 @@ def window_attention_bwd_kv_kernel(
     qkv += sample * (T * H * W) * (3 * width) + head * D
     dqkv += sample * (T * H * W) * (3 * width) + head * D
     dout += sample * (T * H * W) * width + head * D
-    lse += (sample * heads + head) * (T * H * W)
-    delta += (sample * heads + head) * (T * H * W)
     table += head * ROWS + ROWS // 2
-    codes += shape * code_stride(WT * WH * WW)
+    stride = code_stride(WT * WH * WW)
+    codes += shape * stride
+    stats += (pid // (heads * splits) * heads + head).to(tl.int64) * 2 * stride
+    stats = (stats, stats + stride)
     for first in range(split * BLOCK_M, tokens, splits * BLOCK_M):
         keys = first + tl.arange(0, BLOCK_M)
         place = locate(keys, start, size, grid, WRAP)
@@ -157,13 +164,13 @@ def window_attention_bwd_kv_kernel(
         dv = tl.zeros([BLOCK_M, D], tl.float32)
         for n in range(0, whole, BLOCK_N):
             dk, dv = add_dkv(
-                dk, dv, k, v, code_k, n + tl.arange(0, BLOCK_N), start, size, qkv, dout, lse, delta,
-                table, codes, width, scale, grid, D, WRAP,
+                dk, dv, k, v, code_k, n + tl.arange(0, BLOCK_N), start, size, qkv, dout, stats, table,
+                codes, width, scale, grid, D, WRAP,
             )  # fmt: skip
         for n in range(whole, tokens, TAIL):
             dk, dv = add_dkv(
-                dk, dv, k, v, code_k, n + tl.arange(0, TAIL), start, size, qkv, dout, lse, delta,
-                table, codes, width, scale, grid, D, WRAP,
+                dk, dv, k, v, code_k, n + tl.arange(0, TAIL), start, size, qkv, dout, stats, table,
+                codes, width, scale, grid, D, WRAP,
             )  # fmt: skip
         store_rows(dqkv + width, place, 3 * width, dk * scale, keys < tokens, D)
         store_rows(dqkv + 2 * width, place, 3 * width, dv, keys < tokens, D)
@@ -188,11 +195,10 @@ def window_attention_bwd_pairs_kernel(
     width = heads * D
     bias_q = table + head * ROWS + ROWS // 2 + tl.load(codes + queries)
     code_k = tl.load(codes + keys)
-    windows = (T * H * W) // tokens
+    windows = batch * ((T * H * W) // tokens)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in range(group, batch * windows, groups):
-        sample = (i // windows).to(tl.int64)
-        origin, cuts = window_origin(i % windows, grid, window, shift, mask_shift)
+    for i in range(group, windows, groups):
+        sample, origin, cuts = window_origin(i, grid, window, shift, mask_shift)
         base = qkv + sample * (T * H * W) * (3 * width) + head * D
         place_k = locate(keys, origin, window, grid, True)
         k = load_rows(base + width, place_k, 3 * width, D)
@@ -232,12 +238,11 @@ def window_attention_bwd_small_kernel(
     inside = n < tokens
     code = tl.load(codes + n)
     bias = table + head * ROWS + ROWS // 2 + code
-    windows = (T * H * W) // tokens
+    windows = batch * ((T * H * W) // tokens)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for i in range(group, batch * windows, groups):
-        sample = (i // windows).to(tl.int64)
+    for i in range(group, windows, groups):
+        sample, origin, cuts = window_origin(i, grid, window, shift, mask_shift)
         at = sample * (T * H * W)
-        origin, cuts = window_origin(i % windows, grid, window, shift, mask_shift)
         place = locate(n, origin, window, grid, True)
         base = qkv + at * (3 * width) + head * D
         base_out = dqkv + at * (3 * width) + head * D
@@ -331,9 +336,10 @@ def launch_large(
 ) -> tuple[Tensor, Tensor]:
     """dqkv and pairs, by the kernels for windows of many tiles."""
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    tensors = (qkv, table, codes, out, lse, dout, dqkv, delta)
+    stats = table.new_empty((len(qkv) * windows.regions, len(table), 2, codes.shape[1]))
+    tensors = (qkv, table, codes, out, lse, dout, dqkv, delta, stats)
     launch_regions(window_attention_bwd_q_kernel, tensors, query_tiles(qkv.dtype), windows, scale)
-    tensors = (qkv, table, codes, lse, dout, delta, dqkv)
+    tensors = (qkv, table, codes, dout, stats, dqkv)
     launch_regions(window_attention_bwd_kv_kernel, tensors, key_tiles(qkv.dtype), windows, scale)
     return dqkv, launch_pairs(dout, qkv, table, codes, lse, delta, windows, scale)
 

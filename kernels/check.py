@@ -49,12 +49,15 @@ WORSE = {"registers": 16, "spills": 0, "shared": 2048}  # growth that the check 
 
 
 def shipped_windows() -> Iterator[Windows]:
-    """A geometry for each window that the models use: clips of 16 frames, long clips, half clips, images."""
+    """A geometry for each window that the models use: clips of 16 frames, long clips, half clips, images, and the
+    demo's clips and images."""
     table, still = (8, 7, 7), (0, 0, 0)
     yield Windows((8, 56, 56), (8, 7, 7), table, (0, 3, 3), (0, 3, 3))
     yield Windows((16, 56, 56), (16, 7, 7), (16, 7, 7), still, still)
     yield Windows((4, 56, 56), (4, 7, 7), table, still, still)
     yield Windows((1, 56, 56), (1, 7, 7), table, still, (0, 3, 3))
+    yield Windows((4, 32, 32), (4, 4, 4), (4, 4, 4), (0, 2, 2), (0, 2, 2))
+    yield Windows((1, 32, 32), (1, 4, 4), (4, 4, 4), (0, 2, 2), (0, 2, 2))
 
 
 def record_attention(windows: Windows, dtype: torch.dtype) -> None:

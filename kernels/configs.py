@@ -67,7 +67,7 @@ def pair_tiles(dtype: torch.dtype) -> dict[str, int]:
     """Tile of the kernel that sums dS over windows."""
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 
 
 def small_tiles(tokens: int, dtype: torch.dtype) -> dict[str, int]:

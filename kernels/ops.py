@@ -12,7 +12,7 @@ from .geometry import Size3, Windows
 from .providers import resolve
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HEAD_DIMS = (16, 32, 64, 128)
+HEAD_DIMS = (16, 32)  # what the tiles are made for; BEVT's is 32
 
 
 def _implementation(provider: str, x: Tensor) -> ModuleType:
@@ -26,6 +26,13 @@ def _implementation(provider: str, x: Tensor) -> ModuleType:
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         raise TypeError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16")
     return triton_ops
+
+
+def _check_for_kernels(qkv: Tensor) -> None:
+    if qkv.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"kernels='triton' takes heads {HEAD_DIMS} wide, not {qkv.shape[-1]}: use kernels='torch'")
+    if qkv.shape[1:].numel() >= 2**31:
+        raise ValueError(f"a sample of qkv {tuple(qkv.shape)} has more than 2^31 values: use kernels='torch'")
 
 
 def window_attention(
@@ -64,8 +71,8 @@ def window_attention(
             f"{qkv.shape[5]} heads need {(windows.table_rows, qkv.shape[5])}"
         )
     module = _implementation(provider, qkv)
-    if module is not torch_ops and qkv.shape[-1] not in HEAD_DIMS:
-        raise ValueError(f"kernels='triton' takes heads {HEAD_DIMS} wide, not {qkv.shape[-1]}")
+    if module is not torch_ops:
+        _check_for_kernels(qkv)
     return module.window_attention(qkv, bias_table, **sizes, scale=scale)
 
 

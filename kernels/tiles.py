@@ -94,19 +94,22 @@ def locate(n, start, size, grid, WRAP: tl.constexpr):
 
 @triton.jit
 def window_origin(i, grid, window, shift, mask_shift):
-    """Where whole window i of a sample starts, rolled by `shift`, and which of its axes are cut: a sum
-    of 4 (time), 2 (height) and 1 (width).
+    """Sample and start of whole window i of a batch, and which of its axes are cut: a sum of 4 (time), 2
+    (height) and 1 (width).
 
     For the kernels that sum over windows and therefore number the pairs of all windows alike.
     """
     across, down, deep = grid[2] // window[2], grid[1] // window[1], grid[0] // window[0]
     w = i % across
-    h = i // across % down
-    t = i // (across * down)
+    i = i // across
+    h = i % down
+    i = i // down
+    t = i % deep
     cuts = tl.where((mask_shift[0] > 0) & (t == deep - 1), 4, 0)
     cuts += tl.where((mask_shift[1] > 0) & (h == down - 1), 2, 0)
     cuts += tl.where((mask_shift[2] > 0) & (w == across - 1), 1, 0)
-    return (t * window[0] + shift[0], h * window[1] + shift[1], w * window[2] + shift[2]), cuts
+    origin = (t * window[0] + shift[0], h * window[1] + shift[1], w * window[2] + shift[2])
+    return (i // deep).to(tl.int64), origin, cuts
 
 
 @triton.jit

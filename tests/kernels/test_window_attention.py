@@ -179,3 +179,10 @@ def test_table_swapped_out_between_passes(device, inputs):
     parameter.data = table.clone()
     loss.backward()
     assert torch.equal(parameter.grad, expected.grad)
+
+
+def test_head_width_the_kernels_lack_is_named(device, inputs):
+    """Their tiles are for 16 and 32."""
+    qkv, table, sizes = inputs("clip", torch.float32, device, d=8)
+    with pytest.raises(ValueError, match="not 8: use kernels='torch'"):
+        attend(qkv, table, **sizes)
