@@ -42,6 +42,7 @@ class Facts:
     stage: int  # ZeRO
     config: Config
     data: str  # fingerprint of the shards
+    skips: dict[str, Any]  # what the loader must know beside the step
 
 
 def save(root: Path, facts: Facts, write: Callable[[Path], None], ranks: Ranks, keep: int) -> Path:
@@ -125,13 +126,8 @@ def read_facts(folder: Path) -> Facts:
         UserError: not a checkpoint of this project, or of a newer version of it.
     """
     manifest = _read_manifest(folder)
-    return Facts(
-        manifest["step"],
-        manifest["world"],
-        manifest["stage"],
-        from_dict(manifest["config"]),
-        manifest["data"],
-    )
+    plain = {name: manifest[name] for name in ("step", "world", "stage", "data", "skips")}
+    return Facts(config=from_dict(manifest["config"]), **plain)
 
 
 def check_continues(saved: Facts, now: Facts, folder: Path) -> None:
@@ -191,6 +187,7 @@ def _seal(folder: Path, facts: Facts) -> None:
         "world": facts.world,
         "stage": facts.stage,
         "data": facts.data,
+        "skips": facts.skips,
         "config": to_dict(facts.config),
         "files": files,
     }

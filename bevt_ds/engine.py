@@ -61,7 +61,8 @@ def start_ranks() -> Ranks:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     device = torch.device(accelerator.current_device_name())
-    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+    host = torch.distributed.new_group(backend="gloo")
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, host)
 
 
 class Engine:

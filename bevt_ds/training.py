@@ -14,6 +14,7 @@ from bevt_ds import checkpoint, run_folder
 from bevt_ds.batch import Batch
 from bevt_ds.config import Config
 from bevt_ds.data.draw import ensure_demo_shards
+from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import Loader, eval_batches
 from bevt_ds.engine import Engine, start_ranks
 from bevt_ds.errors import UserError
@@ -29,6 +30,7 @@ from bevt_ds.summary import as_json, as_table, evaluate, shortfall
 from bevt_ds.validate import micro_steps
 
 NOT_LEARNED = 1  # exit code
+LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def write_line(run: Run, log: RunLog, speed: SpeedMeter, sums: StepSums, step: i
     values["optimizer_bytes"] = run.engine.optimizer_bytes()
     values |= asdict(speed.read(run.loader.wait_seconds()))
     log.write(step, values)
+    if values["data_wait"] > LONG_WAIT and run.ranks.is_main:
+        tqdm.write(f"step {step}: {values['data_wait']:.0%} of the time went into waiting; {run.loader.bottleneck()}")
     return ", ".join(f"{k} {values[k]:.3f}" for k in ("loss_video", "loss_image") if k in values)
 
 
@@ -110,8 +114,9 @@ def export_weights(run: Run, folder: Path) -> None:
 
 
 def facts(run: Run, steps_done: int) -> checkpoint.Facts:
-    """What a checkpoint must agree with to be continued by this run."""
-    return checkpoint.Facts(steps_done, run.ranks.world, run.engine.stage, run.config, run.loader.fingerprint)
+    """What a checkpoint says of this run. Collective."""
+    skips = merge_states(run.ranks.gather(run.loader.state()))
+    return checkpoint.Facts(steps_done, run.ranks.world, run.engine.stage, run.config, run.loader.fingerprint, skips)
 
 
 def finish(run: Run) -> int:
@@ -119,7 +124,7 @@ def finish(run: Run) -> int:
     config = run.config
     if run.ranks.is_main:
         run_folder.publish_weights(run.folder)
-    batches = list(eval_batches(config, device=str(run.ranks.device)))
+    batches = list(eval_batches(config, device=run.ranks.device))
     if not batches:
         return 0
     draw(run.engine, tokenize(run.tokenizer, batches[0].to(run.ranks.device)), run.folder / run_folder.SAMPLES)
@@ -151,7 +156,8 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
     tokenizer = make_tokenizer(config, ranks)
     start = find_start(config, folder, ranks)
     first_step = start[1].step if start else 0
-    with Loader(config, ranks.rank, ranks.world, first_step, str(ranks.device), folder) as loader:
+    skips = start[1].skips if start else None
+    with Loader(config, ranks.rank, ranks.world, first_step, ranks.device, folder, skips, ranks.sum_counts) as loader:
         engine = make_engine(config, ds_values, ranks, tokenizer.vocab_size)
         run = Run(config, folder, ranks, loader, tokenizer, engine, first_step)
         if start:

@@ -17,7 +17,7 @@ from bevt_ds.recipes import get_recipe
 from bevt_ds.run_folder import CHECKPOINTS, choose_folder, write_config
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-FACTS = Facts(step=1, world=1, stage=2, config=get_recipe("demo"), data="abc")
+FACTS = Facts(step=1, world=1, stage=2, config=get_recipe("demo"), data="abc", skips={"skips": []})
 
 
 def write_files(folder: Path) -> None:
