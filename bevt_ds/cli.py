@@ -9,7 +9,7 @@ from importlib import import_module
 from bevt_ds.errors import UserError
 
 USAGE_ERROR = 2
-GROUPS = {"shards": ("bevt_ds.shards_cli", "draw, pack and index shards of videos and images")}
+GROUPS = {"shards": ("bevt_ds.shards_cli", "draw, pack, index, check and survey shards of videos and images")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

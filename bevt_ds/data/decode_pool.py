@@ -159,7 +159,7 @@ class DecodePool:
 
     def describe(self, load: Load) -> Future[tuple[Reply, np.ndarray]]:
         """The fields of VideoInfo, from the packets' headers and the first frame."""
-        return self.submit(load, {"work": "describe"})
+        return self.submit(load, {"work": "describe", "kind": "video"})
 
     def submit(self, load: Load, request: dict[str, Any]) -> Future[tuple[Reply, np.ndarray]]:
         """Any work of decode_worker on the file that `load` returns."""

@@ -18,8 +18,10 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
+from bevt_ds.data.images import check_image, decode_image
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.plan import clip_frames
+from bevt_ds.data.transcode import Profile, transcode
 from bevt_ds.data.video import opened, probe
 
 Answer = tuple[dict[str, Any], memoryview | bytes]
@@ -53,7 +55,10 @@ def serve(request: dict[str, Any], data: bytes, replies: BinaryIO) -> None:
 
 
 def clips(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
-    """{"starts": [(start, phase)], "frames", "stride"} -> {"shape": (k,F,H,W,3), "demux", "decode"} and the pixels."""
+    """{"starts": [(start, phase)], "frames", "stride"} -> {"shape": (k,F,H,W,3), ...} and the pixels.
+
+    "decoded" counts frames; "demux" and "decode" are seconds.
+    """
     began = time.perf_counter()
     with opened(data, limits) as video:
         demuxed = time.perf_counter()
@@ -63,6 +68,7 @@ def clips(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
         pixels = np.ascontiguousarray(video.frames(np.concatenate(wanted)))
     reply = {
         "shape": (len(wanted), frames, *pixels.shape[1:]),
+        "decoded": video.decoded,
         "demux": demuxed - began,
         "decode": time.perf_counter() - demuxed,
     }
@@ -70,21 +76,34 @@ def clips(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
 
 
 def describe(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
-    """The fields of VideoInfo."""
+    """{"kind"} -> the fields of VideoInfo, or width and height of an image, from headers and a video's first frame."""
+    if request["kind"] == "image":
+        width, height = check_image(data, limits)
+        return {"width": width, "height": height}, b""
     return asdict(probe(data, limits)), b""
 
 
 def check(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
-    """The fields of VideoInfo, after every frame has been decoded."""
+    """{"kind"} -> the fields of VideoInfo, or width and height of an image, after all of it has been decoded."""
+    if request["kind"] == "image":
+        width, height = decode_image(data, limits)
+        return {"width": width, "height": height}, b""
     with opened(data, limits) as video:
         video.decode_all()
         return asdict(video.info), b""
+
+
+def rewrite(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
+    """{"profile": fields of Profile} -> the facts of a transcoded video, and the file."""
+    video, facts = transcode(data, Profile(**request["profile"]), limits)
+    return facts, video
 
 
 WORK: dict[str, Callable[[bytes, Limits, dict[str, Any]], Answer]] = {
     "clips": clips,
     "describe": describe,
     "check": check,
+    "rewrite": rewrite,
 }
 
 

@@ -5,7 +5,10 @@ A few kilobytes can announce gigabytes of pixels, and DALI has no limit of its o
 
 from __future__ import annotations
 
+import io
 import struct
+
+from PIL import Image
 
 from bevt_ds.data.limits import BadSample, Limits
 
@@ -30,6 +33,17 @@ def check_image(data: bytes, limits: Limits) -> tuple[int, int]:
         raise BadSample("it is neither JPEG nor PNG" if data else "it is empty")
     limits.check_picture(width, height)
     return width, height
+
+
+def decode_image(data: bytes, limits: Limits) -> tuple[int, int]:
+    """(width, height), after every pixel has been decoded. BadSample: that is not possible."""
+    size = check_image(data, limits)
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadSample(f"it cannot be decoded: {error}") from error
+    return size
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:

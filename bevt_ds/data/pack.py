@@ -1,25 +1,35 @@
-"""Media files -> WebDataset shards: `{split}-{number:06d}.tar` with `<key>.mp4|jpg|...` and `<key>.json`."""
+"""Media files -> WebDataset shards: `{split}-{number:06d}.tar` with `<key>.mp4|jpg|...`, `<key>.json`, `<key>.cls`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import tempfile
-from collections.abc import Iterable, Iterator
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
-from webdataset import TarWriter
 
+from bevt_ds.data.decode_pool import DecodePool
 from bevt_ds.data.images import check_image
-from bevt_ds.data.index import EXTENSIONS, write_atomic
+from bevt_ds.data.index import write_atomic
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.video import probe
+from bevt_ds.data.shard_writer import Event, ShardLimits, ShardWriter
+from bevt_ds.data.sources import Item, list_items
+from bevt_ds.data.transcode import Profile
 from bevt_ds.errors import UserError
 
 SHARD_BYTES = 1 << 30
 SHARD_SAMPLES = 10_000
+SECONDS_A_FILE = 600.0  # a video that takes longer to rewrite is rejected
+AHEAD = 3  # files under way for each process
+
+Prepare = Callable[[Item], "Future[tuple[bytes, Event]]"]
 
 
 @dataclass(frozen=True)
@@ -32,102 +42,164 @@ class Packed:
 
 
 def pack(
-    source: Path,
+    source: Path | str,
     out: Path,
     kind: str,
     split: str = "train",
     shard_bytes: int = SHARD_BYTES,
     shard_samples: int = SHARD_SAMPLES,
     progress: bool = False,
+    profile: Profile | None = None,
+    root: Path | None = None,
+    jobs: int | None = None,
 ) -> Packed:
-    """Pack the media of `kind` ("video" or "image") under a folder: bytes as they are, in the order of their paths.
+    """Pack the media of `kind` ("video" or "image") that a source names, in its order; see `list_items`.
 
-    A shard is closed before it would pass `shard_bytes` or `shard_samples`. The same input gives the same tars. What
-    cannot be read is listed in `{split}-rejected.jsonl` with the reason. UserError: no such media under `source`, or
-    shards of this split are already in `out`.
+    A shard is closed before it would pass `shard_bytes` or `shard_samples`. The same input gives the same tars, however
+    many `jobs` (default: one a core) and however often it was killed and started again. What cannot be read is listed
+    in `{split}-rejected.jsonl` with the reason; `{split}-manifest.json` says what is in the shards.
+
+    profile: rewrite the videos; None: their bytes as they are. UserError: nothing to pack, or shards of this split are
+    already in `out`.
     """
-    files = _media(source, kind)
-    _require_new(out, split)
-    out.mkdir(parents=True, exist_ok=True)
-    rejected: list[dict[str, str]] = []
-    samples = _samples(source, tqdm(files, disable=not progress, unit="file"), kind, rejected)
-    with tempfile.TemporaryDirectory(dir=out, prefix=f".{split}.") as unfinished:
-        shards, total = _write_shards(samples, Path(unfinished), split, shard_bytes, shard_samples)
-        for shard in shards:
-            shard.rename(out / shard.name)
-    if rejected:
-        lines = "".join(json.dumps(event) + "\n" for event in rejected)
-        write_atomic(out / f"{split}-rejected.jsonl", lines.encode())
+    if profile and kind != "video":
+        raise UserError("only videos can be rewritten: leave out the profile for images")
+    items = list_items(str(source), kind, root)
+    jobs = jobs or len(os.sched_getaffinity(0))
+    with ExitStack() as closing:
+        writer = closing.enter_context(
+            ShardWriter(out, split, ShardLimits(shard_bytes, shard_samples), _digest(items, kind, profile))
+        )
+        _write_all(items, writer, kind, profile, jobs, progress, closing)
+        shards = writer.publish()
+        rejected = [event for event in writer.events if "reason" in event]
+        _write_reports(writer, kind, profile, shards, rejected)
+        writer.remove()
     if not shards:
-        raise UserError(f"none of the {len(files)} {kind} files under {source} is usable: see {out}")
-    return Packed(tuple(out / shard.name for shard in shards), total, len(rejected))
+        raise UserError(f"none of the {len(items)} {kind} files of {source} is usable: see {out}")
+    return Packed(tuple(out / shard["name"] for shard in shards), sum(s["samples"] for s in shards), len(rejected))
 
 
-def _media(source: Path, kind: str) -> list[Path]:
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder")
-    files = sorted(path for path in source.rglob("*") if path.suffix[1:].lower() in EXTENSIONS[kind] and path.is_file())
-    if not files:
-        raise UserError(f"no {kind} file under {source} (looked for {', '.join(sorted(EXTENSIONS[kind]))})")
-    return files
-
-
-def _require_new(out: Path, split: str) -> None:
-    present = sorted(out.glob(f"{split}-[0-9]*.tar"))
-    if present:
-        raise UserError(f"{present[0]} exists: remove the shards of split {split!r} or choose another folder")
-
-
-def _samples(source: Path, files: Iterable[Path], kind: str, rejected: list[dict]) -> Iterator[dict]:
-    """webdataset samples; files that cannot be used are added to `rejected` instead."""
-    keys: set[str] = set()
-    for path in files:
-        name = path.relative_to(source)
-        # webdataset ends a key at its first dot
-        key = str(name.with_name(name.stem.replace(".", "_")))
-        data = path.read_bytes()
+def _write_all(
+    items: Sequence[Item],
+    writer: ShardWriter,
+    kind: str,
+    profile: Profile | None,
+    jobs: int,
+    progress: bool,
+    closing: ExitStack,
+) -> None:
+    """Prepare the files in parallel and write them in order, after those that are written already."""
+    done = sum("item" in event for event in writer.events)
+    keys = {event["key"] for event in writer.events if "key" in event}
+    if done == len(items):
+        return
+    prepare = _preparer(kind, profile, jobs, closing)
+    under_way = _ahead(items[done:], prepare, AHEAD * jobs)
+    bar = tqdm(under_way, initial=done, total=len(items), disable=not progress, unit="file")
+    for i, (item, prepared) in enumerate(bar, start=done):
+        note = {"item": i, "path": item.name}
         try:
-            if key in keys:
-                raise BadSample(f"another file has the key {key!r} too")
-            facts = _describe(data, kind)
+            if item.key in keys:
+                raise BadSample(f"another file has the key {item.key!r} too")
+            data, facts = prepared.result()
         except BadSample as bad:
-            rejected.append({"path": str(name), "reason": str(bad)})
+            writer.note({**note, "reason": str(bad)})
             continue
-        keys.add(key)
-        facts = {"source": str(name), **facts}
-        yield {
-            "__key__": key,
-            path.suffix[1:].lower(): data,
-            "json": json.dumps(facts, sort_keys=True).encode(),
-        }
+        keys.add(item.key)
+        extension = "mp4" if profile else item.extension
+        writer.add(_sample(item, extension, data, facts), {**note, "key": item.key, **_summary(item, facts)})
 
 
-def _describe(data: bytes, kind: str) -> dict:
+def _ahead(items: Sequence[Item], prepare: Prepare, count: int) -> Iterator[tuple[Item, Future]]:
+    """Each item with its future, `count` of them under way."""
+    under_way: deque[tuple[Item, Future]] = deque()
+    for item in items:
+        under_way.append((item, prepare(item)))
+        if len(under_way) > count:
+            yield under_way.popleft()
+    yield from under_way
+
+
+def _preparer(kind: str, profile: Profile | None, jobs: int, closing: ExitStack) -> Prepare:
+    """A function Item -> future of (bytes, facts); the future raises BadSample."""
+    limits = Limits()
+    threads = closing.enter_context(ThreadPoolExecutor(jobs + 2))
+    if kind == "image":
+        return lambda item: threads.submit(_prepare_image, item, limits)
+    pool = DecodePool(jobs, SECONDS_A_FILE, limits)
+    closing.callback(pool.close)
+    work = {"work": "rewrite", "profile": asdict(profile)} if profile else {"work": "describe", "kind": "video"}
+    return lambda item: threads.submit(_prepare_video, item, pool, work, limits)
+
+
+def _prepare_image(item: Item, limits: Limits) -> tuple[bytes, Event]:
+    data = _read(item, limits)
+    width, height = check_image(data, limits)
+    return data, {"width": width, "height": height}
+
+
+def _prepare_video(item: Item, pool: DecodePool, work: Event, limits: Limits) -> tuple[bytes, Event]:
+    data = _read(item, limits)
+    facts, rewritten = pool.submit(lambda: data, work).result()
+    facts = {name: value for name, value in facts.items() if name not in ("size", "resident")}
+    return (rewritten.tobytes() if work["work"] == "rewrite" else data), facts
+
+
+def _read(item: Item, limits: Limits) -> bytes:
+    try:
+        if item.path.stat().st_size > limits.file_bytes:
+            raise BadSample(f"it is larger than {limits.file_bytes} bytes")
+        return item.path.read_bytes()
+    except OSError as error:
+        raise BadSample(f"cannot read it: {error.strerror}") from error
+
+
+def _sample(item: Item, extension: str, data: bytes, facts: Event) -> dict[str, Any]:
+    """A webdataset sample."""
+    facts = {"source": item.name, **({"label": item.label} if item.label else {}), **facts}
+    sample = {"__key__": item.key, extension: data, "json": json.dumps(facts, sort_keys=True).encode()}
+    return sample | ({"cls": item.label.encode()} if item.label else {})
+
+
+def _summary(item: Item, facts: Event) -> Event:
+    """What the manifest adds up."""
+    return {name: facts[name] for name in ("codec", "duration", "frames") if name in facts} | {"label": item.label}
+
+
+def _write_reports(
+    writer: ShardWriter, kind: str, profile: Profile | None, shards: list[Event], rejected: list[Event]
+) -> None:
+    samples = [event for event in writer.events if "shard" in event]
+    manifest = {
+        "version": 1,
+        "kind": kind,
+        "profile": profile and asdict(profile),
+        "samples": len(samples),
+        "rejected": len(rejected),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "shards": shards,
+        "labels": dict(sorted(Counter(event["label"] for event in samples if event["label"]).items())),
+    }
     if kind == "video":
-        return asdict(probe(data, Limits()))
-    width, height = check_image(data, Limits())
-    return {"width": width, "height": height}
+        manifest["seconds"] = round(sum(event["duration"] for event in samples), 3)
+        manifest["frames"] = sum(event["frames"] for event in samples)
+        manifest["codecs"] = dict(sorted(Counter(event["codec"] for event in samples).items()))
+    lines = [json.dumps({"path": event["path"], "reason": event["reason"]}) + "\n" for event in rejected]
+    if lines:
+        write_atomic(writer.out / f"{writer.split}-rejected.jsonl", "".join(lines).encode())
+    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    write_atomic(writer.out / f"{writer.split}-manifest.json", text.encode())
 
 
-def _write_shards(
-    samples: Iterator[dict], folder: Path, split: str, max_bytes: int, max_samples: int
-) -> tuple[list[Path], int]:
-    """Fill one tar after another; returns them and the number of samples."""
-    shards: list[Path] = []
-    total = count = size = 0
-    with ExitStack() as writers:
-        for sample in samples:
-            weight = sum(len(value) for name, value in sample.items() if name != "__key__")
-            if not shards or count == max_samples or size + weight > max_bytes:
-                writers.close()
-                shards.append(folder / f"{split}-{len(shards):06d}.tar")
-                writer = writers.enter_context(_writer(shards[-1]))
-                count = size = 0
-            writer.write(sample)
-            count, size, total = count + 1, size + weight, total + 1
-    return shards, total
-
-
-def _writer(path: Path) -> TarWriter:
-    """A tar with nothing of the time, the user or the machine in its headers."""
-    return TarWriter(str(path), user="root", group="root", mtime=0)
+def _digest(items: Sequence[Item], kind: str, profile: Profile | None) -> str:
+    """What the shards depend on: names, labels, sizes and times of the files, and how they are rewritten."""
+    digest = hashlib.sha256(repr((kind, profile)).encode())
+    for item in items:
+        try:
+            facts = item.path.stat()
+            state = (facts.st_size, facts.st_mtime_ns)
+        except OSError:
+            state = (-1, -1)
+        digest.update(repr((item.name, item.label, state)).encode())
+    return digest.hexdigest()

@@ -206,9 +206,11 @@ def _colour_jitter(crop, picture):
 
 def _normalise(crop, kind: str):
     """Float CHW, zero mean and unit variance of the training set; a clip becomes (3,T,S,S)."""
-    layout = "FCHW" if kind == "video" else "CHW"
+    # On a CPU the operator moves the frames' axis as it goes, which saves a pass over 10 MB a clip.
+    turns_frames = kind == "video" and crop.device == "cpu"
+    layout = "CFHW" if turns_frames else "FCHW" if kind == "video" else "CHW"
     pixels = fn.crop_mirror_normalize(crop, dtype=types.FLOAT, output_layout=layout, mean=list(MEAN), std=list(STD))
-    return fn.transpose(pixels, perm=[1, 0, 2, 3]) if kind == "video" else pixels
+    return fn.transpose(pixels, perm=[1, 0, 2, 3]) if layout == "FCHW" else pixels
 
 
 def _token_view(crop, size: int, kind: str):

@@ -19,7 +19,7 @@ from bevt_ds.data.container import Container, check_container
 from bevt_ds.data.limits import BadSample, Limits
 
 # Frame numbers follow presentation times only where the container states them for every packet.
-TIMED_CONTAINERS = frozenset({"mov", "mp4", "matroska", "webm"})
+TIMED_CONTAINERS = frozenset({"mp4", "matroska"})
 # With these flags swscale's pixels equal those of DALI's CPU decoder, which knows BT.601 only.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
@@ -42,11 +42,13 @@ class VideoInfo:
 
 
 class Video:
-    """An opened video: its packets are known, none is decoded. Made by `opened`."""
+    """An opened video: its packets are known, none is decoded. Made by `opened`.
+
+    `decoded` counts the frames that the decoder has put out, wanted or not.
+    """
 
     def __init__(self, container, stream, claims: Container, limits: Limits) -> None:
-        self.stream, self.limits = stream, limits
-        self.timed = bool(TIMED_CONTAINERS & set(container.format.name.split(",")))
+        self.stream, self.limits, self.decoded = stream, limits, 0
         every = [p for p in container.demux(stream) if p.size]
         self.packets = [p for p in every if not p.is_discard]  # an edit list hides the others
         context = stream.codec_context
@@ -60,6 +62,7 @@ class Video:
         if claims.frames not in (None, len(every)):
             raise BadSample(f"its header says {claims.frames} frames, {len(every)} are found")
         self.container = claims.name
+        self._is_timed = claims.name in TIMED_CONTAINERS and _has_distinct_times(self.packets)
 
     @property
     def info(self) -> VideoInfo:
@@ -74,16 +77,65 @@ class Video:
         """The frames with these numbers, in any order and with repeats: uint8 (F,H,W,3) RGB."""
         numbers = np.unique(wanted)
         self.limits.check_clip(len(numbers), *self.size)
-        pick = _by_time if self.timed and _has_distinct_times(self.packets) else _by_count
-        pictures = {number: _to_rgb(frame, self.size) for number, frame in pick(self.stream, self.packets, numbers)}
-        if missing := len(numbers) - len(pictures):
-            raise BadSample(f"{missing} of the {len(numbers)} frames needed are missing: cut, or its header lies")
+        pictures = {number: _to_rgb(frame) for number, frame in self.pick(numbers)}
         return np.stack([pictures[i] for i in wanted.tolist()])
+
+    def pick(self, numbers: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The decoded frames with these numbers, which ascend. BadSample: not all of them are there."""
+        pick = self._by_time if self._is_timed else self._by_count
+        found = 0
+        for number, frame in pick(numbers):
+            _require_size(frame, self.size)
+            found += 1
+            yield number, frame
+        if missing := len(numbers) - found:
+            raise BadSample(f"{missing} of the {len(numbers)} frames needed are missing: cut, or its header lies")
+
+    def _by_time(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Frame i is the i-th in order of presentation; decoding starts at the keyframe before the first.
+
+        A frame that is not wanted and that no other refers to is not decoded: the decoder passes over its packet.
+        """
+        times = sorted(p.pts for p in self.packets)
+        number_of = {times[i]: i for i in wanted.tolist()}
+        keyframes = [k for k, p in enumerate(self.packets) if p.is_keyframe and p.pts <= min(number_of)]
+        packets = self.packets[keyframes[-1] if keyframes else 0 :]
+        for frame in self._decode(packets, frozenset(number_of)):
+            if (number := number_of.pop(frame.pts, None)) is not None:
+                yield number, frame
+            if not number_of:
+                return
+
+    def _by_count(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Frame i is the i-th that the decoder puts out, from the beginning."""
+        numbers = set(wanted.tolist())
+        for i, frame in enumerate(self._decode(self.packets)):
+            if i in numbers:
+                yield i, frame
+            if i == max(numbers):
+                return
+
+    def _decode(self, packets: list, wanted_times: Collection[int] | None = None) -> Iterator[av.VideoFrame]:
+        """Frames in order of presentation; with `wanted_times` some of the others may be left out."""
+        context = self.stream.codec_context
+        for packet in [*packets, None]:
+            if wanted_times is not None and packet is not None:
+                context.skip_frame = "DEFAULT" if packet.pts in wanted_times else "NONREF"
+            for frame in context.decode(packet):
+                self.decoded += 1
+                yield frame
+
+    def times(self) -> np.ndarray:
+        """When each frame is shown, in seconds from the first: float64 (frames,), ascending."""
+        if self._is_timed:
+            ticks = np.sort([p.pts for p in self.packets])
+            return (ticks - ticks[0]) * float(self.stream.time_base)
+        return np.arange(len(self.packets)) / float(self.stream.average_rate or 25)
 
     def decode_all(self) -> int:
         """Decode every frame and drop it; returns how many there were. BadSample: fewer than packets."""
         decoded = 0
-        for frame in _decode(self.stream, self.packets):
+        for frame in self._decode(self.packets):
             _require_size(frame, self.size)
             decoded += 1
         if decoded != len(self.packets):
@@ -92,7 +144,7 @@ class Video:
 
     def decode_first(self) -> None:
         """Decode the first frame. BadSample: that is not possible, or it has another size than the header says."""
-        for frame in _decode(self.stream, self.packets):
+        for frame in self._decode(self.packets):
             _require_size(frame, self.size)
             return
         raise BadSample("none of its frames can be decoded")
@@ -135,48 +187,12 @@ def _has_distinct_times(packets: list) -> bool:
     return None not in times and len(set(times)) == len(times)
 
 
-def _by_time(stream, packets: list, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Frame i is the i-th in order of presentation; decoding starts at the keyframe before the first.
-
-    A frame that is not wanted and that no other refers to is not decoded: its packet is passed over by the decoder.
-    """
-    times = sorted(p.pts for p in packets)
-    number_of = {times[i]: i for i in wanted.tolist()}
-    keyframes = [k for k, p in enumerate(packets) if p.is_keyframe and p.pts <= min(number_of)]
-    for frame in _decode(stream, packets[keyframes[-1] if keyframes else 0 :], frozenset(number_of)):
-        if (number := number_of.pop(frame.pts, None)) is not None:
-            yield number, frame
-        if not number_of:
-            return
-
-
-def _by_count(stream, packets: list, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Frame i is the i-th that the decoder puts out, from the beginning."""
-    numbers = set(wanted.tolist())
-    for i, frame in enumerate(_decode(stream, packets)):
-        if i in numbers:
-            yield i, frame
-        if i == max(numbers):
-            return
-
-
-def _decode(stream, packets: list, wanted_times: Collection[int] | None = None) -> Iterator[av.VideoFrame]:
-    """Frames in order of presentation; with `wanted_times` some of the others may be left out."""
-    context = stream.codec_context
-    for packet in packets:
-        if wanted_times is not None:
-            context.skip_frame = "DEFAULT" if packet.pts in wanted_times else "NONREF"
-        yield from context.decode(packet)
-    yield from context.decode(None)
-
-
 def _require_size(frame: av.VideoFrame, size: tuple[int, int]) -> None:
     if (frame.width, frame.height) != size:
         raise BadSample(f"a frame is {frame.width}x{frame.height}, its header says {size[0]}x{size[1]}")
 
 
-def _to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (H,W,3), as DALI would convert it."""
-    _require_size(frame, size)
-    rgb = frame.reformat(format="rgb24", interpolation=_TO_RGB, src_colorspace=Colorspace.ITU601, threads=1)
-    return rgb.to_ndarray()
+def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 (H,W,3), as DALI would convert it. FFmpeg is quicker to planes, in the order G, B, R, than to pixels."""
+    planar = frame.reformat(format="gbrp", interpolation=_TO_RGB, src_colorspace=Colorspace.ITU601, threads=1)
+    return planar.to_ndarray()

@@ -15,6 +15,7 @@ from bevt_ds import cli
 from bevt_ds.data import draw as draw_module
 from bevt_ds.data.draw import draw, ensure_demo_shards
 from bevt_ds.data.draw_worker import encode_jpeg
+from bevt_ds.data.limits import Limits
 from bevt_ds.data.pack import pack
 from bevt_ds.errors import UserError
 
@@ -73,20 +74,21 @@ def test_pack_overwrites_nothing_and_leaves_nothing_half_done(
         pack(source, tmp_path / "out", "image", "train")
     pack(source, tmp_path / "out", "image", "eval")
 
-    def interrupt(data: bytes, kind: str) -> dict:
+    def interrupt(data: bytes, limits: Limits) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bevt_ds.data.pack._describe", interrupt)
+    monkeypatch.setattr("bevt_ds.data.pack.check_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "new", "image", "train")
-    assert list((tmp_path / "new").iterdir()) == []
+    assert [p.name for p in (tmp_path / "new").iterdir()] == [".train.unfinished"]
 
 
 @pytest.mark.parametrize(
     ("make_source", "message"),
     [
-        (lambda p: p / "absent", "is not a folder"),
-        (lambda p: p, "no video file under"),
+        (lambda p: p / "absent", "is no folder, no list, and no glob"),
+        (lambda p: p, "no video file in"),
+        (lambda p: p / "*.mp4", "no glob that matches a video file"),
     ],
 )
 def test_pack_needs_something_to_pack(source: Path, tmp_path: Path, make_source, message: str) -> None:
@@ -109,7 +111,8 @@ def test_demo_shards_appear_whole_and_once(tmp_path: Path, monkeypatch: pytest.M
     folder = tmp_path / "demo"
     ensure_demo_shards(folder)
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert set(before) == {f"{s}-{k}-000000.tar" for s in ("train", "eval") for k in ("video", "image")}
+    splits = [f"{s}-{k}" for s in ("train", "eval") for k in ("video", "image")]
+    assert set(before) == {f"{split}-{end}" for split in splits for end in ("000000.tar", "manifest.json")}
     ensure_demo_shards(folder)
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     (folder / "eval-image-000000.tar").unlink()

@@ -11,7 +11,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.video import _decode, _to_rgb, decode_clip, probe
+from bevt_ds.data.video import Video, _to_rgb, decode_clip, probe
 
 LIMITS = Limits()
 CODECS = {
@@ -35,7 +35,7 @@ def clips(make: SimpleNamespace) -> dict[str, bytes]:
 @pytest.mark.parametrize("wanted", [[0], [39], [21, 23, 25], [30, 5, 5, 12], list(range(40))])
 def test_any_frames_equal_those_of_a_full_decode(clips: dict[str, bytes], name: str, wanted: list) -> None:
     with av.open(io.BytesIO(clips[name])) as container:
-        everything = [_to_rgb(frame, (66, 50)) for frame in container.decode(video=0)]
+        everything = [_to_rgb(frame) for frame in container.decode(video=0)]
     seen = []
     got = decode_clip(clips[name], lambda total: seen.append(total) or np.array(wanted), LIMITS)
     assert seen == [40] == [len(everything)]
@@ -45,16 +45,17 @@ def test_any_frames_equal_those_of_a_full_decode(clips: dict[str, bytes], name: 
 def test_decoding_starts_at_the_keyframe(clips: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """Frame 25 of a file with a keyframe every 10 needs few packets, not 26."""
     fed = []
-    real = _decode_spy(fed)
-    monkeypatch.setattr("bevt_ds.data.video._decode", real)
+    monkeypatch.setattr(Video, "_decode", _decode_spy(fed))
     decode_clip(clips["h264"], lambda total: np.array([25]), LIMITS)
     assert fed == [20]
 
 
 def _decode_spy(fed: list):
-    def spy(stream, packets, wanted_times):
+    decode = Video._decode
+
+    def spy(video, packets, wanted_times):
         fed.append(len(packets))
-        return _decode(stream, packets, wanted_times)
+        return decode(video, packets, wanted_times)
 
     return spy
 

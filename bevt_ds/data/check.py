@@ -1,0 +1,147 @@
+"""Look at every sample of some shards: are its bytes those that were packed, and can all of it be decoded?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bevt_ds.config import DataConfig
+from bevt_ds.data.decode_pool import DecodePool
+from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.members import EXTENSIONS, Member, Shard
+from bevt_ds.data.storage import Storage
+from bevt_ds.data.timing import StageTimes
+from bevt_ds.errors import UserError
+
+SECONDS_A_FILE = 600.0
+AHEAD = 4  # samples under way for each process
+# What NVDEC decodes; anything else is left to the CPU.
+GPU_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
+GPU_FORMATS = frozenset({"yuv420p", "yuvj420p"})
+
+
+@dataclass
+class Report:
+    """What was found. `findings` are faults; `facts` has a row for each good sample."""
+
+    samples: int = 0
+    findings: list[dict[str, str]] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, shard: str, key: str, reason: str) -> None:
+        self.findings.append({"shard": shard, "key": key, "reason": reason})
+
+
+def check(paths: Sequence[str], jobs: int | None = None, progress: bool = False) -> Report:
+    """Read, hash and fully decode every sample of the shards, in parallel."""
+    report = Report()
+    shards = _openable(paths, report)
+    for shard in shards:
+        _check_manifest(shard, report)
+    _find_twins(shards, report)
+    _each_sample(shards, report, "check", jobs, progress)
+    return report
+
+
+def survey(paths: Sequence[str], jobs: int | None = None, progress: bool = False) -> Report:
+    """What the headers of every sample say; only a frame of each video is decoded."""
+    report = Report()
+    _each_sample(_openable(paths, report), report, "describe", jobs, progress)
+    return report
+
+
+def outlook(facts: Sequence[dict[str, Any]]) -> list[str]:
+    """What is no fault, but worth to know before training on these videos."""
+    odd = Counter(
+        f"{f['codec']} {f['pixel_format']} in {f['container']}" for f in facts if "codec" in f and not on_gpu(f)
+    )
+    notes = [f"{n} videos ({what}) are not for GPU decoding" for what, n in sorted(odd.items())]
+    if gaps := [f["keyframe_gap"] for f in facts if f.get("keyframe_gap", 0) > 32]:
+        notes.append(f"{len(gaps)} videos have up to {max(gaps)} frames between keyframes: decoding starts far ahead")
+    return notes
+
+
+def on_gpu(facts: dict[str, Any]) -> bool:
+    """Whether a video is one that a GPU's decoder can be expected to take."""
+    return facts["codec"] in GPU_CODECS and facts["pixel_format"] in GPU_FORMATS and facts["container"] != "avi"
+
+
+def _openable(paths: Sequence[str], report: Report) -> list[Shard]:
+    storage = Storage(DataConfig())
+    shards = []
+    for path in paths:
+        try:
+            shards.append(storage.load_shard(path))
+        except UserError as error:
+            report.add(path, "", str(error))
+    storage.close()
+    return shards
+
+
+def _check_manifest(shard: Shard, report: Report) -> None:
+    """Compare the tar's hash with the one that `pack` wrote down, if it did."""
+    path = Path(shard.path)
+    for manifest in path.parent.glob("*-manifest.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            entries = {entry["name"]: entry["sha256"] for entry in json.loads(manifest.read_text())["shards"]}
+            with path.open("rb") as tar:
+                if path.name in entries and hashlib.file_digest(tar, "sha256").hexdigest() != entries[path.name]:
+                    report.add(shard.path, "", f"its SHA-256 is not the one in {manifest.name}")
+
+
+def _find_twins(shards: Sequence[Shard], report: Report) -> None:
+    """The same key with the same bytes in two shards: an epoch would show that sample twice."""
+    first: dict[tuple[str, int, int], str] = {}
+    for shard in shards:
+        for member in shard.members():
+            other = first.setdefault((member.key, member.size, member.crc), shard.path)
+            if other != shard.path:
+                report.add(shard.path, member.key, f"the same sample is in {other} too")
+
+
+def _each_sample(shards: Sequence[Shard], report: Report, work: str, jobs: int | None, progress: bool) -> None:
+    """Send every sample to the decode workers and note what comes back."""
+    jobs = jobs or len(os.sched_getaffinity(0))
+    storage, pool = Storage(DataConfig()), DecodePool(jobs, SECONDS_A_FILE, Limits())
+    labels = {(shard.path, key): label for shard in shards for key, label in zip(shard.keys, shard.labels, strict=True)}
+    total = sum(map(len, shards))
+    try:
+        under_way = _in_order(shards, partial(_submit, storage, pool, work), AHEAD * jobs)
+        for member, future in tqdm(under_way, total=total, disable=not progress, unit="sample"):
+            report.samples += 1
+            try:
+                facts, _ = future.result()
+            except BadSample as bad:
+                report.add(member.path, member.key, str(bad))
+                continue
+            del facts["resident"]
+            report.facts.append({**facts, "size": member.size, "label": labels[member.path, member.key]})
+    finally:
+        pool.close()
+        storage.close()
+
+
+def _submit(storage: Storage, pool: DecodePool, work: str, member: Member) -> Future:
+    kind = "image" if member.extension in EXTENSIONS["image"] else "video"
+    return pool.submit(partial(storage.read, member, StageTimes()), {"work": work, "kind": kind})
+
+
+def _in_order(shards: Sequence[Shard], submit, count: int) -> Iterator[tuple[Member, Future]]:
+    under_way: list[tuple[Member, Future]] = []
+    for shard in shards:
+        for member in shard.members():
+            under_way.append((member, submit(member)))
+            if len(under_way) > count:
+                yield under_way.pop(0)
+    yield from under_way

@@ -1,0 +1,32 @@
+"""DALI's own index of a WebDataset tar (`.idx`, version 1.2), for those who read the shards with its reader."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+from bevt_ds.data.index import write_atomic
+
+VERSION = "v1.2"
+
+
+def write_dali_index(path: str) -> Path:
+    """Write `NAME.idx` beside a local tar: a line a sample, `extension offset size name` for each component.
+
+    To DALI's reader a sample is a run of neighbours whose names are equal up to the first dot of the last part.
+    """
+    samples: list[tuple[str, list[str]]] = []
+    with tarfile.open(path, "r:") as archive:
+        for info in archive:
+            folder, slash, name = info.name.rpartition("/")
+            stem, dot, extension = name.partition(".")
+            if not (info.isreg() and dot and stem):
+                continue
+            key = folder + slash + stem
+            if not samples or samples[-1][0] != key:
+                samples.append((key, []))
+            samples[-1][1].append(f"{extension} {info.offset_data} {info.size} {info.name}")
+    place = Path(path).with_suffix(".idx")
+    lines = [f"{VERSION} {len(samples)}", *(" ".join(components) for _, components in samples)]
+    write_atomic(place, ("\n".join(lines) + "\n").encode())
+    return place

@@ -1,0 +1,140 @@
+"""What `pack` is given -> the files to pack, with keys and labels: folders, globs, lists, and three data sets' own."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bevt_ds.data.members import EXTENSIONS
+from bevt_ds.errors import UserError
+
+_SYNSET = re.compile(r"n\d{8}")  # how ImageNet names its folders
+_KINETICS_COLUMNS = {"youtube_id", "time_start", "time_end"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file to be packed."""
+
+    path: Path
+    name: str  # its path relative to where the source's files lie
+    label: str = ""  # empty: none
+
+    @property
+    def key(self) -> str:
+        """Its name in the shards; webdataset ends a key at the first dot of its last part."""
+        *folders, last = (part for part in Path(self.name).parts if part not in ("..", "/"))
+        return str(Path(*folders, Path(last).stem.replace(".", "_")))
+
+    @property
+    def extension(self) -> str:
+        return self.path.suffix[1:].lower()
+
+
+def list_items(source: str, kind: str, root: Path | None = None) -> list[Item]:
+    """The files of `kind` ("video" or "image") that a source names, in an order that does not depend on the machine.
+
+    source: a folder (searched with its subfolders; labels if they are ImageNet's), a glob, or a list: lines
+    `path label`, Kinetics' CSV, Something-Something V2's or Diving48's JSON. root: where the files of a list are; by
+    default beside it. A file that is listed and not there is kept: packing it is what fails, and is written down.
+    UserError: there is nothing to pack, or the list cannot be read.
+    """
+    path = Path(source)
+    if path.is_dir():
+        items = _from_folder(path, kind)
+    elif path.is_file() and path.suffix[1:].lower() not in EXTENSIONS[kind]:
+        items = _from_list(path, root or path.parent, kind)
+    else:
+        items = _from_glob(source, kind)
+    if not items:
+        raise UserError(f"no {kind} file in {source} (looked for {', '.join(sorted(EXTENSIONS[kind]))})")
+    return items
+
+
+def _from_folder(folder: Path, kind: str) -> list[Item]:
+    files = sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in EXTENSIONS[kind] and p.is_file())
+    classes = {p.relative_to(folder).parts[0] for p in files}
+    labels: dict[str, str] = {}
+    if classes and all(_SYNSET.fullmatch(name) for name in classes):
+        labels = {name: str(i) for i, name in enumerate(sorted(classes))}
+    return [Item(p, str(p.relative_to(folder)), labels.get(p.relative_to(folder).parts[0], "")) for p in files]
+
+
+def _from_glob(pattern: str, kind: str) -> list[Item]:
+    files = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+    files = [p for p in files if p.suffix[1:].lower() in EXTENSIONS[kind] and p.is_file()]
+    if not files:
+        raise UserError(f"{pattern} is no folder, no list, and no glob that matches a {kind} file")
+    common = Path(os.path.commonpath([p.parent for p in files]))
+    return [Item(p, str(p.relative_to(common))) for p in files]
+
+
+def _from_list(path: Path, root: Path, kind: str) -> list[Item]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is neither a list in UTF-8 nor a {kind} file") from error
+    read = {".json": _json_rows, ".csv": _csv_rows}.get(path.suffix.lower(), _line_rows)
+    return [_listed(root, name, label, kind) for name, label in read(path, text)]
+
+
+def _listed(root: Path, name: str, label: str, kind: str) -> Item:
+    """A list may leave out the extension, and Kinetics puts videos into a folder for each class."""
+    is_whole = Path(name).suffix[1:].lower() in EXTENSIONS[kind]
+    names = [name] if is_whole else [f"{name}.{extension}" for extension in sorted(EXTENSIONS[kind])]
+    folders = [root, root / label] if label else [root]
+    found = ((folder / choice, choice) for choice in names for folder in folders if (folder / choice).is_file())
+    path, chosen = next(found, (root / names[0], names[0]))
+    return Item(path, chosen, label)
+
+
+def _line_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    """`path label` a line, as mmaction2 and VideoMAE write them; the label may be missing, the path hold spaces."""
+    for line in text.splitlines():
+        if line.strip():
+            name, _, label = line.strip().rpartition(" ")
+            yield (name.strip(), label) if name else (label, "")
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    """Kinetics' own CSV, or `path,label` (also with a space between) without a header."""
+    lines = text.splitlines()
+    header = next(csv.reader(lines[:1]), [])
+    if not set(header) >= _KINETICS_COLUMNS:
+        rows = (next(csv.reader([line])) for line in lines if line.strip())
+        for row in rows:
+            yield from ([(row[0], row[1].strip())] if len(row) > 1 else _line_rows(path, row[0]))
+        return
+    for row in csv.DictReader(lines):
+        start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+        yield f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label") or ""
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    """Something-Something V2 (`id`, `template`) or Diving48 V2 (`vid_name`, `label`): a list of objects."""
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    readers: dict[str, Callable[[dict], tuple[str, str]]] = {
+        "id": lambda row: (str(row["id"]), _plain(row.get("template", row.get("label", "")))),
+        "vid_name": lambda row: (str(row["vid_name"]), str(row.get("label", ""))),
+    }
+    for row in rows if isinstance(rows, list) else [rows]:
+        name = next((name for name in readers if isinstance(row, dict) and name in row), None)
+        if name is None:
+            raise UserError(
+                f"{path} is not a list of objects with `id` (Something-Something V2) or `vid_name` (Diving48 V2)"
+            )
+        yield readers[name](row)
+
+
+def _plain(template: str) -> str:
+    """Something-Something's class names, which have [brackets] in the lists of labels only in the templates."""
+    return template.replace("[", "").replace("]", "")

@@ -1,0 +1,151 @@
+"""What is in some shards, as a table and a picture, and whether this machine can feed a recipe from them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - the backend comes first
+
+from bevt_ds.config import DataConfig  # noqa: E402
+from bevt_ds.data.decode_pool import DecodePool  # noqa: E402
+from bevt_ds.data.limits import BadSample, Limits  # noqa: E402
+from bevt_ds.data.members import Member  # noqa: E402
+from bevt_ds.data.plan import StreamId, StreamPlan  # noqa: E402
+from bevt_ds.data.storage import Storage  # noqa: E402
+from bevt_ds.data.timing import StageTimes  # noqa: E402
+from bevt_ds.errors import UserError  # noqa: E402
+
+Facts = Sequence[dict[str, Any]]
+NUMBERS = {
+    "seconds": lambda f: f["duration"],
+    "frames": lambda f: f["frames"],
+    "frames a second": lambda f: f["fps"],
+    "short side, pixels": lambda f: min(f["width"], f["height"]),
+    "KiB": lambda f: f["size"] / 1024,
+    "frames between keyframes": lambda f: f["keyframe_gap"],
+}
+CLASSES = {"codec": "codec", "container": "container", "label": "label"}
+
+
+@dataclass(frozen=True)
+class Supply:
+    """What decoding clips of these shards costs here."""
+
+    clips: int  # measured
+    decoded_frames: float  # a clip
+    clips_per_second: float  # of all cores
+    cores: int
+
+    @property
+    def frames_per_second(self) -> float:
+        return self.clips_per_second * self.decoded_frames
+
+
+def table(facts: Facts) -> str:
+    """Minimum, median and maximum of each number, and how often each class occurs."""
+    lines = [f"{'':26}{'least':>12}{'median':>12}{'most':>12}{'sum':>16}"]
+    for name, values in _numbers(facts).items():
+        row = (values.min(), np.median(values), values.max())
+        lines.append(f"{name:26}" + "".join(f"{v:12.6g}" for v in row) + f"{values.sum():16.6g}")
+    for name, counts in _classes(facts).items():
+        common = ", ".join(f"{value} {n}" for value, n in counts.most_common(8))
+        rest = f", and {len(counts) - 8} more" if len(counts) > 8 else ""
+        lines.append(f"{name:26}{common}{rest}")
+    return "\n".join(lines)
+
+
+def plot(facts: Facts, path: Path) -> None:
+    """A histogram of each number, and bars for each class: a PNG."""
+    panels = [*_numbers(facts).items(), *_classes(facts).items()]
+    rows = -(-len(panels) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(12, 3 * rows), squeeze=False)
+    for axis, (name, values) in zip(axes.flat, panels, strict=False):
+        axis.set_title(name)
+        if isinstance(values, Counter):
+            common = values.most_common(20)
+            axis.bar([value for value, _ in common], [n for _, n in common])
+            axis.tick_params(axis="x", rotation=60)
+        else:
+            axis.hist(values, bins=40)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def measure(paths: Sequence[str], config: DataConfig, seconds: float = 5.0) -> Supply:
+    """Decode clips as a recipe's plan would choose them, on all cores, for about so long. UserError: none decodes."""
+    cores = len(os.sched_getaffinity(0))
+    storage, pool = Storage(config), DecodePool(cores, config.decode_seconds, Limits.of(config))
+    try:
+        shards = [storage.load_shard(path).only("video") for path in paths]
+        plan = StreamPlan(StreamId.VIDEO, [len(shard) for shard in shards], config, 0, 4 * cores)
+        pool.describe(partial(storage.read, next(m for s in shards for m in s.members()), StageTimes())).result()
+        began, clips, decoded = time.monotonic(), 0, 0
+        for step in range(1000):
+            entries = [plan.entry(step, slot) for slot in range(plan.global_size)]
+            members = [shards[e.shard].member(e.member) for e in entries]
+            for n in _decoded_frames(pool, storage, members, entries, config):
+                clips, decoded = clips + 1, decoded + n
+            if time.monotonic() - began > seconds:
+                break
+        elapsed = time.monotonic() - began
+    finally:
+        pool.close()
+        storage.close()
+    if not clips:
+        raise UserError("none of these videos can be decoded: `bevt shards check` says why")
+    return Supply(clips, decoded / clips, clips / elapsed, cores)
+
+
+def verdict(supply: Supply, recipe: str, config: DataConfig, wanted: float) -> str:
+    """Whether these shards, on this machine, feed a GPU that takes `wanted` clips a second."""
+    need = wanted * supply.decoded_frames
+    cores = int(np.ceil(wanted / supply.clips_per_second * supply.cores))
+    answer = "enough" if cores <= supply.cores else f"too few: that takes about {cores} cores like these"
+    return (
+        f"recipe {recipe}: {config.frames} frames at stride {config.stride}, {supply.decoded_frames:.1f} frames decoded"
+        f" a clip.\n{wanted:g} clips/s need {need:.0f} frames/s; the {supply.cores} cores of this machine decode"
+        f" {supply.frames_per_second:.0f} frames/s ({supply.clips_per_second:.1f} clips/s, {supply.clips} measured):"
+        f" {answer}."
+    )
+
+
+def _decoded_frames(pool: DecodePool, storage: Storage, members: list[Member], entries, config: DataConfig):
+    futures = [
+        pool.clips(partial(storage.read, m, StageTimes()), [(e.start, e.phase)], config.frames, config.stride)
+        for m, e in zip(members, entries, strict=True)
+    ]
+    for future in futures:
+        try:
+            yield future.result()[0]["decoded"]
+        except BadSample:
+            continue  # `check` is for those
+
+
+def _numbers(facts: Facts) -> dict[str, np.ndarray]:
+    """The numbers that all samples have."""
+    result = {}
+    for name, read in NUMBERS.items():
+        try:
+            result[name] = np.array([read(f) for f in facts], dtype=float)
+        except KeyError:
+            continue  # images have no frame rate
+    return result if facts else {}
+
+
+def _classes(facts: Facts) -> dict[str, Counter[str]]:
+    counts = {name: Counter(str(f[key]) for f in facts if f.get(key)) for name, key in CLASSES.items()}
+    return {name: counter for name, counter in counts.items() if counter}

@@ -1,0 +1,101 @@
+"""Rewrite a video so that training decodes it cheaply. Runs in decode workers: neither torch nor DALI."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+
+from bevt_ds.data.limits import Limits
+from bevt_ds.data.video import Video, opened
+
+# Chosen by measurement, see docs/data.md: what makes decoding dear is the deblocking filter and CABAC, which
+# `fastdecode` leaves out; one reference frame and no B-frames let a clip start at any keyframe without detours.
+UNKNOWN_FPS = 25  # where a container states none
+ENCODER = {"preset": "veryfast", "tune": "fastdecode", "bf": "0", "refs": "1", "sc_threshold": "0"}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `bevt shards pack --profile train` makes of a video: H.264 4:2:0, constant frame rate, no sound."""
+
+    short_side: int = 256  # pixels; a smaller video is not enlarged
+    keyframe_every: int = 16  # frames
+    crf: int = 20  # x264's quality, lower is better
+    fps: float = 0.0  # frames a second; 0: the source's average
+
+
+def transcode(data: bytes, profile: Profile, limits: Limits) -> tuple[bytes, dict[str, Any]]:
+    """The rewritten file, the same bytes each time, and what is to be known of it. BadSample: it cannot be decoded.
+
+    The facts hold the source's frame rate and, for each frame, its time in the source in seconds, so that a clip can
+    be sampled by time as if from the source.
+    """
+    with opened(data, limits) as video:
+        source = video.info
+        rate = Fraction(profile.fps or source.fps or UNKNOWN_FPS).limit_denominator(1001)
+        numbers = nearest(video.times(), float(rate))
+        times = video.times()[numbers]
+        buffer = io.BytesIO()
+        size = _scaled(source.width, source.height, profile.short_side)
+        _encode(buffer, _repeated(video, numbers), rate, size, profile)
+    facts = {
+        "frames": len(numbers),
+        "width": size[0],
+        "height": size[1],
+        "fps": float(rate),
+        "codec": "h264",
+        "duration": len(numbers) / float(rate),
+        "source": asdict(source),
+        "times": [round(t, 4) for t in times.tolist()],
+    }
+    return buffer.getvalue(), facts
+
+
+def nearest(times: np.ndarray, fps: float) -> np.ndarray:
+    """For each tick of a clock of `fps`, the number of the frame that is nearest in time: int64, ascending.
+
+    times: seconds from the first frame, float (frames,). The clock stops where the last frame would end.
+    """
+    step = (times[-1] - times[0]) / max(len(times) - 1, 1)
+    ticks = np.arange(max(round((times[-1] + step) * fps), 1)) / fps
+    after = np.clip(np.searchsorted(times, ticks), 1, max(len(times) - 1, 1))
+    before = after - 1
+    after = np.minimum(after, len(times) - 1)
+    return np.where(ticks - times[before] <= times[after] - ticks, before, after)
+
+
+def _repeated(video: Video, numbers: np.ndarray) -> Iterator[av.VideoFrame]:
+    """The frames with these numbers, which ascend and may repeat."""
+    wanted, repeats = np.unique(numbers, return_counts=True)
+    for (_, frame), times in zip(video.pick(wanted), repeats.tolist(), strict=True):
+        for _ in range(times):
+            yield frame
+
+
+def _scaled(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Even sides, as 4:2:0 needs, the shorter one at most `short_side`."""
+    scale = min(short_side / min(width, height), 1.0)
+    return tuple(max(round(side * scale / 2) * 2, 2) for side in (width, height))
+
+
+def _encode(
+    buffer: io.BytesIO, frames: Iterator[av.VideoFrame], rate: Fraction, size: tuple[int, int], profile: Profile
+) -> None:
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1  # with several the bytes would depend on their number
+        stream.options = {**ENCODER, "crf": str(profile.crf), "g": str(profile.keyframe_every)}
+        for i, frame in enumerate(frames):
+            picture = frame.reformat(*size, format="yuv420p", interpolation="AREA", threads=1)
+            picture.pts, picture.time_base = i, 1 / rate
+            picture.pict_type = 0  # the source's choice of keyframes is not ours
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))

@@ -1,0 +1,99 @@
+"""What can be packed: folders, globs and the lists of four data sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bevt_ds.data.sources import Item, list_items
+from bevt_ds.errors import UserError
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> Path:
+    """Empty files: listing does not open them."""
+    names = ["abseiling/0wR5jVB-WPk_000417_000427.mp4", "78687.webm", "_8Vy3dlHg2w_00000.mp4", "with space.mp4"]
+    for name in [*names, "imagenet/n01440764/a.JPEG", "imagenet/n01443537/b.JPEG", "other/n01440764/a.jpg"]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path
+
+
+def listed(items: list[Item]) -> list[tuple[str, str, str]]:
+    return [(item.name, item.key, item.label) for item in items]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "k400.csv",
+            "label,youtube_id,time_start,time_end,split\nabseiling,0wR5jVB-WPk,417,427,train\nx,gone,0,10,train\n",
+            [
+                ("0wR5jVB-WPk_000417_000427.mp4", "0wR5jVB-WPk_000417_000427", "abseiling"),
+                ("gone_000000_000010.avi", "gone_000000_000010", "x"),  # packing it is what fails
+            ],
+        ),
+        ("list.txt", "78687.webm 3\nwith space.mp4 4\n\n", [("78687.webm", "78687", "3"), ("with space.mp4",) * 2]),
+        ("train.csv", "78687.webm,3\nwith space.mp4 4\n", [("78687.webm", "78687", "3"), ("with space.mp4",) * 2]),
+        ("bare.txt", "78687\n", [("78687.webm", "78687", "")]),
+        (
+            "ssv2.json",
+            json.dumps([{"id": "78687", "label": "holding a cup", "template": "Holding [something]"}]),
+            [("78687.webm", "78687", "Holding something")],
+        ),
+        (
+            "diving48.json",
+            json.dumps([{"vid_name": "_8Vy3dlHg2w_00000", "label": 26, "start_frame": 0, "end_frame": 99}]),
+            [("_8Vy3dlHg2w_00000.mp4", "_8Vy3dlHg2w_00000", "26")],
+        ),
+    ],
+)
+def test_lists(media: Path, name: str, text: str, expected: list) -> None:
+    (media / name).write_text(text)
+    items = listed(list_items(str(media / name), "video"))
+    full = [e if len(e) == 3 else ("with space.mp4", "with space", "4") for e in expected]
+    assert items == full
+
+
+def test_a_list_may_lie_elsewhere(media: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = tmp_path_factory.mktemp("lists") / "list.txt"
+    place.write_text("78687.webm 3\n")
+    (item,) = list_items(str(place), "video", root=media)
+    assert item.path == media / "78687.webm"
+
+
+def test_imagenets_folders_give_labels_in_their_order(media: Path) -> None:
+    assert listed(list_items(str(media / "imagenet"), "image")) == [
+        ("n01440764/a.JPEG", "n01440764/a", "0"),
+        ("n01443537/b.JPEG", "n01443537/b", "1"),
+    ]
+    assert {item.label for item in list_items(str(media), "image")} == {""}  # other folders beside them
+
+
+def test_globs(media: Path) -> None:
+    assert [item.name for item in list_items(f"{media}/**/*.mp4", "video")] == sorted(
+        ["_8Vy3dlHg2w_00000.mp4", "abseiling/0wR5jVB-WPk_000417_000427.mp4", "with space.mp4"]
+    )
+
+
+def test_keys_stay_inside(tmp_path: Path) -> None:
+    assert Item(tmp_path, "../../etc/a.b.mp4").key == "etc/a_b"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.json", b"{", "no JSON"),
+        ("a.json", b'[{"x": 1}]', "is not a list of objects"),
+        ("a.txt", b"\xff\xfe\x00", "neither a list in UTF-8"),
+        ("a.txt", b"\n", "no video file in"),
+    ],
+)
+def test_lists_that_are_none(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        list_items(str(tmp_path / name), "video")

@@ -1,0 +1,140 @@
+"""The training profile: what it makes of a video, and that it is the same each time and after a kill."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+
+from bevt_ds.data import child
+from bevt_ds.data.limits import Limits
+from bevt_ds.data.pack import pack
+from bevt_ds.data.transcode import Profile, nearest, transcode
+from bevt_ds.data.video import decode_clip, opened, probe
+from bevt_ds.errors import UserError
+
+LIMITS = Limits()
+
+
+@pytest.fixture(scope="module")
+def clip(make: SimpleNamespace) -> bytes:
+    """60 frames at 25 a second, each of its own brightness, with B-frames and one keyframe."""
+    frames = np.stack([np.full((80, 120, 3), 40 + 3 * i, np.uint8) for i in range(60)])
+    return make.clip(frames, "mp4", "libx264", g="250", bf="3")
+
+
+def test_the_profile(clip: bytes) -> None:
+    data, facts = transcode(clip, Profile(short_side=64), LIMITS)
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        packets = [p for p in container.demux(stream) if p.size]
+        assert not container.streams.audio
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+    assert all(p.pts == p.dts for p in packets)  # no B-frames
+    assert [i for i, p in enumerate(packets) if p.is_keyframe] == [0, 16, 32, 48]
+    assert len({b.pts - a.pts for a, b in zip(packets, packets[1:], strict=False)}) == 1  # constant rate
+    info = probe(data, LIMITS)
+    assert (info.width, info.height, info.frames, info.fps) == (96, 64, 60, 25.0)
+    assert facts["source"]["fps"] == 25.0 and facts["times"][25] == 1.0 and facts["duration"] == 2.4
+
+
+def test_fewer_frames_show_the_same_moments(clip: bytes) -> None:
+    """At a fifth of the rate a stride of 1 shows what a stride of 5 showed."""
+    data, facts = transcode(clip, Profile(fps=5.0, crf=10), LIMITS)
+    assert facts["frames"] == 12 and facts["times"] == [round(0.2 * i, 4) for i in range(12)]
+    sparse = decode_clip(data, lambda total: np.arange(total), LIMITS)
+    source = decode_clip(clip, lambda total: np.arange(0, total, 5), LIMITS)
+    assert np.abs(sparse.mean((1, 2, 3)) - source.mean((1, 2, 3))).max() < 1.5  # frames are 15 levels apart
+
+
+@pytest.mark.parametrize(
+    ("times", "fps", "expected"),
+    [
+        ([0.0], 25.0, [0]),
+        ([0.0, 0.1, 0.2, 0.3], 10.0, [0, 1, 2, 3]),
+        ([0.0, 0.1, 0.2, 0.3], 5.0, [0, 2]),
+        ([0.0, 0.1, 0.2, 0.3], 20.0, [0, 0, 1, 1, 2, 2, 3, 3]),
+        ([0.0, 0.1, 1.0], 10.0, [0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2]),  # a variable rate
+    ],
+)
+def test_the_nearest_frame_in_time(times: list, fps: float, expected: list) -> None:
+    assert nearest(np.array(times), fps).tolist() == expected
+
+
+def test_the_same_bytes_for_any_number_of_processes(clip: bytes, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(4):
+        (source / f"{i}.mp4").write_bytes(clip)
+    outputs = [pack(source, tmp_path / str(jobs), "video", profile=Profile(), jobs=jobs).shards for jobs in (1, 3)]
+    assert outputs[0][0].read_bytes() == outputs[1][0].read_bytes()
+    with tarfile.open(outputs[0][0]) as tar:
+        facts = json.loads(tar.extractfile("2.json").read())
+    assert facts["source"]["codec"] == "h264" and facts["fps"] == 25.0 and len(facts["times"]) == 60
+    manifest = json.loads((tmp_path / "1" / "train-manifest.json").read_text())
+    assert manifest["codecs"] == {"h264": 4} and manifest["seconds"] == 9.6 and manifest["frames"] == 240
+
+
+PACK = (
+    "import sys; from pathlib import Path; from bevt_ds.data.pack import pack; "
+    "pack(sys.argv[1], Path(sys.argv[2]), 'video', shard_samples=5, jobs=1)"
+)
+
+
+def test_a_killed_packing_goes_on_where_it_was(clip: bytes, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(13):
+        (source / f"{i:02d}.mp4").write_bytes(clip if i != 7 else clip[:-50])
+    command = [*child.command("x")[:-2], "-c", PACK, str(source), str(tmp_path / "out")]
+    journal = tmp_path / "out" / ".train.unfinished" / "journal.jsonl"
+    seen = [0]
+    for _ in range(4):  # killed as soon as it has got two files further
+        process = subprocess.Popen(command, env=child.environment())
+        deadline = time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < deadline:
+            lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
+            if lines > seen[-1] + 2:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        process.wait()
+        seen.append(journal.read_bytes().count(b"\n") if journal.exists() else seen[-1])
+    assert seen[1] < seen[2]
+    interrupted = pack(source, tmp_path / "out", "video", shard_samples=5, jobs=2)
+    straight = pack(source, tmp_path / "straight", "video", shard_samples=5)
+    assert [p.read_bytes() for p in interrupted.shards] == [p.read_bytes() for p in straight.shards]
+    assert (interrupted.samples, interrupted.rejected) == (straight.samples, straight.rejected) == (12, 1)
+    for name in ("train-manifest.json", "train-rejected.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert not journal.parent.exists()
+
+
+def test_an_unfinished_packing_of_something_else_is_not_continued(clip: bytes, tmp_path: Path, monkeypatch) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.mp4").write_bytes(clip)
+    with monkeypatch.context() as patch:
+        patch.setattr("bevt_ds.data.pack._write_reports", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pack(source, tmp_path / "out", "video")
+    with pytest.raises(UserError, match="unfinished packing of other files or with other options"):
+        pack(source, tmp_path / "out", "video", profile=Profile())
+    assert pack(source, tmp_path / "out", "video").samples == 1  # killed while it gave the shards their names
+
+
+def test_decoding_can_start_at_any_keyframe(clip: bytes) -> None:
+    data, _ = transcode(clip, Profile(), LIMITS)
+    with opened(data, LIMITS) as video:
+        video.frames(np.array([40, 41]))
+        assert video.decoded <= 41 - 32 + 2
