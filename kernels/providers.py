@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 PROVIDERS = ("auto", "triton", "torch")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def _compiles() -> bool:
 
 def why_not_triton(device: torch.device) -> str | None:
     """The reason for which the kernels cannot run on tensors of `device`, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "the package triton is not installed"
     if device.type == "cpu" and not interpreting():
         return "the tensors are on a CPU and TRITON_INTERPRET=1 is not set"

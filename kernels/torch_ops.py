@@ -109,7 +109,8 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.rows = len(x)
-        return x.index_select(0, index.clamp_min(0)).masked_fill_((index < 0)[:, None], 0)
+        # Not in place: torch 2.11 compiles a function whose result was changed in place to a wrong gradient.
+        return x.index_select(0, index.clamp_min(0)).masked_fill((index < 0)[:, None], 0)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:

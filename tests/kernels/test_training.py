@@ -1,5 +1,13 @@
 """Thirty steps of a small two-stage model, by the kernels and in plain PyTorch: the same losses."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -53,18 +61,24 @@ class TwoStages(nn.Module):
         return losses.sum() / len(rows)
 
 
-def train(provider, dtype, device):
-    """The loss of each step."""
-    torch.manual_seed(1)
-    model = TwoStages(provider).to(device, dtype)
+def sample(dtype, device):
+    """Tokens, mask, masked rows with three of padding, targets."""
     tokens = torch.randn(1, 1, 4, 8, 12).to(device, dtype)
     mask = (torch.rand(1, 1, 2, 4) < 0.6).to(device)
     rows = F.pad(mask.flatten().cpu().nonzero()[:, 0], (0, 3), value=-1).to(device)
     target = torch.randint(VOCABULARY, (len(rows),)).to(device).masked_fill(rows < 0, -100)
+    return tokens, mask, rows, target
+
+
+def train(provider, dtype, device):
+    """The loss of each step."""
+    torch.manual_seed(1)
+    model = TwoStages(provider).to(device, dtype)
+    inputs = sample(dtype, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.15)
     losses = []
     for _ in range(STEPS):
-        loss = model(tokens, mask, rows, target)
+        loss = model(*inputs)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -86,3 +100,22 @@ def test_same_losses_with_and_without_kernels(device):
     error = ((ours - exact) / exact).abs().max()
     allowed = 3 * ((plain - exact) / exact).abs().max() + 1e-5
     assert error <= allowed, f"{error:.2e} > {allowed:.2e}"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_under_zero(stage):
+    """DeepSpeed's partitioned gradients and parameters, gathered around modules, reach the kernels intact."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    program = Path(__file__).with_name("zero_run.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(stage)], env=os.environ | rank, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain, ours = json.loads(done.stdout.splitlines()[-1])
+    assert plain[-1] < plain[0]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(plain), rtol=1e-5, atol=0)
