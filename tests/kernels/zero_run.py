@@ -8,19 +8,16 @@ A program and not a test, because an engine takes over its process.
 import json
 import os
 import sys
-from pathlib import Path
 
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+if not torch.cuda.is_available():  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import deepspeed
-
-sys.path.insert(0, str(Path(__file__).parent))
 from test_training import TwoStages, sample
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 3
 
 
