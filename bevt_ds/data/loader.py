@@ -212,10 +212,10 @@ class Loader:
             raise error
         if failures:
             raise RuntimeError("reading data has failed on another rank; the reason is in that rank's output")
-        for (stream, ledger), good, bad in zip(self._reader.ledgers.items(), counts[::2], counts[1::2], strict=True):
-            require_few_bad(stream.kind, good, bad, self._config.max_bad_fraction, ledger.path)
         if limits:
             raise DataLimitError("another rank has met too many bad samples in a row; its output names the last")
+        for (stream, ledger), good, bad in zip(self._reader.ledgers.items(), counts[::2], counts[1::2], strict=True):
+            require_few_bad(stream.kind, good, bad, self._config.max_bad_fraction, ledger.path)
 
     def _prepare(self, start_step: int, ahead: int) -> None:
         """The background thread: keeps `ahead` micro-batches decoding and as many ready."""

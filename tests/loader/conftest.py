@@ -115,13 +115,13 @@ def noise(*shape: int, seed: int = 0, softness: float = 30.0) -> np.ndarray:
     return np.clip(128 + 80 * waves + rng.normal(0, softness, (*shape, 3)), 0, 255).astype(np.uint8)
 
 
-def encode_clip(frames: np.ndarray, container: str, codec: str, **options: str) -> bytes:
+def encode_clip(frames: np.ndarray, container: str, codec: str, pixel_format: str = "yuv420p", **options: str) -> bytes:
     """A clip with any codec of FFmpeg: uint8 (N,H,W,3) -> file bytes."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as out:
         stream = out.add_stream(codec, rate=Fraction(25))
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pixel_format
         stream.options = options
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

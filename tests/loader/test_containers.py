@@ -1,0 +1,177 @@
+"""Containers are read before FFmpeg sees them: real ones pass, those that contradict themselves do not."""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+
+from bevt_ds.data.check import outlook
+from bevt_ds.data.container import check_container
+from bevt_ds.data.images import check_image
+from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.video import decode_clip, opened, probe
+
+LIMITS = Limits()
+WIDTH, HEIGHT, FRAMES = 64, 48, 20
+
+
+@pytest.fixture(scope="module")
+def videos(make: SimpleNamespace) -> dict[str, bytes]:
+    frames = make.noise(FRAMES, HEIGHT, WIDTH, softness=5.0)
+    vp9 = {"deadline": "realtime", "cpu-used": "8"}
+    return {
+        "mp4": make.clip(frames, "mp4", "libx264", g="8", bf="2"),
+        "mov": make.clip(frames, "mov", "mpeg4"),
+        "webm": make.clip(frames, "webm", "libvpx-vp9", **vp9),
+        "mkv": make.clip(frames, "matroska", "libx264"),
+        "avi": make.clip(frames, "avi", "mpeg4"),
+        "sound": with_sound(frames, "mp4", "libx264", "aac"),
+        "webm sound": with_sound(frames, "webm", "libvpx-vp9", "libopus", **vp9),
+    }
+
+
+def with_sound(frames: np.ndarray, container: str, codec: str, sound: str, **options: str) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=Fraction(25))
+        stream.height, stream.width, stream.pix_fmt, stream.options = HEIGHT, WIDTH, "yuv420p", options
+        audio = out.add_stream(sound, rate=48000, layout="mono")
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 38400), np.int16), "s16", "mono")
+        samples.rate = 48000
+        for packet in audio.encode(av.AudioResampler("fltp" if sound == "aac" else "s16").resample(samples)[0]):
+            out.mux(packet)
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode(None))
+        out.mux(audio.encode(None))
+    return buffer.getvalue()
+
+
+NAMES = ["mp4", "mov", "webm", "mkv", "avi", "sound", "webm sound"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_sound_passes(videos: dict[str, bytes], name: str) -> None:
+    claims = check_container(videos[name], LIMITS)
+    assert (claims.width, claims.height) == (WIDTH, HEIGHT)
+    assert claims.frames in (FRAMES, None)
+    with opened(videos[name], LIMITS) as video:
+        assert video.decode_all() == FRAMES
+
+
+def test_real_clips_pass(media_folder: Path) -> None:
+    for path in media_folder.iterdir():
+        if path.suffix in (".mp4", ".avi"):
+            assert probe(path.read_bytes(), LIMITS).frames > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cut_anywhere_is_found(videos: dict[str, bytes], name: str) -> None:
+    """D15: either the container says so, or a clip that lies in the good part is decoded as from the whole file."""
+    data = videos[name]
+    for length in np.linspace(0, len(data) - 9, 150).astype(int):
+        with pytest.raises(BadSample):
+            check_container(data[:length], LIMITS)
+
+
+def put(data: bytes, box: bytes, offset: int, value: bytes, nth: int = 0) -> bytes:
+    """`data` with `value` at `offset` behind the nth occurrence of a box's name (`avc1` is first named in `ftyp`)."""
+    at = -1
+    for _ in range(nth + 1):
+        at = data.index(box, at + 1)
+    at += 4 + offset
+    return data[:at] + value + data[at + len(value) :]
+
+
+def u32(*values: int) -> bytes:
+    return struct.pack(f">{len(values)}I", *values)
+
+
+LIES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
+    "D14 width": ("mp4", lambda d: put(d, b"avc1", 24, struct.pack(">H", 640), nth=1), "640x48.*its stream 64x48"),
+    "D14 no width": ("mp4", lambda d: put(d, b"avc1", 24, bytes(2), nth=1), "0x48 pixels"),
+    "D14 two descriptions": ("mp4", lambda d: put(d, b"stsd", 4, u32(2)), "several sample descriptions"),
+    "D14 chunk offset": ("mp4", lambda d: put(d, b"stco", 8, u32(1 << 30)), "points at byte"),
+    "D14 chunk count": ("mp4", lambda d: put(d, b"stco", 4, u32(1 << 30)), "more than it holds"),
+    "D14 sample size": ("mp4", lambda d: put(d, b"stsz", 12, u32(1 << 24)), "points at byte"),
+    "D14 frame count": ("mp4", lambda d: put(d, b"stsz", 8, u32(FRAMES - 1)), "disagree about the number of frames"),
+    "D14 samples a chunk": ("mp4", lambda d: put(d, b"stsc", 12, u32(7)), "disagree|damaged"),
+    "D14 times": ("mp4", lambda d: put(d, b"stts", 8, u32(3)), "does not cover its frames"),
+    "D14 keyframes": ("mp4", lambda d: put(d, b"stss", 8, u32(999)), "keyframes points outside"),
+    "D14 box size": ("mp4", lambda d: put(d, b"minf", -8, u32(1 << 20)), "says 1048576 bytes"),
+    "D14 codec": ("mp4", lambda d: d.replace(b"avc1\0\0\0\0\0\0", b"xyz1\0\0\0\0\0\0"), "codec 'xyz1'"),
+    "D14 two moov": ("mp4", lambda d: d + d[d.index(b"moov") - 4 :], "2 boxes 'moov'"),
+    "D17 frames": ("mp4", lambda d: put(d, b"stsz", 4, u32(1, 1_000_000)), "over data.max_frames"),
+    "D17 size": ("mp4", lambda d: put(d, b"avc1", 24, struct.pack(">HH", 60000, 60000), nth=1), "over data.max_pixels"),
+    "D14 webm width": ("webm", lambda d: d.replace(b"\xb0\x81\x40", b"\xb0\x81\x50", 1), "80x48.*its stream 64x48"),
+    "D15 webm size": ("webm", lambda d: d.replace(b"\xae\x01", b"\xae\x08", 1), "cut|damaged|impossible"),
+    "D18 sound only": ("sound", lambda d: d.replace(b"vide", b"soun"), "no video stream"),
+    "fragmented": ("mp4", lambda d: d + u32(8) + b"moof", "fragmented"),
+    "top": ("mp4", lambda d: d + u32(8) + b"evil", "unknown box 'evil'"),
+    "text": ("mp4", lambda d: b"not a video" * 20, "neither MP4"),
+    "empty": ("mp4", lambda d: b"", "empty"),
+    "avi size": ("avi", lambda d: d[:4] + struct.pack("<I", len(d) + 10) + d[8:], "cut"),
+    "avi chunk": ("avi", lambda d: d[:16] + struct.pack("<I", 1 << 30) + d[20:], "damaged"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_are_refused(videos: dict[str, bytes], lie: str) -> None:
+    name, change, reason = LIES[lie]
+    changed = change(videos[name])
+    assert changed != videos[name]
+    with pytest.raises(BadSample, match=reason):
+        probe(changed, LIMITS)
+
+
+def test_caps(videos: dict[str, bytes]) -> None:
+    """D17: the file, its frames, a picture, and a clip's decoded bytes."""
+    for limits, reason in [
+        (Limits(file_bytes=100), "over data.max_file_bytes=100"),
+        (Limits(frames=FRAMES - 1), f"it has {FRAMES} frames, over data.max_frames"),
+        (Limits(pixels=100), "64x48 pixels, over data.max_pixels=100"),
+        (Limits(clip_bytes=100), "over data.max_clip_bytes=100"),
+    ]:
+        with pytest.raises(BadSample, match=reason):
+            decode_clip(videos["mp4"], lambda total: np.arange(4), limits)
+    with pytest.raises(BadSample, match="over data.max_file_bytes=100"):
+        check_image(b"\xff\xd8\xff" + bytes(200), Limits(file_bytes=100))
+
+
+def test_bombs_cost_nothing(videos: dict[str, bytes], make: SimpleNamespace) -> None:
+    """D13, D17: refused within milliseconds, because the header is all that is read."""
+    video = put(videos["mp4"], b"avc1", 24, struct.pack(">HH", 60000, 60000), nth=1)
+    png = b"\x89PNG\r\n\x1a\n" + u32(13) + b"IHDR" + u32(30000, 30000) + bytes(17) + b"IEND" + bytes(4)
+    for check, data in [(check_container, video), (check_image, png)]:
+        began = time.process_time()
+        with pytest.raises(BadSample, match="over data.max_pixels"):
+            check(data, LIMITS)
+        assert time.process_time() - began < 0.05
+
+
+@pytest.mark.parametrize("pixel_format", ["yuv422p", "yuv444p", "yuv420p10le"])
+def test_other_pixel_formats_are_decoded(make: SimpleNamespace, pixel_format: str) -> None:
+    """D18: the CPU path takes them; `bevt shards check` notes that a GPU would not."""
+    frames = make.noise(4, HEIGHT, WIDTH, softness=5.0)
+    data = make.clip(frames, "mp4", "libx264", pixel_format=pixel_format)
+    pixels = decode_clip(data, lambda total: np.arange(total), LIMITS)
+    assert pixels.shape == frames.shape
+    assert np.abs(pixels.astype(int) - frames).mean() < 12
+    facts = vars(probe(data, LIMITS))
+    assert "not for GPU decoding" in outlook([facts])[0]
+
+
+@pytest.mark.parametrize(("height", "width", "frames"), [(50, 34, 1), (66, 98, 3)])
+def test_odd_shapes(make: SimpleNamespace, height: int, width: int, frames: int) -> None:
+    """D18: a single frame, sides that are no multiple of 16."""
+    data = make.clip(make.noise(frames, height, width), "mp4", "libx264")
+    assert decode_clip(data, lambda total: np.zeros(5, int), LIMITS).shape == (5, height, width, 3)

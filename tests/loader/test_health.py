@@ -1,0 +1,237 @@
+"""Too many bad samples: all ranks stop at the same micro-batch. What is no matter of bytes is passed on at a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from bevt_ds.config import Config
+from bevt_ds.data.decode_pool import DecodePool, DecodeWorker
+from bevt_ds.data.ledger import ALWAYS_ALLOWED, IN_A_ROW, DataLimitError, Ledger, Skips, merge_states, require_few_bad
+from bevt_ds.data.limits import BadSample
+from bevt_ds.data.loader import Loader
+from bevt_ds.data.members import Member
+from bevt_ds.data.plan import PlanEntry, StreamId
+from bevt_ds.data.stream import StreamReader
+from bevt_ds.data.timing import StageTimes, bottleneck
+
+MEMBER = Member("/data/s.tar", "k\x1b[31m", "mp4", 512, 10, 0)
+
+
+class Ranks:
+    """`world` threads that sum numbers, as processes do."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self.calls = world, 0
+        self._barrier, self._shares = threading.Barrier(world, timeout=60), [[] for _ in range(world)]
+
+    def exchange(self, rank: int) -> Callable[[list[int]], list[int]]:
+        def total(numbers: list[int]) -> list[int]:
+            self._shares[rank] = numbers
+            self._barrier.wait()
+            result = [sum(column) for column in zip(*self._shares, strict=True)]
+            self._barrier.wait()
+            return result
+
+        return total
+
+
+def run_ranks(config: Config, world: int, steps: int = 40) -> list[tuple[int, BaseException | None]]:
+    """Per rank: the micro-batches it got, and what ended it."""
+    ranks, results = Ranks(world), [(0, None)] * world
+
+    def work(rank: int) -> None:
+        got = 0
+        try:
+            with Loader(config, rank, world, exchange=ranks.exchange(rank)) as loader:
+                for _ in islice(loader, steps):
+                    got += 1
+            results[rank] = (got, None)
+        except Exception as error:
+            results[rank] = (got, error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.fixture
+def images_only(config: Config) -> Config:
+    return replace(config, train=replace(config.train, global_clips=0, micro_clips=0, micro_images=2))
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[PlanEntry], bool], error: Exception) -> None:
+    """Make some places of the plan unusable."""
+    real = StreamReader._fetch
+
+    def fetch(self: StreamReader, group: list[PlanEntry]):
+        future = real(self, group)
+        if is_bad(group[0]):
+            future = type(future)()
+            future.set_exception(error)
+        return future
+
+    monkeypatch.setattr(StreamReader, "_fetch", fetch)
+
+
+def test_ranks_stop_together_when_one_of_them_meets_too_many(images_only: Config, monkeypatch) -> None:
+    """D21, D22: only slots of rank 1 are bad; 2 slots a micro-batch and rank, so it is over after a few steps."""
+    spoil(monkeypatch, lambda e: e.attempt == 0 and e.slot % 4 >= 2, BadSample("spoilt"))
+    (got, error), (also_got, also_error) = run_ranks(images_only, 2)
+    assert got == also_got > 0
+    for e in (error, also_error):
+        assert isinstance(e, DataLimitError) and e.exit_code == 3 and "data.max_bad_fraction" in str(e)
+    assert got == ALWAYS_ALLOWED // 2  # the 11th bad sample is in the 6th micro-batch
+
+
+def test_a_rank_that_finds_nothing_good_stops_the_others(images_only: Config, monkeypatch) -> None:
+    """All substitutes of one slot are bad too: there is no batch to hand out."""
+    spoil(monkeypatch, lambda e: e.step == 1 and e.slot == 2, BadSample("spoilt"))
+    (got, error), (also_got, also_error) = run_ranks(images_only, 2)
+    assert got == also_got == 2
+    assert isinstance(error, DataLimitError) and isinstance(also_error, DataLimitError)
+    assert f"{IN_A_ROW} bad image samples in a row" in str(also_error) and "another rank" in str(error)
+
+
+def test_a_bug_on_one_rank_stops_the_others(images_only: Config, monkeypatch) -> None:
+    spoil(monkeypatch, lambda e: e.step == 1 and e.slot == 2, ZeroDivisionError("a bug"))
+    (got, error), (also_got, also_error) = run_ranks(images_only, 2)
+    assert got == also_got == 2
+    assert isinstance(also_error, ZeroDivisionError)
+    assert isinstance(error, RuntimeError) and "failed on another rank" in str(error)
+
+
+def test_few_bad_samples_stop_nobody(images_only: Config, monkeypatch) -> None:
+    spoil(monkeypatch, lambda e: e.attempt == 0 and e.slot == 3 and e.step < 4, BadSample("spoilt"))
+    assert run_ranks(images_only, 2, steps=12) == [(12, None)] * 2
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "fraction", "stops"),
+    [(0, 10, 0.001, False), (0, 11, 0.001, True), (19_980, 20, 0.001, False), (19_979, 21, 0.001, True)],
+)
+def test_the_budget(good: int, bad: int, fraction: float, stops: bool) -> None:
+    if stops:
+        with pytest.raises(DataLimitError, match="over data.max_bad_fraction=0.001"):
+            require_few_bad("clip", good, bad, fraction, Path("x.jsonl"))
+    else:
+        require_few_bad("clip", good, bad, fraction, None)
+
+
+def entry(step: int, slot: int = 0, attempt: int = 0) -> PlanEntry:
+    return PlanEntry(step, slot, attempt, 0, 0, 0.0, 0.0, 64, (0.5, 0.5), False, (1.0, 1.0, 1.0))
+
+
+def test_rows_are_counted_for_each_stream(tmp_path: Path) -> None:
+    """Good images do not hide that no video is readable."""
+    videos, images = (Ledger(s, None, Skips()) for s in (StreamId.VIDEO, StreamId.IMAGE))
+    with pytest.raises(DataLimitError, match="100 bad video samples in a row"):
+        for i in range(IN_A_ROW):
+            images.accept(1)
+            videos.reject(entry(i), MEMBER, BadSample("broken"))
+
+
+def test_hostile_keys_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    """S5: a key is data; the ledger and the messages show its escape characters as such."""
+    ledger = Ledger(StreamId.VIDEO, tmp_path / "bad.jsonl", Skips())
+    with pytest.raises(DataLimitError) as caught:
+        for i in range(IN_A_ROW):
+            ledger.reject(entry(i), MEMBER, BadSample("broken"))
+    text = (tmp_path / "bad.jsonl").read_text()
+    assert "\x1b" not in text + str(caught.value)
+    assert json.loads(text.splitlines()[0])["key"] == MEMBER.key
+
+
+def test_only_later_and_transient_skips_are_passed_on() -> None:
+    skips = Skips()
+    ledger = Ledger(StreamId.VIDEO, None, skips)
+    ledger.reject(entry(3), MEMBER, BadSample("timed out", transient=True))
+    ledger.reject(entry(5, 1), MEMBER, BadSample("timed out", transient=True))
+    ledger.reject(entry(6), MEMBER, BadSample("broken"))
+    state = json.loads(json.dumps(skips.state(4)))
+    assert state == {"skips": [[0, 5, 1, 0, "timed out"]]}
+    assert Skips(state).reason(StreamId.VIDEO, entry(5, 1)) == "timed out"
+    assert Skips(state).reason(StreamId.VIDEO, entry(5, 1, 1)) is None
+    assert merge_states([state, skips.state(0), {}]) == skips.state(0)
+
+
+def test_a_resumed_run_skips_what_the_first_one_had_no_time_for(config: Config) -> None:
+    """A clip that timed out the first time decodes the second; the batches must not differ for that."""
+    state = {"skips": [[int(StreamId.VIDEO), 2, 1, 0, "not decoded within 20 s"]]}
+    with Loader(config, state=state) as loader:
+        whole = list(islice(loader, 6))
+        assert loader.bad_samples == 1
+    with Loader(config) as loader:
+        unskipped = list(islice(loader, 6))
+    with Loader(config, start_step=2, state=state) as loader:
+        resumed = list(islice(loader, 2))
+        assert loader.state() == {"skips": []}  # those are of a step that is done
+    assert torch.equal(resumed[0].video.pixels, whole[4].video.pixels)
+    assert not torch.equal(unskipped[4].video.pixels, whole[4].video.pixels)
+
+
+def test_a_time_out_becomes_state(config: Config, monkeypatch) -> None:
+    real, calls = DecodePool._answer, []
+
+    def slow_once(self, load, request):
+        calls.append(request)
+        if len(calls) == 1:
+            raise BadSample("not decoded within 20 s", transient=True)
+        return real(self, load, request)
+
+    monkeypatch.setattr(DecodePool, "_answer", slow_once)
+    with Loader(config) as loader:
+        next(loader)
+        state = loader.state()
+    assert [row[-1] for row in Skips(state).state(0)["skips"]] in ([], ["not decoded within 20 s"])
+    assert loader._reader.skips.state(0)["skips"][0][-1] == "not decoded within 20 s"
+
+
+@pytest.mark.parametrize("batches", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_dead_workers_change_nothing(config: Config, monkeypatch, batches: int) -> None:
+    """D20: the worker is killed before every clip (200 times in the long version); order and content stay."""
+    few = replace(config, train=replace(config.train, global_images=0, micro_images=0))
+    with Loader(few) as loader:
+        expected = [batch.video.view for batch in islice(loader, batches)]
+    real, seen = DecodeWorker.ask, set()
+
+    def killed_once(self: DecodeWorker, request: dict, data: bytes, seconds: float):
+        if (place := (str(request["starts"]), len(data))) not in seen:
+            seen.add(place)
+            os.kill(self.pid, signal.SIGKILL)
+        return real(self, request, data, seconds)
+
+    monkeypatch.setattr(DecodeWorker, "ask", killed_once)
+    with Loader(few) as loader:
+        for view in expected:
+            assert torch.equal(next(loader).video.view, view)
+        assert loader.bad_samples == 0
+    assert len(seen) >= 2 * batches
+
+
+def test_the_bottleneck_is_the_busiest_stage() -> None:
+    times = StageTimes()
+    times.add("decode", 8.0)
+    times.add("augment", 3.0)
+    lanes = {"storage": 4, "demux": 4, "decode": 4, "augment": 1, "copy": 1}
+    line = bottleneck(times.take(), lanes)
+    assert line.startswith("the data's bottleneck is augment") and "decode 2.00 s" in line and "data.threads" in line
+    assert sum(times.take().values()) == 0
+
+
+def test_the_loader_knows_its_bottleneck(config: Config) -> None:
+    with Loader(config) as loader:
+        list(islice(loader, 3))
+        assert "the data's bottleneck is" in loader.bottleneck()
