@@ -6,8 +6,8 @@ dq = scale dS k, dk = scale dS^T q, dv = P^T dout, dtable[u(q) - u(k)] = sum of 
 
 A window of at most 64 tokens fits one tile: one kernel recomputes P once and gives everything. A larger
 one takes a kernel stationary in the queries (dq, delta), one in the keys (dk, dv), and one that sums
-dS over windows, stationary in a tile of pairs. The sums `pairs` (groups, h, N, N) are folded
-into table rows by a last kernel.
+dS over windows, stationary in a tile of pairs. The sums `pairs` (groups, h, N, N) are added up over
+groups and folded into table rows by a last kernel.
 """
 
 from __future__ import annotations
@@ -271,9 +271,9 @@ def window_attention_bwd_small_kernel(
     tl.store(pairs + n[:, None] * tokens + n[None, :], total, mask=both)
 
 
-@triton.jit(do_not_specialize=["heads", "groups", "WT", "WH", "WW", "TT", "TH", "TW"])
-def fold_pairs_kernel(pairs, dtable, heads, groups, WT, WH, WW, TT, TH, TW, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """pairs (groups, h, N, N) -> dtable ((2TT-1)(2TH-1)(2TW-1), h), every sum in a fixed order.
+@triton.jit(do_not_specialize=["heads", "WT", "WH", "WW", "TT", "TH", "TW"])
+def fold_pairs_kernel(pairs, dtable, heads, WT, WH, WW, TT, TH, TW, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """pairs (h, N, N) -> dtable ((2TT-1)(2TH-1)(2TW-1), h), every sum in a fixed order.
 
     A program owns one head, one offset (dt, dh) and ROWS neighbouring offsets dw. It walks over the
     queries that have a key at (dt, dh): BLOCK at a time, neighbouring dw on neighbouring keys.
@@ -288,6 +288,7 @@ def fold_pairs_kernel(pairs, dtable, heads, groups, WT, WH, WW, TT, TH, TW, BLOC
     deep = tl.maximum(WT - tl.abs(dt), 0)
     down = tl.maximum(WH - tl.abs(dh), 0)
     tokens = WT * WH * WW
+    pairs += head.to(tl.int64) * tokens * tokens
     total = tl.zeros([BLOCK, ROWS], tl.float32)
     for first in range(0, deep * down * WW, BLOCK):
         t, h, w = coordinates(first + tl.arange(0, BLOCK), (deep, down, WW))
@@ -298,21 +299,19 @@ def fold_pairs_kernel(pairs, dtable, heads, groups, WT, WH, WW, TT, TH, TW, BLOC
         key_w = w[:, None] - dw[None, :]
         valid = (first + tl.arange(0, BLOCK) < deep * down * WW)[:, None]
         valid = valid & (key_w >= 0) & (key_w < WW)
-        for group in range(groups):
-            base = pairs + (group * heads + head).to(tl.int64) * tokens * tokens
-            total += tl.load(base + query[:, None] * tokens + key, mask=valid, other=0.0)
+        total += tl.load(pairs + query[:, None] * tokens + key, mask=valid, other=0.0)
     rows = ((dt + TT - 1) * (2 * TH - 1) + dh + TH - 1) * (2 * TW - 1) + column
     tl.store(dtable + rows * heads + head, tl.sum(total, 0), mask=column < 2 * TW - 1)
 
 
 def launch_fold(pairs: Tensor, bias_table: Tensor, windows: Windows) -> Tensor:
-    """Gradient of the table, in its dtype."""
-    groups, heads = pairs.shape[:2]
+    """Gradient of the table, in its dtype, from pairs (groups, h, N, N)."""
+    heads = pairs.shape[1]
     dtable = torch.empty_like(bias_table)
     t, h, w = (2 * extent - 1 for extent in windows.table_window)
     sizes = (*windows.window, *windows.table_window)
     grid = (t * h * triton.cdiv(w, FOLD["ROWS"]), heads)
-    launch(fold_pairs_kernel, grid, pairs, dtable, heads, groups, *sizes, **FOLD)
+    launch(fold_pairs_kernel, grid, pairs.sum(0), dtable, heads, *sizes, **FOLD)
     return dtable
 
 

@@ -17,14 +17,16 @@ attend = partial(kernels.window_attention, provider="triton")
 
 def test_matches_reference(every_case, dtype, device, inputs, check_op, poisoned):
     """Output, dqkv and dtable, with every output element written."""
-    qkv, table, sizes = inputs(every_case, dtype, device)
+    heads = 1 if every_case.startswith("large-") else 2  # the interpreter takes a second a head of these
+    qkv, table, sizes = inputs(every_case, dtype, device, heads=heads)
     check_op(attend, reference.window_attention, (qkv, table), **sizes)
 
 
-@pytest.mark.parametrize("case", ["clip-shifted", "large-shifted"])
+@pytest.mark.parametrize("case", ["clip-shifted", "large-cut-in-time"])
 def test_head_dim_batch_and_scale(case, device, inputs, check_op, poisoned):
-    """d = 32, three heads, two samples, a given scale."""
-    qkv, table, sizes = inputs(case, torch.float32, device, batch=2, heads=3, d=32)
+    """d = 32, three heads or two, two samples, a given scale."""
+    heads = 3 if case == "clip-shifted" else 2
+    qkv, table, sizes = inputs(case, torch.float32, device, batch=2, heads=heads, d=32)
     check_op(attend, reference.window_attention, (qkv, table), **sizes, scale=0.5)
 
 
@@ -78,10 +80,10 @@ def test_regions_do_not_see_each_other(case, device, inputs):
         assert not torch.equal(before[mine], after[mine])
 
 
-@pytest.mark.parametrize("case", ["clip-shifted", "large"])
+@pytest.mark.parametrize("case", ["clip-shifted", "large-cut-in-time"])
 def test_bitwise_repeatable(case, device, inputs):
     """No atomics: equal inputs, equal bits."""
-    qkv, table, sizes = inputs(case, torch.float32, device)
+    qkv, table, sizes = inputs(case, torch.float32, device, heads=1)
 
     def run():
         leaves = qkv.clone().requires_grad_(), table.clone().requires_grad_()
