@@ -140,14 +140,20 @@ def read_index(place: Path, path: str) -> tuple[Shard, dict[str, Any]] | None:
     """A stored index and the identity of the tar it was made of; None: there is none, or it is damaged."""
     try:
         stored = json.loads(place.read_text(encoding="utf-8"))
-        if stored.pop("version") != VERSION:
+        if stored["version"] != VERSION or stored.pop("digest") != index_digest(stored):
             return None
+        del stored["version"]
         identity, ignored = stored.pop("tar"), int(stored.pop("ignored"))
         shard = Shard(path=path, ignored=ignored, **{name: tuple(column) for name, column in stored.items()})
         _check_columns(shard, int(identity["size"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return shard, identity
+
+
+def index_digest(stored: dict[str, Any]) -> str:
+    """The digest that an index carries of itself: a part of it that has changed cannot pass for the whole."""
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
 def _check_columns(shard: Shard, tar_size: int) -> None:
@@ -167,7 +173,8 @@ def _check_columns(shard: Shard, tar_size: int) -> None:
 def write_index(places: Sequence[Path], identity: dict[str, Any], shard: Shard) -> None:
     """Store an index at the first place that can be written; that none can costs time at the next start only."""
     columns = {name: getattr(shard, name) for name in COLUMNS}
-    text = json.dumps({"version": VERSION, "tar": identity, "ignored": shard.ignored, **columns})
+    stored = {"version": VERSION, "tar": identity, "ignored": shard.ignored, **columns}
+    text = json.dumps({**stored, "digest": index_digest(stored)})
     for place in places:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)

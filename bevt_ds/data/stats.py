@@ -85,7 +85,7 @@ def plot(facts: Facts, path: Path) -> None:
     plt.close(figure)
 
 
-def measure(paths: Sequence[str], config: DataConfig, seconds: float = 5.0) -> Supply:
+def measure(paths: Sequence[str], config: DataConfig, seconds: float = 3.0) -> Supply:
     """Decode clips as a recipe's plan would choose them, on all cores, for about so long. UserError: none decodes."""
     cores = len(os.sched_getaffinity(0))
     storage, pool = Storage(config), DecodePool(cores, config.decode_seconds, Limits.of(config))

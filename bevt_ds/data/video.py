@@ -159,6 +159,8 @@ def opened(data: bytes, limits: Limits) -> Iterator[Video]:
             if not container.streams.video:
                 raise BadSample("it has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadSample("FFmpeg does not know its codec")
             stream.codec_context.thread_count = 1  # the worker processes are the parallelism
             yield Video(container, stream, claims, limits)
     except av.error.FFmpegError as error:

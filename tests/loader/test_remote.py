@@ -27,7 +27,7 @@ from bevt_ds.errors import UserError
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`. `faults` are used up, one a request: "500", "404", "stall", "cut", "drop", "trickle"."""
+    """Serves `files`. `faults` are used up, one a request: "500", "404", "stall", "cut", "trickle"."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -60,8 +60,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("ETag", '"1"')
-        if fault != "drop":
-            self.send_header("Content-Length", str(len(data) - begin))
+        self.send_header("Content-Length", str(len(data) - begin))
         self.end_headers()
         self._send(data[begin:], fault)
 
@@ -69,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         half = len(data) // 2
         self.wfile.write(data[:half])
         self.wfile.flush()
-        if fault in ("cut", "drop"):
+        if fault == "cut":
             return
         if fault == "stall":
             self.server.released.wait(20)

@@ -1,0 +1,113 @@
+"""Several clips from one decode of a video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from bevt_ds.config import Config, DataConfig
+from bevt_ds.data.decode_pool import DecodePool
+from bevt_ds.data.limits import BadSample
+from bevt_ds.data.loader import Loader
+from bevt_ds.data.plan import StreamId, StreamPlan, clip_frames
+from bevt_ds.errors import UserError
+from bevt_ds.validate import validate
+
+COUNTS = (5, 3, 4)
+
+
+@pytest.fixture
+def paired(config: Config) -> Config:
+    return replace(config, data=replace(config.data, clips_per_video=2))
+
+
+def test_one_clip_a_video_is_the_plan_as_it_always_was() -> None:
+    once = StreamPlan(StreamId.VIDEO, COUNTS, DataConfig(), 0, 6).entry(3, 2)
+    assert once.phase == 0.0
+    others = StreamPlan(StreamId.IMAGE, COUNTS, DataConfig(clips_per_video=2), 0, 6)
+    assert others.clips_per_sample == 1  # of images there is nothing to decode twice
+
+
+def test_a_group_shares_a_video_and_differs_in_all_else() -> None:
+    plan = StreamPlan(StreamId.VIDEO, COUNTS, DataConfig(clips_per_video=3), 0, 6)
+    entries = [plan.entry(step, slot) for step in range(6) for slot in range(6)]
+    groups = [entries[i : i + 3] for i in range(0, 36, 3)]
+    for group in groups:
+        assert len({(e.shard, e.member, e.start) for e in group}) == 1
+        assert len({e.phase for e in group}) == len({e.crop for e in group}) == 3
+    assert len({(g[0].shard, g[0].member) for g in groups}) == 12  # an epoch shows each video in one group
+    assert all((plan.masks(0)[0] != plan.masks(0)[i]).any() for i in (1, 2))
+    again = [plan.entry(2, slot, attempt=1) for slot in range(3)]
+    assert len({(e.shard, e.member) for e in again}) == 1
+
+
+def test_phases_stay_in_the_span() -> None:
+    for phase in np.linspace(0, 0.999, 7):
+        numbers = clip_frames(0.9999, 100, 8, 4, phase)
+        assert (np.diff(numbers) == 4).all() and numbers.max() < 100
+
+
+def test_the_clips_are_those_that_single_decodes_would_give(paired: Config, monkeypatch) -> None:
+    decodes = []
+    real = DecodePool.clips
+    monkeypatch.setattr(
+        DecodePool, "clips", lambda self, load, starts, *a: decodes.append(starts) or real(self, load, starts, *a)
+    )
+    with Loader(paired) as loader:
+        batches = list(islice(loader, 4))
+        plan = loader._reader._readers[StreamId.VIDEO].plan
+    assert all(len(starts) == 2 for starts in decodes)
+    views = torch.cat([b.video.view for b in batches])
+    assert not torch.equal(views[0], views[1])
+    solo = replace(paired, data=replace(paired.data, clips_per_video=1))
+    real_entry = StreamPlan.entry
+
+    def same_entry(self, *arguments):
+        return real_entry(plan if self.stream == plan.stream else self, *arguments)
+
+    monkeypatch.setattr(StreamPlan, "entry", same_entry)
+    with Loader(solo) as loader:
+        alone = torch.cat([b.video.view for b in islice(loader, 4)])
+    assert torch.equal(views, alone)
+
+
+def test_any_split_over_ranks_and_any_resume(paired: Config) -> None:
+    with Loader(paired) as loader:
+        whole = list(islice(loader, 6))
+    dealt = []
+    for rank in range(2):
+        with Loader(paired, rank=rank, world=2) as loader:
+            dealt.append(list(islice(loader, 3)))
+    with Loader(paired, start_step=1) as loader:
+        later = list(islice(loader, 2))
+    for i, batch in enumerate(whole):
+        assert torch.equal(dealt[i % 2][i // 2].video.pixels, batch.video.pixels)
+    assert torch.equal(later[0].video.pixels, whole[2].video.pixels)
+
+
+def test_a_bad_video_is_replaced_for_all_its_clips(paired: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = DecodePool.clips, []
+
+    def first_is_bad(self, load, starts, *arguments):
+        future = real(self, load, starts, *arguments)
+        if not seen:
+            future = type(future)()
+            future.set_exception(BadSample("spoilt"))
+        seen.append(starts)
+        return future
+
+    monkeypatch.setattr(DecodePool, "clips", first_is_bad)
+    with Loader(paired) as loader:
+        batch = next(loader)
+        assert loader.bad_samples == 1
+    assert batch.video.pixels.shape[0] == 2
+
+
+def test_a_group_stays_on_one_rank(paired: Config, with_data: Callable) -> None:
+    with pytest.raises(UserError, match="train.micro_clips=2: must be a multiple of data.clips_per_video=3"):
+        validate(with_data(clips_per_video=3))

@@ -1,0 +1,345 @@
+"""The table of faults of shards: what the index, the reader and the loader make of each. D numbers: docs/data.md."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from nvidia.dali import fn, pipeline_def
+
+from bevt_ds import cli
+from bevt_ds.config import Config
+from bevt_ds.data import stats
+from bevt_ds.data.check import check
+from bevt_ds.data.dali_index import write_dali_index
+from bevt_ds.data.draw_worker import encode_jpeg
+from bevt_ds.data.index import SUFFIX, index_digest, load_shard, load_shards
+from bevt_ds.data.limits import BadSample
+from bevt_ds.data.loader import LEDGER, Loader
+from bevt_ds.data.members import read_member
+from bevt_ds.data.pack import pack
+from bevt_ds.errors import UserError
+
+
+@pytest.fixture
+def copies(shards: Path, tmp_path: Path) -> Path:
+    """Shards with their indexes, to be damaged."""
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    for path in shards.glob("*.tar"):
+        load_shard(str(path))
+        for name in (path.name, path.name + SUFFIX):
+            shutil.copy2(shards / name, folder / name)
+    return folder
+
+
+def train_on(with_data: Callable[..., Config], folder: Path, out: Path) -> tuple[int, list[dict]]:
+    """Micro-batches of two epochs of 24 images, and the ledger."""
+    config = with_data(images=f"{folder}/image-*.tar", max_bad_fraction=0.9)
+    with Loader(config, folder=out) as loader:
+        got = sum(1 for _ in islice(loader, 12))
+    ledger = out / LEDGER
+    return got, [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+
+
+CUTS = {
+    "D1 zero-byte": lambda path: os.truncate(path, 0),
+    "D3 cut": lambda path: os.truncate(path, 3000),
+    "D11 flipped bits": lambda path: flip_bits(path, 40),
+}
+
+
+def flip_bits(path: Path, count: int) -> None:
+    data = bytearray(path.read_bytes())
+    members = list(load_shard(str(path)).members())
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        member = members[i % len(members)]
+        data[member.offset + int(rng.integers(member.size))] ^= 1 << int(rng.integers(8))
+    stat = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("fault", CUTS)
+def test_a_damaged_shard_costs_its_samples_only(copies: Path, with_data, tmp_path: Path, fault: str) -> None:
+    """The epoch stays as long as it was; what is lost is listed and replaced."""
+    CUTS[fault](copies / "image-000001.tar")
+    got, events = train_on(with_data, copies, tmp_path)
+    assert got == 12
+    assert events and {Path(e["shard"]).name for e in events} == {"image-000001.tar"}
+    assert len({e["key"] for e in events}) >= 8  # of 9
+
+
+def test_d2_a_shard_that_vanishes_while_it_is_read(copies: Path, with_data, tmp_path: Path) -> None:
+    config = with_data(images=f"{copies}/image-*.tar", max_bad_fraction=0.9)
+    with Loader(config, folder=tmp_path) as loader:
+        next(loader)
+        (copies / "image-000001.tar").unlink()
+        assert sum(1 for _ in islice(loader, 12)) == 12
+        assert loader.bad_samples > 0
+    with pytest.raises(UserError, match="image-000001.tar"):
+        Loader(with_data(images=f"{copies}/image-00000{{0..2}}.tar"))
+
+
+def test_d3_the_members_before_a_cut_are_used(copies: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = copies / "image-000000.tar"
+    whole = load_shard(str(path))
+    for end in np.linspace(0, path.stat().st_size - 1, 40).astype(int)[::-1]:
+        os.truncate(path, end)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert load_shard(str(path)) == whole
+        lost = 0
+        for member in whole.members():
+            if member.offset + member.size <= end:
+                read_member(member)
+            else:
+                lost += 1
+                with pytest.raises(BadSample, match="the shard ends"):
+                    read_member(member)
+        assert f"{lost} of its 9 samples are lost" in caplog.text
+
+
+def test_d4_a_repacked_tar_is_named_and_indexed_again(copies: Path, make, caplog: pytest.LogCaptureFixture) -> None:
+    path = copies / "image-000000.tar"
+    with tarfile.open(path) as tar:
+        members = {info.name: tar.extractfile(info).read() for info in tar}
+    make.tar(path, dict(reversed(members.items())))
+    with caplog.at_level(logging.WARNING):
+        shard = load_shard(str(path))
+    assert "image-000000.tar has been rewritten since it was indexed" in caplog.text
+    for member in shard.members():
+        assert read_member(member) == members[f"{member.key}.{member.extension}"]
+
+
+def test_d4_the_index_of_another_tar_is_refused(copies: Path) -> None:
+    """Even where size and time are equal."""
+    path, other = copies / "image-000000.tar", copies / "image-000001.tar"
+    stored = json.loads(Path(f"{other}{SUFFIX}").read_text())
+    stat = path.stat()
+    stored["tar"] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    stored |= {name: stored[name][:1] for name in stored if isinstance(stored[name], list)}
+    sign(Path(f"{path}{SUFFIX}"), stored)
+    with pytest.raises(UserError, match="image-000000.tar.index.json does not match .*image-000000.tar"):
+        load_shard(str(path))
+    assert cli.main(["shards", "index", "--fresh", str(path)]) == 0
+    assert len(load_shard(str(path))) == 9
+
+
+def test_a_copied_tar_keeps_its_index(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copies / "image-000000.tar"
+    whole = load_shard(str(path))
+    os.utime(path, (5, 5))
+    monkeypatch.setattr("bevt_ds.data.index.scan", lambda *_: pytest.fail("scanned again"))
+    assert load_shard(str(path)) == load_shard(str(path)) == whole
+
+
+FIELDS = ["version", "tar", "keys", "extensions", "offsets", "sizes", "crcs", "heads", "labels", "ignored"]
+NONSENSE = [None, [], {}, -1, "x", [None], [[1]], [1 << 70] * 9, ["a"] * 9, [1.5] * 9]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_d5_a_mutated_index_is_made_again(copies: Path, name: str) -> None:
+    path = copies / "image-000000.tar"
+    whole, place = load_shard(str(path)), Path(f"{path}{SUFFIX}")
+    good = json.loads(place.read_text())
+    for value in NONSENSE:
+        place.write_text(json.dumps({**good, name: value}))
+        assert load_shard(str(path)) == whole
+
+
+@pytest.mark.parametrize("name", ["keys", "offsets", "sizes", "heads"])
+def test_d5_even_a_mutation_that_is_signed_stays_inside_the_tar(copies: Path, name: str) -> None:
+    path = copies / "image-000000.tar"
+    whole, place = load_shard(str(path)), Path(f"{path}{SUFFIX}")
+    good = json.loads(place.read_text())
+    for value in NONSENSE:
+        sign(place, {**good, name: value})
+        try:
+            assert load_shard(str(path)) == whole
+        except UserError as error:
+            assert "does not match" in str(error)
+            load_shard(str(path), fresh=True)
+
+
+def sign(place: Path, stored: dict) -> None:
+    """Write an index with the digest of what it now holds."""
+    rest = {name: value for name, value in stored.items() if name != "digest"}
+    place.write_text(json.dumps({**rest, "digest": index_digest(rest)}))
+
+
+def test_d6_duplicate_keys(tmp_path: Path, make: SimpleNamespace) -> None:
+    tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1", "b.jpg": b"2", "a.png": b"3"})
+    with pytest.raises(UserError, match="two samples named 'a'.*--dedupe first"):
+        load_shard(str(tar))
+    assert cli.main(["shards", "index", "--dedupe", "first", str(tar)]) == 0
+    (shard,) = load_shards([str(tar)], "image")
+    assert shard.keys == ("a", "b") and read_member(shard.member(0)) == b"1"
+
+
+def test_d6_twins_in_two_shards_are_found_by_check(tmp_path: Path, make: SimpleNamespace) -> None:
+    jpeg = encode_jpeg(make.noise(20, 30))
+    for name in ("a", "b"):
+        make.tar(tmp_path / f"{name}.tar", {"x.jpg": jpeg})
+    report = check([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], jobs=1)
+    assert [f["key"] for f in report.findings] == ["x"] and "a.tar too" in report.findings[0]["reason"]
+
+
+def test_d7_components_that_are_not_neighbours(tmp_path: Path, make: SimpleNamespace) -> None:
+    tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1", "b.jpg": b"2", "b.cls": b"7", "a.json": b'{"label": "cat"}'})
+    shard = load_shard(str(tar))
+    assert (shard.keys, shard.labels) == (("a", "b"), ("cat", "7"))
+
+
+def test_d9_hostile_names_stay_names(tmp_path: Path, make: SimpleNamespace) -> None:
+    names = ["../../x.jpg", "/etc/y.jpg", "a\nb.jpg", "e\x1b[31m.jpg", "ü\u202e.jpg", "-rf.jpg", "~/z.jpg"]
+    before = sorted(tmp_path.rglob("*"))
+    tar = make.tar(tmp_path / "s.tar", {name: name.encode() for name in names})
+    shard = load_shard(str(tar))
+    assert [f"{key}.jpg" for key in shard.keys] == names
+    assert all(read_member(m) == f"{m.key}.jpg".encode() for m in shard.members())
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tar, Path(f"{tar}{SUFFIX}")])
+
+
+def test_d9_members_that_are_no_files_are_counted(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, kind in [
+            ("link.jpg", tarfile.SYMTYPE),
+            ("hard.jpg", tarfile.LNKTYPE),
+            ("fifo.jpg", tarfile.FIFOTYPE),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        info = tarfile.TarInfo("real.jpg")
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"data"))
+    shard = load_shard(str(tmp_path / "s.tar"))
+    assert (shard.keys, shard.ignored) == (("real",), 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d[:1024] + bytes(512) + d[1536:], "goes on after its end"),  # a header of zeros in the middle
+        (lambda d: d[:1024] + b"\xff" * 512 + d[1536:], "not a whole tar"),
+        (lambda d: d + d, "goes on after its end"),  # cat a.tar b.tar
+        (lambda d: d[:2600], "not a whole tar"),
+    ],
+)
+def test_d10_no_sample_is_lost_in_silence(tmp_path: Path, make: SimpleNamespace, damage, message: str) -> None:
+    tar = make.tar(tmp_path / "s.tar", {f"{i}.jpg": bytes([i]) * 300 for i in range(1, 5)})
+    tar.write_bytes(damage(tar.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        load_shard(str(tar))
+
+
+def test_d12_a_bad_picture_anywhere_in_a_batch(shards: Path, make, with_data, tmp_path: Path) -> None:
+    """First, in the middle, last: the neighbours come through untouched."""
+    good = {}
+    for shard in sorted(shards.glob("image-*.tar")):
+        for member in load_shard(str(shard)).members():
+            good[member.key] = read_member(member)
+    still = {"short_side": (64, 64), "flip": 0.0, "image_jitter": (0.0, 0.0, 0.0), "max_bad_fraction": 0.9}
+    views = {}
+    for broken in ("", "image-03", "image-11"):
+        folder = tmp_path / (broken or "good")
+        folder.mkdir()
+        members = {f"{key}.jpg": data[:-2] if key == broken else data for key, data in good.items()}
+        tar = make.tar(folder / "s.tar", members)
+        with Loader(with_data(images=str(tar), **still), folder=folder) as loader:
+            views[broken] = torch.cat([b.image.view for b in islice(loader, 6)])
+            plan = loader._reader._readers[1].plan
+            keys = [list(good)[plan.entry(*divmod(i, 8)).member] for i in range(24)]
+    for broken in ("image-03", "image-11"):
+        same = [bool(torch.equal(a, b)) for a, b in zip(views[""], views[broken], strict=True)]
+        assert [key for key, equal in zip(keys, same, strict=True) if not equal] == [broken]
+
+
+def test_foreign_shards(tmp_path: Path, shards: Path, scenes, make: SimpleNamespace) -> None:
+    """Tars of webdataset's writer, of video2dataset's layout, and of plain `tar`: no manifest, any spelling."""
+    jpeg = encode_jpeg(make.noise(20, 30))
+    video = read_member(load_shard(str(shards / "video-000000.tar")).member(0))
+    with webdataset.TarWriter(str(tmp_path / "wds.tar")) as writer:
+        writer.write({"__key__": "a/b", "jpg": jpeg, "cls": 3, "json": {"label": 3}})
+        writer.write({"__key__": "c", "mp4": video})
+    make.tar(
+        tmp_path / "v2d.tar",
+        {"0000_00.mp4": video, "0000_00.json": b'{"status": "success"}', "0000_00.txt": b"a caption", "x.webm": video},
+    )
+    files = {"d/one.JPEG": jpeg, "d/two.PNG": jpeg, "three.mkv": video, "four.AVI": video, "d/.hidden": b""}
+    for name, data in files.items():
+        (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files" / name).write_bytes(data)
+    subprocess.run(["tar", "-cf", tmp_path / "gnu.tar", "-C", tmp_path / "files", "."], check=True)
+    found = {name: load_shard(str(tmp_path / f"{name}.tar")) for name in ("wds", "v2d", "gnu")}
+    assert (found["wds"].keys, found["wds"].labels) == (("a/b", "c"), ("3", ""))
+    assert found["v2d"].keys == ("0000_00", "x")
+    assert set(found["gnu"].keys) == {"./d/one", "./d/two", "./three", "./four"}
+    for shard in found.values():
+        for member in shard.members():
+            assert read_member(member) in (jpeg, video)
+
+
+def test_dalis_reader_takes_the_index(shards: Path) -> None:
+    path = shards / "image-000000.tar"
+    index = write_dali_index(str(path))
+
+    @pipeline_def(batch_size=9, num_threads=1, device_id=None)
+    def graph():
+        return fn.readers.webdataset(paths=[str(path)], index_paths=[str(index)], ext=["jpg"])
+
+    pipe = graph()
+    pipe.build()
+    (pictures,) = pipe.run()
+    members = list(load_shard(str(path)).members())
+    assert [bytes(np.asarray(pictures[i])) for i in range(9)] == [read_member(m) for m in members]
+    index.unlink()
+
+
+def test_check_finds_every_flipped_bit_and_every_broken_file(tmp_path: Path, scenes, make, capsys) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(6):
+        (source / f"{i}.jpg").write_bytes(encode_jpeg(make.noise(20, 30, seed=i)))
+    pack(source, tmp_path / "out", "image")
+    tar = tmp_path / "out" / "train-000000.tar"
+    assert cli.main(["shards", "check", str(tar)]) == 0
+    flip_bits(tar, 2)
+    report = tmp_path / "report.jsonl"
+    assert cli.main(["shards", "check", str(tar), "--report", str(report), "--jobs", "1"]) == 1
+    findings = [json.loads(line) for line in report.read_text().splitlines()]
+    assert {f["key"] for f in findings} == {"", "0", "1"}  # the tar's hash and two members
+    assert "3 faults" in capsys.readouterr().out
+    load_shard(str(tar), fresh=True)  # an index that trusts the damaged bytes: only the pack's hash is left
+    assert any("SHA-256" in f["reason"] for f in check([str(tar)], jobs=1).findings)
+    (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[:3000])
+    assert "not a whole tar" in check([str(tmp_path / "cut.tar")], jobs=1).findings[0]["reason"]
+
+
+def test_stats(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(stats, "measure", partial(stats.measure, seconds=0.1))
+    plot = tmp_path / "s.png"
+    arguments = ["--recipe", "demo", "--clips-per-second", "1", "--plot", str(plot), "--jobs", "1"]
+    assert cli.main(["shards", "stats", f"{shards}/video-*.tar", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "10 samples in 3 shards, 0 unreadable" in out and "codec" in out and "h264 10" in out
+    assert "recipe demo: 8 frames at stride 1" in out and "enough" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["shards", "stats", f"{shards}/image-*.tar", *arguments]) == 0
+    assert "recipe" not in capsys.readouterr().out
