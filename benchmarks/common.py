@@ -101,11 +101,20 @@ def exp_rate() -> float:
     return EXPS_PER_CLOCK * torch.cuda.get_device_properties(0).multi_processor_count * clock
 
 
+def commit() -> str:
+    """The commit of this checkout, marked where a tracked file other than a result differs from it."""
+
+    def git(*command: str) -> str:
+        root = Path(__file__).parents[1]
+        return subprocess.run(["git", *command], check=True, capture_output=True, text=True, cwd=root).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+
+
 @cache
 def provenance(device: str) -> dict[str, str]:
     """Commit, device, clocks and versions: without these a number is not written."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     name = torch.cuda.get_device_name(0) if device == "cuda" else f"CPU {platform.processor() or platform.machine()}"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if device == "cuda":
@@ -113,7 +122,7 @@ def provenance(device: str) -> dict[str, str]:
         versions["clocks"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0]
     if triton_version := _triton_version():
         versions["triton"] = triton_version
-    return {"commit": commit or "unknown", "device": name, "threads": str(torch.get_num_threads()), **versions}
+    return {"commit": commit(), "device": name, "threads": str(torch.get_num_threads()), **versions}
 
 
 def _triton_version() -> str | None:

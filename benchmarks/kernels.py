@@ -149,6 +149,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True
     if device == "cpu":
+        if arguments.part:
+            parser.error("--part is for a GPU: the other shapes would take a CPU hours")
         print("No GPU: small shapes on the CPU. These numbers say nothing about the Triton kernels.")
     if arguments.soak:
         return soak(device, 1000 if device == "cuda" else 3)
