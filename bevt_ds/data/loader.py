@@ -158,6 +158,11 @@ class Loader:
         """Samples that this rank has had to replace."""
         return sum(ledger.bad for ledger in self._reader.ledgers.values())
 
+    @property
+    def decoded_frames(self) -> int:
+        """Video frames that the CPU's decoders have put out for this rank, wanted or not."""
+        return self._reader.times.decoded_frames
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint taken now must hold beside the step, as JSON: samples given up for want of time, memory or
         storage, which another run might find good. A resumed run takes those of all ranks: ledger.merge_states.

@@ -126,6 +126,7 @@ class StreamReader:
         reply, pixels = payload
         for stage in ("demux", "decode"):
             self.shared.times.add(stage, reply[stage])
+        self.shared.times.add_frames(reply["decoded"])
         return list(pixels)
 
     def _pictures(self, ticket: Ticket) -> tuple[Tensor, Tensor]:

@@ -23,10 +23,15 @@ class StageTimes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seconds = dict.fromkeys(REMEDIES, 0.0)
+        self.decoded_frames = 0  # by the CPU's workers, since the start
 
     def add(self, stage: str, seconds: float) -> None:
         with self._lock:
             self._seconds[stage] += seconds
+
+    def add_frames(self, frames: int) -> None:
+        with self._lock:
+            self.decoded_frames += frames
 
     @contextmanager
     def measured(self, stage: str) -> Iterator[None]:

@@ -1,0 +1,95 @@
+"""What others do: a torch DataLoader whose workers decode with PyAV (or torchcodec) and prepare clips with torchvision.
+
+It reads the same shards by the same offsets and makes what the project's loader makes: 224 pixels normalised, and the
+tokenizer's 112.
+"""
+
+from __future__ import annotations
+
+import io
+
+import av
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from bevt_ds.config import Config
+from bevt_ds.data.index import load_shards
+from bevt_ds.data.members import read_member
+from bevt_ds.data.shards import expand
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Clips(Dataset):
+    """Random clips of random samples; `decoder` is "pyav" or "torchcodec"."""
+
+    def __init__(self, config: Config, decoder: str) -> None:
+        shards = load_shards(expand(config.data.videos), "video")
+        self.members = [member for shard in shards for member in shard.members()]
+        self.config, self.decode = config.data, {"pyav": decode_pyav, "torchcodec": decode_torchcodec}[decoder]
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        rng = np.random.default_rng(number)
+        data = read_member(self.members[int(rng.integers(len(self.members)))])
+        frames, decoded = self.decode(data, self.config.frames, self.config.stride, rng)
+        return *prepare(frames, self.config, rng), decoded
+
+
+def decode_pyav(data: bytes, count: int, stride: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
+    """Seek to the keyframe before the clip, decode to its end: uint8 (T,3,H,W), and how many frames that took."""
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        total = stream.frames
+        start = int(rng.integers(max(total - count * stride, 0) + 1))
+        wanted = set(((start + stride * np.arange(count)) % total).tolist())
+        step = 1 / (stream.average_rate * stream.time_base)
+        container.seek(int(min(wanted) * step), stream=stream)
+        pictures, decoded = [], 0
+        for frame in container.decode(stream):
+            decoded += 1
+            number = round(frame.pts / step)
+            if number in wanted:
+                pictures.append(frame.to_ndarray(format="rgb24"))
+            if number >= max(wanted):
+                break
+    pictures += [pictures[-1]] * (count - len(pictures))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), decoded
+
+
+def decode_torchcodec(data: bytes, count: int, stride: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
+    """The same with torchcodec, which counts no frames."""
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(data, num_ffmpeg_threads=1, seek_mode="exact")
+    total = decoder.metadata.num_frames
+    start = int(rng.integers(max(total - count * stride, 0) + 1))
+    return decoder.get_frames_at(((start + stride * np.arange(count)) % total).tolist()).data, 0
+
+
+def prepare(frames: torch.Tensor, config, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale jitter, crop, flip; normalised (3,T,S,S), and (T,3,S/2,S/2) in [0,1]."""
+    side = int(rng.integers(config.short_side[0], config.short_side[1] + 1))
+    frames = F.resize(frames, [side], interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+    top, left = (int(rng.integers(n - config.size + 1)) for n in frames.shape[-2:])
+    crop = frames[..., top : top + config.size, left : left + config.size]
+    crop = F.horizontal_flip(crop) if rng.random() < 0.5 else crop
+    half = [config.token_size] * 2
+    view = F.to_dtype(F.resize(crop, half, interpolation=F.InterpolationMode.BICUBIC), torch.float32, scale=True)
+    pixels = F.normalize(F.to_dtype(crop, torch.float32, scale=True), MEAN, STD)
+    return pixels.permute(1, 0, 2, 3).contiguous(), view
+
+
+def data_loader(config: Config, decoder: str) -> DataLoader:
+    return DataLoader(
+        Clips(config, decoder),
+        batch_size=config.train.micro_clips,
+        num_workers=config.data.workers,
+        prefetch_factor=config.data.prefetch,
+        persistent_workers=True,
+    )
