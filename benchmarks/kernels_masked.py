@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from bevt_ds.kernels import reference
 from torch import Tensor
 
 from bevt_ds import kernels
+from bevt_ds.kernels import reference
 
 from .kernels_providers import Job, leaf
 

@@ -13,11 +13,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from bevt_ds.kernels import reference
-from bevt_ds.kernels.reference import partition, relative_position_index, same_region, unpartition
 from torch import Tensor
 
 from bevt_ds import kernels
+from bevt_ds.kernels import reference
+from bevt_ds.kernels.reference import partition, relative_position_index, same_region, unpartition
 
 from .kernels_cases import HEAD_DIM, Case
 

@@ -1,10 +1,15 @@
-"""What was not run, and why, in the last lines of every test run."""
+"""Triton's interpreter where there is no GPU; what was not run, and why, in the last lines of every test run."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 REASONS = {
     "gpu": "need a CUDA device (make test-gpu)",

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from bevt_ds.kernels.reference import partition
 
 from benchmarks import kernels_cases, kernels_masked, kernels_providers, kernels_report
 from bevt_ds import kernels
+from bevt_ds.kernels.reference import partition
 
 CASES = [case for case in kernels_cases.small_cases() if case.stream == "image"]
 

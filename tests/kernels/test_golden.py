@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bevt_ds.kernels import reference, torch_ops
 from safetensors.torch import load_file
 
 from bevt_ds import VideoSwin
+from bevt_ds.kernels import reference, torch_ops
 from bevt_ds.model.convert import rename, strip
 from bevt_ds.model.layers import MaskToken, PatchEmbed
 

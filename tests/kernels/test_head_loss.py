@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from bevt_ds.kernels import reference
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from bevt_ds import kernels
+from bevt_ds.kernels import reference
 
 loss_of = partial(kernels.masked_cross_entropy, provider="triton")
 SEGMENTS = (13, 0, 10)

@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from bevt_ds.kernels import reference
 from torch.utils.checkpoint import checkpoint
 
 from bevt_ds import kernels
+from bevt_ds.kernels import reference
 
 insert = partial(kernels.insert_mask_tokens, provider="triton")
 gather = partial(kernels.gather_masked, provider="triton")

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from bevt_ds.kernels import providers
 
 from bevt_ds import kernels
+from bevt_ds.kernels import providers
 
 CPU = torch.device("cpu")
 

@@ -5,6 +5,7 @@ from math import prod
 
 import pytest
 import torch
+
 from bevt_ds.kernels import reference
 from bevt_ds.kernels.geometry import Windows
 

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from bevt_ds.kernels import reference, torch_ops
 
 from bevt_ds import kernels
+from bevt_ds.kernels import reference, torch_ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 attend = partial(kernels.window_attention, provider="torch")

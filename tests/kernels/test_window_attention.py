@@ -5,11 +5,11 @@ from math import prod
 
 import pytest
 import torch
-from bevt_ds.kernels import reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from bevt_ds import kernels
+from bevt_ds.kernels import reference
 
 STILL = (0, 0, 0)
 attend = partial(kernels.window_attention, provider="triton")

@@ -55,7 +55,7 @@ class Finished:
 
 def environment(**extra: str) -> dict[str, str]:
     """A clean environment for a child: this interpreter's programs first, one thread a rank."""
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
     path = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return {**env, "PATH": path, "OMP_NUM_THREADS": "1", **extra}
