@@ -22,13 +22,11 @@ from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.members import EXTENSIONS, Member, Shard
 from bevt_ds.data.storage import Storage
 from bevt_ds.data.timing import StageTimes
+from bevt_ds.data.video import fits_gpu
 from bevt_ds.errors import UserError
 
 SECONDS_A_FILE = 600.0
 AHEAD = 4  # samples under way for each process
-# What NVDEC decodes; anything else is left to the CPU.
-GPU_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
-GPU_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 
 
 @dataclass
@@ -64,17 +62,12 @@ def survey(paths: Sequence[str], jobs: int | None = None, progress: bool = False
 def outlook(facts: Sequence[dict[str, Any]]) -> list[str]:
     """What is no fault, but worth to know before training on these videos."""
     odd = Counter(
-        f"{f['codec']} {f['pixel_format']} in {f['container']}" for f in facts if "codec" in f and not on_gpu(f)
+        f"{f['codec']} {f['pixel_format']} in {f['container']}" for f in facts if "codec" in f and not fits_gpu(f)
     )
     notes = [f"{n} videos ({what}) are not for GPU decoding" for what, n in sorted(odd.items())]
     if gaps := [f["keyframe_gap"] for f in facts if f.get("keyframe_gap", 0) > 32]:
         notes.append(f"{len(gaps)} videos have up to {max(gaps)} frames between keyframes: decoding starts far ahead")
     return notes
-
-
-def on_gpu(facts: dict[str, Any]) -> bool:
-    """Whether a video is one that a GPU's decoder can be expected to take."""
-    return facts["codec"] in GPU_CODECS and facts["pixel_format"] in GPU_FORMATS and facts["container"] != "avi"
 
 
 def _openable(paths: Sequence[str], report: Report) -> list[Shard]:

@@ -67,7 +67,8 @@ class Skips:
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
     """One state from those of all ranks."""
     rows = {tuple(row) for state in states for row in state.get("skips", [])}
-    return {"skips": [list(row) for row in sorted(rows)]}
+    decoders = next((state["decoder"] for state in states if "decoder" in state), {})
+    return {"skips": [list(row) for row in sorted(rows)], "decoder": decoders}
 
 
 class Ledger:

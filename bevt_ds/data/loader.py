@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import torch
 from bevt_ds.batch import Batch
 from bevt_ds.config import Config
 from bevt_ds.data.decode_pool import DecodePool
-from bevt_ds.data.index import load_shards
+from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
+from bevt_ds.data.index import cache_home, load_shards
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, require_few_bad
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.members import Shard
@@ -76,12 +78,18 @@ class BatchReader:
             shared = _resources(config, sources, self.times, resources)
             shards = {s.stream: _shards(s, config, shared.storage) for s in sources}
             self.fingerprint = _fingerprint(shards)
+            device = torch.device(device)
+            self.decoders = {
+                s.stream: (state or {}).get("decoder", {}).get(s.stream.name)
+                or _decoder(s, shards[s.stream], config, shared, device, self.fingerprint)
+                for s in sources
+            }
             self._readers = {
-                s.stream: StreamReader(
-                    _plan(s, shards[s.stream], config),
+                s.stream: _reader(
+                    s,
                     shards[s.stream],
-                    config.data,
-                    _pixels(s, config, torch.device(device), self.times),
+                    config,
+                    _pixels(s, config, device, self.decoders[s.stream], self.times),
                     shared,
                     self.ledgers[s.stream],
                 )
@@ -164,11 +172,14 @@ class Loader:
         return self._reader.times.decoded_frames
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint taken now must hold beside the step, as JSON: samples given up for want of time, memory or
-        storage, which another run might find good. A resumed run takes those of all ranks: ledger.merge_states.
+        """What a checkpoint taken now must hold beside the step, as JSON.
+
+        Samples given up for want of time, memory or storage, which another run might find good; and where each stream
+        is decoded. A resumed run takes the states of all ranks: ledger.merge_states.
         """
         done, rest = divmod(self._handed_out, self.micro_steps)
-        return self._reader.skips.state(self._step + done + (rest > 0))
+        decoders = {stream.name: decoder for stream, decoder in self._reader.decoders.items()}
+        return {**self._reader.skips.state(self._step + done + (rest > 0)), "decoder": decoders}
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -322,19 +333,54 @@ def _plan(source: Source, shards: Sequence[Shard], config: Config) -> StreamPlan
     return StreamPlan(source.stream, counts, config.data, config.train.seed, source.global_size)
 
 
-def _pixels(source: Source, config: Config, device: torch.device, times: StageTimes) -> PixelPipeline:
+def _reader(
+    source: Source, shards: Sequence[Shard], config: Config, pixels: PixelPipeline, shared: Resources, ledger: Ledger
+) -> StreamReader:
+    return StreamReader(_plan(source, shards, config), shards, config.data, pixels, shared, ledger)
+
+
+def _decoder(
+    source: Source, shards: Sequence[Shard], config: Config, shared: Resources, device: torch.device, fingerprint: str
+) -> str:
+    """Where a stream is decoded, "cpu" or "gpu". On a GPU `auto` measures both for videos, on these very shards."""
+    wanted = config.data.decoder
+    if device.type != "cuda":
+        if wanted == "gpu":
+            raise UserError("data.decoder=gpu needs a CUDA device; use data.decoder=auto")
+        return "cpu"
+    if wanted != "auto" or source.stream.kind == "image":
+        return "cpu" if wanted == "cpu" else "gpu"
+    candidates = {
+        name: partial(_clips_per_second, source, shards, config, shared, device, name) for name in ("gpu", "cpu")
+    }
     data = config.data
-    on_cuda = device.type == "cuda"
-    if data.decoder == "gpu" and not on_cuda:
-        raise UserError("data.decoder=gpu needs a CUDA device; use data.decoder=auto")
+    facts = (fingerprint, torch.cuda.get_device_name(device), cores(), data.workers, data.frames, data.stride)
+    return choose(candidates, (*facts, data.clips_per_video), cache_home() / "decoder")
+
+
+def _clips_per_second(
+    source: Source, shards: Sequence[Shard], config: Config, shared: Resources, device: torch.device, decoder: str
+) -> float:
+    """The rate of one decoder over a few micro-batches. RuntimeError: it cannot decode these videos."""
+    pixels = _pixels(source, config, device, decoder, StageTimes())
+    reader = _reader(source, shards, config, pixels, shared, Ledger(source.stream, None, Skips()))
+    slots = range(source.micro_size)
+    try:
+        return clips_per_second(len(reader.finish(reader.begin(step, slots)).mask) for step in range(1 + MEASURED))
+    except DataLimitError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def _pixels(source: Source, config: Config, device: torch.device, decoder: str, times: StageTimes) -> PixelPipeline:
+    data = config.data
     return PixelPipeline(
         source.stream.kind,
         source.micro_size,
         data.size,
         data.token_size,
         data.threads,
-        device=(device.index or 0) if on_cuda else None,
-        decode_on_gpu=on_cuda and data.decoder != "cpu",
+        device=(device.index or 0) if device.type == "cuda" else None,
+        dali_decoder="mixed" if decoder == "gpu" else None,
         times=times,
     )
 

@@ -60,7 +60,8 @@ class PixelPipeline:
     """Turns a micro-batch's payloads into the two pictures that a stream needs.
 
     kind: "video" or "image". size: S. token_size: v = S/2. device: None for the CPU, else the CUDA ordinal.
-    decode_on_gpu: videos arrive as files and frame numbers rather than as frames. times: where the seconds are counted.
+    dali_decoder: "mixed" (GPU) or "cpu": DALI decodes the files; None: images "cpu", and clips arrive as frames,
+    because DALI's CPU decoder knows VP8 and VP9 only. times: where the seconds are counted.
     """
 
     def __init__(
@@ -71,14 +72,20 @@ class PixelPipeline:
         token_size: int,
         threads: int,
         device: int | None = None,
-        decode_on_gpu: bool = False,
+        dali_decoder: str | None = None,
         times: StageTimes | None = None,
     ) -> None:
         if 2 * token_size != size:
             raise ValueError(f"token_size must be half of size, got {token_size} and {size}")
-        self.kind, self.decode_on_gpu, self.times = kind, decode_on_gpu, times or StageTimes()
+        self.kind, self.times = kind, times or StageTimes()
+        self.dali_decoder = dali_decoder or ("cpu" if kind == "image" else None)
         self._settings = (batch_size, size, threads, device)
         self.rebuild()
+
+    def without_decoder(self) -> PixelPipeline:
+        """The same for single clips that arrive as frames."""
+        _, size, threads, device = self._settings
+        return PixelPipeline(self.kind, 1, size, size // 2, threads, device, times=self.times)
 
     def rebuild(self) -> None:
         """A fresh graph: after an error DALI does not promise that the old one still works."""
@@ -92,7 +99,7 @@ class PixelPipeline:
         )
         with self.graph:
             frames = self._decoded()
-            if device is not None and not self.decode_on_gpu:
+            if device is not None and self.dali_decoder != "mixed":
                 frames = frames.gpu()
             crop = _crop(frames, size)
             if self.kind == "image":
@@ -104,7 +111,7 @@ class PixelPipeline:
     def run(self, payloads: Sequence, entries: Sequence[PlanEntry]) -> tuple[Tensor, Tensor]:
         """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
 
-        payloads: images: file bytes; clips: uint8 (T,H,W,3), or (file bytes, frame numbers) if decode_on_gpu.
+        payloads: images: file bytes; clips: uint8 (T,H,W,3), or (file bytes, frame numbers) for a dali_decoder.
         BadSample: DALI cannot decode one of them; it does not say which.
         """
         with self.times.measured("augment"):
@@ -138,12 +145,11 @@ class PixelPipeline:
         """The graph's input as pictures: HWC, or FHWC for a clip."""
         if self.kind == "image":
             encoded = fn.external_source(name="encoded", dtype=types.UINT8)
-            device = "mixed" if self.decode_on_gpu else "cpu"
-            return fn.decoders.image(encoded, device=device, output_type=types.RGB)
-        if self.decode_on_gpu:
+            return fn.decoders.image(encoded, device=self.dali_decoder, output_type=types.RGB)
+        if self.dali_decoder:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8)
             numbers = fn.external_source(name="frame_numbers", dtype=types.INT32)
-            return fn.decoders.video(encoded, device="mixed", frames=numbers)
+            return fn.decoders.video(encoded, device=self.dali_decoder, frames=numbers)
         return fn.external_source(name="frames", dtype=types.UINT8, layout="FHWC")
 
     def _inputs(self, payloads: Sequence, entries: Sequence[PlanEntry]) -> dict[str, list]:
@@ -158,7 +164,7 @@ class PixelPipeline:
             matrices = [jitter_matrix(e.jitter) for e in entries]
             inputs["jitter_matrix"] = [matrix for matrix, _ in matrices]
             inputs["jitter_luma"] = [share for _, share in matrices]
-        elif self.decode_on_gpu:
+        elif self.dali_decoder:
             inputs["encoded"] = [np.frombuffer(data, np.uint8) for data, _ in payloads]
             inputs["frame_numbers"] = [numbers.astype(np.int32) for _, numbers in payloads]
         else:

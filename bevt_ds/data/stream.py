@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bevt_ds.batch import Stream
 from bevt_ds.config import DataConfig
-from bevt_ds.data.decode_pool import DecodePool
+from bevt_ds.data.decode_pool import DecodePool, Load
 from bevt_ds.data.images import check_image
 from bevt_ds.data.ledger import Ledger
 from bevt_ds.data.limits import BadSample, Limits
@@ -23,6 +24,7 @@ from bevt_ds.data.pipeline import PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamPlan, clip_frames
 from bevt_ds.data.storage import Storage
 from bevt_ds.data.timing import StageTimes
+from bevt_ds.data.video import fits_gpu
 
 
 @dataclass(frozen=True)
@@ -102,20 +104,28 @@ class StreamReader:
         load = partial(self.shared.storage.read, self._member(first), self.shared.times)
         if self.plan.stream.kind == "image":
             return self.shared.threads.submit(self._read_image, load)
-        if self.pixels.decode_on_gpu:
+        if self.pixels.dali_decoder:
             return self.shared.threads.submit(self._read_videos, load, group)
+        return self._decode(load, group)
+
+    def _decode(self, load: Load, group: list[PlanEntry]) -> Future:
         starts = [(entry.start, entry.phase) for entry in group]
         return self.shared.pool.clips(load, starts, self.config.frames, self.config.stride)
 
-    def _read_image(self, load) -> list[bytes]:
+    def _read_image(self, load: Load) -> list[bytes]:
         data = load()
         check_image(data, self.limits)
         return [data]
 
-    def _read_videos(self, load, group: list[PlanEntry]) -> list[tuple[bytes, Any]]:
-        """The whole file and each clip's frame numbers, once a worker has looked at it and decoded a frame."""
+    def _read_videos(self, load: Load, group: list[PlanEntry]) -> Any:
+        """The whole file and each clip's frame numbers, once a worker has looked at it and decoded a frame.
+
+        What is not for DALI's decoder is decoded by the worker.
+        """
         data = load()
         reply, _ = self.shared.pool.describe(lambda: data).result()
+        if not fits_gpu(reply):
+            return self._decode(lambda: data, group).result()
         frames, stride = self.config.frames, self.config.stride
         return [(data, clip_frames(e.start, reply["frames"], frames, stride, e.phase)) for e in group]
 
@@ -133,11 +143,23 @@ class StreamReader:
         """Pixels and token view, with a substitute for each sample that cannot be used."""
         samples = [self._settled(ticket, i) for i in range(len(ticket.payloads))]
         try:
-            pictures = self.pixels.run([clip for clips in samples for clip in clips], ticket.entries)
+            pictures = self._run([clip for clips in samples for clip in clips], ticket.entries)
         except BadSample:
             pictures = self._one_by_one(ticket)
         self.ledger.accept(len(ticket.payloads))
         return pictures
+
+    def _run(self, clips: list, entries: list[PlanEntry]) -> tuple[Tensor, Tensor]:
+        """Through the graph; clips that arrive as frames, though DALI decodes, go through one without a decoder."""
+        if not self.pixels.dali_decoder or not any(isinstance(clip, np.ndarray) for clip in clips):
+            return self.pixels.run(clips, entries)
+        pipelines = [self._frames_pixels if isinstance(clip, np.ndarray) else self.pixels for clip in clips]
+        pictures = [p.run([clip], [e]) for p, clip, e in zip(pipelines, clips, entries, strict=True)]
+        return tuple(torch.cat(parts) for parts in zip(*pictures, strict=True))
+
+    @cached_property
+    def _frames_pixels(self) -> PixelPipeline:
+        return self.pixels.without_decoder()
 
     def _settled(self, ticket: Ticket, i: int) -> list:
         """Wait for sample i; while it is bad, put the plan's next substitute in its place."""
@@ -167,7 +189,7 @@ class StreamReader:
         while True:
             clips = self._settled(ticket, i)
             try:
-                return self.pixels.run(clips, ticket.entries[self._slots(i)])
+                return self._run(clips, ticket.entries[self._slots(i)])
             except BadSample as bad:
                 self._substitute(ticket, i, bad)
 

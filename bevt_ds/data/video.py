@@ -6,10 +6,11 @@ Shape letters: F frames, H W pixels. Needs neither torch nor DALI: it runs in de
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import av
 import numpy as np
@@ -22,6 +23,10 @@ from bevt_ds.data.limits import BadSample, Limits
 TIMED_CONTAINERS = frozenset({"mp4", "matroska"})
 # With these flags swscale's pixels equal those of DALI's CPU decoder, which knows BT.601 only.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+
+# What NVDEC decodes; anything else is left to the CPU.
+GPU_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
+GPU_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 
 FrameChoice = Callable[[int], np.ndarray]  # total frames of the video -> wanted frame numbers (F,)
 
@@ -39,6 +44,11 @@ class VideoInfo:
     pixel_format: str
     duration: float  # seconds
     keyframe_gap: int  # most frames from one keyframe to the next
+
+
+def fits_gpu(facts: Mapping[str, Any]) -> bool:
+    """Whether a GPU's decoder can be expected to take a video: `facts` are the fields of its VideoInfo."""
+    return facts["codec"] in GPU_CODECS and facts["pixel_format"] in GPU_FORMATS and facts["container"] != "avi"
 
 
 class Video:

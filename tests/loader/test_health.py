@@ -164,7 +164,8 @@ def test_only_later_and_transient_skips_are_passed_on() -> None:
     assert state == {"skips": [[0, 5, 1, 0, "timed out"]]}
     assert Skips(state).reason(StreamId.VIDEO, entry(5, 1)) == "timed out"
     assert Skips(state).reason(StreamId.VIDEO, entry(5, 1, 1)) is None
-    assert merge_states([state, skips.state(0), {}]) == skips.state(0)
+    merged = merge_states([state, skips.state(0), {"decoder": {"VIDEO": "gpu"}}])
+    assert merged == {**skips.state(0), "decoder": {"VIDEO": "gpu"}}
 
 
 def test_a_resumed_run_skips_what_the_first_one_had_no_time_for(config: Config) -> None:
@@ -177,7 +178,7 @@ def test_a_resumed_run_skips_what_the_first_one_had_no_time_for(config: Config) 
         unskipped = list(islice(loader, 6))
     with Loader(config, start_step=2, state=state) as loader:
         resumed = list(islice(loader, 2))
-        assert loader.state() == {"skips": []}  # those are of a step that is done
+        assert loader.state()["skips"] == []  # those are of a step that is done
     assert torch.equal(resumed[0].video.pixels, whole[4].video.pixels)
     assert not torch.equal(unskipped[4].video.pixels, whole[4].video.pixels)
 

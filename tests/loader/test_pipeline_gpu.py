@@ -50,7 +50,7 @@ def test_decoding_on_the_gpu(kind: str, make: SimpleNamespace, entry: Callable) 
         data = encode_jpeg(make.noise(120, 150, softness=5.0))
         payloads = [data], [data]
     on_cpu = PixelPipeline(kind, 1, S, V, threads=2).run(payloads[0], [e])
-    on_gpu = PixelPipeline(kind, 1, S, V, threads=2, device=0, decode_on_gpu=True).run(payloads[1], [e])
+    on_gpu = PixelPipeline(kind, 1, S, V, threads=2, device=0, dali_decoder="mixed").run(payloads[1], [e])
     assert difference(on_cpu[1], on_gpu[1]).mean() < LEVEL
 
 

@@ -1,0 +1,67 @@
+"""CPU or GPU decoding of videos: which is faster is measured once, on the run's own shards, and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from bevt_ds.data.index import write_atomic
+
+log = logging.getLogger(__name__)
+
+MEASURED = 6  # micro-batches, after one that is not counted
+
+
+def choose(candidates: dict[str, Callable[[], float]], facts: tuple, folder: Path) -> str:
+    """The name of the candidate with the highest rate.
+
+    candidates: name -> measures clips a second; one that raises RuntimeError cannot be used here. facts: what the
+    answer depends on; for the same facts a file in `folder` has it. Raises the last RuntimeError if none works.
+    """
+    place = folder / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError, TypeError):
+        rates = json.loads(place.read_text(encoding="utf-8"))
+        best = max(rates, key=rates.__getitem__)
+        if best in candidates:
+            log.info("videos are decoded on the %s, as measured before (%s)", best, place)
+            return best
+    rates = _rates(candidates)
+    best = max(rates, key=rates.__getitem__)
+    log.info("videos are decoded on the %s: %s", best, ", ".join(f"{n} {r:.1f} clips/s" for n, r in rates.items()))
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(place, json.dumps(rates).encode())
+    return best
+
+
+def _rates(candidates: dict[str, Callable[[], float]]) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    failure: RuntimeError | None = None
+    for name, measure in candidates.items():
+        try:
+            rates[name] = measure()
+        except RuntimeError as error:
+            log.warning("videos cannot be decoded on the %s here: %s", name, error)
+            failure = error
+    if failure is not None and not rates:
+        raise failure
+    return rates
+
+
+def clips_per_second(batches: Iterable[int]) -> float:
+    """The rate of an iterable that makes batches and yields their sizes; the first is not counted."""
+    batches = iter(batches)
+    next(batches)
+    began = time.perf_counter()
+    return sum(batches) / (time.perf_counter() - began)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))

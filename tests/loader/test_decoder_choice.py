@@ -1,0 +1,119 @@
+"""Which decoder: the faster one is chosen once; a clip that DALI's decoder is not for is decoded by a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from bevt_ds.config import Config
+from bevt_ds.data import loader as loader_module
+from bevt_ds.data.decoder_choice import choose, clips_per_second
+from bevt_ds.data.limits import Limits
+from bevt_ds.data.loader import Loader
+from bevt_ds.data.pipeline import PixelPipeline
+from bevt_ds.data.video import decode_clip
+
+
+def test_the_faster_one_is_measured_once(tmp_path: Path) -> None:
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) or float(len(name)) for name in ("gpu", "slower", "c")}
+    assert choose(candidates, ("these shards",), tmp_path) == "slower"
+    assert choose(candidates, ("these shards",), tmp_path) == "slower"
+    assert calls == ["gpu", "slower", "c"]
+    choose(candidates, ("other shards",), tmp_path)
+    assert len(calls) == 6
+    for place in tmp_path.iterdir():
+        place.write_text("[")
+    choose(candidates, ("these shards",), tmp_path)
+    assert len(calls) == 9
+
+
+def test_one_that_does_not_work_is_not_chosen(tmp_path: Path) -> None:
+    def absent() -> float:
+        raise RuntimeError("no NVDEC here")
+
+    assert choose({"gpu": absent, "cpu": lambda: 1.0}, (), tmp_path) == "cpu"
+    with pytest.raises(RuntimeError, match="no NVDEC"):
+        choose({"gpu": absent}, (1,), tmp_path)
+
+
+def test_the_first_batch_is_not_counted() -> None:
+    seen = []
+    assert clips_per_second(seen.append(i) or 4 for i in range(4)) > 0
+    assert seen == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def vp9(make: SimpleNamespace) -> bytes:
+    frames = make.noise(12, 72, 96, softness=5.0)
+    return make.clip(frames, "webm", "libvpx-vp9", deadline="realtime", **{"cpu-used": "8"})
+
+
+def test_both_decoders_feed_the_same_graph(vp9: bytes, entry: Callable) -> None:
+    """DALI's CPU decoder knows VP9: its pictures equal those of the workers' frames, to the bit."""
+    e, numbers = entry(short_side=80, crop=(0.3, 0.7), flip=True), np.array([1, 4, 7, 10])
+    frames = decode_clip(vp9, lambda total: numbers, Limits())
+    from_frames = PixelPipeline("video", 1, 64, 32, threads=1).run([frames], [e])
+    from_file = PixelPipeline("video", 1, 64, 32, threads=1, dali_decoder="cpu").run([(vp9, numbers)], [e])
+    for a, b in zip(from_frames, from_file, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_clips_that_dali_cannot_decode_go_to_the_workers(
+    tmp_path: Path, make: SimpleNamespace, vp9: bytes, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VP9 by DALI, H.264 in 4:4:4 by a worker, in one batch: the same pictures as by workers alone."""
+    other = make.clip(make.noise(12, 72, 96, seed=1), "mp4", "libx264", pixel_format="yuv444p")
+    tar = make.tar(tmp_path / "s.tar", {"a.webm": vp9, "b.mp4": other, "c.webm": vp9, "d.mp4": other})
+    train = replace(config.train, global_images=0, micro_images=0)
+    mixed = replace(config, data=replace(config.data, videos=str(tar), frames=4), train=train)
+    with Loader(mixed) as loader:
+        expected = list(islice(loader, 4))
+    real = loader_module.PixelPipeline
+    monkeypatch.setattr(loader_module, "PixelPipeline", lambda *a, **k: real(*a, **{**k, "dali_decoder": "cpu"}))
+    with Loader(mixed, folder=tmp_path) as loader:
+        batches = list(islice(loader, 4))
+        assert loader.bad_samples == 0
+    for a, b in zip(batches, expected, strict=True):
+        assert torch.equal(a.video.pixels, b.video.pixels)
+
+
+def test_a_video_that_fails_in_dali_costs_only_itself(
+    tmp_path: Path, make: SimpleNamespace, vp9: bytes, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline is rebuilt and the batch decoded one by one."""
+    tar = make.tar(tmp_path / "s.tar", {f"{i}.webm": vp9 for i in range(4)})
+    train = replace(config.train, global_images=0, micro_images=0)
+    data = replace(config.data, videos=str(tar), frames=4, max_bad_fraction=0.9)
+    real_run, failed = PixelPipeline.run, []
+
+    def run(self: PixelPipeline, payloads: list, entries: list):
+        if any((e.step, e.slot, e.attempt) == (0, 1, 0) for e in entries):
+            failed.append(len(entries))
+            payloads = [
+                (b"", numbers) if e.slot == 1 else (d, numbers)
+                for (d, numbers), e in zip(payloads, entries, strict=True)
+            ]
+        return real_run(self, payloads, entries)
+
+    real = loader_module.PixelPipeline
+    monkeypatch.setattr(loader_module, "PixelPipeline", lambda *a, **k: real(*a, **{**k, "dali_decoder": "cpu"}))
+    monkeypatch.setattr(PixelPipeline, "run", run)
+    with Loader(replace(config, data=data, train=train), folder=tmp_path) as loader:
+        batches = list(islice(loader, 4))
+        assert loader.bad_samples == 1
+    assert failed == [2, 1] and all(len(batch.video.pixels) == 2 for batch in batches)
+
+
+def test_a_resumed_run_keeps_its_decoder(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "_decoder", lambda *_: pytest.fail("measured again"))
+    state = {"decoder": {"VIDEO": "cpu", "IMAGE": "cpu"}}
+    with Loader(config, state=state) as loader:
+        assert loader.state()["decoder"] == state["decoder"]
