@@ -82,6 +82,16 @@ class SampleOrder:
         shard, member = self._samples_of(epoch, window)[offset - starts[window]]
         return int(shard), int(member)
 
+    def window_at(self, position: int) -> tuple[int, int]:
+        """Epoch and number of the window that holds a position."""
+        epoch, offset = divmod(position, self.total)
+        return epoch, bisect_right(self._shards_of(epoch)[1], offset) - 1
+
+    def shards_in(self, epoch: int, window: int) -> list[int]:
+        """The shards of a window, and of the one after it: what is read now and next."""
+        windows = [*self._shards_of(epoch)[0], *self._shards_of(epoch + 1)[0]]
+        return [int(shard) for shards in windows[window : window + 2] for shard in shards]
+
     def _shuffle_shards(self, epoch: int) -> tuple[list[np.ndarray], list[int]]:
         """The epoch's windows (arrays of shard numbers) and the offset at which each starts."""
         rng = generator(self.seed, Use.SHARD_ORDER, self.stream, epoch)
@@ -129,6 +139,10 @@ class StreamPlan:
         shard, member = self._locate(step, first, attempt)
         treatment = self._fixed_view() if self.stream.held_out else self._random_view(step, slot, first)
         return PlanEntry(step, slot, attempt, shard, member, *treatment)
+
+    def window_at(self, step: int) -> tuple[int, int]:
+        """The window of shards in which a step begins; see SampleOrder."""
+        return self.order.window_at(step * self.global_size // self.clips_per_sample)
 
     def key(self, step: int, slot: int) -> int:
         """The sample's key for the model's own randomness."""

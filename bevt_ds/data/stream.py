@@ -64,12 +64,21 @@ class StreamReader:
     ) -> None:
         self.plan, self.shards, self.config, self.pixels = plan, shards, config, pixels
         self.shared, self.ledger, self.limits = shared, ledger, Limits.of(config)
+        self._window: tuple[int, int] | None = None
 
     def begin(self, step: int, slots: range) -> Ticket:
+        self._fetch_ahead(step)
         entries = [self.plan.entry(step, slot) for slot in slots]
         k = self.plan.clips_per_sample
         payloads = [self._fetch(entries[i : i + k]) for i in range(0, len(entries), k)]
         return Ticket(step, slots, entries, payloads)
+
+    def _fetch_ahead(self, step: int) -> None:
+        """Once a window of shards: fetch those that are remote, and the next window's."""
+        window = self.plan.window_at(step)
+        if window != self._window:
+            self._window = window
+            self.shared.storage.fetch_ahead(self.shards[i].path for i in self.plan.order.shards_in(*window))
 
     def finish(self, ticket: Ticket) -> Stream:
         """The micro-batch: pictures on the pipeline's device, index tensors on the host."""

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -164,7 +165,8 @@ def run_jpegs(numbers: range, seed: int) -> Tally:
         began = time.monotonic()
         try:
             check_image(data, LIMITS)
-            pixels, _ = pipeline.run([data], [entry])
+            with quiet():
+                pixels, _ = pipeline.run([data], [entry])
             outcome = "decoded"
             if pixels.shape != (1, 3, 32, 32) or not pixels.isfinite().all():
                 tally.faults.append(f"jpeg {number}: not a picture")
@@ -172,6 +174,19 @@ def run_jpegs(numbers: range, seed: int) -> Tally:
             outcome = "refused"
         tally.note(outcome, time.monotonic() - began)
     return tally
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """libjpeg and FFmpeg inside DALI write a line for every bad file, past Python's sys.stderr."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 # Videos
@@ -271,7 +286,6 @@ def run_dali(numbers: range, seed: int) -> Tally:
 
 def _dali_child(results, numbers: range, seed: int) -> None:
     av.logging.set_level(av.logging.PANIC)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # FFmpeg in DALI talks for every bad file
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def graph():
@@ -286,7 +300,8 @@ def _dali_child(results, numbers: range, seed: int) -> None:
         try:
             probe(data, LIMITS)
             pipe.feed_input("encoded", [np.frombuffer(data, np.uint8)])
-            outcome = f"decoded {pipe.run()[0].as_array().shape[1]} frames"
+            with quiet():
+                outcome = f"decoded {pipe.run()[0].as_array().shape[1]} frames"
         except BadSample:
             outcome = "refused"
         except RuntimeError:

@@ -45,6 +45,13 @@ def test_a_window_holds_few_shards() -> None:
         assert len({order.at(p)[0] for p in range(first, first + 30)}) == 3
 
 
+def test_what_is_read_next_is_known_ahead() -> None:
+    order = SampleOrder([10] * 7, 0, StreamId.VIDEO, 3)
+    for position in range(0, 140, 7):
+        now = order.shards_in(*order.window_at(position))
+        assert order.at(position)[0] in now and order.at(position + 10)[0] in now
+
+
 def test_epochs_and_streams_differ() -> None:
     sequences = {
         tuple(SampleOrder(COUNTS, seed, stream, 2).at(p) for p in range(first, first + 22))

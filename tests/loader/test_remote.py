@@ -208,6 +208,18 @@ def test_a_shard_that_is_not_there_is_named_at_the_start(with_data, server: Serv
         Loader(with_data(videos=server.url("none.tar"), cache_dir=str(tmp_path / "cache")))
 
 
+def test_the_next_window_is_fetched_before_it_is_read(with_data, server: Server, tmp_path: Path) -> None:
+    remote = with_data(videos=server.url("video-00000{0..2}.tar"), cache_dir=str(tmp_path / "cache"), shuffle_window=1)
+    with Loader(remote) as loader:
+        for path in (tmp_path / "cache").glob("*.tar"):
+            path.unlink()
+        next(loader)
+        deadline = time.monotonic() + 10
+        while len(list((tmp_path / "cache").glob("*.tar"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(list((tmp_path / "cache").glob("*.tar"))) >= 2  # the window that is read, and the one after it
+
+
 def test_fsspec(shards: Path, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for path in shards.glob("video-*.tar"):
