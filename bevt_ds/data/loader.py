@@ -77,7 +77,7 @@ class BatchReader:
         with ExitStack() as resources:
             shared = _resources(config, sources, self.times, resources)
             shards = {s.stream: _shards(s, config, shared.storage) for s in sources}
-            self.fingerprint = _fingerprint(shards)
+            self.fingerprint, self._pool = _fingerprint(shards), shared.pool
             device = torch.device(device)
             self.decoders = {
                 s.stream: (state or {}).get("decoder", {}).get(s.stream.name)
@@ -96,6 +96,11 @@ class BatchReader:
                 for s in sources
             }
             self._resources = resources.pop_all()
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """The decode processes; none if there are only images."""
+        return self._pool.pids if self._pool else []
 
     def begin(self, step: int, micro_step: int) -> dict[StreamId, Ticket]:
         """Start on a micro-batch."""
@@ -165,6 +170,11 @@ class Loader:
     def bad_samples(self) -> int:
         """Samples that this rank has had to replace."""
         return sum(ledger.bad for ledger in self._reader.ledgers.values())
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """The processes that decode for this rank."""
+        return self._reader.worker_pids
 
     @property
     def decoded_frames(self) -> int:

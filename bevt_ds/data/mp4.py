@@ -41,7 +41,7 @@ def check_mp4(data: bytes, limits: Limits) -> Track:
     top = list(_boxes(data, 0, len(data)))
     for name, _, _ in top:
         if name == "moof":
-            raise BadSample("it is a fragmented MP4: `bevt shards pack --profile train` rewrites it")
+            raise BadSample("it is a fragmented MP4: rewrite it with `ffmpeg -i IN -c copy OUT.mp4`")
         if name not in TOP_LEVEL:
             raise BadSample(f"its MP4 has an unknown box {name!r} at the top")
     moov = _only(top, "moov")

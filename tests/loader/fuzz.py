@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,12 +26,15 @@ import av
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
+from bevt_ds.config import Config, DataConfig, MaskConfig, TrainConfig
 from bevt_ds.data.decode_pool import DecodePool
 from bevt_ds.data.draw_worker import encode_jpeg
 from bevt_ds.data.images import check_image
 from bevt_ds.data.index import load_shard
 from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.loader import Loader
 from bevt_ds.data.members import Shard, read_member
+from bevt_ds.data.pack import pack
 from bevt_ds.data.pipeline import PixelPipeline
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.shard_writer import sample_records
@@ -329,23 +332,50 @@ def run_soak(numbers: range, seed: int) -> Tally:
                     tally.note("decoded", time.monotonic() - began)
                 except BadSample:
                     tally.note("refused", time.monotonic() - began)
-            used = _resources(pool)
-            early = early or used
-        memory, files = (now - then for now, then in zip(used, early, strict=True))
-        if files > 0 or memory > max(0.05 * early[0], 16 << 20):
-            tally.faults.append(f"{memory >> 20} MB and {files} files more at the end than after a tenth")
+            early = early or _resources(pool.pids)
+        _require_flat(tally, early, _resources(pool.pids))
     finally:
         pool.close()
     return tally
+
+
+def run_loader(numbers: range, seed: int) -> Tally:
+    """The whole loader over as many clips: memory and open files at the end are those after a tenth of the way."""
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as folder:
+        media, small = Path(folder) / "media", DataConfig(frames=4, stride=2, size=32, token_size=16)
+        media.mkdir()
+        for name, data in clips().items():
+            (media / f"{name}.{'webm' if name == 'webm' else 'mp4'}").write_bytes(data)
+        pack(media, Path(folder), "video", jobs=1)
+        data = replace(small, videos=f"{folder}/*.tar", short_side=(32, 40), mask=MaskConfig(min_block=40))
+        train = TrainConfig(global_clips=8, global_images=0, micro_clips=8, seed=seed)
+        with Loader(Config("soak", data=data, train=train)) as loader:
+            early = None
+            for number in range(0, len(numbers), 8):
+                began = time.monotonic()
+                next(loader)
+                tally.note("batches", time.monotonic() - began)
+                if number >= len(numbers) // 10:
+                    early = early or _resources(loader.worker_pids)
+            _require_flat(tally, early, _resources(loader.worker_pids))
+    return tally
+
+
+def _require_flat(tally: Tally, early: tuple[int, int], late: tuple[int, int]) -> None:
+    """A fault, unless memory has grown by no more than 5 % or 16 MB and no file is open that was not."""
+    memory, files = (now - then for now, then in zip(late, early, strict=True))
+    if files > 0 or memory > max(0.05 * early[0], 16 << 20):
+        tally.faults.append(f"{memory >> 20} MB and {files} files more at the end than after a tenth")
 
 
 def _one_in_ten(number: int, names: tuple[str, ...], seed: int) -> bytes:
     return damaged_clip(number, seed, False, names) if number % 10 == 0 else clips()[names[number % 2]]
 
 
-def _resources(pool: DecodePool) -> tuple[int, int]:
+def _resources(workers: list[int]) -> tuple[int, int]:
     """Resident bytes and open files of this process and its workers."""
-    pids = [os.getpid(), *pool.pids]
+    pids = [os.getpid(), *workers]
     resident = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
     return resident * os.sysconf("SC_PAGE_SIZE"), sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 
@@ -357,6 +387,7 @@ KINDS: dict[str, tuple[Callable[[range, int], Tally], int]] = {
     "headers": (partial(run_videos, headers_only=True), 50_000),
     "dali": (run_dali, 50_000),
     "soak": (run_soak, 100_000),
+    "loader": (run_loader, 20_000),
 }
 
 

@@ -139,7 +139,7 @@ def test_waiting_is_measured(config: Config) -> None:
 def test_closing_ends_threads_and_processes(config: Config, is_alive: Callable[[int], bool]) -> None:
     loader = Loader(config)
     next(loader)
-    pids = next(iter(loader._reader._readers.values())).shared.pool.pids
+    pids = loader.worker_pids
     loader.close()
     loader.close()
     assert pids and not any(is_alive(pid) for pid in pids)

@@ -60,15 +60,15 @@ def test_epochs_and_streams_differ() -> None:
     assert len(sequences) == 4
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 6])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_the_split_over_ranks_only_deals_out_slots(world: int) -> None:
     dealt = [
         slot
-        for micro_step in range(12 // (world * 2))
+        for micro_step in range(48 // (world * 2))
         for rank in range(world)
         for slot in slots_of(micro_step, rank, world, micro_size=2)
     ]
-    assert dealt == list(range(12))
+    assert dealt == list(range(48))
 
 
 def test_entries_are_functions_of_their_counters() -> None:
