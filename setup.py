@@ -1,4 +1,4 @@
-"""Packaging of bevt_ds. The top-level folder kernels/ is the package bevt_ds.kernels."""
+"""Packaging of bevt_ds. The top-level folders kernels/ and ds_configs/ are bevt_ds.kernels and bevt_ds.ds_configs."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*SUBPACKAGES, "bevt_ds.kernels"],
-    package_dir={"bevt_ds.kernels": "kernels"},
-    package_data={"bevt_ds.kernels": ["*.md", "*.json"]},
+    packages=[*SUBPACKAGES, "bevt_ds.kernels", "bevt_ds.ds_configs"],
+    package_dir={"bevt_ds.kernels": "kernels", "bevt_ds.ds_configs": "ds_configs"},
+    package_data={"bevt_ds.kernels": ["*.md", "*.json"], "bevt_ds.ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",

@@ -24,9 +24,11 @@ from bevt_ds.ranks import Ranks
 SCHEMA = 1
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})")
-# Fields that may differ between a run and its continuation: they do not change what is computed.
+# Fields that may differ between a run and its continuation: they do not change what is computed. Where the shards lie
+# is free, because `Facts.data` says what is in them.
 FREE = {
-    "output_dir", "init_from", "resume", "dry_run", "data.workers", "data.threads", "data.prefetch",
+    "output_dir", "init_from", "resume", "dry_run", "data.workers", "data.threads", "data.readers", "data.prefetch",
+    "data.videos", "data.images", "data.cache_dir", "data.cache_bytes", "data.remote_seconds", "data.allow_pipe",
     "data.decode_seconds", "data.max_bad_fraction", "data.eval_videos", "data.eval_images", "data.decoder",
     "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_batches", "train.min_gain",
     "model.checkpointing",
@@ -56,7 +58,7 @@ def save(root: Path, facts: Facts, write: Callable[[Path], None], ranks: Ranks, 
     Raises:
         UserError: the folder cannot be written.
     """
-    final = root / f"step-{facts.step:08d}"
+    final = root / name_of(facts.step)
     aside = root / f".tmp-{final.name}"
     if ranks.is_main:
         for torn in root.glob(".tmp-*"):  # left by a kill
@@ -75,6 +77,11 @@ def save(root: Path, facts: Facts, write: Callable[[Path], None], ranks: Ranks, 
             shutil.rmtree(old)
     ranks.barrier()
     return final
+
+
+def name_of(step: int) -> str:
+    """The folder of the checkpoint after `step` updates."""
+    return f"step-{step:08d}"
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -143,18 +150,27 @@ def check_continues(saved: Facts, now: Facts, folder: Path) -> None:
         )
     if saved.stage != now.stage:
         raise UserError(f"{folder} was written with ZeRO stage {saved.stage} and this run uses {now.stage}.")
+    check_same(saved.config, now.config, folder)
+    if saved.data != now.data:
+        raise UserError(f"{folder} was trained on other shards than these: their sample lists differ.")
+
+
+def check_same(saved: Config, now: Config, folder: Path) -> None:
+    """Refuse a configuration that would compute something else than the one which `folder` was begun with.
+
+    Raises:
+        UserError: the fields that differ.
+    """
     changed = [
-        f"{f.key}: {get_value(saved.config, f.key)} -> {get_value(now.config, f.key)}"
+        f"{f.key}: {get_value(saved, f.key)} -> {get_value(now, f.key)}"
         for f in config_fields()
-        if f.key not in FREE and get_value(saved.config, f.key) != get_value(now.config, f.key)
+        if f.key not in FREE and get_value(saved, f.key) != get_value(now, f.key)
     ]
     if changed:
         raise UserError(
             f"{folder} belongs to a run with another configuration ({'; '.join(changed)}). Continue it unchanged, or"
             " begin a new run from its weights with init_from and another output_dir."
         )
-    if saved.data != now.data:
-        raise UserError(f"{folder} was trained on other shards than these: their sample lists differ.")
 
 
 def make_folder(path: Path) -> None:

@@ -27,6 +27,26 @@ DIRECT = {  # JSON path -> the config field it stands for
     "optimizer.params.eps": "optim.eps",
     "optimizer.params.weight_decay": "optim.weight_decay",
 }
+FORCED = (  # written whatever the JSON says, because `merge` has already settled them
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16.enabled",
+    "fp16.enabled",
+)
+ACCUMULATION = "data_types.grad_accum_dtype"
+NUMBERS = {
+    "train_batch_size": int,
+    "train_micro_batch_size_per_gpu": int,
+    "gradient_accumulation_steps": int,
+    "gradient_clipping": float,
+    "optimizer.params.lr": float,
+    "optimizer.params.eps": float,
+    "optimizer.params.weight_decay": float,
+    "zero_optimization.stage": int,
+}
+OBJECTS = ("optimizer", "optimizer.params", "zero_optimization", "bf16", "fp16", "data_types")
 GLOBAL, MICRO = (
     ("train.global_clips", "train.global_images"),
     ("train.micro_clips", "train.micro_images"),
@@ -45,10 +65,16 @@ def read_json(path: str) -> dict[str, Any]:
         raise UserError(f"--deepspeed_config {path}: no such file. The project's are in ds_configs/.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"--deepspeed_config {path}: not JSON ({error}).") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise UserError(f"--deepspeed_config {path}: cannot be read ({error}).") from None
     if not isinstance(values, dict):
         raise UserError(f"--deepspeed_config {path}: expected a JSON object.")
+    _check_types(path, values)
     if "scheduler" in values:
         raise UserError(f"{path}: remove 'scheduler'; the schedule is optim.lr, optim.warmup_steps and train.steps.")
+    unknown = set(_lookup(values, "optimizer.params") or {}) - {name.rpartition(".")[2] for name in DIRECT}
+    if unknown:
+        raise UserError(f"{path}: optimizer.params has {', '.join(sorted(unknown))}, which BEVT's AdamW does not take.")
     kind = values.get("optimizer", {}).get("type", "AdamW")
     if kind != "AdamW":
         raise UserError(f"{path}: optimizer.type is {kind!r}; BEVT trains with AdamW.")
@@ -72,7 +98,7 @@ def merge(config: Config, explicit: set[str], values: dict[str, Any], world: int
         value = _lookup(values, path)
         if value not in (None, AUTO):
             wanted[key] = (path, tuple(value) if isinstance(value, list) else value)
-    precision = _json_precision(values)
+    precision = _json_precision(values, config.train.precision)
     if precision:
         wanted["train.precision"] = precision
     wanted |= _json_batch(config, values, world)
@@ -128,25 +154,22 @@ def resolve(values: dict[str, Any], config: Config, world: int, largest: int, to
                 f'"{path}": "auto" in the DeepSpeed JSON is not a value this project can fill in: write it.'
             )
         _assign(result, path, known[path])
-    for path in (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    ):
-        result[path] = known[path]
+    for path in FORCED:
+        _assign(result, path, known[path])
+    if train.precision == "bf16" and _lookup(result, ACCUMULATION) is None:
+        _assign(result, ACCUMULATION, "fp32")  # DeepSpeed's default would add micro-steps up in bf16
     return result
 
 
-def _json_precision(values: dict[str, Any]) -> tuple[str, str] | None:
-    """("bf16.enabled", "bf16") where the JSON decides the precision."""
-    on = [p for p in ("bf16", "fp16") if _lookup(values, f"{p}.enabled") is True]
+def _json_precision(values: dict[str, Any], wanted: str) -> tuple[str, str] | None:
+    """Where the JSON decides the precision, its path and the precision that it means."""
+    states = {name: _lookup(values, f"{name}.enabled") for name in ("bf16", "fp16")}
+    on = [name for name, state in states.items() if state is True]
     if len(on) == 2:
         raise UserError("the DeepSpeed JSON enables both bf16 and fp16: enable one.")
     if on:
         return f"{on[0]}.enabled", on[0]
-    off = [p for p in ("bf16", "fp16") if _lookup(values, f"{p}.enabled") is False]
-    return ("bf16.enabled and fp16.enabled", "fp32") if len(off) == 2 else None
+    return (f"{wanted}.enabled", "fp32") if states.get(wanted) is False else None
 
 
 def _json_batch(config: Config, values: dict[str, Any], world: int) -> dict[str, tuple[str, Any]]:
@@ -172,8 +195,8 @@ def _json_batch(config: Config, values: dict[str, Any], world: int) -> dict[str,
             micro = total // (number * world)
             if key in wanted and wanted[key][1] != micro:
                 raise UserError(
-                    "train_batch_size, train_micro_batch_size_per_gpu and gradient_accumulation_steps of the DeepSpeed"
-                    f' JSON contradict each other on {world} ranks: leave one of them "auto".'
+                    f"{wanted[key][0]} and gradient_accumulation_steps={number} of the DeepSpeed JSON do not fit a step"
+                    f' of {sum(totals)} samples on {world} ranks: set one of them to "auto".'
                 )
             wanted[key] = ("gradient_accumulation_steps", micro)
     return wanted
@@ -190,6 +213,20 @@ def _split(path: str, number: int, ratio: list[int]) -> list[int]:
     return [number * part // whole for part in ratio]
 
 
+def _check_types(path: str, values: dict[str, Any]) -> None:
+    for name in OBJECTS:
+        if not isinstance(_lookup(values, name) or {}, dict):
+            raise UserError(f"{path}: {name} must be an object.")
+    for name, kind in NUMBERS.items():
+        value = _lookup(values, name)
+        if value in (None, AUTO):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+            raise UserError(f'{path}: {name} must be a number or "auto", not {value!r}.')
+        if kind is int and value < 1 and name != "zero_optimization.stage":
+            raise UserError(f"{path}: {name}={value} must be at least 1.")
+
+
 def _lookup(values: dict[str, Any], path: str) -> Any:
     for name in path.split("."):
         if not isinstance(values, dict):
@@ -201,7 +238,7 @@ def _lookup(values: dict[str, Any], path: str) -> Any:
 def _assign(values: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for name in parents:
-        values = values[name]
+        values = values.setdefault(name, {})
     values[last] = value
 
 

@@ -114,9 +114,10 @@ class Engine:
             group["lr"] = self.last_lr
         self.ds.step()
 
-    def grad_norm(self) -> float:
-        """The global L2 norm of the last update's gradient, before clipping."""
-        return float(self.ds.get_global_grad_norm() or 0.0)
+    def grad_norm(self) -> float | None:
+        """The gradient's global L2 norm before clipping; None where DeepSpeed keeps none (stage 0)."""
+        norm = self.ds.get_global_grad_norm()
+        return None if norm is None else float(norm)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -50,7 +50,9 @@ def parse_arguments(argv: Sequence[str], default_recipe: str, default_json: str)
             raise UserError(f"no option {name!r}: there are --deepspeed_config FILE and --help; all else is key=value.")
         else:
             overrides.append(word)
-    return Arguments(json_path, recipe or default_recipe, overrides, wants_help)
+    if not json_path:
+        raise UserError("--deepspeed_config needs a file: the project's are in ds_configs/.")
+    return Arguments(json_path, default_recipe if recipe is None else recipe, overrides, wants_help)
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -78,7 +80,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     sys.exit(code)
 
 
-def project_file(relative: str) -> str:
-    """A file of the checkout if there is one, else the name as given, which then is looked up in the current folder."""
-    path = Path(__file__).resolve().parent.parent / relative
-    return str(path) if path.is_file() else relative
+def shipped_json(name: str) -> str:
+    """A DeepSpeed JSON of the project: beside the package in a checkout, inside it where it is installed."""
+    package = Path(__file__).resolve().parent
+    return str(next(p for p in (package.parent / "ds_configs" / name, package / "ds_configs" / name) if p.is_file()))

@@ -27,7 +27,7 @@ from collections.abc import Sequence  # noqa: E402
 
 from bevt_ds.config import Config  # noqa: E402
 from bevt_ds.ds_config import merge, read_json  # noqa: E402
-from bevt_ds.entry import Arguments, parse_arguments, project_file, run  # noqa: E402
+from bevt_ds.entry import Arguments, parse_arguments, run, shipped_json  # noqa: E402
 from bevt_ds.help_text import help_text  # noqa: E402
 from bevt_ds.overrides import apply_overrides, parse_overrides  # noqa: E402
 from bevt_ds.recipes import get_recipe  # noqa: E402
@@ -36,7 +36,7 @@ from bevt_ds.validate import micro_steps, require_inputs, validate  # noqa: E402
 
 def main(argv: Sequence[str]) -> int:
     """The whole program; returns the exit code."""
-    arguments = parse_arguments(argv, default_recipe="demo", default_json=project_file("ds_configs/zero2.json"))
+    arguments = parse_arguments(argv, default_recipe="demo", default_json=shipped_json("zero2.json"))
     if arguments.wants_help:
         print(help_text(arguments.recipe))
         return 0

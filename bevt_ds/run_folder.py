@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from bevt_ds.checkpoint import checkpoints, make_folder
+from bevt_ds.checkpoint import check_same, checkpoints, make_folder
 from bevt_ds.config import Config
 from bevt_ds.errors import UserError
-from bevt_ds.overrides import to_dict
+from bevt_ds.overrides import from_dict, to_dict
 from bevt_ds.ranks import Ranks
 
 CONFIG = "config.json"
@@ -29,6 +30,7 @@ SUMMARY = "summary.json"
 SAMPLES = "samples.png"
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
+WRITTEN = (CONFIG, LOG, SUMMARY, SAMPLES, CHECKPOINTS, WEIGHTS, "tensorboard", "bad_samples.jsonl")
 
 
 def choose_folder(config: Config, ranks: Ranks) -> Path:
@@ -50,31 +52,68 @@ def choose_folder(config: Config, ranks: Ranks) -> Path:
 
 
 def _claim(config: Config) -> Path:
-    folder = Path(config.output_dir) if config.output_dir else _free_name(Path("runs") / config.recipe, config)
-    if (folder / CONFIG).exists() and config.resume == "never":
-        raise UserError(
-            f"output_dir={folder} holds a run already: continue it with resume=auto, or name another output_dir."
-        )
+    """The folder, made or checked. On rank 0."""
+    if not config.output_dir:
+        return _claim_free_name(Path("runs") / config.recipe, config)
+    folder = Path(config.output_dir)
+    if config.resume == "auto" and (folder / CONFIG).is_file():
+        check_same(read_config(folder), config, folder)
+    elif config.resume not in ("never", "auto") and Path(config.resume).resolve().parent == _commits(folder).resolve():
+        _require_newest(Path(config.resume), folder)
+    else:
+        _require_unused(folder)
     make_folder(folder)
     return folder
 
 
-def _free_name(first: Path, config: Config) -> Path:
-    """runs/demo, or runs/demo-2, ...; to resume without a name means the newest of them that has a checkpoint."""
-    taken, candidate, number = [], first, 1
-    while (candidate / CONFIG).exists():
+def write_config(folder: Path, config: Config) -> None:
+    """Save the resolved configuration. From then on the folder is this run's.
+
+    Raises:
+        UserError: another run has taken the folder in the meantime.
+    """
+    if config.resume == "never" and (folder / CONFIG).exists():
+        raise UserError(f"output_dir={folder} was taken by another run that started at the same time.")
+    write_json(folder / CONFIG, to_dict(config))
+
+
+def _claim_free_name(first: Path, config: Config) -> Path:
+    """runs/demo, or runs/demo-2, ...; resume=auto without a name means the newest of them that has a checkpoint."""
+    taken, number, candidate = [], 1, first
+    while any((candidate / name).exists() for name in WRITTEN):
         taken.append(candidate)
         number += 1
         candidate = first.with_name(f"{first.name}-{number}")
-    if config.resume == "auto":
-        resumable = [folder for folder in taken if checkpoints(folder / CHECKPOINTS)]
-        return resumable[-1] if resumable else candidate
-    return candidate
+    resumable = [folder for folder in taken if checkpoints(_commits(folder))]
+    chosen = resumable[-1] if config.resume == "auto" and resumable else candidate
+    return _claim(replace(config, output_dir=str(chosen)))
 
 
-def write_config(folder: Path, config: Config) -> None:
-    """Save the resolved configuration."""
-    write_json(folder / CONFIG, to_dict(config))
+def _require_unused(folder: Path) -> None:
+    found = sorted(name for name in WRITTEN if (folder / name).exists())
+    if found:
+        raise UserError(
+            f"output_dir={folder} holds {', '.join(found)}, which a new run would overwrite: name another output_dir,"
+            " or continue the run that is there with resume=auto."
+        )
+
+
+def _require_newest(checkpoint: Path, folder: Path) -> None:
+    newest = checkpoints(_commits(folder))[:1]
+    if newest and newest[0].name != checkpoint.name:
+        raise UserError(
+            f"resume={checkpoint}: {folder} has gone on to {newest[0].name}. Name another output_dir to branch off"
+            " here, or use resume=auto to continue."
+        )
+
+
+def _commits(folder: Path) -> Path:
+    return folder / CHECKPOINTS
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration that a run's folder was begun with."""
+    return from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
 
 
 def write_json(path: Path, values: object) -> None:
@@ -101,10 +140,10 @@ def weights_of(path: str) -> Path:
     return given
 
 
-def publish_weights(folder: Path) -> None:
-    """Put the newest checkpoint's weights where people look for them: weights/ of the run."""
+def publish_weights(folder: Path, checkpoint: Path) -> None:
+    """Put a checkpoint's weights where people look for them: weights/ of the run."""
     final, aside = folder / WEIGHTS, folder / f".tmp-{WEIGHTS}"
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(checkpoints(folder / CHECKPOINTS)[0] / WEIGHTS, aside)
+    shutil.copytree(checkpoint / WEIGHTS, aside)
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)

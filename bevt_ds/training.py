@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,9 @@ def train_step(run: Run, batches: Iterator[Batch], step: int) -> StepSums:
     return sums
 
 
-def train(run: Run, log: RunLog, speed: SpeedMeter) -> None:
+def train(run: Run, batches: Iterator[Batch], log: RunLog, speed: SpeedMeter) -> None:
     """Every step that is left, with its log lines and checkpoints."""
-    train, batches = run.config.train, iter(run.loader)
+    train = run.config.train
     steps = range(run.first_step, train.steps)
     with tqdm(steps, initial=run.first_step, total=train.steps, unit="step", disable=not run.ranks.is_main) as bar:
         for step in bar:
@@ -119,21 +120,24 @@ def facts(run: Run, steps_done: int) -> checkpoint.Facts:
     return checkpoint.Facts(steps_done, run.ranks.world, run.engine.stage, run.config, run.loader.fingerprint, skips)
 
 
-def finish(run: Run) -> int:
+def finish(run: Run, batches: Iterator[Batch]) -> int:
     """Exported weights, picture and closing summary; returns the exit code. Collective."""
-    config = run.config
+    config, device = run.config, run.ranks.device
     if run.ranks.is_main:
-        run_folder.publish_weights(run.folder)
-    batches = list(eval_batches(config, device=run.ranks.device))
-    if not batches:
-        return 0
-    draw(run.engine, tokenize(run.tokenizer, batches[0].to(run.ranks.device)), run.folder / run_folder.SAMPLES)
-    summaries = evaluate(run.engine, run.tokenizer, batches)
+        commit = run.folder / run_folder.CHECKPOINTS / checkpoint.name_of(config.train.steps)
+        run_folder.publish_weights(run.folder, commit)
+    held_out = list(eval_batches(config, device=device))
+    shown = held_out[0] if held_out else next(batches)
+    draw(run.engine, tokenize(run.tokenizer, shown.to(device)), run.folder / run_folder.SAMPLES)
+    summaries = evaluate(run.engine, run.tokenizer, held_out)
     problem = shortfall(summaries, config.train.min_gain)
     if run.ranks.is_main:
-        run_folder.write_json(run.folder / run_folder.SUMMARY, as_json(summaries))
-        print(f"\n{as_table(summaries)}\n\nwrote {run.folder}/", flush=True)
-        print(f"not learned: {problem}" if problem else "", flush=True)
+        if summaries:
+            run_folder.write_json(run.folder / run_folder.SUMMARY, as_json(summaries))
+            print(f"\n{as_table(summaries)}", flush=True)
+        print(f"\nwrote {run.folder}/", flush=True)
+        if problem:
+            print(f"not learned: {problem}", flush=True)
     return NOT_LEARNED if problem else 0
 
 
@@ -150,10 +154,12 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
     config = replace(config, output_dir=str(folder))
     if ranks.is_main:
         print("\n".join([f"recipe {config.recipe}, output in {folder}/", *notes]), flush=True)
-        if config.data == get_recipe("demo").data:
+        if shard_patterns(config) == shard_patterns(get_recipe("demo")):
             ensure_demo_shards(Path(config.data.videos).parent)
     ranks.barrier()
     tokenizer = make_tokenizer(config, ranks)
+    with closing(eval_batches(config)) as held_out:
+        next(held_out, None)  # shards that cannot be evaluated are to be known now, not after the last step
     start = find_start(config, folder, ranks)
     first_step = start[1].step if start else 0
     skips = start[1].skips if start else None
@@ -165,9 +171,17 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
             engine.load(start[0])
         if ranks.is_main:
             run_folder.write_config(folder, config)
+            print(f"continuing from step {first_step}" if start else "starting at step 0", flush=True)
+        batches = iter(loader)
         with RunLog(folder, ranks, first_step) as log:
-            train(run, log, SpeedMeter(config, Sizes.of(engine.module.arch), ranks.world, ranks.device))
-    return finish(run)
+            train(run, batches, log, SpeedMeter(config, Sizes.of(engine.module.arch), ranks.world, ranks.device))
+        return finish(run, batches)
+
+
+def shard_patterns(config: Config) -> tuple[str, ...]:
+    """All shards that a run reads, as the configuration names them."""
+    data = config.data
+    return data.videos, data.images, data.eval_videos, data.eval_images
 
 
 def find_start(config: Config, folder: Path, ranks: Ranks) -> tuple[Path, checkpoint.Facts] | None:

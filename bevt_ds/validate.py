@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from bevt_ds.config import Config
 from bevt_ds.errors import UserError
+from bevt_ds.overrides import config_fields, get_value
+
+AT_LEAST_ONE = {
+    *(f"data.{name}" for name in ("size", "frames", "stride", "clips_per_video", "workers", "threads", "readers")),
+    *(f"data.{name}" for name in ("prefetch", "shuffle_window", "short_side", "token_size", "mask.min_block")),
+    *(f"train.{name}" for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "eval_batches")),
+    "model.window",
+    "tokenizer.vocab_size",
+}
+POSITIVE = {"optim.lr", "optim.eps", "data.decode_seconds", "data.remote_seconds"}
 
 
 def validate(config: Config) -> Config:
@@ -14,13 +25,13 @@ def validate(config: Config) -> Config:
     Raises:
         UserError: the first field that cannot work, with the reason.
     """
-    data, train, model = config.data, config.train, config.model
-    streams = train.global_clips + train.global_images
+    data, train, model, mask = config.data, config.train, config.model, config.data.mask
+    _check_bounds(config)
     _need(
-        streams > 0,
+        train.global_clips + train.global_images > 0,
         "train.global_clips and train.global_images are both 0: there is nothing to train on.",
     )
-    _need(data.size > 0 and data.size % 32 == 0, f"data.size={data.size}: must be a multiple of 32.")
+    _need(data.size % 32 == 0, f"data.size={data.size}: must be a multiple of 32.")
     _need(
         data.token_size * 2 == data.size,
         f"data.token_size={data.token_size}: must be half of data.size={data.size}.",
@@ -33,29 +44,27 @@ def validate(config: Config) -> Config:
         data.short_side[0] >= data.size,
         f"data.short_side={data.short_side}: a side below data.size={data.size} cannot hold the crop.",
     )
-    _need(
-        data.frames > 0 and data.frames % 2 == 0,
-        f"data.frames={data.frames}: must be even, a token spans 2 frames.",
-    )
-    _need(data.stride > 0, f"data.stride={data.stride}: must be at least 1.")
-    for name in ("clips_per_video", "workers", "threads", "readers", "prefetch", "shuffle_window"):
-        _need(getattr(data, name) > 0, f"data.{name}={getattr(data, name)}: must be at least 1.")
+    _need(data.frames % 2 == 0, f"data.frames={data.frames}: must be even, a token spans 2 frames.")
     _need(
         train.micro_clips % data.clips_per_video == 0,
         f"train.micro_clips={train.micro_clips}: must be a multiple of data.clips_per_video={data.clips_per_video},"
         " because one rank decodes a video once for all its clips.",
     )
     _need(0 <= model.drop_path < 1, f"model.drop_path={model.drop_path}: must be in [0, 1).")
-    _need(min(model.window) > 0, f"model.window={model.window}: every side must be at least 1.")
-    _need(0 < data.mask.ratio < 1, f"data.mask.ratio={data.mask.ratio}: must be between 0 and 1.")
-    _need(train.steps > 0, f"train.steps={train.steps}: must be at least 1.")
-    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "eval_batches"):
-        _need(getattr(train, name) > 0, f"train.{name}={getattr(train, name)}: must be at least 1.")
-    for name in ("workers", "threads", "prefetch", "shuffle_window"):
-        _need(getattr(data, name) > 0, f"data.{name}={getattr(data, name)}: must be at least 1.")
-    _need(data.decode_seconds > 0, f"data.decode_seconds={data.decode_seconds}: must be positive.")
-    _need(train.seed >= 0, f"train.seed={train.seed}: must not be negative.")
-    _need(config.optim.lr > 0, f"optim.lr={config.optim.lr}: must be positive.")
+    _need(0 <= data.flip <= 1, f"data.flip={data.flip}: must be in [0, 1].")
+    _need(
+        mask.ratio < 1 and int(mask.ratio * (data.size // 16) ** 2) >= 1,
+        f"data.mask.ratio={mask.ratio}: must be below 1 and mask at least one of {(data.size // 16) ** 2} cells.",
+    )
+    _need(0 < mask.min_aspect <= 1, f"data.mask.min_aspect={mask.min_aspect}: must be in (0, 1].")
+    _need(
+        0 < mask.tube[0] <= mask.tube[1] <= 1,
+        f"data.mask.tube={mask.tube}: must be two shares of the clip, the smaller first.",
+    )
+    _need(
+        train.min_gain <= 0 or bool(data.eval_videos or data.eval_images),
+        f"train.min_gain={train.min_gain} needs held-out shards: data.eval_videos, data.eval_images.",
+    )
     return config
 
 
@@ -126,6 +135,18 @@ def _accumulation(name: str, total: int, micro: int, world: int) -> int:
         f"train.global_{name}={total} does not divide into micro-batches of train.micro_{name}={micro} on"
         f" {world} ranks: {hint}."
     )
+
+
+def _check_bounds(config: Config) -> None:
+    """Every number is finite, none is negative, and counts and rates that cannot be 0 are not."""
+    for field in config_fields():
+        value = get_value(config, field.key)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                least = 1 if field.key in AT_LEAST_ONE else 0
+                _need(math.isfinite(number), f"{field.key}={number}: must be a finite number.")
+                _need(number >= least, f"{field.key}={number}: must be at least {least}.")
+                _need(number > 0 or field.key not in POSITIVE, f"{field.key}={number}: must be positive.")
 
 
 def _need(holds: bool, message: str) -> None:

@@ -170,7 +170,9 @@ def _read_tensors(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign pickle can fail in any way
-        raise UserError(f"is not a checkpoint that can be read without running its code: {error}") from error
+        raise UserError(
+            f"is not a checkpoint: give a folder with {CONFIG} and {TENSORS}, or a PyTorch or safetensors file of tensors"
+        ) from error
 
 
 def _load(model: nn.Module, weights: Weights) -> LoadReport:

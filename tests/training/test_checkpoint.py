@@ -157,8 +157,44 @@ def test_folder_of_a_run_is_not_overwritten(tmp_path, monkeypatch):
         write_config(folder, config)
     commit(Path("runs/demo-2") / CHECKPOINTS, 1)
     assert str(choose_folder(set_value(config, "resume", "auto"), ALONE)) == "runs/demo-2"
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds config.json"):
         choose_folder(set_value(config, "output_dir", "runs/demo"), ALONE)
+
+
+@pytest.mark.parametrize("name", ["weights", "samples.png", "checkpoints"])
+def test_files_of_the_user_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).mkdir()
+    for resume in ("never", "auto"):
+        config = set_value(set_value(get_recipe("demo"), "output_dir", str(tmp_path)), "resume", resume)
+        with pytest.raises(UserError, match=name):
+            choose_folder(config, ALONE)
+
+
+def test_one_run_does_not_continue_into_the_folder_of_another(tmp_path):
+    config = get_recipe("demo")
+    for run in ("a", "b"):
+        folder = choose_folder(set_value(config, "output_dir", str(tmp_path / run)), ALONE)
+        write_config(folder, config)
+        for step in (1, 2):
+            commit(folder / CHECKPOINTS, step)
+    resume = lambda name, folder: set_value(  # noqa: E731
+        set_value(config, "resume", str(tmp_path / name / CHECKPOINTS / "step-00000002")), "output_dir", str(folder)
+    )
+    assert choose_folder(resume("a", tmp_path / "a"), ALONE) == tmp_path / "a"
+    assert choose_folder(resume("a", tmp_path / "c"), ALONE) == tmp_path / "c"
+    with pytest.raises(UserError, match="holds checkpoints"):
+        choose_folder(resume("a", tmp_path / "b"), ALONE)
+    older = set_value(resume("a", tmp_path / "a"), "resume", str(tmp_path / "a" / CHECKPOINTS / "step-00000001"))
+    with pytest.raises(UserError, match="gone on to step-00000002"):
+        choose_folder(older, ALONE)
+
+
+def test_resume_auto_refuses_another_configuration_before_the_first_checkpoint(tmp_path):
+    config = set_value(set_value(get_recipe("demo"), "output_dir", str(tmp_path)), "resume", "auto")
+    write_config(choose_folder(config, ALONE), config)
+    assert choose_folder(config, ALONE) == tmp_path
+    with pytest.raises(UserError, match="optim.lr"):
+        choose_folder(set_value(config, "optim.lr", 0.5), ALONE)
 
 
 def test_folder_that_cannot_be_written(tmp_path):

@@ -82,7 +82,13 @@ def test_mistakes_on_the_command_line_are_named(words, parts):
         ("data.short_side=320,256", "must not be larger"),
         ("data.short_side=100,256", "cannot hold the crop"),
         ("model.drop_path=1.5", "[0, 1)"),
-        ("data.mask.ratio=0", "between 0 and 1"),
+        ("data.mask.ratio=0", "mask at least one"),
+        ("data.mask.ratio=0.004", "mask at least one"),
+        ("data.mask.tube=1.0,0.4", "smaller first"),
+        ("train.global_clips=-2", "at least 0"),
+        ("optim.weight_decay=nan", "finite"),
+        ("train.min_gain=0.2", "held-out shards"),
+        ("data.clips_per_video=3", "multiple of data.clips_per_video"),
         ("train.steps=0", "at least 1"),
         ("train.log_every=0", "at least 1"),
     ],
@@ -127,6 +133,7 @@ def test_shipped_json_leaves_every_number_to_the_recipe(path):
     assert result["gradient_accumulation_steps"] == 32
     assert result["gradient_clipping"] == 3.0
     assert result["bf16"]["enabled"] is True
+    assert result["data_types"]["grad_accum_dtype"] == "fp32"
 
 
 def test_number_in_the_json_replaces_a_default_and_is_reported():
@@ -151,10 +158,19 @@ def test_json_that_contradicts_the_command_line_is_an_error():
         ({"fp16": {"enabled": True}}, "fp16"),
         ({"bf16": {"enabled": False}, "fp16": {"enabled": False}}, "fp32"),
         ({"bf16": {"enabled": "auto"}}, "bf16"),
+        ({"bf16": {"enabled": False}}, "fp32"),
+        ({"fp16": {"enabled": False}}, "bf16"),
+        ({}, "bf16"),
     ],
 )
 def test_json_precision(sections, precision):
-    assert merge(get_recipe("joint_swin_b"), set(), sections, world=1)[0].train.precision == precision
+    config, _ = merge(get_recipe("joint_swin_b"), set(), sections, world=1)
+    assert config.train.precision == precision
+    settings = resolve(sections, config, 1, 1, 1, 1)
+    assert {name: settings[name]["enabled"] for name in ("bf16", "fp16")} == {
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+    }
 
 
 def test_json_batch_sizes_keep_the_ratio_of_clips_to_images():
@@ -166,7 +182,7 @@ def test_json_batch_sizes_keep_the_ratio_of_clips_to_images():
     assert (config.train.micro_clips, config.train.micro_images) == (8, 64)
     with pytest.raises(UserError, match="does not split"):
         merge(get_recipe("joint_swin_b"), set(), {"train_batch_size": 100}, world=1)
-    with pytest.raises(UserError, match="contradict"):
+    with pytest.raises(UserError, match="do not fit"):
         both = {"train_micro_batch_size_per_gpu": 18, "gradient_accumulation_steps": 4}
         merge(get_recipe("joint_swin_b"), set(), both, world=8)
 
@@ -178,6 +194,11 @@ def test_json_batch_sizes_keep_the_ratio_of_clips_to_images():
         ("[]", "JSON object"),
         ('{"scheduler": {}}', "scheduler"),
         ('{"optimizer": {"type": "Lamb"}}', "Lamb"),
+        ('{"optimizer": "AdamW"}', "optimizer must be an object"),
+        ('{"optimizer": {"params": {"lr": "1e-3"}}}', "optimizer.params.lr must be a number"),
+        ('{"optimizer": {"params": {"amsgrad": true}}}', "amsgrad"),
+        ('{"train_batch_size": "20"}', "train_batch_size must be a number"),
+        ('{"gradient_accumulation_steps": 0}', "at least 1"),
     ],
 )
 def test_json_that_cannot_be_used(tmp_path, text, part):
@@ -205,6 +226,10 @@ def test_arguments():
     assert parse_arguments([], "r", "j").recipe == "r"
     with pytest.raises(UserError, match="given twice"):
         parse_arguments(["recipe=a", "recipe=b"], "r", "j")
+    with pytest.raises(UserError, match="needs a file"):
+        parse_arguments(["--deepspeed_config"], "r", "j")
+    with pytest.raises(UserError, match="no recipe ''"):
+        get_recipe(parse_arguments(["recipe="], "r", "j").recipe)
     with pytest.raises(UserError, match="--steps"):
         parse_arguments(["--steps=3"], "r", "j")
 

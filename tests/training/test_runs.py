@@ -50,7 +50,7 @@ def test_what_a_run_writes(tmp_path, small, shards):
     assert set(saved) == set(model.state_dict())
 
     again = run_ranks(run.folder, settings)
-    assert (again.code, "holds a run already" in again.output) == (2, True)
+    assert (again.code, "which a new run would overwrite" in again.output) == (2, True)
 
 
 def test_ranks_do_not_change_the_losses(tmp_path, small):
@@ -80,6 +80,7 @@ def test_a_killed_run_continues_exactly(tmp_path, small, stage):
         rank.communicate()
     resumed = run_ranks(folder, {**settings, "resume": "auto"}, world=2, stage=stage)
     assert resumed.code == 0, resumed.output
+    assert "continuing from step 2" in resumed.output or "continuing from step 4" in resumed.output
     assert resumed.losses() == whole.losses()
     final = [load_file(f / "weights" / "model.safetensors") for f in (whole.folder, folder)]
     assert all(final[0][name].equal(final[1][name]) for name in final[0])
@@ -128,6 +129,7 @@ def test_real_media_train(tmp_path, small, media):
     run = run_ranks(tmp_path / "run", {**small, **real, "train.steps": 2, "data.stride": 2})
     assert run.code == 0, run.output
     assert len(run.log()) == 2
+    assert (run.folder / "samples.png").exists()
     assert not (run.folder / "bad_samples.jsonl").exists()
 
 
@@ -135,6 +137,7 @@ def test_real_media_train(tmp_path, small, media):
     ("settings", "part"),
     [
         ({"data.videos": "nowhere/clips-{000..001}.tar"}, "nowhere/clips-000.tar"),
+        ({"data.eval_images": "nowhere/*.tar"}, "nowhere/*.tar"),
         ({"init_from": "README.md"}, "README.md"),
         ({"tokenizer.name": "dalle", "tokenizer.weights": "README.md"}, "README.md"),
     ],
@@ -146,6 +149,7 @@ def test_mistake_is_one_line_and_exit_code_2(tmp_path, small, settings, part):
     assert (run.code, len(errors)) == (2, 1), run.output
     assert part in errors[0]
     assert "Traceback" not in run.output
+    assert run.output.splitlines()[-1] == errors[0]
 
 
 def test_checkout_beside_another_installed_copy_is_an_error(tmp_path):
