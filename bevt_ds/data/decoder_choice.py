@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,20 +25,25 @@ def choose(candidates: dict[str, Callable[[], float]], facts: tuple, folder: Pat
     candidates: name -> measures clips a second; one that raises RuntimeError cannot be used here. facts: what the
     answer depends on; for the same facts a file in `folder` has it. Raises the last RuntimeError if none works.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.json"
-    with suppress(OSError, ValueError, TypeError):
-        rates = json.loads(place.read_text(encoding="utf-8"))
-        best = max(rates, key=rates.__getitem__)
-        if best in candidates:
-            log.info("videos are decoded on the %s, as measured before (%s)", best, place)
-            return best
-    rates = _rates(candidates)
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a node must not measure each other
+        rates = _stored(place, candidates)
+        if rates is None:
+            rates = _rates(candidates)
+            write_atomic(place, json.dumps(rates).encode())
     best = max(rates, key=rates.__getitem__)
     log.info("videos are decoded on the %s: %s", best, ", ".join(f"{n} {r:.1f} clips/s" for n, r in rates.items()))
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(place, json.dumps(rates).encode())
     return best
+
+
+def _stored(place: Path, candidates: Collection[str]) -> dict[str, float] | None:
+    """The rates measured before, if they are of these candidates."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        rates = {name: float(rate) for name, rate in json.loads(place.read_text(encoding="utf-8")).items()}
+        return rates if rates and rates.keys() <= set(candidates) else None
+    return None
 
 
 def _rates(candidates: dict[str, Callable[[], float]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.members import Member
 from bevt_ds.data.plan import PlanEntry, StreamId
+from bevt_ds.data.remote import redacted
 from bevt_ds.errors import UserError
 
 ALWAYS_ALLOWED = 10  # bad samples of a stream, however few have been read
@@ -91,8 +92,8 @@ class Ledger:
         self._write(entry, member, str(bad))
         if self._row >= IN_A_ROW:
             raise DataLimitError(
-                f"{self._row} bad {self.stream.kind} samples in a row. The last: {member.key!r} in {member.path}:"
-                f" {bad}. {_hint(self.path)}"
+                f"{self._row} bad {self.stream.kind} samples in a row. The last: {member.key!r} in"
+                f" {redacted(member.path)}: {bad}. {_hint(self.path)}"
             )
 
     def _write(self, entry: PlanEntry, member: Member, reason: str) -> None:
@@ -103,7 +104,7 @@ class Ledger:
             "step": entry.step,
             "slot": entry.slot,
             "attempt": entry.attempt,
-            "shard": member.path,
+            "shard": redacted(member.path),
             "key": member.key,
             "reason": reason,
         }

@@ -13,7 +13,7 @@ from bevt_ds.data.cache import ShardCache
 from bevt_ds.data.index import cache_home, load_shard, read_index, write_index
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.members import Member, Shard, read_member
-from bevt_ds.data.remote import RemoteError, is_remote
+from bevt_ds.data.remote import RemoteError, is_remote, redacted
 from bevt_ds.data.tar_scan import scan
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
@@ -42,7 +42,7 @@ class Storage:
         except RemoteError as error:
             raise UserError(str(error)) from error
         with local.open("rb") as tar:
-            shard = scan(path, tar)
+            shard = replace(scan(redacted(path), tar), path=path)
         write_index((place,), {"size": local.stat().st_size}, shard)
         return shard
 
@@ -73,7 +73,7 @@ class Storage:
         try:
             return read_member(replace(member, path=str(self._local(member.path))))
         except BadSample as bad:
-            log.warning("%s: %s; the cached copy is fetched again", member.path, bad)
+            log.warning("%s: %s; the cached copy is fetched again", redacted(member.path), bad)
         self.cache.discard(member.path)
         return read_member(replace(member, path=str(self._local(member.path))))
 

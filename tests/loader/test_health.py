@@ -154,6 +154,16 @@ def test_hostile_keys_do_not_reach_the_terminal(tmp_path: Path) -> None:
     assert json.loads(text.splitlines()[0])["key"] == MEMBER.key
 
 
+def test_secrets_of_a_url_do_not_reach_the_ledger(tmp_path: Path) -> None:
+    ledger = Ledger(StreamId.VIDEO, tmp_path / "bad.jsonl", Skips())
+    secret = replace(MEMBER, path="https://me:word@host/a.tar?token=x")
+    with pytest.raises(DataLimitError) as caught:
+        for i in range(IN_A_ROW):
+            ledger.reject(entry(i), secret, BadSample("broken"))
+    text = (tmp_path / "bad.jsonl").read_text() + str(caught.value)
+    assert "https://host/a.tar" in text and "word" not in text and "token" not in text
+
+
 def test_only_later_and_transient_skips_are_passed_on() -> None:
     skips = Skips()
     ledger = Ledger(StreamId.VIDEO, None, skips)
