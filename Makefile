@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help env demo test test-all test-gpu test-matrix lint format golden kernels-check lock clean
+.PHONY: help env demo test test-all test-gpu test-matrix lint format golden fuzz kernels-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -44,6 +44,9 @@ format: env  ## rewrite the files as lint wants them
 
 golden: env  ## write the golden loss curve anew, where the losses are meant to change
 	PATH=$(BIN):$$PATH $(BIN)/python -m tests.training.golden_curve
+
+fuzz: env  ## the loader on tens of thousands of broken files (hours)
+	$(BIN)/python -m tests.loader.fuzz
 
 kernels-check: env  ## compile every kernel for sm_80 and sm_90 and compare registers and spills with the table
 	$(BIN)/python -m bevt_ds.kernels.check

@@ -33,6 +33,7 @@ setup(
         "matplotlib>=3.9",
         "pillow>=11",
         "tqdm>=4.66",
+        "fsspec>=2024.6",
     ],
     extras_require={
         "test": [
