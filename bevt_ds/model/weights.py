@@ -171,7 +171,7 @@ def _read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign pickle can fail in any way
         raise UserError(
-            f"is not a checkpoint: give a folder with {CONFIG} and {TENSORS}, or a PyTorch or safetensors file of tensors"
+            f"is not a checkpoint: give a folder with {CONFIG} and {TENSORS}, or a PyTorch or safetensors file"
         ) from error
 
 
