@@ -171,7 +171,8 @@ def _read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign pickle can fail in any way
         raise UserError(
-            f"is not a checkpoint: give a folder with {CONFIG} and {TENSORS}, or a PyTorch or safetensors file"
+            f"is not a checkpoint that can be read without running its code: give a folder with {CONFIG} and {TENSORS},"
+            " or a file of plain tensors"
         ) from error
 
 
