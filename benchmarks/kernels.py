@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from . import kernels_masked, kernels_providers, kernels_report
 from .common import append_row, ceilings, measure, peak_megabytes, provenance, read_rows
-from .kernels_cases import Case, default_cases, further_cases, small_cases
+from .kernels_cases import Case, default_cases, further_cases, small_cases, soak_cases
 from .kernels_providers import Job
 
 RESULTS = Path(__file__).parent / "results"
@@ -117,19 +117,29 @@ class Run:
                     self.write(op, case.name, name, direction, result, {})
 
 
-def soak(device: str, launches: int) -> None:
-    """Every case that many times forward and backward; a difference in one bit raises."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def soak_jobs(device: str) -> Iterator[tuple[str, Job]]:
+    """Every kernel that the models launch: each window in each type, and the masked ops in each type."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if device == "cuda" else (torch.float32,)
+    cases = soak_cases() if device == "cuda" else small_cases()
     provider = "triton" if device == "cuda" else "torch"
-    for case in default_cases() if device == "cuda" else small_cases():
-        job = kernels_providers.ours(case, device, dtype, provider)
+    for dtype in dtypes:
+        for case in cases:
+            yield f"{case.name} {dtype}", kernels_providers.ours(case, device, dtype, provider)
+        for op, case, name, make in kernels_masked.masked_jobs(device):
+            if name == "bevt_ds":
+                yield f"{op} {case.name} {dtype}", make(case, device, dtype)
+
+
+def soak(device: str, launches: int) -> None:
+    """Every job that many times forward and backward; a difference in one bit raises."""
+    for name, job in soak_jobs(device):
         first = job.backward(outputs := job.forward())
         for _ in range(launches):
             again = job.forward()
             pairs = zip((*outputs, *first), (*again, *job.backward(again)), strict=True)
             if not all(torch.equal(a, b) for a, b in pairs):
-                raise AssertionError(f"{case.name}: two launches differ")
-        print(f"{case.name}: {launches} launches, all equal", flush=True)
+                raise AssertionError(f"{name}: two launches differ")
+        print(f"{name}: {launches} launches, all equal", flush=True)
 
 
 def part_of(cases: list[Case], part: str) -> list[Case]:

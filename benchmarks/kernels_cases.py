@@ -83,6 +83,12 @@ def further_cases() -> list[Case]:
     return cases + list(model_cases("b", clips=8, images=0, frames=16))
 
 
+def soak_cases() -> list[Case]:
+    """Every window that the models use, at Swin-B's sizes: 16-frame clips and images, longer and shorter clips."""
+    others = [case for frames in (16, 4) for case in model_cases("b", clips=2, images=0, frames=frames)]
+    return default_cases() + others
+
+
 def small_cases() -> list[Case]:
     """What a CPU can time: the last two stages, one clip and two images."""
     return [case for case in model_cases("t", clips=1, images=2) if case.stage >= 3]

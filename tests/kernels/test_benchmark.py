@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import kernels as kernels_benchmark
 from benchmarks import kernels_cases, kernels_masked, kernels_providers, kernels_report
 from bevt_ds import kernels
 from bevt_ds.kernels.reference import partition
@@ -93,3 +94,13 @@ def test_masked_jobs_run():
     for _, _, _, make in kernels_masked.masked_jobs("cpu"):
         job = make(case, "cpu", torch.float32)
         assert all(grad.isfinite().all() for grad in job.backward(job.forward()))
+
+
+def test_soak_finds_a_difference(capsys, monkeypatch):
+    cases = [case for case in kernels_cases.small_cases() if case.stream == "image"][:1]
+    monkeypatch.setattr(kernels_benchmark, "small_cases", lambda: cases)
+    kernels_benchmark.soak("cpu", launches=1)
+    assert "masked_head" in capsys.readouterr().out
+    monkeypatch.setattr(kernels_benchmark.torch, "equal", lambda a, b: False)
+    with pytest.raises(AssertionError, match="two launches differ"):
+        kernels_benchmark.soak("cpu", launches=1)
