@@ -20,6 +20,7 @@ from bevt_ds.data.loader import Loader, eval_batches
 from bevt_ds.engine import Engine, start_ranks
 from bevt_ds.errors import UserError
 from bevt_ds.flops import Sizes
+from bevt_ds.kernels import resolve
 from bevt_ds.metrics import RunLog, SpeedMeter, StepSums
 from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, tokenize
@@ -157,6 +158,7 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
         if shard_patterns(config) == shard_patterns(get_recipe("demo")):
             ensure_demo_shards(Path(config.data.videos).parent)
     ranks.barrier()
+    provider = kernel_provider(config, ranks)
     tokenizer = make_tokenizer(config, ranks)
     with closing(eval_batches(config)) as held_out:
         next(held_out, None)  # shards that cannot be evaluated are to be known now, not after the last step
@@ -171,7 +173,8 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
             engine.load(start[0])
         if ranks.is_main:
             run_folder.write_config(folder, config)
-            print(f"continuing from step {first_step}" if start else "starting at step 0", flush=True)
+            origin = f"continuing from step {first_step}" if start else "starting at step 0"
+            print(f"{origin}, kernels: {provider}, ZeRO stage {engine.stage}, {ranks.world} ranks", flush=True)
         batches = iter(loader)
         with RunLog(folder, ranks, first_step) as log:
             train(run, batches, log, SpeedMeter(config, Sizes.of(engine.module.arch), ranks.world, ranks.device))
@@ -198,6 +201,18 @@ def find_start(config: Config, folder: Path, ranks: Ranks) -> tuple[Path, checkp
     if damage := checkpoint.find_damage(given, ranks):
         raise UserError(f"resume={given}: {damage}")
     return given, checkpoint.read_facts(given)
+
+
+def kernel_provider(config: Config, ranks: Ranks) -> str:
+    """What `model.kernels` comes to on this device: triton or torch.
+
+    Raises:
+        UserError: triton was asked for and cannot run.
+    """
+    try:
+        return resolve(config.model.kernels, ranks.device)
+    except RuntimeError as error:
+        raise UserError(f"model.{error}") from error
 
 
 def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:

@@ -139,6 +139,7 @@ def test_real_media_train(tmp_path, small, media):
         ({"data.videos": "nowhere/clips-{000..001}.tar"}, "nowhere/clips-000.tar"),
         ({"data.eval_images": "nowhere/*.tar"}, "nowhere/*.tar"),
         ({"init_from": "README.md"}, "README.md"),
+        ({"model.kernels": "triton"}, "on a CPU"),
         ({"tokenizer.name": "dalle", "tokenizer.weights": "README.md"}, "README.md"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
