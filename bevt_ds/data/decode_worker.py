@@ -1,4 +1,4 @@
-"""A process that works on one video at a time: `python -m bevt_ds.data.decode_worker`, driven by WorkerPool.
+"""A process that works on one video at a time: `python -m bevt_ds.data.decode_worker`, driven by DecodePool.
 
 A JSON line and the file's bytes in; a JSON line and, where it says so, bytes out. A separate program rather than a
 fork: it imports neither torch nor the entry, and a decoder that crashes or hangs costs one process.
