@@ -34,6 +34,7 @@ setup(
         "pillow>=11",
         "tqdm>=4.66",
         "fsspec>=2024.6",
+        "pyarrow>=17",
     ],
     extras_require={
         "test": [

@@ -48,7 +48,29 @@ class MaskConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class ReadingConfig:
+    """How shards are read and videos decoded, whatever the samples are for."""
+
+    decoder: A[Literal["auto", "cpu", "gpu"], "where clips and images are decoded"] = "auto"
+    workers: A[int, "processes a rank that decode video on the CPU"] = 2
+    threads: A[int, "DALI threads a rank"] = 2
+    readers: A[int, "threads a rank that read files"] = 4
+    prefetch: A[int, "micro-batches prepared ahead"] = 2
+    shuffle_window: A[int, "shards whose samples are shuffled together"] = 8
+    decode_seconds: A[float, "a clip that takes longer to decode is bad"] = 20.0
+    max_pixels: A[int, "a larger picture is refused before it is decoded"] = 64_000_000
+    max_frames: A[int, "a longer video is refused before it is decoded"] = 200_000
+    max_file_bytes: A[int, "a larger file is refused unread"] = 1 << 30
+    max_clip_bytes: A[int, "a clip whose frames would take more memory is refused before it is decoded"] = 1 << 30
+    max_bad_fraction: A[float, "more bad samples than this, and than 10, stop the run"] = 0.001
+    cache_dir: A[str, "where remote shards are kept; empty: ~/.cache/bevt_ds/shards"] = ""
+    cache_bytes: A[int, "the least recently used remote shards are thrown out beyond this, on each node"] = 100 << 30
+    remote_seconds: A[float, "the longest wait for the next bytes of a remote shard"] = 30.0
+    allow_pipe: A[bool, "let pipe:COMMAND stand for a shard: it runs a shell"] = False
+
+
+@dataclass(frozen=True)
+class DataConfig(ReadingConfig):
     """The shards, and what is done to a sample. Sizes are pixels of the network's view."""
 
     videos: A[str, "tar files: path, glob, {000..099} range, or several with commas; empty: none"] = ""
@@ -68,22 +90,6 @@ class DataConfig:
     )
     token_size: A[int, "side of the tokenizer's view: half of size"] = 112
     mask: MaskConfig = field(default_factory=MaskConfig)
-    decoder: A[Literal["auto", "cpu", "gpu"], "where clips and images are decoded"] = "auto"
-    workers: A[int, "processes a rank that decode video on the CPU"] = 2
-    threads: A[int, "DALI threads a rank"] = 2
-    readers: A[int, "threads a rank that read files"] = 4
-    prefetch: A[int, "micro-batches prepared ahead"] = 2
-    shuffle_window: A[int, "shards whose samples are shuffled together"] = 8
-    decode_seconds: A[float, "a clip that takes longer to decode is bad"] = 20.0
-    max_pixels: A[int, "a larger picture is refused before it is decoded"] = 64_000_000
-    max_frames: A[int, "a longer video is refused before it is decoded"] = 200_000
-    max_file_bytes: A[int, "a larger file is refused unread"] = 1 << 30
-    max_clip_bytes: A[int, "a clip whose frames would take more memory is refused before it is decoded"] = 1 << 30
-    max_bad_fraction: A[float, "more bad samples than this, and than 10, stop the run"] = 0.001
-    cache_dir: A[str, "where remote shards are kept; empty: ~/.cache/bevt_ds/shards"] = ""
-    cache_bytes: A[int, "the least recently used remote shards are thrown out beyond this, on each node"] = 100 << 30
-    remote_seconds: A[float, "the longest wait for the next bytes of a remote shard"] = 30.0
-    allow_pipe: A[bool, "let pipe:COMMAND stand for a shard: it runs a shell"] = False
 
 
 @dataclass(frozen=True)

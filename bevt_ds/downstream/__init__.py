@@ -1,0 +1,1 @@
+"""What follows pretraining: fine-tuning, multi-view evaluation, probes of frozen features."""
