@@ -1,7 +1,7 @@
 """What one micro-step trains on: plain tensors, made by the data side, read by the model.
 
 Shape letters: B samples, T frames, H W pixels, R rows (masked cells of the micro-batch, padded),
-F frames that hold a masked cell, h = H/16 and w = W/16 the mask grid.
+F frames that hold a masked cell, h = H/16 and w = W/16 the mask grid, S the side of a square crop.
 """
 
 from __future__ import annotations
@@ -33,12 +33,7 @@ class Stream:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Stream:
         """The same stream with every tensor on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return _moved(self, device, non_blocking)
 
 
 @dataclass(frozen=True)
@@ -57,3 +52,30 @@ class Batch:
         """The same batch with the network's pixels in `dtype`; the tokenizer's view keeps its own."""
         cast = lambda s: None if s is None else replace(s, pixels=s.pixels.to(dtype))  # noqa: E731
         return Batch(cast(self.video), cast(self.image))
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Videos and their classes: a micro-batch of a fine-tuning step, or all views of a few videos.
+
+    V views: clips along time, and of each its crops; the crop changes fastest.
+    """
+
+    pixels: Tensor  # training: clips (B,3,T,S,S); testing: views (B,V,3,T,S,S); float, normalised RGB
+    labels: Tensor  # int64 (B,); -1: padding, or a video that cannot be read
+    sample_keys: Tensor  # int64 (B,): bevt_ds.rng.sample_key of each sample
+    keys: tuple[str, ...]  # "shard/key" of each sample; "" where the label is -1
+    count: int  # samples in the GLOBAL batch: the loss's denominator
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelledBatch:
+        """The same batch with every tensor on `device`."""
+        return _moved(self, device, non_blocking)
+
+    def cast(self, dtype: torch.dtype) -> LabelledBatch:
+        """The same batch with its pixels in `dtype`."""
+        return replace(self, pixels=self.pixels.to(dtype))
+
+
+def _moved(batch, device: torch.device | str, non_blocking: bool):
+    tensors = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
+    return replace(batch, **{name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})

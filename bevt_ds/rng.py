@@ -22,6 +22,8 @@ class Use(IntEnum):
     SYNTHETIC = 9
     SUBSTITUTE = 10
     TOKENIZER = 11
+    RANDAUGMENT = 12
+    ERASING = 13
 
 
 def generator(seed: int, use: Use, *counters: int) -> np.random.Generator:

@@ -31,10 +31,12 @@ class StreamId(IntEnum):
     IMAGE = 1
     EVAL_VIDEO = 2
     EVAL_IMAGE = 3
+    LABELLED = 4
+    TEST = 5
 
     @property
     def kind(self) -> str:
-        return "video" if self in (StreamId.VIDEO, StreamId.EVAL_VIDEO) else "image"
+        return "image" if self in (StreamId.IMAGE, StreamId.EVAL_IMAGE) else "video"
 
     @property
     def held_out(self) -> bool:

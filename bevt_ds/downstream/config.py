@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated as A
 from typing import Literal
 
-from bevt_ds.config import ReadingConfig
+from bevt_ds.config import LabelledDataConfig, ViewsConfig
 
 
 @dataclass(frozen=True)
@@ -27,31 +27,6 @@ class ClassifierConfig:
     dropout: A[float, "of the pooled features, in front of the head"] = 0.5
     checkpointing: A[bool, "recompute every block in the backward pass: less memory, more time"] = False
     kernels: A[Literal["auto", "triton", "torch"], "provider of windowed attention"] = "auto"
-
-
-@dataclass(frozen=True)
-class LabelledDataConfig(ReadingConfig):
-    """Labelled shards (`<key>.cls`, or "label" in `<key>.json`), and what is done to a training clip."""
-
-    train: A[str, "training shards: path, glob, {000..099} range, or several with commas"] = ""
-    val: A[str, "validation shards, the same way; evaluated every train.val_every epochs and by evaluate.py"] = ""
-    classes: A[
-        str, "file of class names, a line each in label order; empty: from the manifest, else the labels seen"
-    ] = ""
-    expected_val: A[int, "videos that the full validation set has, for the coverage; 0: what the manifest counts"] = 0
-    frames: A[int, "frames a clip"] = 32
-    stride: A[int, "source frames from one to the next; unused by segments"] = 2
-    sampling: A[
-        Literal["dense", "segments"],
-        "dense: frames `stride` apart; segments: one frame of each `frames`-th of the video",
-    ] = "dense"
-    size: A[int, "height and width of the crop, a multiple of 32"] = 224
-    short_side: A[int, "the short side is resized to this before the random resized crop"] = 256
-    crop_area: A[tuple[float, float], "share of the picture that a random resized crop covers"] = (0.08, 1.0)
-    crop_aspect: A[tuple[float, float], "its width / height"] = (0.75, 4 / 3)
-    flip: A[float, "probability of a horizontal flip; 0 where direction is the label, as in SSv2"] = 0.5
-    randaugment: A[tuple[int, int], "RandAugment: operations a clip, and magnitude of 10; 0,0: none"] = (0, 0)
-    erasing: A[float, "probability of random erasing, the same box in all frames"] = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,16 +67,6 @@ class FinetuneTrainConfig:
     val_every: A[int, "epochs from one validation to the next; one follows the last step too"] = 5
     checkpoint_every: A[int, "steps from one checkpoint to the next; one is written at the end too"] = 1000
     keep_checkpoints: A[int, "older checkpoints are removed beyond this number"] = 2
-
-
-@dataclass(frozen=True)
-class ViewsConfig:
-    """The views of a video that a test averages over."""
-
-    clips: A[int, "clips along time"] = 4
-    crops: A[int, "crops along the long side: 1 (centre) or 3 (first end, last end, middle)"] = 3
-    short_side: A[int, "the short side is resized to this"] = 224
-    micro_videos: A[int, "videos a rank takes in one forward pass"] = 1
 
 
 @dataclass(frozen=True)
