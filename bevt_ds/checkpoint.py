@@ -32,6 +32,8 @@ FREE = {
     "data.decode_seconds", "data.max_bad_fraction", "data.eval_videos", "data.eval_images", "data.decoder",
     "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_batches", "train.min_gain",
     "model.checkpointing",
+    "data.train", "data.val", "data.expected_val", "views.clips", "views.crops", "views.short_side",
+    "views.micro_videos", "train.val_every",
 }  # fmt: skip
 
 
@@ -42,7 +44,7 @@ class Facts:
     step: int  # updates done
     world: int
     stage: int  # ZeRO
-    config: Config
+    config: Any  # of the run: a Config, or that of another kind of run
     data: str  # fingerprint of the shards
     skips: dict[str, Any]  # what the loader must know beside the step
 
@@ -90,8 +92,10 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.name, reverse=True)
 
 
-def newest_valid(root: Path, ranks: Ranks) -> tuple[Path, Facts] | None:
+def newest_valid(root: Path, ranks: Ranks, kind: type = Config) -> tuple[Path, Facts] | None:
     """The newest checkpoint whose every byte is as written; damaged ones are named and passed over. Collective.
+
+    `kind` is the config dataclass of the runs that write here.
 
     Raises:
         UserError: checkpoints exist and none is whole.
@@ -100,7 +104,7 @@ def newest_valid(root: Path, ranks: Ranks) -> tuple[Path, Facts] | None:
     for candidate in map(Path, candidates):
         problem = find_damage(candidate, ranks)
         if problem is None:
-            return candidate, read_facts(candidate)
+            return candidate, read_facts(candidate, kind)
         if ranks.is_main:
             print(f"checkpoint {candidate} is damaged ({problem}); trying the one before", flush=True)
     if candidates:
@@ -126,15 +130,15 @@ def find_damage(folder: Path, ranks: Ranks) -> str | None:
     return problem or "another rank found damage"
 
 
-def read_facts(folder: Path) -> Facts:
-    """The facts in a checkpoint's manifest.
+def read_facts(folder: Path, kind: type = Config) -> Facts:
+    """The facts in a checkpoint's manifest, its configuration as `kind`.
 
     Raises:
-        UserError: not a checkpoint of this project, or of a newer version of it.
+        UserError: not a checkpoint of such a run, or of a newer version of this project.
     """
     manifest = _read_manifest(folder)
     plain = {name: manifest[name] for name in ("step", "world", "stage", "data", "skips")}
-    return Facts(config=from_dict(manifest["config"]), **plain)
+    return Facts(config=from_dict(manifest["config"], kind), **plain)
 
 
 def check_continues(saved: Facts, now: Facts, folder: Path) -> None:
@@ -155,7 +159,7 @@ def check_continues(saved: Facts, now: Facts, folder: Path) -> None:
         raise UserError(f"{folder} was trained on other shards than these: their sample lists differ.")
 
 
-def check_same(saved: Config, now: Config, folder: Path) -> None:
+def check_same(saved: Any, now: Any, folder: Path) -> None:
     """Refuse a configuration that would compute something else than the one which `folder` was begun with.
 
     Raises:
@@ -163,7 +167,7 @@ def check_same(saved: Config, now: Config, folder: Path) -> None:
     """
     changed = [
         f"{f.key}: {get_value(saved, f.key)} -> {get_value(now, f.key)}"
-        for f in config_fields()
+        for f in config_fields(type(now))
         if f.key not in FREE and get_value(saved, f.key) != get_value(now, f.key)
     ]
     if changed:

@@ -160,6 +160,14 @@ class TrainConfig:
     eval_batches: A[int, "held-out micro-batches of the closing summary"] = 4
     min_gain: A[float, "exit 1 unless both losses end this many nats below the unigram entropy; 0: no check"] = 0.0
 
+    @property
+    def streams(self) -> dict[str, tuple[int, int]]:
+        """Samples a step over all ranks, and those of a rank's forward pass, by what the samples are."""
+        return {
+            "clips": (self.global_clips, self.micro_clips),
+            "images": (self.global_images, self.micro_images),
+        }
+
 
 @dataclass(frozen=True)
 class Config:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from bevt_ds.config import Config
 from bevt_ds.errors import UserError
 from bevt_ds.overrides import get_value, set_value
 from bevt_ds.validate import micro_steps
 
 AUTO = "auto"
+NEVER = 1 << 62  # steps
 MAX_BUCKET = 200_000_000  # elements; DeepSpeed's 5e8 would reserve gigabytes for a small model
 
 DIRECT = {  # JSON path -> the config field it stands for
@@ -47,10 +47,7 @@ NUMBERS = {
     "zero_optimization.stage": int,
 }
 OBJECTS = ("optimizer", "optimizer.params", "zero_optimization", "bf16", "fp16", "data_types")
-GLOBAL, MICRO = (
-    ("train.global_clips", "train.global_images"),
-    ("train.micro_clips", "train.micro_images"),
-)
+T = TypeVar("T")  # a run's config dataclass
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -74,14 +71,14 @@ def read_json(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: remove 'scheduler'; the schedule is optim.lr, optim.warmup_steps and train.steps.")
     unknown = set(_lookup(values, "optimizer.params") or {}) - {name.rpartition(".")[2] for name in DIRECT}
     if unknown:
-        raise UserError(f"{path}: optimizer.params has {', '.join(sorted(unknown))}, which BEVT's AdamW does not take.")
+        raise UserError(f"{path}: optimizer.params has {', '.join(sorted(unknown))}, which our AdamW does not take.")
     kind = values.get("optimizer", {}).get("type", "AdamW")
     if kind != "AdamW":
         raise UserError(f"{path}: optimizer.type is {kind!r}; BEVT trains with AdamW.")
     return values
 
 
-def merge(config: Config, explicit: set[str], values: dict[str, Any], world: int) -> tuple[Config, list[str]]:
+def merge(config: T, explicit: set[str], values: dict[str, Any], world: int) -> tuple[T, list[str]]:
     """Numbers of the JSON taken over into the config, and a line for each.
 
     Args:
@@ -117,7 +114,7 @@ def merge(config: Config, explicit: set[str], values: dict[str, Any], world: int
     return config, lines
 
 
-def resolve(values: dict[str, Any], config: Config, world: int, largest: int, total: int, width: int) -> dict[str, Any]:
+def resolve(values: dict[str, Any], config: Any, world: int, largest: int, total: int, width: int) -> dict[str, Any]:
     """The dict for `deepspeed.initialize`: every "auto" replaced; the optimizer section is ours and left out.
 
     Args:
@@ -131,7 +128,7 @@ def resolve(values: dict[str, Any], config: Config, world: int, largest: int, to
         UserError: an "auto" at a place this project does not know.
     """
     train, steps = config.train, micro_steps(config, world)
-    micro = (train.global_clips + train.global_images) // (world * steps)
+    micro = sum(total for total, _ in train.streams.values()) // (world * steps)
     bucket = max(largest, min(total, MAX_BUCKET))
     known = {
         "train_batch_size": micro * world * steps,
@@ -140,7 +137,7 @@ def resolve(values: dict[str, Any], config: Config, world: int, largest: int, to
         "gradient_clipping": config.optim.clip_grad,
         "bf16.enabled": train.precision == "bf16",
         "fp16.enabled": train.precision == "fp16",
-        "steps_per_print": train.steps + 1,  # the project logs by itself
+        "steps_per_print": NEVER,  # the project logs by itself
         "zero_optimization.overlap_comm": world > 1,
         "zero_optimization.reduce_bucket_size": bucket,
         "zero_optimization.allgather_bucket_size": bucket,
@@ -172,21 +169,23 @@ def _json_precision(values: dict[str, Any], wanted: str) -> tuple[str, str] | No
     return (f"{wanted}.enabled", "fp32") if states.get(wanted) is False else None
 
 
-def _json_batch(config: Config, values: dict[str, Any], world: int) -> dict[str, tuple[str, Any]]:
-    """DeepSpeed counts samples of both streams together; the recipe's ratio of clips to images is kept."""
+def _json_batch(config: Any, values: dict[str, Any], world: int) -> dict[str, tuple[str, Any]]:
+    """DeepSpeed counts samples of all streams together; the recipe's ratio of clips to images is kept."""
     wanted: dict[str, tuple[str, Any]] = {}
-    totals = [get_value(config, key) for key in GLOBAL]
+    streams = config.train.streams
+    global_keys, micro_keys = ([f"train.{size}_{name}" for name in streams] for size in ("global", "micro"))
+    totals = [total for total, _ in streams.values()]
     number = values.get("train_batch_size", AUTO)
     if number != AUTO:
         totals = _split("train_batch_size", number, totals)
-        wanted |= {key: ("train_batch_size", v) for key, v in zip(GLOBAL, totals, strict=True)}
+        wanted |= {key: ("train_batch_size", v) for key, v in zip(global_keys, totals, strict=True)}
     number = values.get("train_micro_batch_size_per_gpu", AUTO)
     if number != AUTO:
         parts = _split("train_micro_batch_size_per_gpu", number, totals)
-        wanted |= {k: ("train_micro_batch_size_per_gpu", v) for k, v in zip(MICRO, parts, strict=True)}
+        wanted |= {k: ("train_micro_batch_size_per_gpu", v) for k, v in zip(micro_keys, parts, strict=True)}
     number = values.get("gradient_accumulation_steps", AUTO)
     if number != AUTO:
-        for key, total in zip(MICRO, totals, strict=True):
+        for key, total in zip(micro_keys, totals, strict=True):
             if total % (number * world):
                 raise UserError(
                     f"gradient_accumulation_steps={number} of the DeepSpeed JSON: {total} samples a step do not divide"

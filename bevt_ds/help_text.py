@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from bevt_ds.overrides import config_fields, get_value, type_name
 from bevt_ds.recipes import RECIPES, get_recipe
@@ -29,14 +31,20 @@ Pretrain BEVT: masked image modelling, or joint masked image and video modelling
 
 
 def help_text(recipe: str) -> str:
-    """The whole help page, with the defaults of one recipe."""
-    config = get_recipe(recipe)
-    names = "\n".join(f"  {name:<14}{_first_line(make.__doc__)}" for name, make in RECIPES.items())
+    """The help page of pretraining, with the defaults of one recipe."""
+    return page(USAGE, RECIPES, get_recipe(recipe))
+
+
+def page(usage: str, recipes: Mapping[str, Callable[[], Any]], config: Any) -> str:
+    """A whole help page: usage, the recipes there are, and every field with the defaults of `config`."""
+    width = 2 + max(map(len, recipes))
+    names = "\n".join(f"  {name:<{width}}{_first_line(make.__doc__)}" for name, make in recipes.items())
     rows = []
-    for f in config_fields():
+    for f in config_fields(type(config)):
         if f.key != "recipe":
             rows.append(f"  {f.key}={_show(get_value(config, f.key))}  <{type_name(f.type)}>\n{_indent(f.help)}")
-    return f"{USAGE}\nrecipes:\n{names}\n\nfields, with the defaults of recipe={recipe}:\n" + "\n".join(rows) + "\n"
+    head = f"{usage}\nrecipes:\n{names}\n\nfields, with the defaults of recipe={config.recipe}:\n"
+    return head + "\n".join(rows) + "\n"
 
 
 def _first_line(text: str | None) -> str:

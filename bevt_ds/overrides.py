@@ -6,10 +6,12 @@ import difflib
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from bevt_ds.config import Config
 from bevt_ds.errors import UserError
+
+T = TypeVar("T")  # a config dataclass
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ def set_value(config: Any, key: str, value: Any) -> Any:
     return replace(config, **{head: set_value(getattr(config, head), rest, value) if rest else value})
 
 
-def parse_overrides(arguments: Iterable[str]) -> dict[str, str]:
-    """`key=value` words to a dict of texts.
+def parse_overrides(arguments: Iterable[str], kind: type = Config) -> dict[str, str]:
+    """`key=value` words to a dict of texts; the keys are those of the config dataclass `kind`.
 
     Raises:
         UserError: a word without `=`, an unknown key, or a key given twice.
     """
-    known = {f.key for f in config_fields()}
+    known = {f.key for f in config_fields(kind)}
     found: dict[str, str] = {}
     for word in arguments:
         key, equals, text = word.partition("=")
@@ -69,13 +71,13 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def apply_overrides(config: Config, overrides: dict[str, str]) -> Config:
+def apply_overrides(config: T, overrides: dict[str, str]) -> T:
     """The config with each override parsed to its field's type.
 
     Raises:
         UserError: a text that is not a value of the field's type.
     """
-    types_by_key = {f.key: f.type for f in config_fields()}
+    types_by_key = {f.key: f.type for f in config_fields(type(config))}
     for key, text in overrides.items():
         config = set_value(config, key, parse_value(key, types_by_key[key], text))
     return config
@@ -119,9 +121,13 @@ def to_dict(config: Any) -> Any:
     return list(config) if isinstance(config, tuple) else config
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`."""
-    return _build(Config, values)
+def from_dict(values: dict[str, Any], kind: type[T] = Config) -> T:
+    """The inverse of `to_dict`, for the config dataclass `kind`.
+
+    Raises:
+        UserError: it was saved by another version, or by a program with another configuration.
+    """
+    return _build(kind, values)
 
 
 def _build(kind: Any, value: Any) -> Any:
@@ -129,7 +135,10 @@ def _build(kind: Any, value: Any) -> Any:
         hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints)
         if unknown:
-            raise UserError(f"the saved config has fields this version does not know: {', '.join(sorted(unknown))}.")
+            raise UserError(
+                f"the saved config has fields that {kind.__name__} does not know: {', '.join(sorted(unknown))}. Another"
+                " version, or another program, wrote it."
+            )
         return kind(**{name: _build(hints[name], item) for name, item in value.items()})
     return tuple(value) if isinstance(value, list) else value
 

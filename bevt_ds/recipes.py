@@ -112,6 +112,8 @@ def get_recipe(name: str) -> Config:
     Raises:
         UserError: no such recipe.
     """
+    if name.startswith("finetune_"):
+        raise UserError(f"recipe={name} is a recipe of bevt_ds/finetune.py; pretraining has {', '.join(RECIPES)}.")
     if name not in RECIPES:
         raise UserError(f"no recipe {name!r}. There are: {', '.join(RECIPES)}.")
     return RECIPES[name]()

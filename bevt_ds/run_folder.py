@@ -17,12 +17,15 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from bevt_ds.checkpoint import check_same, checkpoints, make_folder
 from bevt_ds.config import Config
 from bevt_ds.errors import UserError
 from bevt_ds.overrides import from_dict, to_dict
 from bevt_ds.ranks import Ranks
+
+T = TypeVar("T")  # a run's config dataclass
 
 CONFIG = "config.json"
 LOG = "log.jsonl"
@@ -33,8 +36,8 @@ WEIGHTS = "weights"
 WRITTEN = (CONFIG, LOG, SUMMARY, SAMPLES, CHECKPOINTS, WEIGHTS, "tensorboard", "bad_samples.jsonl")
 
 
-def choose_folder(config: Config, ranks: Ranks) -> Path:
-    """The output folder, created on rank 0 and the same on every rank. Collective.
+def choose_folder(config: Any, ranks: Ranks) -> Path:
+    """The output folder of a run of any kind, created on rank 0 and the same on every rank. Collective.
 
     Raises:
         UserError: it holds another run already, or cannot be written.
@@ -51,13 +54,13 @@ def choose_folder(config: Config, ranks: Ranks) -> Path:
     return Path(name)
 
 
-def _claim(config: Config) -> Path:
+def _claim(config: Any) -> Path:
     """The folder, made or checked. On rank 0."""
     if not config.output_dir:
         return _claim_free_name(Path("runs") / config.recipe, config)
     folder = Path(config.output_dir)
     if config.resume == "auto" and (folder / CONFIG).is_file():
-        check_same(read_config(folder), config, folder)
+        check_same(read_config(folder, type(config)), config, folder)
     elif config.resume not in ("never", "auto") and Path(config.resume).resolve().parent == _commits(folder).resolve():
         _require_newest(Path(config.resume), folder)
     else:
@@ -66,7 +69,7 @@ def _claim(config: Config) -> Path:
     return folder
 
 
-def write_config(folder: Path, config: Config) -> None:
+def write_config(folder: Path, config: Any) -> None:
     """Save the resolved configuration. From then on the folder is this run's.
 
     Raises:
@@ -77,7 +80,7 @@ def write_config(folder: Path, config: Config) -> None:
     write_json(folder / CONFIG, to_dict(config))
 
 
-def _claim_free_name(first: Path, config: Config) -> Path:
+def _claim_free_name(first: Path, config: Any) -> Path:
     """runs/demo, or runs/demo-2, ...; resume=auto without a name means the newest of them that has a checkpoint."""
     taken, number, candidate = [], 1, first
     while any((candidate / name).exists() for name in WRITTEN):
@@ -111,9 +114,16 @@ def _commits(folder: Path) -> Path:
     return folder / CHECKPOINTS
 
 
-def read_config(folder: Path) -> Config:
-    """The configuration that a run's folder was begun with."""
-    return from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+def read_config(folder: Path, kind: type[T] = Config) -> T:
+    """The configuration that a run's folder was begun with.
+
+    Raises:
+        UserError: a run of another kind, or of another version, wrote the folder.
+    """
+    try:
+        return from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")), kind)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def write_json(path: Path, values: object) -> None:

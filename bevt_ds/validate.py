@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 from bevt_ds.config import Config
 from bevt_ds.errors import UserError
@@ -26,42 +28,42 @@ def validate(config: Config) -> Config:
         UserError: the first field that cannot work, with the reason.
     """
     data, train, model, mask = config.data, config.train, config.model, config.data.mask
-    _check_bounds(config)
-    _need(
+    check_bounds(config, AT_LEAST_ONE, POSITIVE)
+    need(
         train.global_clips + train.global_images > 0,
         "train.global_clips and train.global_images are both 0: there is nothing to train on.",
     )
-    _need(data.size % 32 == 0, f"data.size={data.size}: must be a multiple of 32.")
-    _need(
+    need(data.size % 32 == 0, f"data.size={data.size}: must be a multiple of 32.")
+    need(
         data.token_size * 2 == data.size,
         f"data.token_size={data.token_size}: must be half of data.size={data.size}.",
     )
-    _need(
+    need(
         data.short_side[0] <= data.short_side[1],
         f"data.short_side={data.short_side}: the first must not be larger.",
     )
-    _need(
+    need(
         data.short_side[0] >= data.size,
         f"data.short_side={data.short_side}: a side below data.size={data.size} cannot hold the crop.",
     )
-    _need(data.frames % 2 == 0, f"data.frames={data.frames}: must be even, a token spans 2 frames.")
-    _need(
+    need(data.frames % 2 == 0, f"data.frames={data.frames}: must be even, a token spans 2 frames.")
+    need(
         train.micro_clips % data.clips_per_video == 0,
         f"train.micro_clips={train.micro_clips}: must be a multiple of data.clips_per_video={data.clips_per_video},"
         " because one rank decodes a video once for all its clips.",
     )
-    _need(0 <= model.drop_path < 1, f"model.drop_path={model.drop_path}: must be in [0, 1).")
-    _need(0 <= data.flip <= 1, f"data.flip={data.flip}: must be in [0, 1].")
-    _need(
+    need(0 <= model.drop_path < 1, f"model.drop_path={model.drop_path}: must be in [0, 1).")
+    need(0 <= data.flip <= 1, f"data.flip={data.flip}: must be in [0, 1].")
+    need(
         mask.ratio < 1 and int(mask.ratio * (data.size // 16) ** 2) >= 1,
         f"data.mask.ratio={mask.ratio}: must be below 1 and mask at least one of {(data.size // 16) ** 2} cells.",
     )
-    _need(0 < mask.min_aspect <= 1, f"data.mask.min_aspect={mask.min_aspect}: must be in (0, 1].")
-    _need(
+    need(0 < mask.min_aspect <= 1, f"data.mask.min_aspect={mask.min_aspect}: must be in (0, 1].")
+    need(
         0 < mask.tube[0] <= mask.tube[1] <= 1,
         f"data.mask.tube={mask.tube}: must be two shares of the clip, the smaller first.",
     )
-    _need(
+    need(
         train.min_gain <= 0 or bool(data.eval_videos or data.eval_images),
         f"train.min_gain={train.min_gain} needs held-out shards: data.eval_videos, data.eval_images.",
     )
@@ -75,43 +77,39 @@ def require_inputs(config: Config) -> None:
         UserError: what is missing, and where it goes.
     """
     data, train, tokenizer = config.data, config.train, config.tokenizer
-    _need(
+    need(
         bool(data.videos) or not train.global_clips,
         "data.videos is empty: name the shards, or train.global_clips=0.",
     )
-    _need(
+    need(
         bool(data.images) or not train.global_images,
         "data.images is empty: name the shards, or train.global_images=0.",
     )
     if tokenizer.name == "dalle":
-        _need(
+        need(
             bool(tokenizer.weights),
             "tokenizer.weights is empty: download encoder.pkl of the DALL-E dVAE (about 215 MB; openai/DALL-E names the"
             " address) and pass tokenizer.weights=PATH/encoder.pkl, or use tokenizer.name=random_projection.",
         )
-        _need(
+        need(
             Path(tokenizer.weights).is_file(),
             f"tokenizer.weights={tokenizer.weights}: no such file.",
         )
-    _need(
+    need(
         not config.init_from or Path(config.init_from).exists(),
         f"init_from={config.init_from}: no such file or folder.",
     )
 
 
-def micro_steps(config: Config, world: int) -> int:
-    """Forward passes a rank makes in one step; both streams take the same number.
+def micro_steps(config: Any, world: int) -> int:
+    """Forward passes a rank makes in one step of a run of any kind; all its streams take the same number.
 
     Raises:
         UserError: the global batch does not divide; the message lists micro-batches that do.
     """
-    train = config.train
     counts = {
         name: _accumulation(name, total, micro, world)
-        for name, total, micro in (
-            ("clips", train.global_clips, train.micro_clips),
-            ("images", train.global_images, train.micro_images),
-        )
+        for name, (total, micro) in config.train.streams.items()
         if total > 0
     }
     if len(set(counts.values())) > 1:
@@ -137,18 +135,19 @@ def _accumulation(name: str, total: int, micro: int, world: int) -> int:
     )
 
 
-def _check_bounds(config: Config) -> None:
+def check_bounds(config: Any, at_least_one: Container[str], positive: Container[str]) -> None:
     """Every number is finite, none is negative, and counts and rates that cannot be 0 are not."""
-    for field in config_fields():
+    for field in config_fields(type(config)):
         value = get_value(config, field.key)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not isinstance(number, bool):
-                least = 1 if field.key in AT_LEAST_ONE else 0
-                _need(math.isfinite(number), f"{field.key}={number}: must be a finite number.")
-                _need(number >= least, f"{field.key}={number}: must be at least {least}.")
-                _need(number > 0 or field.key not in POSITIVE, f"{field.key}={number}: must be positive.")
+                least = 1 if field.key in at_least_one else 0
+                need(math.isfinite(number), f"{field.key}={number}: must be a finite number.")
+                need(number >= least, f"{field.key}={number}: must be at least {least}.")
+                need(number > 0 or field.key not in positive, f"{field.key}={number}: must be positive.")
 
 
-def _need(holds: bool, message: str) -> None:
+def need(holds: bool, message: str) -> None:
+    """Raise `message` as a UserError unless something holds."""
     if not holds:
         raise UserError(message)

@@ -68,6 +68,11 @@ class FinetuneTrainConfig:
     checkpoint_every: A[int, "steps from one checkpoint to the next; one is written at the end too"] = 1000
     keep_checkpoints: A[int, "older checkpoints are removed beyond this number"] = 2
 
+    @property
+    def streams(self) -> dict[str, tuple[int, int]]:
+        """Samples a step over all ranks, and those of a rank's forward pass, as pretraining's TrainConfig has them."""
+        return {"clips": (self.global_clips, self.micro_clips)}
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
