@@ -1,0 +1,61 @@
+"""Several ranks in one process: threads whose collectives meet at a barrier."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bevt_ds.ranks import Ranks
+
+SECONDS = 60  # before a rank that waits for the others gives up
+
+
+@dataclass
+class Meeting:
+    """Where the ranks of one world leave their values for each other."""
+
+    world: int
+    values: dict[int, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.barrier = threading.Barrier(self.world)
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        self.barrier.wait(SECONDS)
+        everyone = [self.values[r] for r in range(self.world)]
+        self.barrier.wait(SECONDS)
+        return everyone
+
+
+class ThreadRanks(Ranks):
+    """Ranks whose `host` is a Meeting."""
+
+    def barrier(self) -> None:
+        self.host.exchange(self.rank, None)
+
+    def broadcast(self, value: Any) -> Any:
+        return self.host.exchange(self.rank, value)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.host.exchange(self.rank, value)
+
+    def sum_counts(self, counts) -> list[int]:
+        return [sum(column) for column in zip(*self.gather(list(counts)), strict=True)]
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value.copy_(torch.stack(self.gather(value.clone())).sum(0))
+
+
+def on_ranks(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
+    """What `work` returns on each rank of a world of so many."""
+    meeting = Meeting(world)
+    ranks = [ThreadRanks(rank, world, torch.device("cpu"), meeting) for rank in range(world)]
+    with ThreadPoolExecutor(world) as threads:
+        return list(threads.map(work, ranks))
