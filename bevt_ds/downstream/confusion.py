@@ -15,7 +15,7 @@ LONGEST = 28  # characters of a name
 
 
 def draw_confusion(counts: np.ndarray, names: tuple[str, ...], path: Path) -> None:
-    """Draw counts int64 (K,K), rows labels, columns predictions, as shares of each row; grey: a label without videos."""
+    """Draw counts int64 (K,K), rows labels, columns predictions, as shares of a row; grey: a label without videos."""
     shares = row_shares(counts)
     short = [shortened(name) for name in names]
     side = 3 + 0.24 * min(len(names), NAMED)
