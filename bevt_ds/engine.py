@@ -1,8 +1,8 @@
 """The only file that imports deepspeed: ranks, the training engine, and what is saved of it.
 
-Loss scaling: the model returns this micro-batch's share of a loss whose denominator is the GLOBAL batch's count of
-masked cells, so gradients must be summed over ranks and micro-steps. DeepSpeed averages over ranks, hence the factor
-`world` in `backward`; its division by the accumulation steps is switched off.
+Loss scaling: the model returns this micro-batch's share of a loss whose denominator counts the GLOBAL batch (masked
+cells, or clips), so gradients must be summed over ranks and micro-steps. DeepSpeed averages over ranks, hence the
+factor `world` in `backward`; its division by the accumulation steps is switched off.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
-from bevt_ds.config import Config
 from bevt_ds.ds_config import resolve
 from bevt_ds.errors import UserError
-from bevt_ds.optim import learning_rate, parameter_groups
 from bevt_ds.ranks import Ranks
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -68,8 +66,22 @@ def start_ranks() -> Ranks:
 class Engine:
     """A model under DeepSpeed, stepped by this project's schedule."""
 
-    def __init__(self, model: nn.Module, config: Config, values: dict[str, Any], ranks: Ranks, width: int):
-        """Wrap `model` according to the DeepSpeed JSON `values`; `width` is the channels of its last stage.
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        values: dict[str, Any],
+        ranks: Ranks,
+        width: int,
+        groups: list[dict[str, Any]],
+        schedule: Callable[[int], float],
+    ):
+        """Wrap `model` according to the run's configuration, of any kind, and the DeepSpeed JSON `values`.
+
+        Args:
+            width: channels of the model's last stage.
+            groups: the optimizer's parameter groups, see optim.py; none is empty.
+            schedule: the learning rate of update number n, from 0.
 
         Raises:
             UserError: a precision that the device cannot do.
@@ -78,12 +90,13 @@ class Engine:
             raise UserError("train.precision=fp16: DeepSpeed has no fp16 on a CPU. Use bf16 or fp32.")
         sizes = [p.numel() for p in model.parameters()]
         settings = resolve(values, config, ranks.world, max(sizes), sum(sizes), width)
-        self.config, self.ranks = config, ranks
+        self.ranks, self._schedule = ranks, schedule
+        self._lr_scales = [group.pop("lr_scale", 1.0) for group in groups]
         self.dtype = DTYPES[config.train.precision]
         self.last_lr = 0.0
         self.ds, *_ = deepspeed.initialize(
             model=model,
-            optimizer=_optimizer(model, config, settings),
+            optimizer=_optimizer(groups, config.optim, settings),
             config=settings,
             dist_init_required=False,
         )
@@ -99,9 +112,9 @@ class Engine:
         """The ZeRO stage."""
         return int(self.ds.zero_optimization_stage())
 
-    def forward(self, batch: Batch) -> Any:
+    def forward(self, *inputs: Batch | Tensor | None) -> Any:
         """The model's output for one micro-batch, pixels in the compute dtype."""
-        return self.ds(batch.cast(self.dtype))
+        return self.ds(*(_cast(value, self.dtype) for value in inputs))
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of this micro-batch's share of the global loss."""
@@ -109,9 +122,9 @@ class Engine:
 
     def step(self, step: int) -> None:
         """After every micro-step; the last one of step number `step` updates the weights."""
-        self.last_lr = learning_rate(step, self.config.optim, self.config.train.steps)
-        for group in self.ds.optimizer.param_groups:
-            group["lr"] = self.last_lr
+        self.last_lr = self._schedule(step)
+        for group, scale in zip(self.ds.optimizer.param_groups, self._lr_scales, strict=True):
+            group["lr"] = self.last_lr * scale
         self.ds.step()
 
     def grad_norm(self) -> float | None:
@@ -157,9 +170,13 @@ class Engine:
             raise UserError(f"{folder}: DeepSpeed found no state to load there.")
 
 
-def _optimizer(model: nn.Module, config: Config, settings: dict[str, Any]) -> torch.optim.Optimizer:
-    optim = config.optim
-    groups = parameter_groups(model, optim.weight_decay)
+def _cast(value: Batch | Tensor | None, dtype: torch.dtype) -> Batch | Tensor | None:
+    if isinstance(value, Batch):
+        return value.cast(dtype)
+    return value.to(dtype) if value is not None and value.is_floating_point() else value
+
+
+def _optimizer(groups: list[dict[str, Any]], optim: Any, settings: dict[str, Any]) -> torch.optim.Optimizer:
     options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if offload != "none":

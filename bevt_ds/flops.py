@@ -23,18 +23,18 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the count needs to know of a BEVT model."""
+    """What the count needs to know of a model."""
 
     embed_dim: int
     depths: tuple[int, ...]
     window: tuple[int, int, int]
-    vocab_size: int
+    vocab_size: int = 0  # 0: the bare encoder
     patch: tuple[int, int, int] = (2, 4, 4)
 
     @classmethod
     def of(cls, arch: dict[str, Any]) -> Sizes:
         """From the constructor arguments that a model keeps in `arch`."""
-        return cls(**{f.name: arch[f.name] for f in fields(cls)})
+        return cls(**{f.name: arch[f.name] for f in fields(cls) if f.name in arch})
 
     @property
     def width(self) -> int:

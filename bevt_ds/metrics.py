@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,16 +28,16 @@ class StepSums:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add a micro-step's device scalars: for a stream S the sums loss_S and hits_S over its rows_S masked cells."""
+        """Add a micro-step's device scalars: sums over its masked cells, or clips, such as BEVTOutput's metrics."""
         for name, value in metrics.items():
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def read(self, ranks: Ranks) -> dict[str, float]:
-        """Losses and accuracies of the whole global batch, as floats. Collective; the one host sync of a log line."""
+    def totals(self, ranks: Ranks) -> dict[str, float]:
+        """The sums over the whole global batch, as floats. Collective; the one host sync of a log line."""
         names = sorted(self.sums)
         totals = ranks.sum(torch.stack([self.sums[n] for n in names])).tolist()
-        return step_metrics(dict(zip(names, totals, strict=True)))
+        return dict(zip(names, totals, strict=True))
 
 
 def step_metrics(totals: Mapping[str, float]) -> dict[str, float]:
@@ -51,36 +50,28 @@ def step_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     return result
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Throughput since the last reading."""
-
-    clips_per_s: float
-    images_per_s: float
-    data_wait: float  # share of the time that the step waited for data
-    mfu: float | None  # model FLOPs utilisation of the bf16 peak; None where the peak is not known
-
-
 class SpeedMeter:
-    """Clock of the training loop."""
+    """Clock of the training loop of a run whose TrainConfig is `train`."""
 
-    def __init__(self, config: Config, sizes: Sizes, world: int, device: torch.device):
-        self.config, self.device = config, device
+    def __init__(self, train: Any, step_flops: float, world: int, device: torch.device):
+        self.streams, self.step_flops = train.streams, step_flops
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(name)
-        self.peak = peak * world if peak and config.train.precision != "fp32" else None
-        self.step_flops = expected_step_flops(config, sizes)
+        self.peak = peak * world if peak and train.precision != "fp32" else None
         self.started, self.steps = time.perf_counter(), 0
 
-    def read(self, waited: float) -> Speed:
-        """The throughput since the last reading, in which the loop `waited` so many seconds for data."""
+    def read(self, waited: float) -> dict[str, float | None]:
+        """The throughput since the last reading, in which the loop `waited` so many seconds for data.
+
+        clips_per_s and the like; data_wait, the share of the time that went into waiting; mfu, the model FLOPs
+        utilisation of the bf16 peak, None where the peak is not known.
+        """
         now = time.perf_counter()
         seconds = max(now - self.started, 1e-9)
         rate, wait = self.steps / seconds, waited / seconds
         self.started, self.steps = now, 0
-        train = self.config.train
-        mfu = rate * self.step_flops / self.peak if self.peak else None
-        return Speed(rate * train.global_clips, rate * train.global_images, wait, mfu)
+        rates = {f"{name}_per_s": rate * total for name, (total, _) in self.streams.items()}
+        return {**rates, "data_wait": wait, "mfu": rate * self.step_flops / self.peak if self.peak else None}
 
 
 def expected_step_flops(config: Config, sizes: Sizes) -> float:

@@ -1,4 +1,7 @@
-"""Parameter groups and the learning-rate schedule of BEVT's pretraining."""
+"""Parameter groups and the learning-rate schedule of BEVT's pretraining.
+
+A group is what torch's optimizers take, plus "lr_scale": the factor on the schedule's rate, 1 where it is absent.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from bevt_ds.engine import Engine, start_ranks
 from bevt_ds.errors import UserError
 from bevt_ds.flops import Sizes
 from bevt_ds.kernels import resolve
-from bevt_ds.metrics import RunLog, SpeedMeter, StepSums
+from bevt_ds.metrics import RunLog, SpeedMeter, StepSums, expected_step_flops, step_metrics
 from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, tokenize
 from bevt_ds.model.weights import load_init
+from bevt_ds.optim import learning_rate, parameter_groups
 from bevt_ds.ranks import Ranks
 from bevt_ds.recipes import get_recipe
 from bevt_ds.samples import draw
@@ -81,15 +83,11 @@ def write_line(run: Run, log: RunLog, speed: SpeedMeter, sums: StepSums, step: i
     Raises:
         UserError: the loss is not a finite number.
     """
-    values: dict[str, Any] = sums.read(run.ranks)
-    if not abs(values["loss"]) < float("inf"):
-        raise UserError(
-            f"the loss of step {step} is {values['loss']}. Resume from the checkpoint before it with a lower optim.lr,"
-            " or with train.precision=bf16 or fp32 if it was fp16."
-        )
+    values: dict[str, Any] = step_metrics(sums.totals(run.ranks))
+    require_finite(values["loss"], step)
     values |= {"lr": run.engine.last_lr, "grad_norm": run.engine.grad_norm()}
     values["optimizer_bytes"] = run.engine.optimizer_bytes()
-    values |= asdict(speed.read(run.loader.wait_seconds()))
+    values |= speed.read(run.loader.wait_seconds())
     log.write(step, values)
     if values["data_wait"] > LONG_WAIT and run.ranks.is_main:
         tqdm.write(f"step {step}: {values['data_wait']:.0%} of the time went into waiting; {run.loader.bottleneck()}")
@@ -177,7 +175,8 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
             print(f"{origin}, kernels: {provider}, ZeRO stage {engine.stage}, {ranks.world} ranks", flush=True)
         batches = iter(loader)
         with RunLog(folder, ranks, first_step) as log:
-            train(run, batches, log, SpeedMeter(config, Sizes.of(engine.module.arch), ranks.world, ranks.device))
+            flops = expected_step_flops(config, Sizes.of(engine.module.arch))
+            train(run, batches, log, SpeedMeter(config.train, flops, ranks.world, ranks.device))
         return finish(run, batches)
 
 
@@ -187,8 +186,21 @@ def shard_patterns(config: Config) -> tuple[str, ...]:
     return data.videos, data.images, data.eval_videos, data.eval_images
 
 
-def find_start(config: Config, folder: Path, ranks: Ranks) -> tuple[Path, checkpoint.Facts] | None:
-    """The checkpoint to continue from, verified, or None for a new run. Collective.
+def require_finite(loss: float, step: int) -> None:
+    """Stop a run that has diverged.
+
+    Raises:
+        UserError: the loss is not a finite number.
+    """
+    if not abs(loss) < float("inf"):
+        raise UserError(
+            f"the loss of step {step} is {loss}. Resume from the checkpoint before it with a lower optim.lr,"
+            " or with train.precision=bf16 or fp32 if it was fp16."
+        )
+
+
+def find_start(config: Any, folder: Path, ranks: Ranks) -> tuple[Path, checkpoint.Facts] | None:
+    """The checkpoint to continue from, verified, or None for a new run of any kind. Collective.
 
     Raises:
         UserError: the one that was asked for is missing or damaged.
@@ -196,14 +208,14 @@ def find_start(config: Config, folder: Path, ranks: Ranks) -> tuple[Path, checkp
     if config.resume == "never":
         return None
     if config.resume == "auto":
-        return checkpoint.newest_valid(folder / run_folder.CHECKPOINTS, ranks)
+        return checkpoint.newest_valid(folder / run_folder.CHECKPOINTS, ranks, type(config))
     given = Path(config.resume)
     if damage := checkpoint.find_damage(given, ranks):
         raise UserError(f"resume={given}: {damage}")
-    return given, checkpoint.read_facts(given)
+    return given, checkpoint.read_facts(given, type(config))
 
 
-def kernel_provider(config: Config, ranks: Ranks) -> str:
+def kernel_provider(config: Any, ranks: Ranks) -> str:
     """What `model.kernels` comes to on this device: triton or torch.
 
     Raises:
@@ -232,4 +244,6 @@ def make_engine(config: Config, ds_values: dict[str, Any], ranks: Ranks, vocab_s
         report = load_init(model, run_folder.weights_of(config.init_from))
         if ranks.is_main:
             print(report, flush=True)
-    return Engine(model, config, ds_values, ranks, width=Sizes.of(model.arch).width)
+    groups = parameter_groups(model, config.optim.weight_decay)
+    schedule = partial(learning_rate, optim=config.optim, steps=config.train.steps)
+    return Engine(model, config, ds_values, ranks, Sizes.of(model.arch).width, groups, schedule)
