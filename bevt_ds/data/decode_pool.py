@@ -10,7 +10,7 @@ import select
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -148,13 +148,13 @@ class DecodePool:
         return [worker.pid for worker in self._workers]
 
     def clips(
-        self, load: Load, starts: list[tuple[float, float]], frames: int, stride: int
+        self, load: Load, positions: Sequence[Sequence[float]], frames: int, stride: int, choice: str = "clip"
     ) -> Future[tuple[Reply, np.ndarray]]:
         """Clips of one video, decoded together: uint8 (k,F,H,W,3). The future raises BadSample if there are none.
 
-        starts: start and phase of each clip, see bevt_ds.data.plan.clip_frames.
+        positions: where each clip lies, as `choice` takes it: one of bevt_ds.data.frame_choice.CHOICES.
         """
-        request = {"work": "clips", "starts": starts, "frames": frames, "stride": stride}
+        request = {"work": "clips", "choice": choice, "positions": positions, "frames": frames, "stride": stride}
         return self._threads.submit(self._shaped, load, request)
 
     def describe(self, load: Load) -> Future[tuple[Reply, np.ndarray]]:

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
+from bevt_ds.data.frame_choice import CHOICES
 from bevt_ds.data.images import check_image, decode_image
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.plan import clip_frames
 from bevt_ds.data.transcode import Profile, transcode
 from bevt_ds.data.video import opened, probe
 
@@ -55,7 +55,7 @@ def serve(request: dict[str, Any], data: bytes, replies: BinaryIO) -> None:
 
 
 def clips(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
-    """{"starts": [(start, phase)], "frames", "stride"} -> {"shape": (k,F,H,W,3), ...} and the pixels.
+    """{"choice", "positions", "frames", "stride"} -> {"shape": (k,F,H,W,3), ...} and the pixels.
 
     "decoded" counts frames; "demux" and "decode" are seconds.
     """
@@ -63,8 +63,8 @@ def clips(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
     with opened(data, limits) as video:
         demuxed = time.perf_counter()
         total = len(video.packets)
-        frames, stride = request["frames"], request["stride"]
-        wanted = [clip_frames(start, total, frames, stride, phase) for start, phase in request["starts"]]
+        frames, stride, choose = request["frames"], request["stride"], CHOICES[request["choice"]]
+        wanted = [choose(total, frames, stride, position) for position in request["positions"]]
         pixels = np.ascontiguousarray(video.frames(np.concatenate(wanted)))
     reply = {
         "shape": (len(wanted), frames, *pixels.shape[1:]),

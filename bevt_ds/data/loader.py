@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from bevt_ds.batch import Batch
-from bevt_ds.config import Config
+from bevt_ds.config import Config, ReadingConfig
 from bevt_ds.data.decode_pool import DecodePool
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
 from bevt_ds.data.index import cache_home, load_shards
@@ -75,7 +75,8 @@ class BatchReader:
         self.skips, self.times = Skips(state), StageTimes()
         self.ledgers = {s.stream: Ledger(s.stream, folder and folder / LEDGER, self.skips) for s in sources}
         with ExitStack() as resources:
-            shared = _resources(config, sources, self.times, resources)
+            has_videos = any(source.stream.kind == "video" for source in sources)
+            shared = open_resources(config.data, has_videos, self.times, resources)
             shards = {s.stream: _shards(s, config, shared.storage) for s in sources}
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
             device = torch.device(device)
@@ -123,41 +124,30 @@ class BatchReader:
 class _Prepared:
     """What the background thread hands over: a micro-batch or an error, and the counts up to there."""
 
-    item: Batch | BaseException
+    item: Any  # a batch, or a BaseException
     counts: tuple[int, ...]  # good and bad samples of each stream, since the start
 
 
-class Loader:
-    """Iterates over the `Batch`es of this rank for ever: each step's micro-steps in order.
+class BackgroundLoader:
+    """Iterates over the batches of a reader for ever: each step's micro-steps in order.
 
     Batches are prepared in a background thread. Use as a context manager, or call `close`.
 
-    rank, world: this process among those that share the global batch. start_step: the first step. device: where the
-    pictures end up. folder: where bad samples are listed; None: nowhere. state: what the run that is resumed passed on.
-    exchange: sums a short list of integers over all ranks; `next` calls it once, in the caller's thread, so that all
-    ranks find at the same micro-batch that there are too many bad samples, or that one of them cannot go on. None: this
-    rank judges alone. UserError: shards missing or unusable, or sizes that do not divide.
+    reader: a BatchReader, or what serves as one; `close` closes it. start_step: the first step. exchange: sums a short
+    list of integers over all ranks; `next` calls it once, in the caller's thread, so that all ranks find at the same
+    micro-batch that there are too many bad samples, or that one of them cannot go on. None: this rank judges alone.
     """
 
     def __init__(
-        self,
-        config: Config,
-        rank: int = 0,
-        world: int = 1,
-        start_step: int = 0,
-        device: torch.device | str = "cpu",
-        folder: Path | None = None,
-        state: dict[str, Any] | None = None,
-        exchange: Exchange | None = None,
+        self, reader: Any, micro_steps: int, config: ReadingConfig, start_step: int, exchange: Exchange | None
     ) -> None:
-        self.micro_steps = micro_steps(config, world)
-        self._config, self._exchange = config.data, exchange or list
-        self._reader = BatchReader(config, _training_sources(config), rank, world, device, folder, state)
-        self._ready: queue.Queue[_Prepared] = queue.Queue(config.data.prefetch)
+        self.micro_steps = micro_steps
+        self._reader, self._config, self._exchange = reader, config, exchange or list
+        self._ready: queue.Queue[_Prepared] = queue.Queue(config.prefetch)
         self._stopping = threading.Event()
         self._waited, self._handed_out, self._step = 0.0, 0, start_step
         self._thread = threading.Thread(
-            target=self._prepare, args=(start_step, config.data.prefetch), name="loader", daemon=True
+            target=self._prepare, args=(start_step, config.prefetch), name="loader", daemon=True
         )
         self._thread.start()
 
@@ -191,10 +181,10 @@ class Loader:
         decoders = {stream.name: decoder for stream, decoder in self._reader.decoders.items()}
         return {**self._reader.skips.state(self._step + done + (rest > 0)), "decoder": decoders}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         began = time.perf_counter()
         prepared = self._ready.get()
         self._waited += time.perf_counter() - began
@@ -204,7 +194,7 @@ class Loader:
             self.close()
             raise
         self._handed_out += 1
-        return _use_on_current_stream(prepared.item)
+        return prepared.item
 
     def wait_seconds(self) -> float:
         """Seconds that `next` has blocked since the last call: what the data cost the step."""
@@ -223,7 +213,7 @@ class Loader:
         self._reader.close()
         self._thread.join()
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -252,7 +242,7 @@ class Loader:
         except BaseException as error:  # raised again in the thread that trains
             self._offer(error)
 
-    def _offer(self, item: Batch | BaseException) -> bool:
+    def _offer(self, item: Any) -> bool:
         """Queue an item; False once the loader is closing."""
         counts = tuple(n for ledger in self._reader.ledgers.values() for n in (ledger.good, ledger.bad))
         while not self._stopping.is_set():
@@ -262,6 +252,33 @@ class Loader:
             except queue.Full:
                 continue
         return False
+
+
+class Loader(BackgroundLoader):
+    """Iterates over the `Batch`es of this rank for ever.
+
+    rank, world: this process among those that share the global batch. device: where the pictures end up. folder: where
+    bad samples are listed; None: nowhere. state: what the run that is resumed passed on. The rest: see
+    BackgroundLoader. UserError: shards missing or unusable, or sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        device: torch.device | str = "cpu",
+        folder: Path | None = None,
+        state: dict[str, Any] | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        parts = micro_steps(config, world)
+        reader = BatchReader(config, _training_sources(config), rank, world, device, folder, state)
+        super().__init__(reader, parts, config.data, start_step, exchange)
+
+    def __next__(self) -> Batch:
+        return _use_on_current_stream(super().__next__())
 
 
 def eval_batches(config: Config, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> Iterator[Batch]:
@@ -282,8 +299,8 @@ def eval_batches(config: Config, rank: int = 0, world: int = 1, device: torch.de
         reader.close()
 
 
-def _in_order(reader: BatchReader, micro_steps: int, start_step: int, ahead: int) -> Iterator[Batch]:
-    under_way: deque[dict[StreamId, Ticket]] = deque()
+def _in_order(reader: Any, micro_steps: int, start_step: int, ahead: int) -> Iterator:
+    under_way: deque = deque()
     for step in count(start_step):
         for micro_step in range(micro_steps):
             under_way.append(reader.begin(step, micro_step))
@@ -320,14 +337,13 @@ def _fingerprint(shards: dict[StreamId, list[Shard]]) -> str:
     return digest.hexdigest()
 
 
-def _resources(config: Config, sources: Sequence[Source], times: StageTimes, closing: ExitStack) -> Resources:
+def open_resources(data: ReadingConfig, has_videos: bool, times: StageTimes, closing: ExitStack) -> Resources:
     """Threads, decode workers and storage; `closing` ends them."""
-    data = config.data
     storage = Storage(data)
     closing.callback(storage.close)
     threads = closing.enter_context(ThreadPoolExecutor(data.readers))
     pool = None
-    if any(source.stream.kind == "video" for source in sources):
+    if has_videos:
         pool = DecodePool(data.workers, data.decode_seconds, Limits.of(data))
         closing.callback(pool.close)
     return Resources(storage, threads, pool, times)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bevt_ds.batch import Stream
-from bevt_ds.config import DataConfig
+from bevt_ds.config import DataConfig, ReadingConfig
 from bevt_ds.data.decode_pool import DecodePool, Load
 from bevt_ds.data.images import check_image
 from bevt_ds.data.ledger import Ledger
@@ -46,23 +46,20 @@ class Ticket:
 
     step: int
     slots: range
-    entries: list[PlanEntry]
+    entries: list  # what the plan says of each slot
     payloads: list[Future]
 
 
-class StreamReader:
-    """Reads the micro-batches of one plan. `begin` starts the slow work, `finish` waits for it."""
+class SampleReader:
+    """Reads the samples of one plan, with a substitute for each that cannot be used.
+
+    `begin` starts the slow work. A subclass says in `_load` what that is, and turns the samples into a micro-batch.
+    """
 
     def __init__(
-        self,
-        plan: StreamPlan,
-        shards: Sequence[Shard],
-        config: DataConfig,
-        pixels: PixelPipeline,
-        shared: Resources,
-        ledger: Ledger,
+        self, plan: Any, shards: Sequence[Shard], config: ReadingConfig, shared: Resources, ledger: Ledger
     ) -> None:
-        self.plan, self.shards, self.config, self.pixels = plan, shards, config, pixels
+        self.plan, self.shards, self.config = plan, shards, config
         self.shared, self.ledger, self.limits = shared, ledger, Limits.of(config)
         self._window: tuple[int, int] | None = None
 
@@ -79,6 +76,65 @@ class StreamReader:
         if window != self._window:
             self._window = window
             self.shared.storage.fetch_ahead(self.shards[i].path for i in self.plan.order.shards_in(*window))
+
+    def _member(self, entry: PlanEntry) -> Member:
+        return self.shards[entry.shard].member(entry.member)
+
+    def _fetch(self, group: list) -> Future:
+        """The group's sample on its way: a future of what `_unpacked` takes, which raises BadSample."""
+        first = group[0]
+        if reason := self.ledger.skips.reason(self.plan.stream, first):
+            return _failed(BadSample(reason, transient=True))
+        return self._load(partial(self.shared.storage.read, self._member(first), self.shared.times), group)
+
+    def _load(self, load: Load, group: list) -> Future:
+        """Start on a sample; `load` reads its bytes."""
+        raise NotImplementedError
+
+    def _unpacked(self, payload) -> list:
+        """A future's result as a list with an item a clip; the worker's times are noted."""
+        if isinstance(payload, list):
+            return payload
+        reply, pixels = payload
+        for stage in ("demux", "decode"):
+            self.shared.times.add(stage, reply[stage])
+        self.shared.times.add_frames(reply["decoded"])
+        return list(pixels)
+
+    def _settled(self, ticket: Ticket, i: int) -> list:
+        """Wait for sample i; while it is bad, put the plan's next substitute in its place."""
+        while True:
+            try:
+                return self._unpacked(ticket.payloads[i].result())
+            except BadSample as bad:
+                self._substitute(ticket, i, bad)
+
+    def _slots(self, i: int) -> slice:
+        k = self.plan.clips_per_sample
+        return slice(i * k, (i + 1) * k)
+
+    def _substitute(self, ticket: Ticket, i: int, bad: BadSample) -> None:
+        group = ticket.entries[self._slots(i)]
+        self.ledger.reject(group[0], self._member(group[0]), bad)
+        group = [self.plan.entry(e.step, e.slot, e.attempt + 1) for e in group]
+        ticket.entries[self._slots(i)] = group
+        ticket.payloads[i] = self._fetch(group)
+
+
+class StreamReader(SampleReader):
+    """Reads the micro-batches of one stream of pretraining."""
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        shards: Sequence[Shard],
+        config: DataConfig,
+        pixels: PixelPipeline,
+        shared: Resources,
+        ledger: Ledger,
+    ) -> None:
+        super().__init__(plan, shards, config, shared, ledger)
+        self.pixels = pixels
 
     def finish(self, ticket: Ticket) -> Stream:
         """The micro-batch: pictures on the pipeline's device, index tensors on the host."""
@@ -102,15 +158,8 @@ class StreamReader:
         with self.shared.times.measured("copy"):
             return tensor.pin_memory()
 
-    def _member(self, entry: PlanEntry) -> Member:
-        return self.shards[entry.shard].member(entry.member)
-
-    def _fetch(self, group: list[PlanEntry]) -> Future:
-        """What the pipeline needs of a sample, a list with an item a clip; the future raises BadSample."""
-        first = group[0]
-        if reason := self.ledger.skips.reason(self.plan.stream, first):
-            return _failed(BadSample(reason, transient=True))
-        load = partial(self.shared.storage.read, self._member(first), self.shared.times)
+    def _load(self, load: Load, group: list[PlanEntry]) -> Future:
+        """What the pipeline needs of a sample, a list with an item a clip."""
         if self.plan.stream.kind == "image":
             return self.shared.threads.submit(self._read_image, load)
         if self.pixels.dali_decoder:
@@ -138,16 +187,6 @@ class StreamReader:
         frames, stride = self.config.frames, self.config.stride
         return [(data, clip_frames(e.start, reply["frames"], frames, stride, e.phase)) for e in group]
 
-    def _unpacked(self, payload) -> list:
-        """A future's result as a list with an item a clip; the worker's times are noted."""
-        if isinstance(payload, list):
-            return payload
-        reply, pixels = payload
-        for stage in ("demux", "decode"):
-            self.shared.times.add(stage, reply[stage])
-        self.shared.times.add_frames(reply["decoded"])
-        return list(pixels)
-
     def _pictures(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
         """Pixels and token view, with a substitute for each sample that cannot be used."""
         samples = [self._settled(ticket, i) for i in range(len(ticket.payloads))]
@@ -169,25 +208,6 @@ class StreamReader:
     @cached_property
     def _frames_pixels(self) -> PixelPipeline:
         return self.pixels.without_decoder()
-
-    def _settled(self, ticket: Ticket, i: int) -> list:
-        """Wait for sample i; while it is bad, put the plan's next substitute in its place."""
-        while True:
-            try:
-                return self._unpacked(ticket.payloads[i].result())
-            except BadSample as bad:
-                self._substitute(ticket, i, bad)
-
-    def _slots(self, i: int) -> slice:
-        k = self.plan.clips_per_sample
-        return slice(i * k, (i + 1) * k)
-
-    def _substitute(self, ticket: Ticket, i: int, bad: BadSample) -> None:
-        group = ticket.entries[self._slots(i)]
-        self.ledger.reject(group[0], self._member(group[0]), bad)
-        group = [self.plan.entry(e.step, e.slot, e.attempt + 1) for e in group]
-        ticket.entries[self._slots(i)] = group
-        ticket.payloads[i] = self._fetch(group)
 
     def _one_by_one(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
         """DALI refused the batch without naming the culprit: run each sample alone."""

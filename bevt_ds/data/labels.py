@@ -1,0 +1,193 @@
+"""The classes of a labelled data set: how many there are, their names, and the one of each sample.
+
+A label is the text of `<key>.cls`, or "label" in `<key>.json`: the number of a class, or its name. A data set has one
+kind of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bevt_ds.data.members import Shard
+from bevt_ds.data.remote import is_remote, redacted
+from bevt_ds.errors import UserError
+
+MOST_CLASSES = 1 << 20  # a larger number is a mistake: the head would not fit into memory
+NAMED = 10  # classes that a message lists
+
+_NUMBER = re.compile(r"-?\d+")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Class names in label order. Where labels are numbers and nothing names them, a name is the number."""
+
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def labels(self, shard: Shard) -> np.ndarray:
+        """The class of each sample: int64 (samples,).
+
+        UserError: a label that is no class; the message names shard and key.
+        """
+        return np.array([self._number(shard, i) for i in range(len(shard))], dtype=np.int64)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+    def _number(self, shard: Shard, i: int) -> int:
+        label = shard.labels[i]
+        number = int(label) if _is_number(label) else self._numbers.get(label, -1)
+        if not label:
+            raise UserError(f"{_place(shard, i)} has no label: add {shard.keys[i]}.cls, or 'label' to its .json")
+        if not 0 <= number < len(self):
+            raise UserError(
+                f"{_place(shard, i)} has the label {label!r}, which is none of the {len(self)} classes"
+                f" {_listed(self.names)}: correct it, or name all classes with data.classes=FILE, a line each"
+            )
+        return number
+
+
+def read_classes(train: Sequence[Shard], val: Sequence[Shard], file: str = "") -> Classes:
+    """The classes of a data set, after every label of it has been checked.
+
+    file: class names, a line each in label order; empty: those that the manifests of `train` count and those seen in
+    it, in alphabetical order, or 0 to the largest where labels are numbers. Without `train`, the same of `val`.
+    Classes that only one split has are worth a warning, but no validation sample may be of a class that is never
+    trained.
+
+    UserError: a sample without a label, numbers among names, a number that is out of range, a name that is not in the
+    file, a class of `val` that is not in `train`; the message names shard and key.
+    """
+    numbers = _are_numbers([*train, *val])
+    classes = Classes(_from_file(file) if file else _found(train or val, numbers))
+    trained = _members_of(train, classes)
+    validated = _members_of(val, classes)
+    if train and (unknown := sorted(validated.keys() - trained.keys())):
+        raise UserError(
+            f"{validated[unknown[0]]} is of class {classes.names[unknown[0]]!r}, which no training sample has:"
+            f" {len(unknown)} of the {len(validated)} validation classes are never trained"
+        )
+    for split, present in (("train", trained), ("val", validated)):
+        if present and (absent := [name for c, name in enumerate(classes.names) if c not in present]):
+            log.warning("data.%s lacks %d of the %d classes: %s", split, len(absent), len(classes), _listed(absent))
+    return classes
+
+
+def manifest_facts(shards: Sequence[Shard]) -> list[dict[str, Any]]:
+    """The manifests of `bevt shards pack` that lie beside local shards and name one of them.
+
+    UserError: one of them cannot be read.
+    """
+    return [facts for _, facts in _manifests(shards)]
+
+
+def expected_count(shards: Sequence[Shard], stated: int = 0) -> int:
+    """How many samples the whole set of these shards has, for a statement of coverage.
+
+    That is what is `stated`, else the samples that their manifests count, packed and rejected, else those indexed.
+    """
+    counted = sum(int(facts.get("samples", 0)) + int(facts.get("rejected", 0)) for facts in manifest_facts(shards))
+    return stated or counted or sum(map(len, shards))
+
+
+def _are_numbers(shards: Sequence[Shard]) -> bool:
+    """Whether labels are numbers. UserError: one is missing, or they are of both kinds."""
+    first: tuple[Shard, int] | None = None
+    for shard in shards:
+        for i, label in enumerate(shard.labels):
+            if not label:
+                raise UserError(f"{_place(shard, i)} has no label: add {shard.keys[i]}.cls, or 'label' to its .json")
+            first = first or (shard, i)
+            other = first[0].labels[first[1]]
+            if _is_number(label) != _is_number(other):
+                raise UserError(
+                    f"labels are numbers in some samples and names in others: {_place(*first)} has {other!r},"
+                    f" {_place(shard, i)} has {label!r}"
+                )
+    return first is not None and _is_number(first[0].labels[first[1]])
+
+
+def _from_file(file: str) -> tuple[str, ...]:
+    try:
+        names = tuple(line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read data.classes={file}: {error}") from error
+    if not names:
+        raise UserError(f"data.classes={file} is empty: write the name of a class into each line")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"data.classes={file} names {twice!r} twice")
+    return names
+
+
+def _found(shards: Sequence[Shard], numbers: bool) -> tuple[str, ...]:
+    """Class names from the manifests and the labels of these shards."""
+    labels = {label for shard in shards for label in shard.labels}
+    for path, facts in _manifests(shards):
+        if strange := [label for label in facts["labels"] if _is_number(label) != numbers]:
+            raise UserError(f"{path} counts the label {strange[0]!r}, but labels are numbers in some samples only")
+        labels |= facts["labels"].keys()
+    if not numbers:
+        return tuple(sorted(labels))
+    largest = max(map(int, labels))
+    if largest >= MOST_CLASSES:
+        shard, i = next((s, i) for s in shards for i, label in enumerate(s.labels) if int(label) == largest)
+        raise UserError(f"{_place(shard, i)} has the label {largest}: classes are numbered from 0, without gaps")
+    return tuple(map(str, range(largest + 1)))
+
+
+def _members_of(shards: Sequence[Shard], classes: Classes) -> dict[int, str]:
+    """For each class that occurs, the place of its first sample."""
+    places: dict[int, str] = {}
+    for shard in shards:
+        numbers, first = np.unique(classes.labels(shard), return_index=True)
+        for number, i in zip(numbers.tolist(), first.tolist(), strict=True):
+            places.setdefault(number, _place(shard, i))
+    return places
+
+
+def _manifests(shards: Sequence[Shard]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    local = [Path(shard.path) for shard in shards if not is_remote(shard.path)]
+    for folder in sorted({path.parent for path in local}):
+        names = {path.name for path in local if path.parent == folder}
+        for path in sorted(folder.glob("*-manifest.json")):
+            facts = _read_manifest(path)
+            if names & {shard["name"] for shard in facts["shards"]}:
+                yield path, facts
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts["labels"], dict) or not all("name" in shard for shard in facts["shards"]):
+            raise ValueError("not what `bevt shards pack` writes")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"cannot use the manifest {path}: {error}. Pack again, or remove it") from error
+    return facts
+
+
+def _is_number(label: str) -> bool:
+    return _NUMBER.fullmatch(label) is not None
+
+
+def _place(shard: Shard, i: int) -> str:
+    return f"sample {shard.keys[i]!r} of {redacted(shard.path)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
