@@ -6,7 +6,7 @@ Shape letters: F frames, H W pixels. Needs neither torch nor DALI: it runs in de
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,8 +28,6 @@ _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.
 GPU_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
 GPU_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 
-FrameChoice = Callable[[int], np.ndarray]  # total frames of the video -> wanted frame numbers (F,)
-
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -44,11 +42,14 @@ class VideoInfo:
     pixel_format: str
     duration: float  # seconds
     keyframe_gap: int  # most frames from one keyframe to the next
+    hidden: int  # frames before or after these, that an edit list hides
 
 
 def fits_gpu(facts: Mapping[str, Any]) -> bool:
     """Whether a GPU's decoder can be expected to take a video: `facts` are the fields of its VideoInfo."""
-    return facts["codec"] in GPU_CODECS and facts["pixel_format"] in GPU_FORMATS and facts["container"] != "avi"
+    if facts["container"] == "avi" or facts["hidden"]:
+        return False
+    return facts["codec"] in GPU_CODECS and facts["pixel_format"] in GPU_FORMATS
 
 
 class Video:
@@ -59,8 +60,9 @@ class Video:
 
     def __init__(self, container, stream, claims: Container, limits: Limits) -> None:
         self.stream, self.limits, self.decoded = stream, limits, 0
-        every = [p for p in container.demux(stream) if p.size]
-        self.packets = [p for p in every if not p.is_discard]  # an edit list hides the others
+        # An edit list hides some packets. They still go to the decoder, which drops their frames: others refer to them.
+        self._every = [p for p in container.demux(stream) if p.size]
+        self.packets = [p for p in self._every if not p.is_discard]
         context = stream.codec_context
         limits.check_picture(context.width, context.height)
         limits.check_frames(len(self.packets))
@@ -69,10 +71,10 @@ class Video:
             raise BadSample(
                 f"its header says {claims.width}x{claims.height}, its stream {context.width}x{context.height}"
             )
-        if claims.frames not in (None, len(every)):
-            raise BadSample(f"its header says {claims.frames} frames, {len(every)} are found")
+        if claims.frames not in (None, len(self._every)):
+            raise BadSample(f"its header says {claims.frames} frames, {len(self._every)} are found")
         self.container = claims.name
-        self._is_timed = claims.name in TIMED_CONTAINERS and _has_distinct_times(self.packets)
+        self._is_timed = claims.name in TIMED_CONTAINERS and _has_distinct_times(self._every)
 
     @property
     def info(self) -> VideoInfo:
@@ -81,7 +83,9 @@ class Video:
         keys = [i for i, p in enumerate(self.packets) if p.is_keyframe]
         gap = max((b - a for a, b in pairwise([*keys, frames])), default=frames)
         seconds = frames / fps if fps else 0.0
-        return VideoInfo(frames, *self.size, fps, context.name, self.container, str(context.pix_fmt), seconds, gap)
+        hidden = len(self._every) - frames
+        pixels = str(context.pix_fmt)
+        return VideoInfo(frames, *self.size, fps, context.name, self.container, pixels, seconds, gap, hidden)
 
     def frames(self, wanted: np.ndarray) -> np.ndarray:
         """The frames with these numbers, in any order and with repeats: uint8 (F,H,W,3) RGB."""
@@ -108,8 +112,8 @@ class Video:
         """
         times = sorted(p.pts for p in self.packets)
         number_of = {times[i]: i for i in wanted.tolist()}
-        keyframes = [k for k, p in enumerate(self.packets) if p.is_keyframe and p.pts <= min(number_of)]
-        packets = self.packets[keyframes[-1] if keyframes else 0 :]
+        keyframes = [k for k, p in enumerate(self._every) if p.is_keyframe and p.pts <= min(number_of)]
+        packets = self._every[keyframes[-1] if keyframes else 0 :]
         for frame in self._decode(packets, frozenset(number_of)):
             if (number := number_of.pop(frame.pts, None)) is not None:
                 yield number, frame
@@ -119,7 +123,7 @@ class Video:
     def _by_count(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
         """Frame i is the i-th that the decoder puts out, from the beginning."""
         numbers = set(wanted.tolist())
-        for i, frame in enumerate(self._decode(self.packets)):
+        for i, frame in enumerate(self._decode(self._every)):
             if i in numbers:
                 yield i, frame
             if i == max(numbers):
@@ -145,7 +149,7 @@ class Video:
     def decode_all(self) -> int:
         """Decode every frame and drop it; returns how many there were. BadSample: fewer than packets."""
         decoded = 0
-        for frame in self._decode(self.packets):
+        for frame in self._decode(self._every):
             _require_size(frame, self.size)
             decoded += 1
         if decoded != len(self.packets):
@@ -154,7 +158,7 @@ class Video:
 
     def decode_first(self) -> None:
         """Decode the first frame. BadSample: that is not possible, or it has another size than the header says."""
-        for frame in self._decode(self.packets):
+        for frame in self._decode(self._every):
             _require_size(frame, self.size)
             return
         raise BadSample("none of its frames can be decoded")
@@ -182,16 +186,6 @@ def probe(data: bytes, limits: Limits) -> VideoInfo:
     with opened(data, limits) as video:
         video.decode_first()
         return video.info
-
-
-def decode_clip(data: bytes, choose: FrameChoice, limits: Limits) -> np.ndarray:
-    """The chosen frames of a video: uint8 (F,H,W,3) RGB.
-
-    data: the whole file. choose: given the number of frames, returns the wanted frame numbers, in any order and with
-    repeats. BadSample: the file cannot be decoded that far.
-    """
-    with opened(data, limits) as video:
-        return video.frames(choose(len(video.packets)))
 
 
 def _has_distinct_times(packets: list) -> bool:

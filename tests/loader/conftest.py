@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import pytest
 
@@ -21,6 +17,7 @@ from bevt_ds.data.pack import pack
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.scene import Extent, render
 from bevt_ds.rng import Use, generator
+from tests.loader.media import encode_clip, noise, write_tar
 
 SHARED = Path(os.environ.get("BEVT_SHARED", Path(__file__).parents[3] / "shared"))
 CLIPS, IMAGES = 10, 24
@@ -95,38 +92,6 @@ def entry() -> Callable[..., PlanEntry]:
 def make() -> SimpleNamespace:
     """Builders of tars, noise and clips in any codec."""
     return SimpleNamespace(tar=write_tar, noise=noise, clip=encode_clip)
-
-
-def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
-    """A tar by Python's own tarfile: not the writer that the package uses."""
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def noise(*shape: int, seed: int = 0, softness: float = 30.0) -> np.ndarray:
-    """Waves with noise on top: uint8 (*shape, 3), busy enough to tell two resize kernels apart."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[: shape[-2], : shape[-1]]
-    waves = np.stack([np.sin(x / 7), np.cos(y / 5), np.sin((x + y) / 9)], axis=-1)
-    return np.clip(128 + 80 * waves + rng.normal(0, softness, (*shape, 3)), 0, 255).astype(np.uint8)
-
-
-def encode_clip(frames: np.ndarray, container: str, codec: str, pixel_format: str = "yuv420p", **options: str) -> bytes:
-    """A clip with any codec of FFmpeg: uint8 (N,H,W,3) -> file bytes."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=Fraction(25))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pixel_format
-        stream.options = options
-        for frame in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        out.mux(stream.encode(None))
-    return buffer.getvalue()
 
 
 def alive(pid: int) -> bool:

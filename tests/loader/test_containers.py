@@ -18,7 +18,8 @@ from bevt_ds.data.check import outlook
 from bevt_ds.data.container import check_container
 from bevt_ds.data.images import check_image
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.video import decode_clip, opened, probe
+from bevt_ds.data.video import opened, probe
+from tests.loader.media import decode_clip
 
 LIMITS = Limits()
 WIDTH, HEIGHT, FRAMES = 64, 48, 20

@@ -21,7 +21,7 @@ from bevt_ds.data.index import load_shard
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.members import read_member
 from bevt_ds.data.plan import clip_frames
-from bevt_ds.data.video import decode_clip
+from tests.loader.media import decode_clip
 
 Load = Callable[[], bytes]
 

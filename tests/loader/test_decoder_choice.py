@@ -18,7 +18,7 @@ from bevt_ds.data.decoder_choice import choose, clips_per_second
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.pipeline import PixelPipeline
-from bevt_ds.data.video import decode_clip
+from tests.loader.media import decode_clip
 
 
 def test_the_faster_one_is_measured_once(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from bevt_ds.data.draw_worker import encode_jpeg, encode_mp4
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.pipeline import PixelPipeline
-from bevt_ds.data.video import decode_clip
+from tests.loader.media import decode_clip
 
 S, V = 96, 48
 LEVEL = 2 / 255  # what decoders of one file may differ by on average

@@ -18,8 +18,9 @@ from bevt_ds.data import child
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.pack import pack
 from bevt_ds.data.transcode import Profile, nearest, transcode
-from bevt_ds.data.video import decode_clip, opened, probe
+from bevt_ds.data.video import opened, probe
 from bevt_ds.errors import UserError
+from tests.loader.media import decode_clip
 
 LIMITS = Limits()
 

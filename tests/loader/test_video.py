@@ -11,7 +11,8 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.video import Video, _to_rgb, decode_clip, probe
+from bevt_ds.data.video import Video, _to_rgb, probe
+from tests.loader.media import decode_clip
 
 LIMITS = Limits()
 CODECS = {

@@ -1,0 +1,83 @@
+"""Media that the data tests make, and the plainest way to look at what is in them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from bevt_ds.data.limits import Limits
+from bevt_ds.data.video import opened
+
+FPS = 25
+
+
+def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
+    """A tar by Python's own tarfile: not the writer that the package uses."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def noise(*shape: int, seed: int = 0, softness: float = 30.0) -> np.ndarray:
+    """Waves with noise on top: uint8 (*shape, 3), busy enough to tell two resize kernels apart."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: shape[-2], : shape[-1]]
+    waves = np.stack([np.sin(x / 7), np.cos(y / 5), np.sin((x + y) / 9)], axis=-1)
+    return np.clip(128 + 80 * waves + rng.normal(0, softness, (*shape, 3)), 0, 255).astype(np.uint8)
+
+
+def shades(frames: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Plain grey frames, each 5 levels brighter than the one before: uint8 (N,H,W,3)."""
+    return np.stack([np.full((height, width, 3), 20 + 5 * i, np.uint8) for i in range(frames)])
+
+
+def numbers_of(pixels: np.ndarray) -> list[int]:
+    """Which frames of `shades` these are: uint8 (N,H,W,3)."""
+    return np.rint((pixels.mean((1, 2, 3)) - 20) / 5).astype(int).tolist()
+
+
+def encode_clip(
+    frames: np.ndarray,
+    container: str,
+    codec: str,
+    pixel_format: str = "yuv420p",
+    times: Sequence[int] | None = None,
+    muxer: dict[str, str] | None = None,
+    **options: str,
+) -> bytes:
+    """A clip with any codec of FFmpeg: uint8 (N,H,W,3) -> file bytes.
+
+    times: when each frame is shown, in 1/25 s; None: one after the other. muxer, options: FFmpeg's, of the container
+    and of the encoder.
+    """
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container, options=muxer or {}) as out:
+        stream = out.add_stream(codec, rate=Fraction(FPS))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pixel_format
+        stream.options = options
+        stream.codec_context.time_base = Fraction(1, FPS)
+        for picture, time in zip(frames, times or range(len(frames)), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, FPS)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def decode_clip(data: bytes, choose: Callable[[int], np.ndarray], limits: Limits | None = None) -> np.ndarray:
+    """Some frames of a video: uint8 (F,H,W,3) RGB. BadSample: it cannot be decoded that far.
+
+    choose: given the number of frames, returns the wanted frame numbers, in any order and with repeats.
+    """
+    with opened(data, limits or Limits()) as video:
+        return video.frames(choose(len(video.packets)))

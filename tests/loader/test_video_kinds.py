@@ -1,0 +1,131 @@
+"""Videos that are odd and still fine: edit lists, variable rates, rotation. Each shows the frames it should (D18)."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import av
+import numpy as np
+import pytest
+from nvidia.dali import fn, pipeline_def, types
+
+from bevt_ds.data.limits import Limits
+from bevt_ds.data.transcode import Profile, transcode
+from bevt_ds.data.video import fits_gpu, opened, probe
+from tests.loader.media import decode_clip, encode_clip, numbers_of, shades
+
+LIMITS = Limits()
+FRAMES = 40
+MOVIE_TICKS, MEDIA_TICKS = 40, 512  # a frame, in FFmpeg's time scales of 1000 and 25 x 512
+VP9 = {"g": "10", "deadline": "realtime", "cpu-used": "8"}
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, bytes]:
+    """A keyframe every 10 of 40 frames; with B-frames and without."""
+    return {
+        "h264": encode_clip(shades(FRAMES), "mp4", "libx264", g="10", bf="2"),
+        "vp9": encode_clip(shades(FRAMES), "mp4", "libvpx-vp9", **VP9),
+    }
+
+
+def edited(data: bytes, first: int, count: int) -> bytes:
+    """The same MP4, its edit list showing `count` frames from `first` on: what `ffmpeg -ss -c copy` leaves."""
+    at = data.index(b"elst") + 12
+    (start,) = struct.unpack_from(">i", data, at + 4)
+    entry = struct.pack(">Ii", count * MOVIE_TICKS, start + first * MEDIA_TICKS)
+    return data[:at] + entry + data[at + len(entry) :]
+
+
+EDITS = {
+    "everything": (0, 40),
+    "from a keyframe": (10, 30),
+    "inside a GOP": (13, 27),
+    "both ends": (13, 10),
+    "end": (0, 17),
+}
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_list_hides_frames_that_others_refer_to(plain: dict[str, bytes], codec: str, edit: str) -> None:
+    """The frames are those that FFmpeg shows, from any of them on."""
+    first, count = EDITS[edit]
+    data = edited(plain[codec], first, count)
+    shown = list(range(first, first + count))
+    with av.open(io.BytesIO(data)) as container:
+        theirs = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert numbers_of(theirs) == shown
+    assert numbers_of(decode_clip(data, np.arange)) == shown
+    for start in range(0, count, 4):
+        assert numbers_of(decode_clip(data, lambda _, s=start: np.array([s, count - 1]))) == [shown[start], shown[-1]]
+    with opened(data, LIMITS) as video:
+        assert video.decode_all() == count
+    info = probe(data, LIMITS)
+    assert info.frames == count and (info.hidden == 0) == (edit in ("everything", "from a keyframe"))
+    assert fits_gpu(vars(info)) == (info.hidden == 0)
+
+
+def test_dalis_decoder_counts_the_same_frames(plain: dict[str, bytes]) -> None:
+    """VP9 is what DALI decodes on a CPU."""
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def graph():
+        encoded = fn.external_source(name="encoded")
+        numbers = fn.external_source(name="numbers", dtype=types.INT32)
+        return fn.decoders.video(encoded, frames=numbers, device="cpu")
+
+    wanted = np.array([0, 5, 20], dtype=np.int32)
+    pipe = graph()
+    pipe.build()
+    pipe.feed_input("encoded", [np.frombuffer(edited(plain["vp9"], 10, 30), np.uint8)])
+    pipe.feed_input("numbers", [wanted])
+    assert numbers_of(np.asarray(pipe.run()[0][0])) == [10, 15, 30]
+
+
+UNEVEN = [0, 1, 2, 3, 8, 9, 10, 11, 30, 31, 32, 33, 34, 60, 61, 62, 63, 64, 65, 66]  # 1/25 s
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "options"),
+    [
+        ("mp4", "libx264", {"g": "8", "bf": "2"}),
+        ("matroska", "libx264", {"g": "8", "bf": "2"}),
+        ("webm", "libvpx-vp9", VP9),
+    ],
+)
+def test_a_variable_rate(container: str, codec: str, options: dict[str, str]) -> None:
+    """Frames are numbered as they are shown, however long each lasts; their times are the file's."""
+    data = encode_clip(shades(len(UNEVEN)), container, codec, times=UNEVEN, **options)
+    assert numbers_of(decode_clip(data, np.arange)) == list(range(len(UNEVEN)))
+    assert numbers_of(decode_clip(data, lambda _: np.array([17, 4, 9]))) == [17, 4, 9]
+    with opened(data, LIMITS) as video:
+        # Matroska counts milliseconds
+        np.testing.assert_allclose(video.times(), np.array(UNEVEN) / 25, atol=0.5e-3 + 1e-9)
+
+
+def test_packing_makes_a_variable_rate_constant() -> None:
+    """At 25 frames a second each tick shows the source's nearest frame in time."""
+    source = encode_clip(shades(len(UNEVEN)), "mp4", "libx264", times=UNEVEN, bf="2", crf="1")
+    data, facts = transcode(source, Profile(fps=25.0, crf=1), LIMITS)
+    expected = [min(range(len(UNEVEN)), key=lambda i: (abs(UNEVEN[i] - tick), i)) for tick in range(67)]
+    shown = numbers_of(decode_clip(data, np.arange))
+    assert shown[:67] == expected and facts["times"][:67] == [round(UNEVEN[i] / 25, 4) for i in expected]
+
+
+def test_a_rotation_is_not_applied(plain: dict[str, bytes]) -> None:
+    """The frames are the stream's, as every decoder gives them: a quarter turn changes neither size nor pixels."""
+    data = plain["h264"]
+    at = data.index(b"tkhd") + 44
+    turned = data[:at] + struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30) + data[at + 36 :]
+    with av.open(io.BytesIO(turned)) as container:
+        assert next(container.decode(video=0)).rotation == -90
+    np.testing.assert_array_equal(decode_clip(turned, np.arange), decode_clip(data, np.arange))
+
+
+def test_the_rate_of_a_file_that_states_none() -> None:
+    """A single frame has no rate: packing then takes 25 a second."""
+    data = encode_clip(shades(1), "matroska", "mjpeg", pixel_format="yuvj420p")
+    _, facts = transcode(data, Profile(), LIMITS)
+    assert facts["frames"] == 1 and facts["fps"] == 25
