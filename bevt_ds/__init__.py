@@ -16,6 +16,7 @@ if find_spec("bevt_ds.kernels") is None:  # it lies in kernels/ of a checkout, w
 
 _PUBLIC = {
     "BEVT": "bevt_ds.model.bevt",
+    "VideoClassifier": "bevt_ds.model.classifier",
     "VideoSwin": "bevt_ds.model.video_swin",
     "create_model": "bevt_ds.model.presets",
     "load_tokenizer": "bevt_ds.model.tokenizers",

@@ -40,12 +40,12 @@ RENAMES = (  # official name or prefix, ours
     ("lm_down_st.0.", "video_decoder.reduce."),
     ("fpn_t.0.", "video_decoder.unfold."),
     ("cls_head.lm_head.", "lm_head."),
+    ("cls_head.fc_cls.", "head."),
 )
 
 EXPECTED_UNUSED = (  # pattern of an official name, why it is not loaded
     (r"\.relative_position_index$|\.attn_mask$", "recomputed from the window's size"),
     (r"^cls_head\.vae_encoder\.", "the tokenizer is loaded on its own"),
-    (r"^cls_head\.fc_cls\.", "classifier of a fine-tuned model"),
     (r"^ema_", "running averages of mmcv's EMA hook"),
 )
 EXPECTED_UNUSED_2D = (
@@ -63,10 +63,10 @@ FRESH_AFTER_2D = (  # our prefixes that an image-stream checkpoint may lack
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint in BEVT's names of ours, with what is known about it."""
+    """A checkpoint in our names, those of BEVT and VideoClassifier together, with what is known about it."""
 
     state: State
-    arch: dict[str, Any]  # constructor arguments of BEVT that the checkpoint determines
+    arch: dict[str, Any]  # constructor arguments of our models that the checkpoint determines
     unused: dict[str, str] = field(default_factory=dict)  # its key -> why it is not loaded
     may_be_fresh: tuple[str, ...] = ()  # prefixes of parameters that it may lack
     notes: tuple[str, ...] = ()
@@ -131,7 +131,7 @@ def split_unused(state: State, patterns: tuple[tuple[str, str], ...]) -> tuple[S
 
 
 def our_name(key: str) -> str | None:
-    """Our name of an official parameter, or None if BEVT has no such parameter."""
+    """Our name of an official parameter, or None if no model of ours has such a parameter."""
     for theirs, ours in RENAMES:
         if key == theirs or (theirs.endswith(".") and key.startswith(theirs)):
             return ours + key[len(theirs) :]
@@ -186,6 +186,8 @@ def infer_arch(state: State, window: Size3) -> dict[str, Any]:
     }
     if "cls_head.lm_head.weight" in state:
         arch["vocab_size"] = state["cls_head.lm_head.weight"].shape[0]
+    if "cls_head.fc_cls.weight" in state:
+        arch["num_classes"] = state["cls_head.fc_cls.weight"].shape[0]
     return arch
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from bevt_ds.errors import UserError
 
 from .bevt import BEVT
+from .classifier import VideoClassifier
 from .video_swin import VideoSwin
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -42,6 +43,16 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     raise UserError(f"no model named {name!r}{hint}: choose one of {', '.join([*SIZES, *ENCODERS])}")
 
 
+def create_classifier(name: str, num_classes: int, **overrides: Any) -> VideoClassifier:
+    """A classifier of clips on a backbone of SIZES; `overrides` are VideoClassifier's arguments.
+
+    Raises UserError for an unknown name.
+    """
+    if name not in SIZES:
+        raise UserError(f"no backbone named {name!r}: choose one of {', '.join(SIZES)}")
+    return VideoClassifier(num_classes, **{**SIZES[name], **overrides})
+
+
 def _timm_entry(timm_name: str, name: str) -> Callable[..., nn.Module]:
     """A function with the arguments that timm passes, which builds `name`."""
 
@@ -63,4 +74,4 @@ def _timm_entry(timm_name: str, name: str) -> Callable[..., nn.Module]:
 TIMM_NAMES = {f"bevt_{name}": name for name in SIZES} | {name: name for name in ENCODERS}
 for _timm_name, _name in TIMM_NAMES.items():
     register_model(_timm_entry(_timm_name, _name))
-__all__ = ["ENCODERS", "SIZES", "TIMM_NAMES", "create_model"]  # register_model appends names that are no attributes
+__all__ = ["ENCODERS", "SIZES", "TIMM_NAMES", "create_classifier", "create_model"]  # register_model appends names that are no attributes

@@ -36,7 +36,18 @@ from .windows import Size3, bias_rows
 CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT = "bevt_ds"
 ENCODER = "encoder."
-BEVT_ONLY = {"vocab_size", "image_windows"}  # constructor arguments that the bare encoder lacks
+HEAD = "head."  # of a classifier
+# Constructor arguments that not every model has, and those that may differ between a file and the model it starts.
+NOT_EVERYWHERE = {"vocab_size", "image_windows", "num_classes", "classes", "dropout"}
+MAY_DIFFER = {"window", "drop_path", "num_classes", "classes", "dropout"}
+PARTS = {  # what a file may hold beside the encoder -> why a model without it does not load it
+    "mask_token.": "not part of the model: masking",
+    "image_embed.": "not part of the model: the images' stem",
+    "video_decoder.": "not part of the model: decoder",
+    "image_decoder.": "not part of the model: decoder",
+    "lm_head.": "not part of the model: classifier of visual tokens",
+    HEAD: "not part of the model: classifier of clips",
+}
 
 
 @dataclass(frozen=True)
@@ -103,17 +114,21 @@ class PretrainedMixin:
         """
         weights = read_weights(Path(path))
         accepted = inspect.signature(cls).parameters
-        unknown = weights.arch.keys() - accepted.keys() - BEVT_ONLY
+        unknown = weights.arch.keys() - accepted.keys() - NOT_EVERYWHERE
         if unknown:
             raise UserError(f"{path} was written by another version: its {CONFIG} has {', '.join(sorted(unknown))}")
-        arch = {key: value for key, value in weights.arch.items() if key in accepted}
-        model = cls(**{**arch, **overrides})
+        arch = {key: value for key, value in weights.arch.items() if key in accepted} | overrides
+        if lacking := [p.name for p in accepted.values() if p.default is p.empty and p.name not in arch]:
+            raise UserError(f"{path} is not a {cls.__name__}: to start one from it, pass {', '.join(lacking)}")
+        model = cls(**arch)
         print(_load(model, weights))
         return model
 
 
 def load_init(model: PretrainedMixin, path: str | Path) -> LoadReport:
-    """Start `model` (BEVT or VideoSwin) from a folder of ours or an official file.
+    """Start `model` (BEVT, VideoSwin or VideoClassifier) from a folder of ours or an official file.
+
+    A classifier keeps the file's head only where it names the same classes.
 
     Raises UserError where the file is missing, of another architecture, or was trained with other `image_windows`.
     """
@@ -178,10 +193,10 @@ def _read_tensors(path: Path) -> Any:
 
 def _load(model: nn.Module, weights: Weights) -> LoadReport:
     """Copy `weights` into `model`, strictly, fitting bias tables to the model's window."""
+    weights = _without_other_parts(model, weights)
     state, unused = dict(weights.state), dict(weights.unused)
     if not any(name.startswith(ENCODER) for name, _ in model.named_parameters()):
-        unused |= {name: "not part of the encoder" for name in state if not name.startswith(ENCODER)}
-        state = {name.removeprefix(ENCODER): v for name, v in state.items() if name.startswith(ENCODER)}
+        state = {name.removeprefix(ENCODER): value for name, value in state.items()}
     _check_arch(model.arch, weights)
     resized = _fit_tables(state, weights, tuple(model.arch["window"]))
     state |= resized
@@ -190,11 +205,35 @@ def _load(model: nn.Module, weights: Weights) -> LoadReport:
     return LoadReport(weights.source, tuple(state), tuple(resized), tuple(fresh), unused, tuple(weights.notes))
 
 
+def _without_other_parts(model: nn.Module, weights: Weights) -> Weights:
+    """`weights` without the parts that `model` does not have, and without a classifier of other classes."""
+    own = [part for part in PARTS if any(name.startswith(part) for name, _ in model.named_parameters())]
+    reasons = {part: reason for part, reason in PARTS.items() if part not in own}
+    fresh = weights.may_be_fresh
+    if HEAD in own:
+        fresh += (HEAD,)
+        if other := _other_classes(model.arch, weights.arch):
+            reasons[HEAD] = other
+    unused = {name: reason for part, reason in reasons.items() for name in weights.state if name.startswith(part)}
+    state = {name: value for name, value in weights.state.items() if name not in unused}
+    return replace(weights, state=state, unused=weights.unused | unused, may_be_fresh=fresh)
+
+
+def _other_classes(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """Why the file's classifier is of no use to the model, or None."""
+    if "num_classes" not in theirs:
+        return None
+    if theirs["num_classes"] != ours["num_classes"]:
+        return f"classifier of {theirs['num_classes']} classes, the model has {ours['num_classes']}"
+    names = [tuple(arch.get("classes", ())) for arch in (ours, theirs)]
+    return "classifier of other classes, as many as the model's" if all(names) and names[0] != names[1] else None
+
+
 def _check_arch(arch: dict[str, Any], weights: Weights) -> None:
     plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731
     for key, theirs in weights.arch.items():
         ours = arch.get(key)
-        if key not in arch or key in ("window", "drop_path") or plain(ours) == plain(theirs):
+        if key not in arch or key in MAY_DIFFER or plain(ours) == plain(theirs):
             continue
         raise UserError(f"{weights.source} has {key}={plain(theirs)}, this model {key}={plain(ours)}: make them agree")
 

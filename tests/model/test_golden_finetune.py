@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from bevt_ds import VideoSwin
+from bevt_ds import VideoClassifier, VideoSwin
 from bevt_ds.model.convert import inflate, our_name, rename, resize_table, strip, unwrap
+from bevt_ds.model.weights import read_weights
 
 FEATURES = 1e-5  # of the maximum, as for the joint model
 GRADIENTS = 1e-4
@@ -106,3 +107,29 @@ def test_table_resizing(heads, golden):
     name = f"8x7x7_to_16x7x7/heads{heads}"
     ours = resize_table(stored[f"in.{name}"], (8, 7, 7), (16, 7, 7))
     torch.testing.assert_close(ours, stored[f"out.{name}"], rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def classifier_file(golden, finetune, tmp_path_factory):
+    """The original's classifier as one official file: its encoder and its head."""
+    backbone = load_file(golden / "bevt_joint_small.safetensors")
+    tensors = {k: v for k, v in backbone.items() if "lm_head" not in k}
+    tensors |= {k: v for k, v in finetune.items() if k.startswith("cls_head.")}
+    path = tmp_path_factory.mktemp("official") / "finetuned.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def test_classifier(classifier_file, clips, finetune, relative_error):
+    """An official fine-tuned file, head included: logits, loss and the head's gradients."""
+    assert read_weights(classifier_file).arch["num_classes"] == 10
+    model = VideoClassifier.from_pretrained(classifier_file).eval()
+    logits = model(clips["t32"])
+    assert relative_error(logits, finetune["out.t32.logits"]) < RTOL
+    loss = F.cross_entropy(logits, finetune["in.t32_label"].long())
+    torch.testing.assert_close(loss, finetune["out.t32.loss"], rtol=RTOL, atol=0)
+    loss.backward()
+    for name in ("weight", "bias"):
+        stored = finetune[f"out.t32.grad_norm.cls_head.fc_cls.{name}"]
+        torch.testing.assert_close(getattr(model.head, name).grad.norm(), stored.float(), rtol=RTOL, atol=1e-7)
+    assert relative_error(model.head.weight.grad, finetune["out.t32.grad.cls_head.fc_cls.weight"]) < GRADIENTS

@@ -1,0 +1,88 @@
+"""A classifier of clips: Video Swin, mean over all tokens, dropout, linear head.
+
+Letters: B clips, K classes, C features. Source of the semantics: xyzforever/BEVT@8881b21,
+mmaction/models/heads/i3d_head.py with configs/recognition/swin/swin_base_patch244_window877_bevt_finetune_k400.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .drop_path import uniform
+from .layers import init_weights
+from .video_swin import VideoSwin
+from .weights import PretrainedMixin
+from .windows import Size3
+
+HEAD_STD = 0.01
+DROPOUT_COUNTER = 1 << 20  # drop-path counts its decisions from 0; the two must not share random numbers
+
+
+class VideoClassifier(PretrainedMixin, nn.Module):
+    """`encoder` and `head`: clips in, logits out.
+
+    The other arguments are VideoSwin's. `classes` are the names of the labels, or none. Dropout, like drop-path, is a
+    function of each sample's key: ranks and batch sizes do not change it.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        classes: Sequence[str] = (),
+        dropout: float = 0.0,
+        embed_dim: int = 128,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
+        window: Size3 = (8, 7, 7),
+        patch: Size3 = (2, 4, 4),
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        checkpointing: bool = False,
+        kernels: str = "auto",
+    ):
+        super().__init__()
+        if classes and len(classes) != num_classes:
+            raise ValueError(f"{len(classes)} names of {num_classes} classes")
+        self.encoder = VideoSwin(
+            embed_dim=embed_dim,
+            depths=depths,
+            num_heads=num_heads,
+            window=window,
+            patch=patch,
+            mlp_ratio=mlp_ratio,
+            drop_path=drop_path,
+            checkpointing=checkpointing,
+            kernels=kernels,
+        )
+        own = {"num_classes": num_classes, "classes": tuple(classes), "dropout": dropout}
+        self.arch = own | self.encoder.arch
+        self.dropout = dropout
+        self.head = nn.Linear(self.encoder.norm.normalized_shape[0], num_classes)
+        self.init_weights()
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters anew: the encoder as in pretraining, the head normal of std 0.01 with bias 0."""
+        init_weights(self, generator)
+        with torch.no_grad():
+            nn.init.normal_(self.head.weight, std=HEAD_STD, generator=generator)
+
+    def forward(self, clip: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+        """Logits of clips: (B,3,T,H,W) float -> (B,K).
+
+        `sample_keys` int64 (B,) decide what training drops; without them torch's own generator draws keys.
+        """
+        if self.training and sample_keys is None:
+            sample_keys = torch.randint(2**63 - 1, (len(clip),), device=clip.device)
+        pooled = self.encoder.forward_features(clip, sample_keys).mean((2, 3, 4))
+        return self.head(self._drop(pooled, sample_keys))
+
+    def _drop(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        """Dropout of x (B,C) in training mode, decided by keys (B,)."""
+        if not self.training or keys is None or self.dropout == 0:
+            return x
+        counters = DROPOUT_COUNTER + torch.arange(x.shape[1], device=x.device)
+        kept = uniform(keys[:, None], counters) >= self.dropout
+        return x * kept / (1 - self.dropout)
