@@ -24,6 +24,7 @@ class Use(IntEnum):
     TOKENIZER = 11
     RANDAUGMENT = 12
     ERASING = 13
+    PROBE = 14
 
 
 def generator(seed: int, use: Use, *counters: int) -> np.random.Generator:

@@ -90,3 +90,48 @@ class FinetuneConfig:
     ] = ""
     resume: A[str, "never | auto (the newest checkpoint of output_dir, if any) | a checkpoint's folder"] = "never"
     dry_run: A[bool, "print the resolved config, parameters and steps, and stop"] = False
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """A test of a fine-tuned classifier. What is not given is the fine-tuning run's, or else the recipe's."""
+
+    recipe: A[str, "where data and views come from if the weights lie in no run's folder; see the list above"] = ""
+    weights: A[str, "the classifier: a fine-tuning run's folder, saved weights, or an official file"] = ""
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    precision: A[Literal["bf16", "fp16", "fp32"], "compute type; probabilities are averaged in fp32"] = "bf16"
+    kernels: A[Literal["auto", "triton", "torch"], "provider of windowed attention"] = "auto"
+    output_dir: A[str, "what is written; empty: eval-1, eval-2, ... in the run's folder, or else in runs/"] = ""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The small classifier on frozen features. Its training is V-JEPA's (facebookresearch/jepa, configs/evals)."""
+
+    kind: A[
+        Literal["attentive", "linear", "knn"],
+        "attentive: a query attends to all tokens; linear: on their mean; knn: votes of the nearest training videos",
+    ] = "attentive"
+    epochs: A[int, "passes over the training features; not for knn"] = 20
+    least_steps: A[int, "steps that are made at least, in more epochs if the set is small; not for knn"] = 500
+    batch: A[int, "videos a step, over all ranks; not for knn"] = 64
+    lr: A[float, "AdamW's learning rate, cosine to 0; not for knn"] = 1e-3
+    weight_decay: A[float, "AdamW's decoupled decay; not for knn"] = 0.01
+    seed: A[int, "seed of the probe's initialisation and of the order of its batches"] = 0
+    k: A[int, "knn: neighbours that vote"] = 20
+    temperature: A[float, "knn: a vote weighs exp(cosine / temperature)"] = 0.07
+    cache_bytes: A[int, "memory that a rank may use for training features"] = 32 << 30
+
+
+@dataclass(frozen=True)
+class ProbeRunConfig:
+    """A probe of frozen features. How clips are sampled is the probed run's choice, unless given."""
+
+    weights: A[str, "the encoder: a run's folder, saved weights, or an official file"] = ""
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    views: ViewsConfig = field(default_factory=lambda: ViewsConfig(clips=1, crops=1, short_side=256))
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    precision: A[Literal["bf16", "fp16", "fp32"], "compute type of the encoder; the probe's is fp32"] = "bf16"
+    kernels: A[Literal["auto", "triton", "torch"], "provider of windowed attention"] = "auto"
+    output_dir: A[str, "what is written; empty: probe-1, probe-2, ... in the run's folder, or else in runs/"] = ""
