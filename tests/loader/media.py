@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tempfile
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -59,8 +60,7 @@ def encode_clip(
     times: when each frame is shown, in 1/25 s; None: one after the other. muxer, options: FFmpeg's, of the container
     and of the encoder.
     """
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container, options=muxer or {}) as out:
+    with tempfile.NamedTemporaryFile() as file, av.open(file.name, "w", format=container, options=muxer or {}) as out:
         stream = out.add_stream(codec, rate=Fraction(FPS))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixel_format
@@ -71,7 +71,8 @@ def encode_clip(
             frame.pts, frame.time_base = time, Fraction(1, FPS)
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
-    return buffer.getvalue()
+        out.close()
+        return Path(file.name).read_bytes()
 
 
 def decode_clip(data: bytes, choose: Callable[[int], np.ndarray], limits: Limits | None = None) -> np.ndarray:

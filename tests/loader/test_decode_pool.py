@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from bevt_ds.data import child
-from bevt_ds.data.decode_pool import DecodePool
+from bevt_ds.data.decode_pool import MOST_RESIDENT, DecodePool
 from bevt_ds.data.index import load_shard
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.members import read_member
@@ -103,6 +103,18 @@ def test_a_hanging_worker_is_replaced_after_the_deadline(member: Load, expected:
         assert pool.pids != [stuck]
     finally:
         pool.close()
+
+
+def test_a_worker_that_has_grown_is_replaced(pool: DecodePool, member: Load, expected: np.ndarray, monkeypatch) -> None:
+    """D23: its answer still counts; the next sample gets a fresh process. Below the bound nobody is replaced."""
+    first = set(pool.pids)
+    resident = pool.clips(member, [(0.3, 0.0)], 8, 2).result()[0]["resident"]
+    pool.clips(member, [(0.3, 0.0)], 8, 2).result()
+    assert 1 << 20 < resident < MOST_RESIDENT and set(pool.pids) == first
+    monkeypatch.setattr("bevt_ds.data.decode_pool.MOST_RESIDENT", 1 << 20)
+    for _ in range(4):
+        np.testing.assert_array_equal(pool.clips(member, [(0.3, 0.0)], 8, 2).result()[1], expected)
+    assert len(pool.pids) == 2 and not first & set(pool.pids)
 
 
 def test_a_bad_sample_is_an_answer_not_a_death(pool: DecodePool, member: Load) -> None:
