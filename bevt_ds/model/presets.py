@@ -74,4 +74,5 @@ def _timm_entry(timm_name: str, name: str) -> Callable[..., nn.Module]:
 TIMM_NAMES = {f"bevt_{name}": name for name in SIZES} | {name: name for name in ENCODERS}
 for _timm_name, _name in TIMM_NAMES.items():
     register_model(_timm_entry(_timm_name, _name))
-__all__ = ["ENCODERS", "SIZES", "TIMM_NAMES", "create_classifier", "create_model"]  # register_model appends names that are no attributes
+# register_model appends names that are no attributes
+__all__ = ["ENCODERS", "SIZES", "TIMM_NAMES", "create_classifier", "create_model"]

@@ -6,6 +6,7 @@ was cut away: windows start at multiples of 7 tokens, and a displaced window rea
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -77,11 +78,28 @@ def dvae(full: Path) -> State:
     return cut | {"out.logits_pos": io["out.logits_pos"][first], "out.logits_at": io["out.logits_at"][first]}
 
 
+def layer_decay(full: Path) -> dict[str, object]:
+    """Learning rate and weight decay of every parameter, names with the same numbers together."""
+    stored = json.loads((full / "layer_decay.json").read_text())
+    cut: dict[str, object] = {}
+    for recipe in ("k400", "ssv2"):
+        groups: dict[tuple[tuple[float, ...], ...], list[str]] = {}
+        for name, numbers in stored[recipe]["params"].items():
+            key = tuple(tuple(numbers[kind]) for kind in ("effective", "intended"))
+            groups.setdefault(key, []).append(name)
+        cut[recipe] = [
+            {"effective": effective, "intended": intended, "names": names}
+            for (effective, intended), names in groups.items()
+        ]
+    return cut
+
+
 def main(full: Path) -> None:
     """Write every file of the subset beside this one."""
     for part in (stage1, head, tables, dvae):
         tensors = {key: value.contiguous() for key, value in part(full).items()}
         save_file(tensors, HERE / f"{part.__name__}.safetensors", metadata={"format": "pt"})
+    (HERE / "layer_decay.json").write_text(json.dumps(layer_decay(full), indent=0) + "\n", encoding="utf-8")
     shutil.copyfile(full / "encoder_small.pkl", HERE / "encoder_small.pkl")
 
 
