@@ -1,0 +1,51 @@
+"""Batches of random pictures with the recipe's masks, made once and kept on the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bevt_ds.batch import Batch, Stream
+from bevt_ds.config import DataConfig, MaskConfig
+from bevt_ds.data.masks import row_index
+from bevt_ds.data.plan import StreamId, StreamPlan
+
+
+def resident_batch(
+    clips: int, images: int, frames: int, size: int, seed: int = 0, mask: MaskConfig | None = None
+) -> Batch:
+    """A micro-batch that is a whole step: `clips` of `frames` x `size` x `size` pixels, and `images`."""
+    data = DataConfig(frames=frames, size=size, token_size=size // 2, mask=mask or MaskConfig())
+    draw = torch.Generator().manual_seed(seed)
+    video = _stream(StreamId.VIDEO, data, clips, draw) if clips else None
+    return Batch(video, _stream(StreamId.IMAGE, data, images, draw) if images else None)
+
+
+def _stream(kind: StreamId, data: DataConfig, count: int, draw: torch.Generator) -> Stream:
+    plan = StreamPlan(kind, [count], data, seed=0, global_size=count)
+    masks, time = plan.masks(0), (data.frames,) if kind.kind == "video" else ()
+    index = row_index(masks, plan.frames_per_cell)
+    return Stream(
+        pixels=torch.randn(count, 3, *time, data.size, data.size, generator=draw),
+        view=torch.rand(count, *time, 3, data.token_size, data.token_size, generator=draw),
+        mask=torch.from_numpy(masks.copy()),
+        rows=torch.from_numpy(index.rows),
+        frames=torch.from_numpy(index.frames),
+        token_rows=torch.from_numpy(index.token_rows),
+        sample_keys=torch.tensor([plan.key(0, slot) for slot in range(count)]),
+        count=plan.masked_cells(0),
+    )
+
+
+def all_frames(batch: Batch) -> Batch:
+    """The same batch, every frame of it tokenized, whether it holds a masked cell or not."""
+    streams = (batch.video, batch.image)
+    return Batch(*(None if s is None else replace(s, **_unskipped(s)) for s in streams))
+
+
+def _unskipped(stream: Stream) -> dict[str, Tensor]:
+    frames = stream.view.shape[:-3].numel()
+    every = torch.arange(frames, device=stream.frames.device)
+    return {"frames": every, "token_rows": stream.rows.clamp_min(0)}
