@@ -131,21 +131,21 @@ def write_json(path: Path, values: object) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def weights_of(path: str) -> Path:
-    """Where `init_from` finds weights: inside a run's folder, or the path itself.
+def weights_of(path: str, key: str = "init_from") -> Path:
+    """Where `init_from`, or another `key` of a configuration, finds weights: inside a run's folder, or the path itself.
 
     Raises:
         UserError: no such path.
     """
     given = Path(path)
     if not given.exists():
-        raise UserError(f"init_from={path}: no such file or folder.")
+        raise UserError(f"{key}={path}: no such file or folder.")
     if (given / WEIGHTS).is_dir():
         return given / WEIGHTS
     if (given / LOG).is_file():
         commits = checkpoints(given / CHECKPOINTS)
         if not commits:
-            raise UserError(f"init_from={path}: this run has not written a checkpoint yet.")
+            raise UserError(f"{key}={path}: this run has not written a checkpoint yet.")
         return commits[0] / WEIGHTS
     return given
 
