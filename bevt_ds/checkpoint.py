@@ -30,6 +30,7 @@ FREE = {
     "output_dir", "init_from", "resume", "dry_run", "data.workers", "data.threads", "data.readers", "data.prefetch",
     "data.videos", "data.images", "data.cache_dir", "data.cache_bytes", "data.remote_seconds", "data.allow_pipe",
     "data.decode_seconds", "data.max_bad_fraction", "data.eval_videos", "data.eval_images", "data.decoder",
+    "data.read_seconds", "data.verify",
     "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_batches", "train.min_gain",
     "model.checkpointing",
     "data.train", "data.val", "data.expected_val", "views.clips", "views.crops", "views.short_side",
@@ -156,7 +157,7 @@ def check_continues(saved: Facts, now: Facts, folder: Path) -> None:
         raise UserError(f"{folder} was written with ZeRO stage {saved.stage} and this run uses {now.stage}.")
     check_same(saved.config, now.config, folder)
     if saved.data != now.data:
-        raise UserError(f"{folder} was trained on other shards than these: their sample lists differ.")
+        raise UserError(f"{folder} was trained on other data: the shards' sample lists differ, or the classes.")
 
 
 def check_same(saved: Any, now: Any, folder: Path) -> None:

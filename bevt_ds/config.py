@@ -62,6 +62,8 @@ class ReadingConfig:
     max_frames: A[int, "a longer video is refused before it is decoded"] = 200_000
     max_file_bytes: A[int, "a larger file is refused unread"] = 1 << 30
     max_clip_bytes: A[int, "a clip whose frames would take more memory is refused before it is decoded"] = 1 << 30
+    verify: A[bool, "compare every sample with its checksum; without it random damage goes unseen"] = True
+    read_seconds: A[float, "a read of a local shard that takes longer stops the run"] = 300.0
     max_bad_fraction: A[float, "more bad samples than this, and than 10, stop the run"] = 0.001
     cache_dir: A[str, "where remote shards are kept; empty: ~/.cache/bevt_ds/shards"] = ""
     cache_bytes: A[int, "the least recently used remote shards are thrown out beyond this, on each node"] = 100 << 30

@@ -18,7 +18,7 @@ AT_LEAST_ONE = {
     "model.window",
     "tokenizer.vocab_size",
 }
-POSITIVE = {"optim.lr", "optim.eps", "data.decode_seconds", "data.remote_seconds"}
+POSITIVE = {"optim.lr", "optim.eps", "data.decode_seconds", "data.remote_seconds", "data.read_seconds"}
 
 
 def validate(config: Config) -> Config:

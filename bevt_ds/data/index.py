@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -101,9 +102,17 @@ def _same_heads(shard: Shard, tar: BinaryIO, which: Sequence[int]) -> bool:
     return all(zlib.crc32(os.pread(tar.fileno(), BLOCK, shard.offsets[i] - BLOCK)) == shard.heads[i] for i in which)
 
 
+def require_answer(path: str) -> None:
+    """UserError: not a file that can be opened. Returns once its storage has given the first bytes."""
+    with _open_tar(path) as tar:
+        os.pread(tar.fileno(), BLOCK, 0)
+
+
 @contextmanager
 def _open_tar(path: str) -> Iterator[BinaryIO]:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"shard {path} is no regular file: samples are read by offset")
         tar = open(path, "rb")  # noqa: SIM115 - closed below, opened here to tell its errors from the caller's
     except OSError as error:
         raise UserError(f"cannot open shard {path}: {error.strerror}") from error
@@ -120,8 +129,8 @@ def _exclusive(tar: BinaryIO) -> Iterator[None]:
 
 
 def tar_identity(tar: BinaryIO) -> dict[str, int]:
-    stat = os.fstat(tar.fileno())
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    facts = os.fstat(tar.fileno())
+    return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
 
 
 def cache_home() -> Path:

@@ -340,12 +340,12 @@ def _fingerprint(shards: dict[StreamId, list[Shard]]) -> str:
 def open_resources(data: ReadingConfig, has_videos: bool, times: StageTimes, closing: ExitStack) -> Resources:
     """Threads, decode workers and storage; `closing` ends them."""
     storage = Storage(data)
-    closing.callback(storage.close)
     threads = closing.enter_context(ThreadPoolExecutor(data.readers))
     pool = None
     if has_videos:
         pool = DecodePool(data.workers, data.decode_seconds, Limits.of(data))
         closing.callback(pool.close)
+    closing.callback(storage.close)  # the first to be called: nobody goes on waiting for a read
     return Resources(storage, threads, pool, times)
 
 

@@ -17,10 +17,12 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 PIPE = "pipe:"
 CHUNK = 1 << 20
+LISTING_SECONDS = 120.0
+T = TypeVar("T")
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _WORTH_ANOTHER_TRY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -82,33 +84,39 @@ def _open_http(url: str, seconds: float, offset: int, tag: str) -> Source:
 
 
 def _open_fsspec(url: str, seconds: float) -> Source:
-    import fsspec
+    def sized(file_system: Any, path: str) -> tuple[Any, str, int]:
+        return file_system, path, file_system.size(path)
 
-    scheme = url.partition("://")[0]
-    try:
-        file_system, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise RemoteError(url, f"{error} (scheme {scheme!r})", final=True) from error
+    file_system, path, size = _with_file_system(url, seconds, sized)
 
     def chunks() -> Iterator[bytes]:
         with closing(file_system.open(path, "rb")) as file:
             yield from _read_all(file)
 
+    return Source(_translated(url, _bounded(chunks(), seconds)), size)
+
+
+def glob_remote(pattern: str, seconds: float = LISTING_SECONDS) -> list[str]:
+    """The URLs that match a pattern, where the scheme can list files. RemoteError: none can be had."""
+
+    def found(file_system: Any, path: str) -> list[str]:
+        return sorted(map(file_system.unstrip_protocol, file_system.glob(path)))
+
+    return _with_file_system(pattern, seconds, found)
+
+
+def _with_file_system(url: str, seconds: float, work: Callable[[Any, str], T]) -> T:
+    """`work(file system, path)`. Connecting may block as well, so that it is bounded too. RemoteError: it fails."""
+    import fsspec
+
     try:
-        size = _within(seconds, lambda: file_system.size(path))
+        return _within(seconds, lambda: work(*fsspec.core.url_to_fs(url)))
+    except (ImportError, ValueError) as error:
+        raise RemoteError(url, f"{error} (scheme {url.partition('://')[0]!r})", final=True) from error
     except FileNotFoundError as error:
         raise RemoteError(url, "there is no such file", final=True) from error
     except OSError as error:
         raise RemoteError(url, str(error) or type(error).__name__) from error
-    return Source(_translated(url, _bounded(chunks(), seconds)), size)
-
-
-def glob_remote(pattern: str) -> list[str]:
-    """The URLs that match a pattern, where the scheme can list files."""
-    import fsspec
-
-    file_system, path = fsspec.core.url_to_fs(pattern)
-    return sorted(file_system.unstrip_protocol(found) for found in file_system.glob(path))
 
 
 def can_list(url: str) -> bool:
@@ -188,6 +196,6 @@ def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
     return False
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
+def _within(seconds: float, call: Callable[[], T]) -> T:
     """A call's result, or TimeoutError."""
     return next(_bounded((make() for make in [call]), seconds))

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from itertools import chain
 
-from bevt_ds.data.remote import PIPE, can_list, glob_remote, is_remote
+from bevt_ds.data.remote import PIPE, RemoteError, can_list, glob_remote, is_remote
 from bevt_ds.errors import UserError
 
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
@@ -74,11 +74,18 @@ def _expand_braces(pattern: str) -> list[str]:
 def _glob(path: str) -> list[str]:
     if not glob.has_magic(path) or (is_remote(path) and not can_list(path)):
         return [path]  # a question mark in a URL is no wildcard
-    found = glob_remote(path) if is_remote(path) else sorted(glob.glob(path))
+    found = _listed(path) if is_remote(path) else sorted(glob.glob(path))
     if not found:
         where = "" if is_remote(path) else f" (working folder: {os.getcwd()})"
         raise UserError(f"no file matches {path!r}{where}")
     return found
+
+
+def _listed(pattern: str) -> list[str]:
+    try:
+        return glob_remote(pattern)
+    except RemoteError as error:
+        raise UserError(str(error)) from error
 
 
 def _require_files(paths: list[str], patterns: str) -> None:

@@ -249,6 +249,37 @@ def test_d10_no_sample_is_lost_in_silence(tmp_path: Path, make: SimpleNamespace,
         load_shard(str(tar))
 
 
+def test_d11_every_flipped_bit_is_found(copies: Path) -> None:
+    """As long as the bytes are verified; without that the damaged bytes go through."""
+    path = copies / "image-000000.tar"
+    members = list(load_shard(str(path)).members())
+    rng = np.random.default_rng(11)
+    with path.open("r+b") as tar:
+        for i in range(3000):
+            member = members[i % len(members)]
+            at, bit = member.offset + int(rng.integers(member.size)), 1 << int(rng.integers(8))
+            (byte,) = os.pread(tar.fileno(), 1, at)
+            os.pwrite(tar.fileno(), bytes([byte ^ bit]), at)
+            with pytest.raises(BadSample, match="not those that were indexed"):
+                read_member(member)
+            damaged = read_member(member, verify=False)
+            assert damaged[at - member.offset] == byte ^ bit
+            os.pwrite(tar.fileno(), bytes([byte]), at)
+            assert read_member(member) == read_member(member, verify=False) != damaged
+
+
+def test_d11_a_run_that_does_not_verify(copies: Path, with_data, tmp_path: Path) -> None:
+    """The same damage: what still decodes goes unseen."""
+    flip_bits(copies / "image-000001.tar", 9)
+    found = []
+    for verify in (True, False):
+        config = with_data(images=f"{copies}/image-*.tar", max_bad_fraction=0.9, verify=verify)
+        with Loader(config, folder=tmp_path) as loader:
+            assert sum(1 for _ in islice(loader, 12)) == 12
+            found.append(loader.bad_samples)
+    assert found[0] >= 9 > found[1]
+
+
 def test_d12_a_bad_picture_anywhere_in_a_batch(shards: Path, make, with_data, tmp_path: Path) -> None:
     """First, in the middle, last: the neighbours come through untouched."""
     good = {}
