@@ -39,12 +39,16 @@ def page(usage: str, recipes: Mapping[str, Callable[[], Any]], config: Any) -> s
     """A whole help page: usage, the recipes there are, and every field with the defaults of `config`."""
     width = 2 + max(map(len, recipes))
     names = "\n".join(f"  {name:<{width}}{_first_line(make.__doc__)}" for name, make in recipes.items())
+    return f"{usage}\nrecipes:\n{names}\n\nfields, with the defaults of recipe={config.recipe}:\n{field_lines(config)}"
+
+
+def field_lines(config: Any) -> str:
+    """Every field but the recipe: key, default as in `config`, type, and what it means."""
     rows = []
     for f in config_fields(type(config)):
         if f.key != "recipe":
             rows.append(f"  {f.key}={_show(get_value(config, f.key))}  <{type_name(f.type)}>\n{_indent(f.help)}")
-    head = f"{usage}\nrecipes:\n{names}\n\nfields, with the defaults of recipe={config.recipe}:\n"
-    return head + "\n".join(rows) + "\n"
+    return "\n".join(rows) + "\n"
 
 
 def _first_line(text: str | None) -> str:
