@@ -6,11 +6,11 @@ configs/recognition/swin/swin_base_patch244_window877_bevt_finetune_k400.py at x
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated as A
 from typing import Literal
 
-from bevt_ds.config import LabelledDataConfig, ViewsConfig
+from bevt_ds.config import DataConfig, LabelledDataConfig, ReadingConfig, ViewsConfig
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,13 @@ class FinetuneConfig:
     dry_run: A[bool, "print the resolved config, parameters and steps, and stop"] = False
 
 
+def labelled_as(data: DataConfig, train: str = "", val: str = "") -> LabelledDataConfig:
+    """Labelled shards, read and sampled as a pretraining run reads and samples its clips."""
+    reading = {f.name: getattr(data, f.name) for f in fields(ReadingConfig)} | {"decoder": "auto"}
+    clips = {"frames": data.frames, "stride": data.stride, "size": data.size, "short_side": data.short_side[0]}
+    return LabelledDataConfig(train=train, val=val, **reading, **clips)
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """A test of a fine-tuned classifier. What is not given is the fine-tuning run's, or else the recipe's."""
@@ -130,7 +137,7 @@ class ProbeRunConfig:
 
     weights: A[str, "the encoder: a run's folder, saved weights, or an official file"] = ""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
-    views: ViewsConfig = field(default_factory=lambda: ViewsConfig(clips=1, crops=1, short_side=256))
+    views: ViewsConfig = field(default_factory=ViewsConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     precision: A[Literal["bf16", "fp16", "fp32"], "compute type of the encoder; the probe's is fp32"] = "bf16"
     kernels: A[Literal["auto", "triton", "torch"], "provider of windowed attention"] = "auto"

@@ -6,7 +6,7 @@ Letters: B clips, T tokens, C channels, K classes, N training videos.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -135,9 +135,3 @@ def epochs_of_batches(total: int, batch: int, epochs: int, seed: int) -> Iterato
         order = torch.from_numpy(generator(seed, Use.PROBE, epoch).permutation(total))
         yield from order.split(batch)
 
-
-def classifier(probe: nn.Module | NearestNeighbours) -> Callable[[Tensor], Tensor]:
-    """A probe as a function from features to probabilities float32 (B,K)."""
-    if isinstance(probe, NearestNeighbours):
-        return probe.probabilities
-    return lambda features: probe(features).softmax(-1)

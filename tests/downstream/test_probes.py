@@ -16,7 +16,6 @@ from bevt_ds.downstream.probes import (
     AttentiveProbe,
     LinearProbe,
     NearestNeighbours,
-    classifier,
     epochs_of_batches,
     init_probe,
     moments,
@@ -56,8 +55,9 @@ def share_of(values: torch.Tensor, labels: torch.Tensor, rank: int, world: int) 
 
 
 def accuracy(probe, values: torch.Tensor, labels: torch.Tensor) -> float:
+    classify = probe.probabilities if isinstance(probe, NearestNeighbours) else probe
     with torch.no_grad():
-        return float((classifier(probe)(values).argmax(-1) == labels).float().mean())
+        return float((classify(values).argmax(-1) == labels).float().mean())
 
 
 def trained(make, values, labels, options, world: int = 1):
