@@ -130,6 +130,7 @@ def resolve(values: dict[str, Any], config: Any, world: int, largest: int, total
     train, steps = config.train, micro_steps(config, world)
     micro = sum(total for total, _ in train.streams.values()) // (world * steps)
     bucket = max(largest, min(total, MAX_BUCKET))
+    bucket += bucket % 2  # DeepSpeed refuses an odd one
     known = {
         "train_batch_size": micro * world * steps,
         "train_micro_batch_size_per_gpu": micro,

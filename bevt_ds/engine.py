@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,13 +146,35 @@ class Engine:
         """The fp32 master weights by name, on the CPU; complete on rank 0, empty elsewhere. Collective."""
         result = {}
         for name, parameter in self.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            full = parameter.detach() if full is None else full
+            full = self._full(parameter)
             if self.ranks.is_main:
                 result[name] = full.float().cpu().clone()
         if self.ranks.is_main:
             result |= {name: buffer.cpu().clone() for name, buffer in self.module.named_buffers()}
         return result
+
+    def masters(self) -> list[Tensor]:
+        """This rank's part of the fp32 master weights, which each step changes in place (ZeRO stages 0 to 2)."""
+        return [part.data for group in self.ds.optimizer.param_groups for part in group["params"]]
+
+    @contextmanager
+    def holding(self, masters: list[Tensor]) -> Iterator[None]:
+        """Other master weights, and the model made from them, inside the block. Collective (ZeRO stages 0 to 2)."""
+        parameters = list(self.module.parameters())
+        ours, shown = ([t.detach().clone() for t in tensors] for tensors in (self.masters(), parameters))
+        try:
+            _assign(self.masters(), masters)
+            for parameter in parameters:
+                parameter.data.copy_(self._full(parameter))
+            yield
+        finally:
+            _assign(self.masters(), ours)
+            _assign(parameters, shown)
+
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        """One whole fp32 master weight. Collective."""
+        full = safe_get_full_fp32_param(parameter)
+        return parameter.detach() if full is None else full  # without ZeRO, in fp32, a parameter is its own master
 
     def optimizer_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds."""
@@ -168,6 +190,11 @@ class Engine:
         loaded, _ = self.ds.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise UserError(f"{folder}: DeepSpeed found no state to load there.")
+
+
+def _assign(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.data.copy_(source)
 
 
 def _cast(value: Batch | Tensor | None, dtype: torch.dtype) -> Batch | Tensor | None:

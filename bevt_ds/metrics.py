@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -59,6 +60,13 @@ class SpeedMeter:
         peak = peak_flops(name)
         self.peak = peak * world if peak and train.precision != "fp32" else None
         self.started, self.steps = time.perf_counter(), 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time that the block takes does not count."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     def read(self, waited: float) -> dict[str, float | None]:
         """The throughput since the last reading, in which the loop `waited` so many seconds for data.

@@ -25,6 +25,7 @@ class Use(IntEnum):
     RANDAUGMENT = 12
     ERASING = 13
     PROBE = 14
+    MIXING = 15
 
 
 def generator(seed: int, use: Use, *counters: int) -> np.random.Generator:

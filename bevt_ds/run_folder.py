@@ -7,7 +7,8 @@ runs/joint/
   checkpoints/      step-00001000/ ... : everything that a continuation needs
   weights/          config.json + model.safetensors: the fp32 weights, for init_from and from_pretrained
   samples.png       input, mask, and where the prediction was right
-  summary.json      held-out losses beside their baselines
+  summary.json      held-out losses beside their baselines; of fine-tuning, the validation of best/ and of weights/
+  best/             of fine-tuning: the weights that did best on the validation videos
   bad_samples.jsonl what could not be decoded, if anything
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +35,8 @@ SUMMARY = "summary.json"
 SAMPLES = "samples.png"
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
-WRITTEN = (CONFIG, LOG, SUMMARY, SAMPLES, CHECKPOINTS, WEIGHTS, "tensorboard", "bad_samples.jsonl")
+BEST = "best"
+WRITTEN = (CONFIG, LOG, SUMMARY, SAMPLES, CHECKPOINTS, WEIGHTS, BEST, "tensorboard", "bad_samples.jsonl")
 
 
 def choose_folder(config: Any, ranks: Ranks) -> Path:
@@ -152,8 +155,13 @@ def weights_of(path: str, key: str = "init_from") -> Path:
 
 def publish_weights(folder: Path, checkpoint: Path) -> None:
     """Put a checkpoint's weights where people look for them: weights/ of the run."""
-    final, aside = folder / WEIGHTS, folder / f".tmp-{WEIGHTS}"
+    replace_folder(folder / WEIGHTS, lambda aside: shutil.copytree(checkpoint / WEIGHTS, aside))
+
+
+def replace_folder(final: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a folder anew, aside, and put it in the place of the one that is there."""
+    aside = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(checkpoint / WEIGHTS, aside)
+    write(aside)
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)

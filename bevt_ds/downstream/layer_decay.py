@@ -55,7 +55,7 @@ def scale_and_decay(name: str, depths: Sequence[int], optim: FinetuneOptimConfig
 def level(name: str, depths: Sequence[int]) -> int:
     """Layers between a parameter and the head, the head's own being 0: the exponent of layer_decay.
 
-    The last norm and the last block are 1, then every block and merging has a level of its own; the stem is the deepest.
+    The last norm and the last block are 1; every other block and merging has a level of its own, the stem the deepest.
     """
     if name.startswith(NORM):
         return 1

@@ -48,11 +48,10 @@ def finetune_ssv2() -> FinetuneConfig:
 def finetune_diving48() -> FinetuneConfig:
     """Diving48 V2 with Swin-B, 60 epochs. Ours: the original has results and no recipe; SSv2's with flips, 4 x 3 views.
 
-    Like SSv2 the classes differ in the order of motions and share their scene, hence SSv2's segments, window and
+    As in SSv2 the classes differ in the order of motions and share their scene, hence its segments, window and
     optimizer. Unlike there a mirror image keeps its class: a class is take-off, somersaults, twists and position, and
-    neither the side of the pool nor the sense of the twist is part of it. The videos are a tenth of SSv2's, whose
-    averaging horizon of 625 steps would be 2.7 epochs here: it is shortened in proportion to the steps of an epoch
-    being fewer, to about one.
+    neither the side of the pool nor the sense of a twist is part of it. An epoch has a tenth of SSv2's steps, so the
+    weights are averaged over about one epoch instead of 625 steps.
     """
     base = finetune_ssv2()
     return replace(
