@@ -157,7 +157,7 @@ def check_continues(saved: Facts, now: Facts, folder: Path) -> None:
         raise UserError(f"{folder} was written with ZeRO stage {saved.stage} and this run uses {now.stage}.")
     check_same(saved.config, now.config, folder)
     if saved.data != now.data:
-        raise UserError(f"{folder} was trained on other data: the shards' sample lists differ, or the classes.")
+        raise UserError(f"{folder} was trained on other shards than these: their sample lists or their classes differ.")
 
 
 def check_same(saved: Any, now: Any, folder: Path) -> None:
