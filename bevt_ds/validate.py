@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,12 @@ def micro_steps(config: Any, world: int) -> int:
     Raises:
         UserError: the global batch does not divide; the message lists micro-batches that do.
     """
-    counts = {
-        name: _accumulation(name, total, micro, world)
-        for name, (total, micro) in config.train.streams.items()
-        if total > 0
-    }
+    return micro_steps_of(config.train.streams, world)
+
+
+def micro_steps_of(streams: Mapping[str, tuple[int, int]], world: int) -> int:
+    """`micro_steps` from what a run's streams take: samples a step, and samples of a rank's forward pass."""
+    counts = {name: _accumulation(name, total, micro, world) for name, (total, micro) in streams.items() if total > 0}
     if len(set(counts.values())) > 1:
         raise UserError(
             f"clips need {counts['clips']} forward passes a step and images {counts['images']}: they must need as"

@@ -203,9 +203,7 @@ class BackgroundLoader:
 
     def bottleneck(self) -> str:
         """One line on the stage of loading that was busiest since the last call, and what would help."""
-        data = self._config
-        lanes = {"storage": data.readers, "demux": data.workers, "decode": data.workers, "augment": 1, "copy": 1}
-        return bottleneck(self._reader.times.take(), lanes)
+        return bottleneck(self._reader.times.take(), self._lanes())
 
     def close(self) -> None:
         """Stop preparing and end every process. Calling it twice is harmless."""
@@ -218,6 +216,11 @@ class BackgroundLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _lanes(self) -> dict[str, int]:
+        """How many threads or processes share a stage's work."""
+        data = self._config
+        return {"storage": data.readers, "demux": data.workers, "decode": data.workers, "augment": 1, "copy": 1}
 
     def _judge(self, prepared: _Prepared) -> None:
         """Raise where this rank, another, or all of them together cannot go on; the same on every rank."""

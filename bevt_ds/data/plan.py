@@ -84,6 +84,14 @@ class SampleOrder:
         shard, member = self._samples_of(epoch, window)[offset - starts[window]]
         return int(shard), int(member)
 
+    def substitute(self, step: int, slot: int, attempt: int) -> tuple[int, int]:
+        """The `attempt`-th sample to stand in for a slot's own: any of the shards."""
+        rng = generator(self.seed, Use.SUBSTITUTE, self.stream, step, slot)
+        sample = int(rng.integers(self.total, size=attempt)[-1])
+        starts = np.cumsum(self.counts) - self.counts
+        shard = int(np.searchsorted(starts, sample, side="right")) - 1
+        return shard, sample - int(starts[shard])
+
     def window_at(self, position: int) -> tuple[int, int]:
         """Epoch and number of the window that holds a position."""
         epoch, offset = divmod(position, self.total)
@@ -167,20 +175,16 @@ class StreamPlan:
     def _locate(self, step: int, slot: int, attempt: int) -> tuple[int, int]:
         if attempt == 0:
             return self.order.at((step * self.global_size + slot) // self.clips_per_sample)
-        rng = generator(self.seed, Use.SUBSTITUTE, self.stream, step, slot)
-        sample = int(rng.integers(self.order.total, size=attempt)[-1])
-        starts = np.cumsum(self.order.counts) - self.order.counts
-        shard = int(np.searchsorted(starts, sample, side="right")) - 1
-        return shard, sample - int(starts[shard])
+        return self.order.substitute(step, slot, attempt)
 
     def _random_view(self, step: int, slot: int, first: int) -> tuple:
         draw = lambda use: generator(self.seed, use, self.stream, step, slot)  # noqa: E731
         config = self.config
-        start = _fraction(generator(self.seed, Use.CLIP_START, self.stream, step, first))
-        phase = 0.0 if slot == first else _fraction(draw(Use.CLIP_START))
+        start = fraction(generator(self.seed, Use.CLIP_START, self.stream, step, first))
+        phase = 0.0 if slot == first else fraction(draw(Use.CLIP_START))
         crop_rng = draw(Use.CROP)
         short_side = int(crop_rng.integers(config.short_side[0], config.short_side[1] + 1))
-        crop = (_fraction(crop_rng), _fraction(crop_rng))
+        crop = (fraction(crop_rng), fraction(crop_rng))
         flip = bool(draw(Use.FLIP).random() < config.flip)
         jitter = NO_JITTER
         if self.stream.kind == "image":
@@ -210,6 +214,6 @@ def slots_of(micro_step: int, rank: int, world: int, micro_size: int) -> range:
     return range(first, first + micro_size)
 
 
-def _fraction(rng: np.random.Generator) -> float:
+def fraction(rng: np.random.Generator) -> float:
     """A number of [0,1) that single precision holds exactly: rounding to it must not reach 1."""
     return int(rng.integers(1 << 24)) / (1 << 24)

@@ -1,0 +1,224 @@
+"""Labelled batches: the same for any number of ranks and after any resume, each video with its own label."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import fields, replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from bevt_ds.batch import LabelledBatch
+from bevt_ds.config import LabelledDataConfig, ViewsConfig
+from bevt_ds.data import labelled_loader
+from bevt_ds.data.labelled_loader import LabelledLoader
+from bevt_ds.data.loader import LEDGER
+from bevt_ds.downstream.config import FinetuneTrainConfig
+from bevt_ds.errors import UserError
+
+TRAIN = FinetuneTrainConfig(global_clips=6, micro_clips=1, seed=3)
+VIEWS = ViewsConfig(clips=2, crops=3, short_side=72, micro_videos=2)
+
+
+def take(config: LabelledDataConfig, batches: int, **arguments) -> list[LabelledBatch]:
+    with LabelledLoader(config, TRAIN, **arguments) as loader:
+        return list(islice(loader, batches))
+
+
+def views(config: LabelledDataConfig, **arguments) -> list[LabelledBatch]:
+    return list(labelled_loader.test_batches(config, VIEWS, **arguments))
+
+
+def assert_same(a: list[LabelledBatch], b: list[LabelledBatch]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        for field in fields(LabelledBatch):
+            left, right = getattr(x, field.name), getattr(y, field.name)
+            assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
+
+
+@pytest.fixture(scope="module")
+def cache() -> dict:
+    return {}
+
+
+@pytest.fixture
+def batches(labelled: LabelledDataConfig, cache: dict) -> list[LabelledBatch]:
+    """Two steps of one rank."""
+    if "batches" not in cache:
+        cache["batches"] = take(labelled, 12)
+    return cache["batches"]
+
+
+def test_shapes_types_and_count(labelled: LabelledDataConfig) -> None:
+    with LabelledLoader(labelled, replace(TRAIN, micro_clips=3)) as loader:
+        batch = next(loader)
+        assert loader.classes.names == ("run", "sit", "walk")
+        assert (loader.videos, loader.steps_an_epoch, loader.micro_steps) == (11, 1, 2)
+        assert loader.wait_seconds() > 0 and "bottleneck" in loader.bottleneck()
+    assert batch.pixels.shape == (3, 3, 8, 64, 64) and batch.pixels.dtype == torch.float32
+    assert batch.pixels.is_contiguous() and batch.labels.dtype == batch.sample_keys.dtype == torch.int64
+    assert batch.count == 6 and len(batch.keys) == 3
+    assert batch.cast(torch.bfloat16).to("cpu").pixels.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_out_what_one_rank_sees(
+    labelled: LabelledDataConfig, batches: list[LabelledBatch], world: int
+) -> None:
+    by_rank = [take(labelled, 12 // world, rank=rank, world=world) for rank in range(world)]
+    assert_same([by_rank[i % world][i // world] for i in range(12)], batches)
+
+
+def test_a_loader_started_later_continues_exactly(labelled: LabelledDataConfig, batches: list[LabelledBatch]) -> None:
+    assert_same(take(replace(labelled, workers=2, threads=2, prefetch=1), 6, start_step=1), batches[6:])
+
+
+def test_each_epoch_shows_every_video_once_with_its_label(batches: list[LabelledBatch]) -> None:
+    keys = [batch.keys[0] for batch in batches[:11]]
+    assert len(set(keys)) == 11
+    for batch in batches:
+        number = int(batch.keys[0][-2:])
+        assert batch.labels.tolist() == [(2 + number) % 3]
+        assert batch.keys[0] == f"train-{number // 4:06d}.tar/clip-{number:02d}"
+    assert len({int(batch.sample_keys) for batch in batches}) == 12
+
+
+def test_segments_show_the_whole_video(labelled: LabelledDataConfig) -> None:
+    """8 of 20 frames from all over the video, so its two ends differ more than those of a dense clip of 8."""
+    plain = replace(labelled, randaugment=(0, 0), erasing=0.0, crop_area=(1.0, 1.0), crop_aspect=(1.3, 1.4))
+    span = [
+        sum(float((b.pixels[:, :, 0] - b.pixels[:, :, -1]).abs().mean()) for b in take(config, 12))
+        for config in (replace(plain, stride=1), replace(plain, sampling="segments"))
+    ]
+    assert span[1] > 1.2 * span[0]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_every_validation_video_comes_once(labelled: LabelledDataConfig, world: int) -> None:
+    by_rank = [views(labelled, rank=rank, world=world) for rank in range(world)]
+    assert len({len(part) for part in by_rank}) == 1
+    order = [batch for step in zip(*by_rank, strict=True) for batch in step]
+    keys = [key for batch in order for key in batch.keys]
+    labels = torch.cat([batch.labels for batch in order])
+    assert keys[:7] == [f"val-{i // 4:06d}.tar/clip-{i:02d}" for i in range(7)] and set(keys[7:]) == {""}
+    assert labels[:7].tolist() == [(2 + i) % 3 for i in range(7)] and set(labels[7:].tolist()) == {-1}
+    assert all(batch.pixels.shape == (2, 6, 3, 8, 64, 64) for batch in order)
+    assert [batch.count for batch in by_rank[0]] == ([2, 2, 2, 1] if world == 1 else [6, 1])
+
+
+def test_views_do_not_depend_on_ranks_and_differ_from_each_other(labelled: LabelledDataConfig) -> None:
+    alone = torch.cat([batch.pixels for batch in views(labelled)])[:7]
+    shared = [views(labelled, rank=rank, world=3) for rank in range(3)]
+    together = torch.cat([shared[i % 3][i // 3].pixels for i in range(6)])[:7]
+    assert torch.equal(alone, together)
+    video = alone[0]
+    assert all(not torch.equal(video[i], video[j]) for i in range(6) for j in range(i))
+
+
+def test_the_middle_crop_is_the_only_one_of_a_single_crop(labelled: LabelledDataConfig) -> None:
+    three = next(labelled_loader.test_batches(labelled, VIEWS))
+    one = next(labelled_loader.test_batches(labelled, replace(VIEWS, crops=1)))
+    assert torch.equal(one.pixels, three.pixels[:, 2::3])
+
+
+def test_a_video_shorter_than_the_clip_is_repeated(labelled: LabelledDataConfig) -> None:
+    long = replace(labelled, frames=24, stride=1)  # of 20 frames
+    video = views(long)[0].pixels[0, 0]
+    assert torch.equal(video[:, 20:], video[:, :4]) and not torch.equal(video[:, 20:], video[:, 4:8])
+    assert take(long, 1)[0].pixels.shape == (1, 3, 24, 64, 64)
+
+
+@pytest.fixture
+def damaged(labelled: LabelledDataConfig, labelled_shards: Path, tmp_path: Path) -> Callable[[str, int], str]:
+    """The shards of a split in one tar, in which a video is cut after half of its bytes."""
+
+    def build(split: str, broken: int) -> str:
+        out = tmp_path / f"{split}-000000.tar"
+        with tarfile.open(out, "w") as new:
+            for shard in sorted(labelled_shards.glob(f"{split}-*.tar")):
+                with tarfile.open(shard) as old:
+                    for info in old:
+                        file = old.extractfile(info)
+                        if info.name == f"clip-{broken:02d}.mp4":
+                            info.size //= 2
+                        new.addfile(info, file)
+        return str(out)
+
+    return build
+
+
+def test_a_bad_training_video_is_replaced_and_listed(
+    labelled: LabelledDataConfig, damaged: Callable, tmp_path: Path
+) -> None:
+    config = replace(labelled, train=damaged("train", 4))
+    whole = take(config, 12, folder=tmp_path)
+    events = [json.loads(line) for line in (tmp_path / LEDGER).read_text().splitlines()]
+    assert {event["key"] for event in events} == {"clip-04"} and events[0]["stream"] == "labelled"
+    for batch in whole:
+        number = int(batch.keys[0][-2:])
+        assert number != 4 and batch.labels.tolist() == [(2 + number) % 3]
+    assert_same(take(config, 6, start_step=1), whole[6:])
+
+
+def test_a_bad_validation_video_is_left_out_and_listed(
+    labelled: LabelledDataConfig, damaged: Callable, tmp_path: Path
+) -> None:
+    found = views(replace(labelled, val=damaged("val", 4)), folder=tmp_path)
+    events = [json.loads(line) for line in (tmp_path / LEDGER).read_text().splitlines()]
+    assert [event["key"] for event in events] == ["clip-04"] and events[0]["stream"] == "test"
+    assert sum(int((batch.labels >= 0).sum()) for batch in found) == 6
+    assert found[2].labels.tolist() == [-1, (2 + 5) % 3] and found[2].keys[0] == ""
+
+
+def test_the_fingerprint_knows_the_labels(
+    labelled: LabelledDataConfig, pack_labelled: Callable, tmp_path: Path
+) -> None:
+    others = pack_labelled(tmp_path, "train", ["run", "sit", "walk", "walk"] + ["sit"] * 7)
+    prints = set()
+    for train in (labelled.train, labelled.train, others):
+        with LabelledLoader(replace(labelled, train=train), TRAIN) as loader:
+            prints.add(loader.fingerprint)
+    assert len(prints) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": ""}, "data.train is empty"),
+        ({"train": "nothing-*.tar"}, "no file matches"),
+        ({"size": 50}, "data.size=50: must be a multiple of 32"),
+        ({"frames": 0}, "data.frames=0"),
+        ({"crop_area": (0.5, 0.1)}, r"data.crop_area=\(0.5, 0.1\)"),
+        ({"crop_aspect": (0.0, 1.0)}, "data.crop_aspect"),
+        ({"flip": 1.5}, r"data.flip=1.5: must be in \[0, 1\]"),
+        ({"randaugment": (4, 30)}, "data.randaugment.* magnitude of 0 to 10"),
+        ({"decoder": "gpu"}, "data.decoder=gpu"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_read(labelled: LabelledDataConfig, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LabelledLoader(replace(labelled, **changes), TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"short_side": 32}, "views.short_side=32: a side below data.size=64"),
+        ({"crops": 2}, "views.crops=2: must be 1 or 3"),
+        ({"clips": 0}, "views.clips=0"),
+        ({"micro_videos": 0}, "views.micro_videos=0"),
+    ],
+)
+def test_impossible_views_are_named(labelled: LabelledDataConfig, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        next(labelled_loader.test_batches(labelled, replace(VIEWS, **changes)))
+
+
+def test_sizes_that_do_not_divide(labelled: LabelledDataConfig) -> None:
+    with pytest.raises(UserError, match="with 4 ranks|multiple of the 4 ranks"):
+        LabelledLoader(labelled, TRAIN, world=4)
