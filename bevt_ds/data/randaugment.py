@@ -27,7 +27,7 @@ def _rotate(picture: Image.Image, level: float) -> Image.Image:
 
 
 def _posterize(picture: Image.Image, level: float) -> Image.Image:
-    return ImageOps.posterize(picture, 4 - int(4 * abs(level)))
+    return ImageOps.posterize(picture, max(4 - int(4 * abs(level)), 1))  # Pillow refuses to keep no bit
 
 
 def _solarize(picture: Image.Image, level: float) -> Image.Image:

@@ -100,7 +100,8 @@ def main(full: Path) -> None:
         tensors = {key: value.contiguous() for key, value in part(full).items()}
         save_file(tensors, HERE / f"{part.__name__}.safetensors", metadata={"format": "pt"})
     (HERE / "layer_decay.json").write_text(json.dumps(layer_decay(full), indent=0) + "\n", encoding="utf-8")
-    shutil.copyfile(full / "encoder_small.pkl", HERE / "encoder_small.pkl")
+    for whole in ("encoder_small.pkl", "clip_indices.json"):
+        shutil.copyfile(full / whole, HERE / whole)
 
 
 if __name__ == "__main__":
