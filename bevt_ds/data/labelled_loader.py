@@ -55,6 +55,11 @@ class LabelledReader:
     ) -> None:
         check_labelled(config)
         need(bool(config.train), "data.train is empty: name the training shards.")
+        need(
+            not config.val or config.short_side >= config.size,
+            f"data.short_side={config.short_side}: a side below data.size={config.size} cannot hold the crop of"
+            " validation.",
+        )
         self._rank, self._world = rank, world
         global_size, self._micro_size = train.streams["clips"]
         self.skips, self.times = Skips(state), StageTimes()

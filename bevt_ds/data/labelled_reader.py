@@ -154,7 +154,7 @@ class ViewReader:
         labels, keys = torch.full((size,), NO_LABEL), [""] * size
         for i, (entry, payload) in enumerate(zip(ticket.entries, ticket.payloads, strict=True)):
             try:
-                views[i] = payload.result()
+                views[i] = self._result(entry, payload)
             except BadSample as bad:
                 self.ledger.reject(entry, self.data.shards[entry.shard].member(entry.member), bad)
                 continue
@@ -164,6 +164,15 @@ class ViewReader:
             pixels = normalised(views, self.device)
         sample_keys = torch.tensor([ticket.step * self.plan.global_size + slot for slot in ticket.slots])
         return LabelledBatch(pixels, labels, sample_keys, tuple(keys), self.plan.videos(ticket.step))
+
+    def _result(self, entry: LabelledEntry, payload: Future) -> Tensor:
+        """The views of a video, at the second try if what failed the first may have passed."""
+        try:
+            return payload.result()
+        except BadSample as bad:
+            if not bad.transient:
+                raise
+        return self._load(entry).result()
 
     def _load(self, entry: LabelledEntry) -> Future:
         config, shared = self.config, self.shared

@@ -12,7 +12,7 @@ REMEDIES = {
     "storage": "put the shards on a faster disk, or raise data.readers",
     "demux": "raise data.workers, or pack the videos with `bevt shards pack --profile train`",
     "decode": "raise data.workers or data.clips_per_video, or pack the videos with `bevt shards pack --profile train`",
-    "augment": "raise data.threads: this is DALI's share, with the decoding of images",
+    "augment": "raise data.threads: they augment, and decode images",
     "copy": "lower the micro-batch, or pin fewer processes to these cores",
 }
 

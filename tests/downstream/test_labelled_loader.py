@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config import LabelledDataConfig, ViewsConfig
 from bevt_ds.data import labelled_loader
+from bevt_ds.data.clip_pixels import random_box
+from bevt_ds.data.decode_pool import DecodePool
 from bevt_ds.data.labelled_loader import LabelledLoader
+from bevt_ds.data.labelled_plan import LabelledPlan
+from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.loader import LEDGER
+from bevt_ds.data.video import opened
 from bevt_ds.downstream.config import FinetuneTrainConfig
 from bevt_ds.errors import UserError
+from bevt_ds.rng import Use
 
 TRAIN = FinetuneTrainConfig(global_clips=6, micro_clips=1, seed=3)
 VIEWS = ViewsConfig(clips=2, crops=3, short_side=72, micro_videos=2)
@@ -98,6 +107,62 @@ def test_segments_show_the_whole_video(labelled: LabelledDataConfig) -> None:
     assert span[1] > 1.2 * span[0]
 
 
+MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+
+
+def levels(pixels: torch.Tensor) -> np.ndarray:
+    """Normalised (3,T,S,S) -> levels of 255, (T,S,S,3)."""
+    return pixels.permute(1, 2, 3, 0).numpy() * STD + MEAN
+
+
+def decoded(video: bytes) -> np.ndarray:
+    """Every frame: uint8 (N,H,W,3)."""
+    with opened(video, Limits()) as file:
+        return file.frames(np.arange(20))
+
+
+def test_training_pixels_are_the_originals_steps_with_opencv(
+    labelled: LabelledDataConfig, labelled_videos: dict[str, bytes]
+) -> None:
+    """Two resizes, each within a level; see clip_pixels.py."""
+    plain = replace(labelled, randaugment=(0, 0), erasing=0.0)
+    plan = LabelledPlan([4, 4, 3], plain, TRAIN.seed, TRAIN.global_clips)
+    flips = 0
+    for slot, batch in enumerate(take(plain, 6)):
+        entry = plan.entry(0, slot)
+        video = decoded(labelled_videos[f"clip-{4 * entry.shard + entry.member:02d}.mp4"])
+        frames = [cv2.resize(frame, (96, 72)) for frame in video[int(entry.positions[0][0] * 5) :: 2][:8]]
+        box = random_box(plan.generator(Use.CROP, 0, slot), 72, 96, plain.crop_area, plain.crop_aspect)
+        crops = [f[box.top : box.top + box.height, box.left : box.left + box.width] for f in frames]
+        expected = np.stack([cv2.resize(crop, (64, 64)) for crop in crops]).astype(float)
+        flipped = plan.generator(Use.FLIP, 0, slot).random() < 0.5
+        difference = np.abs(levels(batch.pixels[0]) - (expected[:, :, ::-1] if flipped else expected))
+        assert difference.max() < 2.01 and difference.mean() < 0.5
+        flips += flipped
+    assert 0 < flips < 6
+
+
+def test_views_are_the_originals_with_opencv(labelled: LabelledDataConfig, labelled_videos: dict[str, bytes]) -> None:
+    """20 frames hold starts 0 to 4 of a span of 16: the middles of their halves are 1 and 3."""
+    batch = next(labelled_loader.test_batches(labelled, replace(VIEWS, short_side=66)))
+    for video, name in zip(batch.pixels, labelled_videos, strict=False):
+        frames = decoded(labelled_videos[name])
+        for view, (start, left) in zip(video, [(s, x) for s in (1, 3) for x in (0, 24, 12)], strict=True):
+            resized = [cv2.resize(frame, (88, 66)) for frame in frames[start::2][:8]]
+            expected = np.stack([frame[1:65, left : left + 64] for frame in resized]).astype(float)
+            difference = np.abs(levels(view) - expected)
+            assert difference.max() < 1.01 and difference.mean() < 0.3
+
+
+def test_erasing_blackens_one_box_in_all_frames(labelled: LabelledDataConfig) -> None:
+    always, never = (take(replace(labelled, erasing=p), 3) for p in (1.0, 0.0))
+    for erased, whole in zip(always, never, strict=True):
+        changed = (erased.pixels != whole.pixels)[0].any(0)  # (T,S,S)
+        assert 0.015 * 64**2 < int(changed[0].sum()) <= 64**2 / 3 + 64
+        assert torch.equal(changed, changed[:1].expand_as(changed))
+        assert (erased.pixels[0][:, changed] == 0).all()
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_every_validation_video_comes_once(labelled: LabelledDataConfig, world: int) -> None:
     by_rank = [views(labelled, rank=rank, world=world) for rank in range(world)]
@@ -175,6 +240,23 @@ def test_a_bad_validation_video_is_left_out_and_listed(
     assert found[2].labels.tolist() == [-1, (2 + 5) % 3] and found[2].keys[0] == ""
 
 
+def test_a_validation_video_that_took_too_long_is_tried_again(
+    labelled: LabelledDataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = DecodePool.clips, []
+
+    def first_takes_long(self: DecodePool, *arguments, **named) -> Future:
+        asked.append(arguments)
+        if len(asked) > 1:
+            return real(self, *arguments, **named)
+        late: Future = Future()
+        late.set_exception(BadSample("not decoded within 20 s", transient=True))
+        return late
+
+    monkeypatch.setattr(DecodePool, "clips", first_takes_long)
+    assert sum(int((batch.labels >= 0).sum()) for batch in views(labelled)) == 7 and len(asked) == 8
+
+
 def test_the_fingerprint_knows_the_labels(
     labelled: LabelledDataConfig, pack_labelled: Callable, tmp_path: Path
 ) -> None:
@@ -191,6 +273,7 @@ def test_the_fingerprint_knows_the_labels(
     [
         ({"train": ""}, "data.train is empty"),
         ({"train": "nothing-*.tar"}, "no file matches"),
+        ({"short_side": 60}, "data.short_side=60: a side below data.size=64 cannot hold the crop of validation"),
         ({"size": 50}, "data.size=50: must be a multiple of 32"),
         ({"frames": 0}, "data.frames=0"),
         ({"crop_area": (0.5, 0.1)}, r"data.crop_area=\(0.5, 0.1\)"),
