@@ -1,0 +1,90 @@
+"""Probe a frozen encoder on labelled videos: `bevt_ds/probe.py` without its command line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from bevt_ds.data.labelled_loader import check_labelled, check_views, expected_videos
+from bevt_ds.data.labels import read_classes
+from bevt_ds.downstream.config import ProbeConfig, ProbeRunConfig
+from bevt_ds.downstream.evaluation import check_device, each_video, printing_once, shards_of
+from bevt_ds.downstream.features import Encode, Features, extract, gathered, pooled
+from bevt_ds.downstream.predictions import Classify, predict
+from bevt_ds.downstream.probes import (
+    AttentiveProbe,
+    LinearProbe,
+    NearestNeighbours,
+    init_probe,
+    moments,
+    train_probe,
+)
+from bevt_ds.downstream.results import as_lines, claim_folder, write_results
+from bevt_ds.engine import DTYPES, start_ranks
+from bevt_ds.model.video_swin import VideoSwin
+from bevt_ds.overrides import to_dict
+from bevt_ds.ranks import Ranks
+from bevt_ds.run_folder import weights_of
+
+
+def probe(config: ProbeRunConfig) -> int:
+    """Extract, fit, test, write and print; returns the exit code."""
+    ranks = start_ranks()
+    check_labelled(config.data)
+    check_views(config.data, config.views)
+    encoder = load_encoder(config, ranks)
+    train, val = (shards_of(patterns, config.data) for patterns in (config.data.train, config.data.val))
+    classes = read_classes(train, val, config.data.classes)
+    folder = claim_folder(config.output_dir, config.weights, "probe", ranks)
+    encode = features_of(encoder, DTYPES[config.precision], config.probe.kind)
+    single = replace(config.views, clips=1, crops=1)
+    seen = each_video(config.data, single, train, classes, folder, ranks, "training features")
+    features = extract(encode, seen, ranks, config.probe.cache_bytes)
+    classify = fit(config.probe, features, len(classes), ranks)
+    tested = each_video(config.data, config.views, val, classes, folder, ranks)
+    predictions = predict(lambda clips: classify(encode(clips)), tested, ranks)
+    if ranks.is_main:
+        facts = {"training_videos": features.total, "config": to_dict(config)}
+        values = write_results(folder, predictions, classes.names, expected_videos(config.data, val), facts)
+        print(as_lines(values, folder), flush=True)
+    return 0
+
+
+def load_encoder(config: ProbeRunConfig, ranks: Ranks) -> VideoSwin:
+    """The encoder that `config.weights` names, in evaluation mode on this rank's device.
+
+    Raises:
+        UserError: no such weights; a precision or kernels that the device cannot do.
+    """
+    check_device(config.precision, config.kernels, ranks)
+    with printing_once(ranks):
+        model = VideoSwin.from_pretrained(weights_of(config.weights, "weights"), kernels=config.kernels)
+    return model.to(ranks.device, DTYPES[config.precision]).eval()
+
+
+def features_of(encoder: VideoSwin, dtype: torch.dtype, kind: str) -> Encode:
+    """Clips -> what a probe of this kind takes: all tokens of the last stage (B,T,C), or their mean (B,C)."""
+
+    def tokens(clips: Tensor) -> Tensor:
+        return rearrange(encoder.forward_features(clips.to(dtype)), "b c t h w -> b (t h w) c")
+
+    return tokens if kind == "attentive" else lambda clips: pooled(tokens(clips))
+
+
+def fit(options: ProbeConfig, features: Features, classes: int, ranks: Ranks) -> Classify:
+    """A probe fitted to training features, as a function from features to probabilities (B,K). Collective."""
+    if options.kind == "knn":
+        bank = gathered(features, ranks)
+        values, labels = bank.values.to(ranks.device), bank.labels.to(ranks.device)
+        return NearestNeighbours(values, labels, classes, options.k, options.temperature).probabilities
+    model: nn.Module
+    if options.kind == "attentive":
+        model = AttentiveProbe(features.values.shape[-1], classes)
+    else:
+        model = LinearProbe(*moments(features, ranks), classes)
+    init_probe(model, options.seed)
+    train_probe(model, features, options, ranks)
+    return lambda values: model(values).softmax(-1)

@@ -1,0 +1,85 @@
+"""Probe an encoder: `deepspeed bevt_ds/probe.py weights=RUN data.train=... data.val=... [key=value ...]`.
+
+This file turns a command line into a configuration; the work is in downstream/probing.py.
+"""
+
+from __future__ import annotations
+
+import sys
+
+try:
+    from bevt_ds.script import require_own_package
+except ImportError as error:
+    sys.exit(f"error: {error}. Run `pip install -e .` in the checkout with {sys.executable}, or `make env`.")
+require_own_package(__file__)
+
+from collections.abc import Sequence  # noqa: E402
+
+from bevt_ds.config import Config, ViewsConfig  # noqa: E402
+from bevt_ds.downstream.config import ProbeRunConfig, labelled_as  # noqa: E402
+from bevt_ds.entry import parse_arguments, run  # noqa: E402
+from bevt_ds.errors import UserError  # noqa: E402
+from bevt_ds.help_text import field_lines  # noqa: E402
+from bevt_ds.overrides import apply_overrides, parse_overrides  # noqa: E402
+from bevt_ds.recipes import joint_swin_b  # noqa: E402
+from bevt_ds.validate import check_bounds, need  # noqa: E402
+
+USAGE = """\
+usage: deepspeed bevt_ds/probe.py weights=RUN_OR_WEIGHTS data.train=SHARDS data.val=SHARDS [key=value ...]
+
+Freeze an encoder and fit a small classifier to its features: top-1, top-5, mean class accuracy, a confusion matrix, and
+the prediction of each video. `torchrun bevt_ds/probe.py ...` and `python bevt_ds/probe.py ...` work as well.
+
+  deepspeed bevt_ds/probe.py weights=runs/joint 'data.train=k400-train-*.tar' 'data.val=k400-val-*.tar'
+      attentive: a query attends to all tokens
+  deepspeed bevt_ds/probe.py weights=runs/joint data.train=few-train.tar data.val=few-val.tar probe.kind=knn
+      votes of the nearest training videos; low for masked modelling, see docs/evaluation.md
+"""
+AT_LEAST_ONE = {"probe.epochs", "probe.batch", "probe.k", "probe.cache_bytes"}
+POSITIVE = {"probe.lr", "probe.temperature"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """The whole program; returns the exit code."""
+    arguments = parse_arguments(argv, default_recipe="", default_json="none")
+    if arguments.wants_help:
+        print(f"{USAGE}\nfields, with the defaults for weights of joint_swin_b:\n{field_lines(starting_point(''))}")
+        return 0
+    if arguments.recipe:
+        raise UserError("a probe has no recipe: sampling is the probed run's, the rest is probe.* and data.*.")
+    overrides = parse_overrides(arguments.overrides, ProbeRunConfig)
+    config = apply_overrides(starting_point(overrides.get("weights", "")), overrides)
+    require(config)
+    from bevt_ds.downstream.probing import probe
+
+    return probe(config)
+
+
+def starting_point(weights: str) -> ProbeRunConfig:
+    """One view of each video, sampled as by the run that the weights are from; if there is none, as the original's.
+
+    Raises:
+        UserError: another version of this project wrote the run.
+    """
+    from bevt_ds.downstream.results import run_config
+
+    run = (run_config(weights) if weights else None) or joint_swin_b()
+    data = labelled_as(run.data) if isinstance(run, Config) else run.data
+    views = ViewsConfig(clips=1, crops=1, short_side=data.short_side)
+    return ProbeRunConfig(weights, data, views, precision=run.train.precision, kernels=run.model.kernels)
+
+
+def require(config: ProbeRunConfig) -> None:
+    """Check that weights and shards are named, and the numbers.
+
+    Raises:
+        UserError: what is missing or cannot work.
+    """
+    need(bool(config.weights), "weights= is missing: name a run's folder, saved weights, or an official file.")
+    need(bool(config.data.train), "data.train is empty: name the shards that the probe is fitted to.")
+    need(bool(config.data.val), "data.val is empty: name the shards to test on.")
+    check_bounds(config, AT_LEAST_ONE, POSITIVE)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,222 @@
+"""The evaluation program: what it writes, that ranks change no bit of it, and its words for mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from bevt_ds.data.index import load_shard
+from bevt_ds.downstream import evaluation
+from bevt_ds.downstream.config import EvaluateConfig
+from bevt_ds.downstream.recipes import finetune_demo
+from bevt_ds.errors import UserError
+from bevt_ds.evaluate import main, starting_point
+from bevt_ds.model.classifier import VideoClassifier
+from bevt_ds.model.presets import SIZES, create_model
+from bevt_ds.overrides import config_fields, to_dict
+from bevt_ds.recipes import demo
+from tests.downstream.programs import run_program
+from tests.downstream.worlds import on_ranks
+
+NAMES = ("run", "sit", "walk")
+VIDEOS = 7  # in val-*.tar
+SIZE = ["views.short_side=72", "views.micro_videos=1"]
+
+
+def classifier(names=NAMES) -> VideoClassifier:
+    model = VideoClassifier(len(names), names, **{**SIZES["tiny"], "window": (2, 2, 2)})
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.head.weight.mul_(200)  # predictions that differ
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """What a fine-tuning run leaves, as far as evaluation reads it."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    classifier().save_pretrained(folder / "weights")
+    (folder / "config.json").write_text(json.dumps(to_dict(finetune_demo())))
+    (folder / "log.jsonl").write_text("")
+    return folder
+
+
+def words(run: Path, labelled_shards: Path, *more: str) -> list[str]:
+    return [f"weights={run}", f"data.val={labelled_shards}/val-*.tar", "views.clips=2", "views.crops=3", *SIZE, *more]
+
+
+def evaluated(arguments: list[str], world: int, monkeypatch) -> None:
+    """The program on so many ranks of this process."""
+
+    def on_rank(ranks):
+        mine.ranks = ranks
+        assert main(arguments) == 0
+
+    mine = threading.local()
+    monkeypatch.setattr(evaluation, "start_ranks", lambda: mine.ranks)
+    on_ranks(world, on_rank)
+
+
+def read(folder: Path) -> tuple[pyarrow.Table, dict]:
+    return pyarrow.parquet.read_table(folder / "predictions.parquet"), json.loads((folder / "scores.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, run, labelled_shards) -> Path:
+    """The results of one rank."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        evaluated(words(run, labelled_shards, f"output_dir={folder}"), 1, monkeypatch)
+    return folder
+
+
+def test_what_is_written(alone, run):
+    table, values = read(alone)
+    hits = sum(row["label"] == row["prediction"] for row in table.to_pylist())
+    assert (values["top1"], values["top5"], values["videos"]) == (hits / VIDEOS, 1.0, VIDEOS)
+    assert [(c["name"], c["videos"]) for c in values["classes"]] == [("run", 2), ("sit", 2), ("walk", 3)]
+    assert len({tuple(p) for p in table["probabilities"].to_pylist()}) == VIDEOS, (
+        "videos must differ, or nothing is shown"
+    )
+    assert values["config"]["weights"] == str(run)
+    assert Image.open(alone / "confusion.png").width > 300
+
+
+def test_three_ranks_change_no_bit(alone, tmp_path, run, labelled_shards, monkeypatch):
+    evaluated(words(run, labelled_shards, f"output_dir={tmp_path}"), 3, monkeypatch)
+    (one, first), (three, second) = read(alone), read(tmp_path)
+    assert one.equals(three, check_metadata=True)
+    assert {k: first[k] for k in first if k != "config"} == {k: second[k] for k in second if k != "config"}
+
+
+@pytest.mark.dist
+def test_a_launcher_starts_it(alone, tmp_path, run, labelled_shards):
+    """Two processes; threads and instructions may differ from this one's, hence the tolerance."""
+    arguments = words(run, labelled_shards, f"output_dir={tmp_path}")
+    code, output = run_program("evaluate.py", arguments, launcher=("torchrun", "--standalone", "--nproc_per_node=2"))
+    assert code == 0, output
+    assert "7 of 7 expected (100.0%)" in output
+    (one, first), (two, second) = read(alone), read(tmp_path)
+    assert (first["top1"], first["classes"]) == (second["top1"], second["classes"])
+    difference = np.subtract(one["probabilities"].to_pylist(), two["probabilities"].to_pylist())
+    assert np.abs(difference).max() < 1e-4
+
+
+def test_results_go_beside_the_run(run, labelled_shards, monkeypatch):
+    for number in (1, 2):
+        evaluated(
+            words(run, labelled_shards, "views.clips=1", "views.crops=1")[:1] + words(run, labelled_shards)[1:2] + SIZE,
+            1,
+            monkeypatch,
+        )
+        assert (run / f"eval-{number}" / "scores.json").is_file()
+
+
+def test_the_runs_own_configuration_is_taken(run):
+    config = starting_point(str(run / "weights"), "")
+    demo = finetune_demo()
+    assert (config.recipe, config.data, config.views) == (demo.recipe, demo.data, demo.views)
+    assert config.precision == demo.train.precision
+    assert starting_point(str(run), "finetune_ssv2").views.clips == 1
+
+
+def test_coverage_counts_what_is_missing(tmp_path, run, labelled_shards, monkeypatch, capsys):
+    """A damaged video, and twelve that are stated beyond those of the shards."""
+    for tar in labelled_shards.glob("val-*.tar"):
+        shutil.copy(tar, tmp_path)
+    damage(tmp_path / "val-000000.tar", "clip-01")
+    arguments = [
+        f"weights={run}",
+        f"data.val={tmp_path}/val-*.tar",
+        "data.expected_val=19",
+        f"output_dir={tmp_path}/out",
+    ]
+    evaluated([*arguments, *SIZE], 1, monkeypatch)
+    assert "6 of 19 expected (31.6%)" in capsys.readouterr().out
+    assert read(tmp_path / "out")[1]["expected"] == 19
+    assert "clip-01" in (tmp_path / "out" / "bad_samples.jsonl").read_text()
+
+
+def damage(tar: Path, key: str) -> None:
+    """Overwrite the middle of a video, after the tar was indexed."""
+    shard = load_shard(str(tar))
+    member = shard.member(shard.keys.index(key))
+    with tar.open("r+b") as file:
+        file.seek(member.offset + member.size // 2)
+        file.write(bytes(64))
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"weights": ""}, "weights= is missing"),
+        ({"weights": "nowhere"}, "weights=nowhere: no such file"),
+        ({"data.val": ""}, "data.val is empty"),
+        ({"data.size": "60"}, "multiple of 32"),
+        ({"views.crops": "2"}, "must be 1 or 3"),
+        ({"views.clip": "2"}, "views.clips"),
+        ({"precision": "fp16"}, "needs a GPU"),
+        ({"data.classes": "README.md"}, "data.classes=README.md"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_named(run, labelled_shards, monkeypatch, change, part):
+    settings = {"weights": str(run), "data.val": f"{labelled_shards}/val-*.tar"} | change
+    with pytest.raises(UserError, match=re.escape(part)):
+        evaluated([f"{key}={value}" for key, value in settings.items()], 1, monkeypatch)
+
+
+def test_kernels_that_cannot_run_are_refused(run, labelled_shards, monkeypatch):
+    def refuse(kernels, device):
+        raise RuntimeError(f"kernels={kernels} cannot run on {device.type}")
+
+    monkeypatch.setattr(evaluation, "resolve", refuse)
+    with pytest.raises(UserError, match="kernels=triton cannot run on cpu"):
+        evaluated(words(run, labelled_shards, "kernels=triton"), 1, monkeypatch)
+
+
+def test_another_run_is_no_classifier(tmp_path, labelled_shards, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(demo())))
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(UserError, match="no classifier: fine-tune it first"):
+        evaluated(words(tmp_path, labelled_shards), 1, monkeypatch)
+    create_model("tiny", vocab_size=8).save_pretrained(tmp_path / "exported")
+    with pytest.raises(UserError, match="no classifier: fine-tune it first"):
+        evaluated(words(tmp_path / "exported", labelled_shards), 1, monkeypatch)
+
+
+def test_labels_are_checked_against_the_classifier(tmp_path, labelled_shards, monkeypatch):
+    classifier(("run", "sit", "walked")).save_pretrained(tmp_path / "weights")
+    arguments = [f"weights={tmp_path}/weights", "recipe=finetune_demo", f"data.val={labelled_shards}/val-*.tar"]
+    with pytest.raises(UserError, match="'walk', which is none of the 3 classes run, sit, walked"):
+        evaluated(arguments, 1, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("lines", "part"),
+    [("run\nsit\nwalk\nfly\n", "names 4 classes, the classifier has 3"), ("sit\nrun\nwalk\n", "'sit' where .* 'run'")],
+)
+def test_class_names_are_checked_against_the_classifier(tmp_path, run, labelled_shards, monkeypatch, lines, part):
+    (tmp_path / "names.txt").write_text(lines)
+    with pytest.raises(UserError, match=part):
+        evaluated(words(run, labelled_shards, f"data.classes={tmp_path}/names.txt"), 1, monkeypatch)
+
+
+def test_results_are_not_overwritten(alone, run, labelled_shards, monkeypatch):
+    with pytest.raises(UserError, match="holds scores.json already"):
+        evaluated(words(run, labelled_shards, f"output_dir={alone}"), 1, monkeypatch)
+
+
+def test_help_lists_every_field(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f" {field.key}=" in text for field in config_fields(EvaluateConfig) if field.key != "recipe")
