@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,15 +45,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add_draw(verbs) -> None:
     verb = verbs.add_parser("draw", help="draw MP4 clips and JPEG images of moving textured shapes")
     verb.add_argument("folder", type=Path, help="new folder for the files")
-    verb.add_argument("--clips", type=int, default=320)
-    verb.add_argument("--images", type=int, default=1024)
-    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--clips", type=_whole(0), default=320, help="default: %(default)s")
+    verb.add_argument("--images", type=_whole(0), default=1024, help="default: %(default)s")
+    verb.add_argument("--seed", type=_whole(0), default=0, help="default: %(default)s")
     verb.set_defaults(run=_draw)
 
 
 def _add_demo(verbs) -> None:
     verb = verbs.add_parser("demo", help="draw and pack the demo recipe's shards, unless they are there")
-    verb.add_argument("folder", type=Path)
+    verb.add_argument("folder", type=Path, help="where they are kept")
     verb.set_defaults(run=lambda arguments: ensure_demo_shards(arguments.folder))
 
 
@@ -68,11 +70,13 @@ def _add_pack(verbs) -> None:
     )
     verb.add_argument("out", type=Path, help="folder for the tars")
     verb.add_argument("--root", type=Path, help="where the files of a list are; default: beside it")
-    verb.add_argument("--kind", choices=sorted(EXTENSIONS), default="video")
-    verb.add_argument("--split", default="train", help="tars are named SPLIT-000000.tar and so on")
-    verb.add_argument("--shard-size", type=_bytes, default=SHARD_BYTES, help="bytes, such as 500M or 1G")
-    verb.add_argument("--shard-samples", type=int, default=SHARD_SAMPLES)
-    verb.add_argument("--jobs", type=int, help="processes; default: one a core")
+    verb.add_argument("--kind", choices=sorted(EXTENSIONS), default="video", help="default: %(default)s")
+    verb.add_argument(
+        "--split", type=_name, default="train", help="tars are named SPLIT-000000.tar and so on; default: %(default)s"
+    )
+    verb.add_argument("--shard-size", type=_bytes, default=SHARD_BYTES, help="at most, such as 500M; default: 1G")
+    verb.add_argument("--shard-samples", type=_whole(1), default=SHARD_SAMPLES, help="at most; default: %(default)s")
+    _add_jobs(verb)
     _add_profile(verb)
     verb.set_defaults(run=_pack)
 
@@ -85,16 +89,30 @@ def _add_profile(verb: argparse.ArgumentParser) -> None:
         default="copy",
         help="copy: bytes as they are; train: H.264 that decodes cheaply, without sound",
     )
-    group = verb.add_argument_group("of the profile train")
-    group.add_argument("--short-side", type=int, default=profile.short_side, help="pixels, at most")
-    group.add_argument("--keyframe-every", type=int, default=profile.keyframe_every, help="frames")
-    group.add_argument("--crf", type=int, default=profile.crf, help="x264's quality; lower is better and larger")
+    group = verb.add_argument_group("with --profile train")
+    group.add_argument(
+        "--short-side", type=_whole(2), default=profile.short_side, help="pixels, at most; default: %(default)s"
+    )
+    group.add_argument(
+        "--keyframe-every", type=_whole(1), default=profile.keyframe_every, help="frames; default: %(default)s"
+    )
+    group.add_argument(
+        "--crf",
+        type=_whole(0, 51),
+        default=profile.crf,
+        help="x264's quality, lower is better and larger; default: %(default)s",
+    )
     group.add_argument(
         "--fps",
-        type=float,
+        type=_positive,
         default=profile.fps,
-        help="frames a second, so that a recipe's stride becomes 1 or 2: 30 fps at stride 8 is 3.75 fps at stride 1",
+        help="frames a second, so that a recipe's stride becomes 1 or 2: 30 fps at stride 8 is 3.75 fps at stride 1;"
+        " default: the source's",
     )
+
+
+def _add_jobs(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--jobs", type=_whole(1), help="processes; default: one a core")
 
 
 def _add_index(verbs) -> None:
@@ -109,19 +127,24 @@ def _add_index(verbs) -> None:
 def _add_check(verbs) -> None:
     verb = verbs.add_parser("check", help="hash and decode every sample; exit code 1 if any is bad")
     verb.add_argument("shards", help="path, URL, glob, {000..099} range, or several with commas")
-    verb.add_argument("--report", type=Path, help="write all findings there, a JSON line each")
-    verb.add_argument("--jobs", type=int, help="processes; default: one a core")
+    verb.add_argument("--report", type=_new_file, help="write all findings there, a JSON line each")
+    _add_jobs(verb)
     verb.set_defaults(run=_check)
 
 
 def _add_stats(verbs) -> None:
     verb = verbs.add_parser("stats", help="what is in the shards, and whether this machine can feed a recipe from them")
     verb.add_argument("shards", help="path, URL, glob, {000..099} range, or several with commas")
-    verb.add_argument("--recipe", choices=sorted(RECIPES), default="joint_swin_b")
-    verb.add_argument("--stride", type=int, help="default: the recipe's; smaller for shards packed with --fps")
-    verb.add_argument("--clips-per-second", type=float, default=CLIPS_A_GPU, help="what the GPUs of this machine take")
-    verb.add_argument("--plot", type=Path, default=Path("stats.png"))
-    verb.add_argument("--jobs", type=int, help="processes; default: one a core")
+    verb.add_argument("--recipe", choices=sorted(RECIPES), default="joint_swin_b", help="default: %(default)s")
+    verb.add_argument("--stride", type=_whole(1), help="default: the recipe's; smaller for shards packed with --fps")
+    verb.add_argument(
+        "--clips-per-second",
+        type=_positive,
+        default=CLIPS_A_GPU,
+        help="what the GPUs of this machine take; default: %(default)g, an estimate for one H200",
+    )
+    verb.add_argument("--plot", type=_new_file, default=Path("stats.png"), help="default: %(default)s")
+    _add_jobs(verb)
     verb.set_defaults(run=_stats)
 
 
@@ -131,9 +154,11 @@ def _draw(arguments: argparse.Namespace) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    profile = None
-    if arguments.profile == "train":
-        profile = Profile(arguments.short_side, arguments.keyframe_every, arguments.crf, arguments.fps)
+    profile = Profile(arguments.short_side, arguments.keyframe_every, arguments.crf, arguments.fps)
+    if arguments.profile == "copy":
+        if profile != Profile():
+            raise UserError("--short-side, --keyframe-every, --crf and --fps need --profile train")
+        profile = None
     packed = pack(
         arguments.source,
         arguments.out,
@@ -192,6 +217,43 @@ def _stats(arguments: argparse.Namespace) -> None:
         recipe = get_recipe(arguments.recipe).data
         data = replace(recipe, stride=arguments.stride or recipe.stride)
         print(verdict(measure(paths, data), arguments.recipe, data, arguments.clips_per_second))
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers from `least` to `most`."""
+
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            bounds = f"from {least} on" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
+        return int(text)
+
+    return read
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def _name(text: str) -> str:
+    """A part of a file's name."""
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name of letters, digits, '_', '.' and '-'")
+    return text
+
+
+def _new_file(text: str) -> Path:
+    """Told before the long work, not after it."""
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file in a folder that exists")
+    return path
 
 
 def _bytes(text: str) -> int:

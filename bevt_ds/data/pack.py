@@ -76,7 +76,8 @@ def pack(
         _write_reports(writer, kind, profile, shards, rejected)
         writer.remove()
     if not shards:
-        raise UserError(f"none of the {len(items)} {kind} files of {source} is usable: see {out}")
+        reasons = out / f"{split}-rejected.jsonl"
+        raise UserError(f"none of the {len(items)} {kind} files of {source} is usable: {reasons} says why")
     return Packed(tuple(out / shard["name"] for shard in shards), sum(s["samples"] for s in shards), len(rejected))
 
 

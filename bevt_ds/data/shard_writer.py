@@ -45,7 +45,10 @@ class ShardWriter:
     def __init__(self, out: Path, split: str, limits: ShardLimits, digest: str) -> None:
         self.out, self.split, self.limits = out, split, limits
         self.folder = out / f".{split}.unfinished"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from error
         self._tar: BinaryIO | None = None
         self._number = self._samples = self._size = 0
         self._journal = (self.folder / "journal.jsonl").open("a+b")

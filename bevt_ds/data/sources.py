@@ -111,8 +111,11 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
         for row in rows:
             yield from ([(row[0], row[1].strip())] if len(row) > 1 else _line_rows(path, row[0]))
         return
-    for row in csv.DictReader(lines):
-        start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+    for number, row in enumerate(csv.DictReader(lines), start=2):
+        try:
+            start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise UserError(f"{path}, row {number}: time_start and time_end must be seconds") from error
         yield f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label") or ""
 
 

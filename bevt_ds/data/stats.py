@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - the backend comes first
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from bevt_ds.config import DataConfig  # noqa: E402
 from bevt_ds.data.decode_pool import DecodePool  # noqa: E402
@@ -35,7 +38,11 @@ NUMBERS = {
     "KiB": lambda f: f["size"] / 1024,
     "frames between keyframes": lambda f: f["keyframe_gap"],
 }
-CLASSES = {"codec": "codec", "container": "container", "label": "label"}
+ADD_UP = ("seconds", "frames", "KiB")
+CLASSES = ("codec", "container", "label")
+COLUMNS = 3
+MOST_BARS = 12  # of a panel: the commonest classes, or a bar for each of a few values
+LONGEST = 28  # characters of a class's name
 
 
 @dataclass(frozen=True)
@@ -54,10 +61,11 @@ class Supply:
 
 def table(facts: Facts) -> str:
     """Minimum, median and maximum of each number, and how often each class occurs."""
-    lines = [f"{'':26}{'least':>12}{'median':>12}{'most':>12}{'sum':>16}"]
+    lines = [f"{'':26}{'least':>12}{'median':>12}{'most':>12}{'sum':>14}"]
     for name, values in _numbers(facts).items():
         row = (values.min(), np.median(values), values.max())
-        lines.append(f"{name:26}" + "".join(f"{v:12.6g}" for v in row) + f"{values.sum():16.6g}")
+        total = f"{values.sum():14,.0f}" if name in ADD_UP else ""
+        lines.append(f"{name:26}" + "".join(f"{v:12.5g}" for v in row) + total)
     for name, counts in _classes(facts).items():
         common = ", ".join(f"{value} {n}" for value, n in counts.most_common(8))
         rest = f", and {len(counts) - 8} more" if len(counts) > 8 else ""
@@ -66,23 +74,48 @@ def table(facts: Facts) -> str:
 
 
 def plot(facts: Facts, path: Path) -> None:
-    """A histogram of each number, and bars for each class: a PNG."""
+    """A panel for each number, a histogram or bars, and one for each class: a PNG. UserError: it cannot be written."""
     panels = [*_numbers(facts).items(), *_classes(facts).items()]
-    rows = -(-len(panels) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(12, 3 * rows), squeeze=False)
+    columns = min(len(panels), COLUMNS) or 1
+    rows = -(-len(panels) // columns) or 1
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, layout="constrained")
+    figure.suptitle(f"{len(facts)} samples")
     for axis, (name, values) in zip(axes.flat, panels, strict=False):
-        axis.set_title(name)
-        if isinstance(values, Counter):
-            common = values.most_common(20)
-            axis.bar([value for value, _ in common], [n for _, n in common])
-            axis.tick_params(axis="x", rotation=60)
-        else:
-            axis.hist(values, bins=40)
+        _draw_panel(axis, name, values)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a label in a script that the font lacks
+            figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write the plots to {path}: {error}") from error
+    finally:
+        plt.close(figure)
+
+
+def _draw_panel(axis: Axes, name: str, values: np.ndarray | Counter[str]) -> None:
+    """Bars to the right for classes, upright ones for a few values, else a histogram."""
+    axis.set_title(name)
+    if isinstance(values, Counter):
+        common = values.most_common(MOST_BARS)
+        bars = axis.barh(range(len(common)), [n for _, n in common], height=0.6)
+        axis.set_yticks(range(len(common)), [value.replace("$", r"\$") for value, _ in common])
+        axis.bar_label(bars, padding=2)
+        axis.margins(x=0.15)
+        axis.set_xticks([])
+        axis.set_ylim(max(len(common), 6) - 0.5, -0.5)
+        if rest := len(values) - len(common):
+            axis.set_xlabel(f"and {rest} more")
+        return
+    distinct, counts = np.unique(values, return_counts=True)
+    if len(distinct) <= MOST_BARS:
+        axis.bar([f"{value:.5g}" for value in distinct], counts, width=0.5)
+        axis.set_xlim(-1, len(distinct))
+        axis.tick_params(axis="x", rotation=45 if len(distinct) > 5 else 0)
+    else:
+        axis.hist(values, bins="auto" if len(distinct) < 1000 else 40)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def measure(paths: Sequence[str], config: DataConfig, seconds: float = 3.0) -> Supply:
@@ -147,5 +180,11 @@ def _numbers(facts: Facts) -> dict[str, np.ndarray]:
 
 
 def _classes(facts: Facts) -> dict[str, Counter[str]]:
-    counts = {name: Counter(str(f[key]) for f in facts if f.get(key)) for name, key in CLASSES.items()}
+    counts = {name: Counter(_readable(str(f[name])) for f in facts if f.get(name)) for name in CLASSES}
     return {name: counter for name, counter in counts.items() if counter}
+
+
+def _readable(text: str) -> str:
+    """A label as one short line that does nothing to a terminal: it is whatever somebody put into a tar."""
+    line = "".join(c if c.isprintable() else "?" for c in text)
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import tarfile
@@ -231,6 +232,33 @@ def test_d9_members_that_are_no_files_are_counted(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO(b"data"))
     shard = load_shard(str(tmp_path / "s.tar"))
     assert (shard.keys, shard.ignored) == (("real",), 3)
+
+
+HOSTILE_LABELS = {
+    "deep.json": b"[" * 50_000,
+    "huge.json": b'{"label": "' + b"x" * (1 << 20) + b'"}',
+    "list.json": b'{"label": ["a", {}]}',
+    "yaml.json": b'!!python/object/apply:os.system ["touch canary"]',
+    "pickle.cls": pickle.dumps(Path("/canary")),
+    "code.pyd": b"cos\nsystem\n(S'touch canary'\ntR.",
+    "escape.cls": b"\x1b[2J\x07red",
+    "formula.cls": b"$\\frac{1}$",
+}
+
+
+def test_s5_hostile_labels_are_text_or_nothing(tmp_path: Path, make, capsys, monkeypatch) -> None:
+    """Nothing is executed or unpickled, a label may not be huge, and the terminal sees no control codes."""
+    monkeypatch.chdir(tmp_path)
+    jpeg = encode_jpeg(make.noise(20, 30))
+    media = {f"{name.partition('.')[0]}.jpg": jpeg for name in HOSTILE_LABELS}
+    tar = make.tar(tmp_path / "s.tar", HOSTILE_LABELS | media)
+    labels = dict(zip(*(getattr(load_shard(str(tar)), column) for column in ("keys", "labels")), strict=True))
+    assert labels.pop("escape") == "\x1b[2J\x07red" and labels.pop("formula") == "$\\frac{1}$"
+    assert "canary" in labels.pop("pickle") and set(labels.values()) == {""}
+    assert cli.main(["shards", "stats", str(tar), "--jobs", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "red" in output and not {"\x1b", "\x07", "\0"} & set(output)
+    assert (tmp_path / "stats.png").stat().st_size > 1000 and not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize(

@@ -146,3 +146,44 @@ def test_usage(argv: list[str], code: int, capsys: pytest.CaptureFixture) -> Non
     assert cli.main(argv) == code
     captured = capsys.readouterr()
     assert "shards" in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("pack . out --jobs 0", "'0' is not a whole number from 1 on"),
+        ("pack . out --shard-samples x", "'x' is not a whole number from 1 on"),
+        ("pack . out --shard-size 0", "'0' is not a size such as 500M"),
+        ("pack . out --crf 99", "'99' is not a whole number from 0 to 51"),
+        ("pack . out --fps -3", "'-3' is not a positive number"),
+        ("pack . out --fps nan", "'nan' is not a positive number"),
+        ("pack . out --fps 5", "--fps need --profile train"),
+        ("pack . out --split a/b", "'a/b' is not a name"),
+        ("pack . file/out", "cannot make the folder"),
+        ("pack nothing out", "is no folder, no list, and no glob"),
+        ("pack list.csv out --kind image", "none of the 1 image files of list.csv is usable: out/train-rejected.jsonl"),
+        ("index .", "is a folder"),
+        ("index nothing.tar", "do not exist"),
+        ("index clip.mp4", "clip.mp4 is not a whole tar file"),
+        ("index http://host/a.tar", "is remote: it is indexed by the run that reads it"),
+        ("check nothing-*.tar", "no file matches"),
+        ("check a.tar --report nowhere/x.jsonl", "not a file in a folder that exists"),
+        ("stats a.tar --plot nowhere/x.png", "not a file in a folder that exists"),
+        ("stats a.tar --stride 0", "'0' is not a whole number from 1 on"),
+        ("stats a.tar --clips-per-second 0", "'0' is not a positive number"),
+        ("draw . --clips -1", "'-1' is not a whole number from 0 on"),
+    ],
+)
+def test_mistakes_are_one_line(words: str, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """And exit code 2, before anything has been done."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("no folder")
+    Path("list.csv").write_text("gone.jpg,3\n")
+    Path("clip.mp4").write_bytes(b"\0\0\0\x20ftypisom" * 99)
+    try:
+        code = cli.main(["shards", *words.split()])
+    except SystemExit as end:  # argparse's way
+        code = end.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
