@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
+BASE   ?= HEAD^
 
-.PHONY: help env demo test test-all test-gpu test-matrix lint format golden fuzz kernels-check lock clean
+.PHONY: help env demo test test-all test-gpu test-matrix lint format golden fuzz kernels-check bench-smoke lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -51,6 +52,9 @@ fuzz: env  ## the loader on tens of thousands of broken files (hours)
 
 kernels-check: env  ## compile every kernel for sm_80 and sm_90 and compare registers and spills with the table
 	$(BIN)/python -m bevt_ds.kernels.check
+
+bench-smoke: env  ## what this commit costs on a CPU beside its parent, as ratios (BASE=commit for another; 2 minutes)
+	$(BIN)/python -m benchmarks.smoke --base $(BASE)
 
 lock: env  ## resolve requirements.lock anew
 	$(BIN)/uv pip compile setup.py --extra test --extra lint --universal --python-version 3.11 --no-header \

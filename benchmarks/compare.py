@@ -32,7 +32,7 @@ MEASURES = {  # how a field's name ends -> whether more of it is worse; the firs
     "_s": True,
 }
 NO_MEASURES = {"p20_ms", "p80_ms", "roof_ms", "expected_mb"}  # spread, and what follows from sizes or another machine
-MACHINE = {"provenance", "ceilings", "load", "round", "commit", "device", "threads", "python", "torch", "triton"}
+MACHINE = {"provenance", "ceilings", "load", "run", "round", "commit", "device", "threads", "python", "torch", "triton"}
 MACHINE |= {"clocks", "cpu", "cores", "av", "nvidia-dali-cuda130", "torchvision"}
 FAILED = ("error", "not_measured")
 

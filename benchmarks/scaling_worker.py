@@ -1,0 +1,124 @@
+"""One rank of one row of the scaling benchmark; rank 0 prints what it measured. Started by benchmarks.scaling."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from bevt_ds.batch import Batch
+from bevt_ds.config import Config, TokenizerConfig
+from bevt_ds.ds_config import read_json
+from bevt_ds.engine import start_ranks
+from bevt_ds.entry import shipped_json
+from bevt_ds.recipes import demo, joint_swin_b
+from bevt_ds.training import Run, make_engine, make_tokenizer, train_step
+from bevt_ds.validate import validate
+
+from .common import provenance, quantiles
+from .scaling_traffic import Traffic, expected_bytes, sent_bytes
+from .step_batch import resident_batch
+
+WARM_UP = 2
+WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes a gradient or parameter takes on the wire
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch. A step is `micro_steps` micro-batches a rank; a micro-batch is the same in every launch."""
+
+    ranks: int
+    zero: int
+    micro_steps: int
+    model: str
+    micro_clips: int
+    micro_images: int
+    steps: int  # timed
+
+
+def configuration(job: Job) -> Config:
+    """The demo's run for `tiny`, else joint_swin_b's with another backbone; a tokenizer that needs no file."""
+    recipe = demo() if job.model == "tiny" else joint_swin_b()
+    samples = job.ranks * job.micro_steps
+    train = replace(
+        recipe.train,
+        micro_clips=job.micro_clips,
+        micro_images=job.micro_images,
+        global_clips=job.micro_clips * samples,
+        global_images=job.micro_images * samples,
+    )
+    tokenizer = TokenizerConfig(name="random_projection", vocab_size=recipe.tokenizer.vocab_size)
+    return validate(replace(recipe, model=replace(recipe.model, name=job.model), tokenizer=tokenizer, train=train))
+
+
+def set_up(job: Job) -> tuple[Run, Batch]:
+    """The training program's own parts, and a micro-batch of noise in place of its loader."""
+    config, ranks = configuration(job), start_ranks()
+    tokenizer = make_tokenizer(config, ranks)
+    engine = make_engine(config, read_json(shipped_json(f"zero{job.zero}.json")), ranks, tokenizer.vocab_size)
+    data, train = config.data, config.train
+    batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, ranks.rank, data.mask)
+    return Run(config, Path(), ranks, None, tokenizer, engine, first_step=0), batch.to(ranks.device)
+
+
+def timed_steps(run: Run, batch: Batch, job: Job) -> list[tuple[float, float]]:
+    """Of each step after the warm-up: milliseconds of the slowest rank, and CPU seconds of all ranks together."""
+    times = []
+    for step in range(WARM_UP + job.steps):
+        run.ranks.barrier()
+        began, cpu = time.perf_counter(), time.process_time()
+        train_step(run, iter([batch] * job.micro_steps), step)
+        if run.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        spent = run.ranks.gather((1000 * (time.perf_counter() - began), time.process_time() - cpu))
+        times.append((max(wall for wall, _ in spent), sum(cpu for _, cpu in spent)))
+    return times[WARM_UP:]
+
+
+def measure(job: Job) -> dict[str, object]:
+    """Times without counting; then the collectives of one more step. Collective."""
+    run, batch = set_up(job)
+    times = timed_steps(run, batch, job)
+    timing = quantiles([wall for wall, _ in times])
+    with Traffic() as traffic:
+        train_step(run, iter([batch] * job.micro_steps), WARM_UP + job.steps)
+    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in run.engine.module.parameters())
+    precision = run.config.train.precision
+    sent = sent_bytes(traffic.payload, job.ranks)
+    expected = expected_bytes(job.zero, parameters, job.ranks, job.micro_steps, WIDTHS[precision])
+    gpu = run.ranks.device.type == "cuda"
+    return {
+        "precision": precision,
+        "parameters": parameters,
+        "p50_ms": timing.p50,
+        "p20_ms": timing.p20,
+        "p80_ms": timing.p80,
+        "clips_per_s": round(1000 * run.config.train.global_clips / timing.p50, 3),
+        "images_per_s": round(1000 * run.config.train.global_images / timing.p50, 3),
+        "cpu_s": round(median(cpu for _, cpu in times), 4),
+        "peak_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1) if gpu else None,
+        "optimizer_mb": round(run.engine.optimizer_bytes() / 1e6, 3),
+        "calls": dict(traffic.calls),
+        "sent_mb": {kind: round(size / 1e6, 3) for kind, size in sent.items()},
+        "expected_mb": round(expected / 1e6, 3),
+        "provenance": provenance(run.ranks.device.type),
+    }
+
+
+def main() -> None:
+    """Rank 0 prints one JSON line last."""
+    job = Job(**json.loads(sys.argv[1]))
+    result = measure(job)
+    if os.environ["RANK"] == "0":
+        print(json.dumps({**asdict(job), **result}), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
