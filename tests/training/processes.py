@@ -69,13 +69,18 @@ def command(stage: int, settings: dict[str, object]) -> list[str]:
 
 def start_ranks(settings: dict[str, object], world: int, stage: int = 2) -> list[subprocess.Popen]:
     """Start the ranks of one run without a launcher."""
+    return start_python(command(stage, settings), world)
+
+
+def start_python(arguments: list[str], world: int) -> list[subprocess.Popen]:
+    """Start `python ARGUMENTS` on so many ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
-            [sys.executable, *command(stage, settings)],
+            [sys.executable, *arguments],
             cwd=ROOT,
             env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
             stdout=subprocess.PIPE,
@@ -89,9 +94,19 @@ def start_ranks(settings: dict[str, object], world: int, stage: int = 2) -> list
 def run_ranks(folder: Path, settings: dict[str, object], world: int = 1, stage: int = 2) -> Finished:
     """Run to the end; the output is rank 0's."""
     ranks = start_ranks({**settings, "output_dir": folder}, world, stage)
+    outputs = wait_for(ranks)
+    return Finished(max(rank.returncode for rank in ranks), outputs[0], folder)
+
+
+def launch(arguments: list[str], world: int) -> str:
+    """Run `python ARGUMENTS` on so many ranks to the end; the output of all of them."""
+    return "\n".join(wait_for(start_python(arguments, world)))
+
+
+def wait_for(ranks: list[subprocess.Popen]) -> list[str]:
+    """The output of each rank, once all have ended."""
     try:
-        outputs = [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
+        return [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    return Finished(max(rank.returncode for rank in ranks), outputs[0], folder)

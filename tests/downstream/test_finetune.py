@@ -1,0 +1,211 @@
+"""Fine-tuning runs: exact resume at every ZeRO stage, ranks, the moving average, what is written, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bevt_ds import BEVT, VideoClassifier
+from bevt_ds.downstream.config import FinetuneConfig
+from bevt_ds.run_folder import read_config, weights_of
+from tests.downstream.finetune_jobs import run_jobs, words
+
+CI_STAGES, OTHER_STAGES = (2, 3), (0, 1)
+UNLABELLED = Path(__file__).parents[1] / "data" / "shards" / "clips-000000.tar"
+SIZES = {"embed_dim": 32, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window": (2, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def settings(labelled_shards: Path) -> dict[str, object]:
+    """Four steps of four clips in two epochs, with everything random switched on, in the middle of the warm-up."""
+    return {
+        "data.train": f"{labelled_shards}/train-*.tar",
+        "data.val": f"{labelled_shards}/val-*.tar",
+        "data.size": 32,
+        "data.short_side": 40,
+        "data.frames": 4,
+        "data.flip": 0.5,
+        "data.randaugment": "2,7",
+        "data.erasing": 0.5,
+        "model.window": "2,2,2",
+        "model.drop_path": 0.3,
+        "model.dropout": 0.5,
+        "train.epochs": 2,
+        "train.global_clips": 4,
+        "train.micro_clips": 2,
+        "train.label_smoothing": 0.1,
+        "train.mixup": 0.8,
+        "train.cutmix": 1.0,
+        "train.log_every": 1,
+        "train.val_every": 2,
+        "train.checkpoint_every": 2,
+        "optim.warmup_epochs": 1.5,
+    }
+
+
+@pytest.fixture(scope="module")
+def zero_json(tmp_path_factory) -> Path:
+    """A DeepSpeed JSON without ZeRO, which the project does not ship."""
+    path = tmp_path_factory.mktemp("json") / "zero0.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """Weights of pretraining."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    BEVT(**SIZES, vocab_size=16).save_pretrained(folder / "weights")
+    return folder
+
+
+def run_stages(folder: Path, stages: tuple[int, ...], settings: dict[str, object], zero_json: Path) -> Path:
+    """On two ranks: a run at each stage, and its continuation after a kill at step 2."""
+    jobs = []
+    for stage in stages:
+        own = {"optim.ema": 0 if stage == 3 else 0.1, "train.precision": "bf16" if stage == 1 else "fp32"}
+        run = folder / f"zero{stage}"
+        line = words({**settings, **own}, max(stage, 1))
+        line[1] = str(zero_json) if stage == 0 else line[1]
+        jobs.append({"words": [*line, f"output_dir={run}"]})
+        again = {"branch": [str(run), f"{run}-again", 2], "words": [*line, f"output_dir={run}-again", "resume=auto"]}
+        jobs.append(again)
+    assert run_jobs(folder, jobs, world=2) == [0] * len(jobs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, settings, zero_json) -> Path:
+    return run_stages(tmp_path_factory.mktemp("two"), CI_STAGES, settings, zero_json)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, settings, pretrained) -> tuple[Path, list[int | str]]:
+    """On one rank: stage 2 as on two, other averages, a start from pretraining, and jobs that cannot be done."""
+    folder = tmp_path_factory.mktemp("one")
+    place = lambda name: {"output_dir": folder / name}  # noqa: E731
+    quiet, names = {**settings, "data.val": ""}, folder / "names.txt"
+    names.write_text("run\n")
+    other = {**quiet, **place("pretrained"), "init_from": pretrained, "model.window": "4,2,2", "train.epochs": 1}
+    jobs = [
+        words({**settings, **place("run"), "optim.ema": 0.1}),
+        words(other),
+        words({**settings, **place("run"), "optim.ema": 0.1}),
+        words({**settings, **place("run"), "resume": "auto"}),
+        words({**settings, **place("sizes"), "init_from": pretrained, "model.name": "swin_t"}),
+        words({**settings, **place("classes"), "data.classes": names}),
+        words({**settings, **place("unlabelled"), "data.train": shutil.copy(UNLABELLED, folder)}),
+        words({**quiet, **place("ema0"), "optim.ema": 0}),
+        words({**quiet, **place("ema1"), "optim.ema": 0.999999}),
+    ]
+    return folder, run_jobs(folder, [{"words": line} for line in jobs])
+
+
+def log(run: Path, key: str = "loss") -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def facts(run: Path) -> list[tuple]:
+    """Everything of the log that must not depend on when or how often a run was stopped."""
+    keys = ("step", "loss", "acc", "lr", "grad_norm")
+    return [tuple(line[k] for k in keys) for line in log(run)] + [tuple(line.values()) for line in log(run, "val_top1")]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(weights_of(str(run)) / "model.safetensors")
+
+
+@pytest.mark.parametrize("stage", CI_STAGES)
+def test_a_killed_run_continues_exactly(two_ranks, stage):
+    assert_continued(two_ranks / f"zero{stage}", two_ranks / f"zero{stage}-again")
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_another_stage_continues_exactly(tmp_path, settings, zero_json):
+    """Without ZeRO in fp32, and ZeRO-1 in bf16."""
+    run_stages(tmp_path, OTHER_STAGES, settings, zero_json)
+    for stage in OTHER_STAGES:
+        assert_continued(tmp_path / f"zero{stage}", tmp_path / f"zero{stage}-again")
+
+
+def assert_continued(whole: Path, again: Path) -> None:
+    """The same log and weights, to the last bit."""
+    assert len(log(whole)) == 4
+    assert facts(again) == facts(whole)
+    assert all(tensor.equal(weights(whole)[name]) for name, tensor in weights(again).items())
+
+
+def test_ranks_do_not_change_the_losses(two_ranks, one_rank):
+    """Mixing included: rank 1 of 2 mixes what the second micro-batch of 1 does."""
+    for one, two in zip(log(one_rank[0] / "run"), log(two_ranks / "zero2"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=2e-4)
+        assert two["acc"] == one["acc"]
+
+
+def test_stages_compute_the_same(two_ranks):
+    for a, b in zip(log(two_ranks / "zero2"), log(two_ranks / "zero3"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+
+def test_moving_average_leaves_training_alone(one_rank):
+    """So does validation, which only one of the runs has."""
+    folder, results = one_rank
+    assert results[7:] == [0, 0]
+    assert [line["loss"] for line in log(folder / "ema0")] == [line["loss"] for line in log(folder / "run")]
+
+
+def test_exported_weights_are_the_average(one_rank):
+    """An average that forgets at once is the weights themselves, name by name; a slow one is on the way there."""
+    raw, instant, slow = (weights(one_rank[0] / name) for name in ("ema0", "ema1", "run"))
+    for name, tensor in raw.items():
+        torch.testing.assert_close(instant[name], tensor, rtol=1e-4, atol=1e-6)
+    moved = [n for n in raw if not torch.allclose(slow[n], raw[n], rtol=1e-4, atol=1e-6)]
+    assert len(moved) > len(raw) / 2
+
+
+def test_what_a_run_writes(one_rank):
+    folder, results = one_rank
+    run = folder / "run"
+    assert results[0] == 0
+    assert read_config(run, FinetuneConfig).train.label_smoothing == 0.1
+    validation = log(run, "val_top1")
+    assert [line["step"] for line in validation] == [3]
+    assert {line["val_videos"] for line in validation} == {7}
+    summary = json.loads((run / "summary.json").read_text())
+    best = max(line["val_top1"] for line in validation)
+    assert summary["best"]["top1"] == best == json.loads((run / "best" / "scores.json").read_text())["top1"]
+    assert list((run / "tensorboard").glob("events*"))
+    for name in ("weights", "best"):
+        assert VideoClassifier.from_pretrained(run / name).arch["classes"] == ("run", "sit", "walk")
+
+
+def test_a_run_starts_from_pretraining_with_another_window(one_rank, pretrained):
+    folder, results = one_rank
+    assert results[1] == 0
+    start, end = load_file(pretrained / "weights" / "model.safetensors"), weights(folder / "pretrained")
+    name = "encoder.layers.0.blocks.0.mlp.fc1.weight"
+    assert (end[name] - start[name]).abs().max() < 0.01  # two steps of at most 1e-3 each; unrelated weights differ more
+    assert end["head.weight"].shape == (3, 256)
+
+
+@pytest.mark.parametrize(
+    ("job", "parts"),
+    [
+        (2, ["which a new run would overwrite"]),
+        (3, ["another configuration", "optim.ema"]),
+        (4, ["embed_dim=32", "embed_dim=96"]),
+        (5, ["which is none of the 1 classes"]),
+        (6, ["has no label", "clips-000000.tar"]),
+    ],
+)
+def test_mistakes_are_named_before_training_starts(one_rank, job, parts):
+    result = one_rank[1][job]
+    assert isinstance(result, str), result
+    for part in parts:
+        assert part in result

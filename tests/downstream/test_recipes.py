@@ -1,0 +1,212 @@
+"""Fine-tuning's recipes, command line, loss and mixing: what shows without a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bevt_ds.downstream import recipes
+from bevt_ds.downstream.config import FinetuneConfig
+from bevt_ds.downstream.dry_run import report
+from bevt_ds.downstream.ema import WeightAverage
+from bevt_ds.downstream.finetuning import classification_loss
+from bevt_ds.downstream.mixing import Mixing
+from bevt_ds.downstream.recipes import RECIPES, get_recipe
+from bevt_ds.downstream.validate import require_inputs, validate
+from bevt_ds.ds_config import resolve
+from bevt_ds.entry import parse_arguments
+from bevt_ds.errors import UserError
+from bevt_ds.finetune import USAGE, resolve_config
+from bevt_ds.help_text import page
+from bevt_ds.overrides import config_fields, from_dict, to_dict
+from bevt_ds.recipes import get_recipe as pretraining_recipe
+from bevt_ds.validate import micro_steps
+from tests.training.processes import ROOT
+
+
+def resolved(*words: str, stage: int = 2, world: int = 1) -> FinetuneConfig:
+    path = ROOT / "ds_configs" / f"zero{stage}.json"
+    return resolve_config(parse_arguments(words, default_recipe="", default_json=str(path)), world)[0]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid_and_survive_json(name):
+    config = get_recipe(name)
+    assert config.recipe == name
+    assert validate(config, {}) is config
+    assert from_dict(json.loads(json.dumps(to_dict(config))), FinetuneConfig) == config
+
+
+def test_k400_has_the_original_numbers():
+    c = get_recipe("finetune_k400")
+    assert (c.optim.lr, c.optim.weight_decay, c.optim.layer_decay, c.optim.clip_grad) == (3e-4, 1e-3, 0.9, 40.0)
+    assert (c.optim.warmup_epochs, c.optim.warmup_ratio, c.optim.ema) == (2.5, 0.1, 0.0)
+    assert (c.model.window, c.model.drop_path, c.model.dropout) == ((8, 7, 7), 0.3, 0.5)
+    assert (c.data.sampling, c.data.frames, c.data.stride, c.data.flip) == ("dense", 32, 2, 0.5)
+    assert (c.data.short_side, c.data.size, c.data.crop_area) == (256, 224, (0.08, 1.0))
+    assert (c.data.randaugment, c.data.erasing, c.train.label_smoothing) == ((0, 0), 0.0, 0.0)
+    assert (c.train.mixup, c.train.cutmix, c.train.epochs, c.train.global_clips) == (0.0, 0.0, 60, 64)
+    assert (c.views.clips, c.views.crops, c.views.short_side) == (4, 3, 224)
+    assert micro_steps(c, world=8) == 4
+
+
+def test_ssv2_has_the_original_numbers():
+    c = get_recipe("finetune_ssv2")
+    assert (c.optim.lr, c.optim.weight_decay, c.optim.backbone_scale, c.optim.clip_grad) == (5e-4, 0.05, 0.1, 0.0)
+    assert c.optim.layer_decay == 1.0
+    assert c.optim.ema == pytest.approx(0.0016, rel=1e-3)  # 0.9984 of the old average stays, each update
+    assert (c.model.window, c.model.drop_path, c.model.dropout) == ((16, 7, 7), 0.4, 0.5)
+    assert (c.data.sampling, c.data.frames, c.data.flip) == ("segments", 32, 0.0)
+    assert (c.data.randaugment, c.data.erasing, c.train.label_smoothing) == ((4, 7), 0.25, 0.1)
+    assert (c.train.epochs, c.train.global_clips, c.views.clips, c.views.crops) == (60, 64, 1, 3)
+    assert micro_steps(c, world=8) == 8 == recipes.SSV2_MICRO_STEPS
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["train.epochs=3"], "recipe= is missing"),
+        (["recipe=joint_swin_b"], "recipe of bevt_ds/pretrain.py"),
+        (["recipe=finetune_k600"], "no recipe 'finetune_k600'"),
+        (["recipe=finetune_k400", "train.epoch=3"], "Near: train.epochs"),
+        (["recipe=finetune_k400", "data.train=a-0.tar", "data.train=a-1.tar"], "given twice"),
+        (["recipe=finetune_k400", "data.sampling=sparse"], "dense, segments"),
+        (["recipe=finetune_k400", "train.micro_clips=3"], "train.micro_clips can be"),
+        (["recipe=finetune_k400", "train.micro_clips=1", "train.mixup=0.8"], "must be even"),
+        (["recipe=finetune_k400", "train.epochs=0"], "nothing to do"),
+        (["recipe=finetune_k400", "train.label_smoothing=1"], "[0, 1)"),
+        (["recipe=finetune_k400", "optim.layer_decay=1.1"], "(0, 1]"),
+        (["recipe=finetune_k400", "data.size=100"], "multiple of 32"),
+        (["recipe=finetune_k400", "data.short_side=160"], "cannot hold"),
+        (["recipe=finetune_k400", "optim.lr=0"], "must be positive"),
+        (
+            ["recipe=finetune_ssv2", f"--deepspeed_config={ROOT}/ds_configs/zero3.json"],
+            "ds_configs/zero2.json, or optim.ema=0",
+        ),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(words, part):
+    with pytest.raises(UserError) as caught:
+        resolved(*words)
+    assert part in str(caught.value)
+
+
+def test_average_without_zero_needs_bf16_or_fp32():
+    config = get_recipe("finetune_ssv2")
+    with pytest.raises(UserError, match="zero1.json"):
+        validate(replace(config, train=replace(config.train, precision="fp16")), {})
+
+
+def test_recipes_of_the_two_programs_are_kept_apart():
+    with pytest.raises(UserError, match="recipe of bevt_ds/finetune.py"):
+        pretraining_recipe("finetune_k400")
+
+
+def test_missing_inputs_are_named(tmp_path):
+    config = get_recipe("finetune_k400")
+    with pytest.raises(UserError, match="data.train is empty"):
+        require_inputs(config)
+    named = replace(config, data=replace(config.data, train="a.tar"), init_from=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no such file"):
+        require_inputs(named)
+
+
+def test_deepspeed_json_counts_clips(tmp_path):
+    """A number in the JSON replaces the recipe's, and DeepSpeed accepts any number of parameters."""
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 1.0}))
+    words = parse_arguments(["recipe=finetune_k400", f"--deepspeed_config={path}"], "", "")
+    config, values, notes = resolve_config(words, world=2)
+    assert (config.train.micro_clips, config.optim.clip_grad, len(notes)) == (4, 1.0, 2)
+    values = {"zero_optimization": {"stage": 2, "allgather_bucket_size": "auto"}}
+    settings = resolve(values, config, world=2, largest=3, total=101, width=8)
+    assert (settings["train_batch_size"], settings["gradient_accumulation_steps"]) == (64, 8)
+    assert settings["zero_optimization"]["allgather_bucket_size"] % 2 == 0
+
+
+def test_help_and_dry_run():
+    text = page(USAGE, RECIPES, get_recipe("finetune_ssv2"))
+    assert all(name in text for name in RECIPES)
+    assert all(f"  {f.key}=" in text for f in config_fields(FinetuneConfig) if f.key != "recipe")
+    summary = report(resolved("recipe=finetune_ssv2"), [], world=1)
+    assert "88,655,688 + 1,025 for each class" in summary
+    assert "data.train is empty" in summary
+
+
+# --- loss, mixing, moving average -----------------------------------------------------------------
+
+
+def test_label_smoothing_is_the_original_one():
+    """The target's class counts 1 - e + e/K, every other e/K."""
+    logits, labels, e = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 5, 0.1
+    shares = torch.full((6, 5), e / 5)
+    shares[torch.arange(6), labels] += 1 - e
+    loss, metrics = classification_loss(logits, labels, e)
+    torch.testing.assert_close(loss, -(shares * logits.log_softmax(-1)).sum())
+    assert (metrics["clips"], metrics["hits"]) == (6, (logits.argmax(-1) == labels).sum())
+    mixed, _ = classification_loss(logits, F.one_hot(labels, 5).float(), e)
+    torch.testing.assert_close(mixed, loss)
+
+
+def clips() -> torch.Tensor:
+    return torch.rand(4, 3, 2, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixing_is_a_function_of_step_and_part(alphas):
+    labels, before = torch.tensor([0, 1, 2, 2]), np.random.get_state()[1].copy()
+    draw = lambda step, part: Mixing(*alphas, classes=3, seed=5)(clips(), labels, step, part)  # noqa: E731
+    (pixels, targets), (again, _), (other, _) = draw(3, 1), draw(3, 1), draw(3, 2)
+    assert pixels.equal(again) and not pixels.equal(other)
+    assert (np.random.get_state()[1] == before).all()
+    torch.testing.assert_close(targets.sum(-1), torch.ones(4))
+
+
+def test_mixed_pixels_are_what_the_targets_say():
+    labels = torch.tensor([0, 1, 0, 1])
+    mixed, targets = Mixing(0.8, 0.0, classes=2, seed=0)(clips(), labels, step=1, part=0)
+    own = targets[0, 0]
+    torch.testing.assert_close(mixed, own * clips() + (1 - own) * clips().flip(0))
+
+
+def test_cutmix_cuts_one_box_from_all_frames():
+    labels = torch.tensor([0, 1, 0, 1])
+    mixed, targets = Mixing(0.0, 1.0, classes=2, seed=0)(clips(), labels, step=0, part=0)
+    foreign = (mixed != clips())[0]  # (3,T,S,S)
+    assert foreign.any()
+    assert foreign.eq(foreign[:1, :1]).all()
+    assert mixed[0][foreign].equal(clips().flip(0)[0][foreign])
+    assert targets[0, 1].item() == pytest.approx(foreign[0, 0].float().mean().item(), abs=1e-6)
+
+
+class FakeEngine:
+    """Two parts of master weights."""
+
+    class ranks:
+        rank = 0
+
+    def __init__(self) -> None:
+        self.parts = [torch.zeros(3), torch.ones(2)]
+
+    def masters(self) -> list[torch.Tensor]:
+        return self.parts
+
+
+def test_moving_average_follows_its_formula_and_is_saved(tmp_path):
+    engine = FakeEngine()
+    average = WeightAverage(engine, 0.25)
+    for part in engine.parts:
+        part += 4
+    average.update()
+    average.update()
+    average.save(tmp_path)
+    again = WeightAverage(engine, 0.25)
+    again.load(tmp_path)
+    for start, a, b in zip((0.0, 1.0), average._averages, again._averages, strict=True):
+        assert a.equal(b)
+        torch.testing.assert_close(a, torch.full_like(a, start + 4 * (1 - 0.75**2)))
