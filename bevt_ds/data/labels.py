@@ -24,7 +24,7 @@ from bevt_ds.errors import UserError
 MOST_CLASSES = 1 << 20  # a larger number is a mistake: the head would not fit into memory
 NAMED = 10  # classes that a message lists
 
-_NUMBER = re.compile(r"-?\d+")
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Classes:
         label = shard.labels[i]
         number = int(label) if _is_number(label) else self._numbers.get(label, -1)
         if not label:
-            raise UserError(f"{_place(shard, i)} has no label: add {shard.keys[i]}.cls, or 'label' to its .json")
+            raise _unlabelled(shard, i)
         if not 0 <= number < len(self):
             raise UserError(
                 f"{_place(shard, i)} has the label {label!r}, which is none of the {len(self)} classes"
@@ -111,7 +111,7 @@ def _are_numbers(shards: Sequence[Shard]) -> bool:
     for shard in shards:
         for i, label in enumerate(shard.labels):
             if not label:
-                raise UserError(f"{_place(shard, i)} has no label: add {shard.keys[i]}.cls, or 'label' to its .json")
+                raise _unlabelled(shard, i)
             first = first or (shard, i)
             other = first[0].labels[first[1]]
             if _is_number(label) != _is_number(other):
@@ -183,6 +183,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _is_number(label: str) -> bool:
     return _NUMBER.fullmatch(label) is not None
+
+
+def _unlabelled(shard: Shard, i: int) -> UserError:
+    return UserError(
+        f"{_place(shard, i)} has no label: add {shard.keys[i]}.cls, or 'label' to its .json, a whole number or a name"
+    )
 
 
 def _place(shard: Shard, i: int) -> str:

@@ -100,7 +100,7 @@ def _label(extension: str, data: bytes) -> str:
     except (ValueError, RecursionError):
         return ""
     label = facts.get("label", "") if isinstance(facts, dict) else ""
-    return str(label) if isinstance(label, str | int) else ""
+    return str(label) if isinstance(label, str | int) and not isinstance(label, bool) else ""
 
 
 def _checksum(tar: BinaryIO, offset: int, size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import fields, replace
@@ -255,6 +256,26 @@ def test_a_validation_video_that_took_too_long_is_tried_again(
 
     monkeypatch.setattr(DecodePool, "clips", first_takes_long)
     assert sum(int((batch.labels >= 0).sum()) for batch in views(labelled)) == 7 and len(asked) == 8
+
+
+def test_closing_ends_threads_and_processes(labelled: LabelledDataConfig) -> None:
+    before = threading.active_count()
+    loader = LabelledLoader(labelled, TRAIN)
+    next(loader)
+    pids = loader.worker_pids
+    loader.close()
+    loader.close()
+    assert pids and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert threading.active_count() == before
+
+
+def test_a_test_that_is_left_early_ends_its_processes(labelled: LabelledDataConfig) -> None:
+    before = threading.active_count()
+    batches = labelled_loader.test_batches(labelled, VIEWS)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
 
 
 def test_the_fingerprint_knows_the_labels(
