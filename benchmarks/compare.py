@@ -30,10 +30,13 @@ MEASURES = {  # how a field's name ends -> whether more of it is worse; the firs
     "_ms": True,
     "_mb": True,
     "_s": True,
+    "launches": True,
 }
 NO_MEASURES = {"p20_ms", "p80_ms", "roof_ms", "expected_mb"}  # spread, and what follows from sizes or another machine
-MACHINE = {"provenance", "ceilings", "load", "run", "round", "commit", "device", "threads", "python", "torch", "triton"}
+MACHINE = {"provenance", "ceilings", "load", "commit", "device", "threads", "python", "torch", "triton"}
 MACHINE |= {"clocks", "cpu", "cores", "av", "nvidia-dali-cuda130", "torchvision"}
+REPEATS = {"run", "round", "steps", "clips"}  # how often, not what
+NO_NAMES = NO_MEASURES | MACHINE | REPEATS
 FAILED = ("error", "not_measured")
 
 Key = tuple[tuple[str, object], ...]
@@ -58,7 +61,7 @@ class Comparison:
 
 def more_is_worse(field: str) -> bool | None:
     """Of a measurement; None for any other field."""
-    if field in NO_MEASURES or field in MACHINE:
+    if field in NO_NAMES:
         return None
     return next((worse for ending, worse in MEASURES.items() if field.endswith(ending)), None)
 
@@ -68,7 +71,7 @@ def key(row: dict) -> Key:
     kept = {
         name: value
         for name, value in row.items()
-        if isinstance(value, (str, int)) and name not in MACHINE | NO_MEASURES and more_is_worse(name) is None
+        if isinstance(value, (str, int)) and name not in NO_NAMES and more_is_worse(name) is None
     }
     return tuple(sorted(kept.items()))
 

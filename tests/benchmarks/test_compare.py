@@ -39,9 +39,13 @@ def test_a_lower_rate_is_worse(tmp_path, metric):
     assert run(tmp_path, [row(**{metric: 80})], [row(**{metric: 100})]) == 0
 
 
-@pytest.mark.parametrize("metric", ["peak_mb", "cpu_s_per_clip", "first_batch_s", "cpu_s"])
+@pytest.mark.parametrize("metric", ["peak_mb", "cpu_s_per_clip", "first_batch_s", "cpu_s", "launches"])
 def test_a_higher_cost_is_worse(tmp_path, metric):
     assert run(tmp_path, [row(**{metric: 80})], [row(**{metric: 100})]) == 1
+
+
+def test_more_repetitions_are_the_same_row(tmp_path):
+    assert run(tmp_path, [row(steps=5, run="a", round=0)], [row(steps=9, run="b", round=1)]) == 0
 
 
 def test_noise_in_the_median_alone_is_no_regression(tmp_path):
