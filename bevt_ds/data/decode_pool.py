@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import queue
 import select
@@ -20,6 +21,7 @@ import numpy as np
 
 from bevt_ds.data import child
 from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.shared_memory import SharedMemory
 
 ATTEMPTS = 2  # a worker may die for reasons that are not the sample's: memory, a stray signal
 MOST_RESIDENT = 2 << 30  # bytes; a worker that holds more is replaced
@@ -29,6 +31,9 @@ _PIPE_BYTES = 1 << 20
 
 Load = Callable[[], bytes]
 Reply = dict[str, Any]
+# What the receiver keeps of a video's pictures, uint8 (n,H,W,3), whose memory the worker will use again. Of each clip's
+# frames the second array, (k,F), says which pictures they are.
+Receive = Callable[[np.ndarray, np.ndarray], Any]
 
 
 class WorkerDied(Exception):
@@ -36,13 +41,15 @@ class WorkerDied(Exception):
 
 
 class DecodeWorker:
-    """One decoder process and its pipes."""
+    """One decoder process, its pipes, and the memory that it writes pixels to."""
 
     def __init__(self) -> None:
+        self._memory = SharedMemory()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            child.command("bevt_ds.data.decode_worker"),
+            child.command("bevt_ds.data.decode_worker", str(self._memory.number)),
             env=child.environment(),
+            pass_fds=[self._memory.number],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -64,6 +71,10 @@ class DecodeWorker:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    def pictures(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The pixels of its last answer, until it is asked again: uint8, of the shape that the answer gave."""
+        return self._memory.first(math.prod(shape)).reshape(shape)
 
     def ask(self, request: dict[str, Any], data: bytes, seconds: float) -> tuple[Reply, np.ndarray]:
         """The answer to a request about the file `data`, and the bytes that came with it: uint8 (n,).
@@ -93,6 +104,7 @@ class DecodeWorker:
         self._process.stdin.close()
         self._process.stdout.close()
         self._stderr.close()
+        self._memory.close()
 
     def _stderr_tail(self) -> str:
         """The end of what the worker wrote to its standard error."""
@@ -148,14 +160,21 @@ class DecodePool:
         return [worker.pid for worker in self._workers]
 
     def clips(
-        self, load: Load, positions: Sequence[Sequence[float]], frames: int, stride: int, choice: str = "clip"
-    ) -> Future[tuple[Reply, np.ndarray]]:
-        """Clips of one video, decoded together: uint8 (k,F,H,W,3). The future raises BadSample if there are none.
+        self,
+        load: Load,
+        positions: Sequence[Sequence[float]],
+        frames: int,
+        stride: int,
+        choice: str = "clip",
+        receive: Receive | None = None,
+    ) -> Future[tuple[Reply, Any]]:
+        """Clips of one video, decoded together: what `receive` makes of them. The future raises BadSample.
 
-        positions: where each clip lies, as `choice` takes it: one of bevt_ds.data.frame_choice.CHOICES.
+        positions: where each clip lies, as `choice` takes it: one of bevt_ds.data.frame_choice.CHOICES. receive: called
+        in a thread of the pool; without it the frames are copied, uint8 (k,F,H,W,3).
         """
         request = {"work": "clips", "choice": choice, "positions": positions, "frames": frames, "stride": stride}
-        return self._threads.submit(self._shaped, load, request)
+        return self._threads.submit(self._answer, load, request, receive or _copied)
 
     def describe(self, load: Load) -> Future[tuple[Reply, np.ndarray]]:
         """The fields of VideoInfo, from the packets' headers and the first frame."""
@@ -175,17 +194,16 @@ class DecodePool:
         for worker in self._workers:
             worker.close()
 
-    def _shaped(self, load: Load, request: dict[str, Any]) -> tuple[Reply, np.ndarray]:
-        reply, pixels = self._answer(load, request)
-        return reply, pixels.reshape(reply["shape"])
-
-    def _answer(self, load: Load, request: dict[str, Any]) -> tuple[Reply, np.ndarray]:
+    def _answer(self, load: Load, request: dict[str, Any], receive: Receive | None = None) -> tuple[Reply, Any]:
+        """The reply, and what `receive` makes of the pictures; without it, the bytes that came with the reply."""
         data = load()
         last_words = ""
         for _ in range(ATTEMPTS):
             try:
                 with self._borrowed() as worker:
                     reply, payload = worker.ask({**request, "limits": self._limits}, data, self._seconds)
+                    if receive and "bad" not in reply:
+                        payload = receive(worker.pictures(reply["shape"]), np.asarray(reply["places"]))
                     if reply["resident"] > MOST_RESIDENT:
                         worker.kill()
             except TimeoutError:
@@ -222,3 +240,8 @@ class DecodePool:
         fresh = DecodeWorker()
         self._workers.add(fresh)
         return fresh
+
+
+def _copied(pictures: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The frames of every clip, in memory of their own: uint8 (k,F,H,W,3)."""
+    return pictures[places]

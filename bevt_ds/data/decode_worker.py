@@ -1,7 +1,8 @@
-"""A process that works on one video at a time: `python -m bevt_ds.data.decode_worker`, driven by DecodePool.
+"""A process that works on one video at a time: `python -m bevt_ds.data.decode_worker NUMBER`, driven by DecodePool.
 
-A JSON line and the file's bytes in; a JSON line and, where it says so, bytes out. A separate program rather than a
-fork: it imports neither torch nor the entry, and a decoder that crashes or hangs costs one process.
+A JSON line and the file's bytes in; a JSON line and, where it says so, bytes out. Pixels go to the SharedMemory of that
+file NUMBER. A separate program rather than a fork: it imports neither torch nor the entry, and a decoder that crashes
+or hangs costs one process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any, BinaryIO
 
 import av
@@ -21,10 +23,12 @@ import numpy as np
 from bevt_ds.data.frame_choice import CHOICES
 from bevt_ds.data.images import check_image, decode_image
 from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.shared_memory import SharedMemory
 from bevt_ds.data.transcode import Profile, transcode
 from bevt_ds.data.video import opened, probe
 
-Answer = tuple[dict[str, Any], memoryview | bytes]
+Answer = tuple[dict[str, Any], bytes]
+Work = Callable[[bytes, Limits, dict[str, Any]], Answer]
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -34,18 +38,19 @@ def main() -> None:
     # a terminal sends it to all; when to stop is the parent's decision
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    works = {**WORKS, "clips": partial(clips, SharedMemory(int(sys.argv[1])))}
     for line in requests:
         request = json.loads(line)
         # If the parent is gone too, nobody else would end a decoder that hangs.
         signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"])
-        serve(request, requests.read(request["size"]), replies)
+        serve(works, request, requests.read(request["size"]), replies)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def serve(request: dict[str, Any], data: bytes, replies: BinaryIO) -> None:
-    """Answer one request: {"work", "size", "limits", "seconds", ...}; see the functions in WORK for the rest."""
+def serve(works: dict[str, Work], request: dict[str, Any], data: bytes, replies: BinaryIO) -> None:
+    """Answer one request: {"work", "size", "limits", "seconds", ...}; see the functions that do it for the rest."""
     try:
-        reply, payload = WORK[request["work"]](data, Limits(**request["limits"]), request)
+        reply, payload = works[request["work"]](data, Limits(**request["limits"]), request)
     except BadSample as bad:
         reply, payload = {"bad": str(bad)}, b""
     reply |= {"size": len(payload), "resident": resident_bytes()}
@@ -54,10 +59,11 @@ def serve(request: dict[str, Any], data: bytes, replies: BinaryIO) -> None:
     replies.flush()
 
 
-def clips(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
-    """{"choice", "positions", "frames", "stride"} -> {"shape": (k,F,H,W,3), ...} and the pixels.
+def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
+    """{"choice", "positions", "frames", "stride"} -> pictures (n,H,W,3) in `memory`, and their {"shape"}.
 
-    "decoded" counts frames; "demux" and "decode" are seconds.
+    "places": for each clip, the picture of each of its frames, (k,F). "decoded" counts frames; "demux" and "decode" are
+    seconds.
     """
     began = time.perf_counter()
     with opened(data, limits) as video:
@@ -65,14 +71,16 @@ def clips(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
         total = len(video.packets)
         frames, stride, choose = request["frames"], request["stride"], CHOICES[request["choice"]]
         wanted = [choose(total, frames, stride, position) for position in request["positions"]]
-        pixels = np.ascontiguousarray(video.frames(np.concatenate(wanted)))
+        numbers, places = np.unique(wanted, return_inverse=True)
+        pictures = video.pictures(numbers, memory.grown)
     reply = {
-        "shape": (len(wanted), frames, *pixels.shape[1:]),
+        "shape": pictures.shape,
+        "places": places.reshape(len(wanted), frames).tolist(),
         "decoded": video.decoded,
         "demux": demuxed - began,
         "decode": time.perf_counter() - demuxed,
     }
-    return reply, pixels.reshape(-1).data
+    return reply, b""
 
 
 def describe(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
@@ -99,12 +107,7 @@ def rewrite(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
     return facts, video
 
 
-WORK: dict[str, Callable[[bytes, Limits, dict[str, Any]], Answer]] = {
-    "clips": clips,
-    "describe": describe,
-    "check": check,
-    "rewrite": rewrite,
-}
+WORKS: dict[str, Work] = {"describe": describe, "check": check, "rewrite": rewrite}
 
 
 def resident_bytes() -> int:

@@ -23,6 +23,7 @@ import torch
 
 from bevt_ds.batch import Batch
 from bevt_ds.config import Config, ReadingConfig
+from bevt_ds.data.cpu_pixels import ClipPixels
 from bevt_ds.data.decode_pool import DecodePool
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
 from bevt_ds.data.index import cache_home, load_shards
@@ -33,7 +34,7 @@ from bevt_ds.data.pipeline import PixelPipeline
 from bevt_ds.data.plan import StreamId, StreamPlan, slots_of
 from bevt_ds.data.shards import expand
 from bevt_ds.data.storage import Storage
-from bevt_ds.data.stream import Resources, StreamReader, Ticket
+from bevt_ds.data.stream import Pixels, Resources, StreamReader, Ticket
 from bevt_ds.data.timing import StageTimes, bottleneck
 from bevt_ds.errors import UserError
 from bevt_ds.validate import micro_steps
@@ -363,7 +364,7 @@ def _plan(source: Source, shards: Sequence[Shard], config: Config) -> StreamPlan
 
 
 def _reader(
-    source: Source, shards: Sequence[Shard], config: Config, pixels: PixelPipeline, shared: Resources, ledger: Ledger
+    source: Source, shards: Sequence[Shard], config: Config, pixels: Pixels, shared: Resources, ledger: Ledger
 ) -> StreamReader:
     return StreamReader(_plan(source, shards, config), shards, config.data, pixels, shared, ledger)
 
@@ -400,8 +401,10 @@ def _clips_per_second(
         raise RuntimeError(str(error)) from error
 
 
-def _pixels(source: Source, config: Config, device: torch.device, decoder: str, times: StageTimes) -> PixelPipeline:
+def _pixels(source: Source, config: Config, device: torch.device, decoder: str, times: StageTimes) -> Pixels:
     data = config.data
+    if source.stream.kind == "video" and device.type != "cuda":
+        return ClipPixels(data.size, data.threads, times)
     return PixelPipeline(
         source.stream.kind,
         source.micro_size,

@@ -108,6 +108,13 @@ class PixelPipeline:
         self.graph.build()
         self._stream = None if device is None else torch.cuda.Stream(device)
 
+    def received(self, pictures: np.ndarray, places: np.ndarray, entries: Sequence[PlanEntry]) -> list[np.ndarray]:
+        """What `run` wants of a video's clips that a worker has decoded: their frames, uint8 (T,H,W,3) each.
+
+        pictures: uint8 (n,H,W,3), the worker's memory. places: int (clips,T), the picture of each frame.
+        """
+        return list(pictures[places])
+
     def run(self, payloads: Sequence, entries: Sequence[PlanEntry]) -> tuple[Tensor, Tensor]:
         """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
 

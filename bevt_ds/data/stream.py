@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bevt_ds.batch import Stream
 from bevt_ds.config import DataConfig, ReadingConfig
+from bevt_ds.data.cpu_pixels import ClipPixels
 from bevt_ds.data.decode_pool import DecodePool, Load
 from bevt_ds.data.images import check_image
 from bevt_ds.data.ledger import Ledger
@@ -25,6 +26,8 @@ from bevt_ds.data.plan import PlanEntry, StreamPlan, clip_frames
 from bevt_ds.data.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.data.video import fits_gpu
+
+Pixels = PixelPipeline | ClipPixels
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,11 @@ class SampleReader:
         """A future's result as a list with an item a clip; the worker's times are noted."""
         if isinstance(payload, list):
             return payload
-        reply, pixels = payload
+        reply, clips = payload
         for stage in ("demux", "decode"):
             self.shared.times.add(stage, reply[stage])
         self.shared.times.add_frames(reply["decoded"])
-        return list(pixels)
+        return clips
 
     def _settled(self, ticket: Ticket, i: int) -> list:
         """Wait for sample i; while it is bad, put the plan's next substitute in its place."""
@@ -129,7 +132,7 @@ class StreamReader(SampleReader):
         plan: StreamPlan,
         shards: Sequence[Shard],
         config: DataConfig,
-        pixels: PixelPipeline,
+        pixels: Pixels,
         shared: Resources,
         ledger: Ledger,
     ) -> None:
@@ -168,7 +171,8 @@ class StreamReader(SampleReader):
 
     def _decode(self, load: Load, group: list[PlanEntry]) -> Future:
         starts = [(entry.start, entry.phase) for entry in group]
-        return self.shared.pool.clips(load, starts, self.config.frames, self.config.stride)
+        receive = partial(self.pixels.received, entries=group)
+        return self.shared.pool.clips(load, starts, self.config.frames, self.config.stride, receive=receive)
 
     def _read_image(self, load: Load) -> list[bytes]:
         data = load()

@@ -6,7 +6,7 @@ Shape letters: F frames, H W pixels. Needs neither torch nor DALI: it runs in de
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +27,8 @@ _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.
 # What NVDEC decodes; anything else is left to the CPU.
 GPU_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
 GPU_FORMATS = frozenset({"yuv420p", "yuvj420p"})
+
+Room = Callable[[int], np.ndarray]  # a number of bytes -> memory for them, uint8 (bytes,)
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,17 @@ class Video:
 
     def frames(self, wanted: np.ndarray) -> np.ndarray:
         """The frames with these numbers, in any order and with repeats: uint8 (F,H,W,3) RGB."""
-        numbers = np.unique(wanted)
+        numbers, places = np.unique(wanted, return_inverse=True)
+        return self.pictures(numbers, lambda size: np.empty(size, np.uint8))[places]
+
+    def pictures(self, numbers: np.ndarray, room: Room) -> np.ndarray:
+        """The frames with these numbers, which ascend, in memory that `room` gives: uint8 (F,H,W,3) RGB."""
         self.limits.check_clip(len(numbers), *self.size)
-        pictures = {number: _to_rgb(frame) for number, frame in self.pick(numbers)}
-        return np.stack([pictures[i] for i in wanted.tolist()])
+        width, height = self.size
+        pictures = room(len(numbers) * height * width * 3).reshape(-1, height, width, 3)
+        for picture, (_, frame) in zip(pictures, self.pick(numbers), strict=True):
+            write_rgb(frame, picture)
+        return pictures
 
     def pick(self, numbers: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
         """The decoded frames with these numbers, which ascend. BadSample: not all of them are there."""
@@ -198,7 +207,11 @@ def _require_size(frame: av.VideoFrame, size: tuple[int, int]) -> None:
         raise BadSample(f"a frame is {frame.width}x{frame.height}, its header says {size[0]}x{size[1]}")
 
 
-def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 (H,W,3), as DALI would convert it. FFmpeg is quicker to planes, in the order G, B, R, than to pixels."""
+def write_rgb(frame: av.VideoFrame, picture: np.ndarray) -> None:
+    """As RGB into uint8 (H,W,3), as DALI would convert it.
+
+    FFmpeg is quicker to planes, in the order G, B, R, than to pixels, and numpy than PyAV from there.
+    """
     planar = frame.reformat(format="gbrp", interpolation=_TO_RGB, src_colorspace=Colorspace.ITU601, threads=1)
-    return planar.to_ndarray()
+    for channel, plane in zip((1, 2, 0), planar.planes, strict=True):
+        picture[..., channel] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, : plane.width]

@@ -56,7 +56,9 @@ def test_the_clips_are_those_that_single_decodes_would_give(paired: Config, monk
     decodes = []
     real = DecodePool.clips
     monkeypatch.setattr(
-        DecodePool, "clips", lambda self, load, starts, *a: decodes.append(starts) or real(self, load, starts, *a)
+        DecodePool,
+        "clips",
+        lambda self, load, starts, *a, **k: decodes.append(starts) or real(self, load, starts, *a, **k),
     )
     with Loader(paired) as loader:
         batches = list(islice(loader, 4))
@@ -93,8 +95,8 @@ def test_any_split_over_ranks_and_any_resume(paired: Config) -> None:
 def test_a_bad_video_is_replaced_for_all_its_clips(paired: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen = DecodePool.clips, []
 
-    def first_is_bad(self, load, starts, *arguments):
-        future = real(self, load, starts, *arguments)
+    def first_is_bad(self, load, starts, *arguments, **more):
+        future = real(self, load, starts, *arguments, **more)
         if not seen:
             future = type(future)()
             future.set_exception(BadSample("spoilt"))

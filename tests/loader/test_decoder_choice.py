@@ -18,6 +18,7 @@ from bevt_ds.data.decoder_choice import choose, clips_per_second
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.pipeline import PixelPipeline
+from bevt_ds.data.timing import StageTimes
 from tests.loader.media import decode_clip
 
 
@@ -66,6 +67,15 @@ def test_both_decoders_feed_the_same_graph(vp9: bytes, entry: Callable) -> None:
         assert torch.equal(a, b)
 
 
+def through_dali(monkeypatch: pytest.MonkeyPatch, decoder: str | None) -> None:
+    """Clips go through DALI's graph, as on a GPU, with its decoder on the CPU or with the workers'."""
+
+    def pixels(size: int, threads: int, times: StageTimes) -> PixelPipeline:
+        return PixelPipeline("video", 2, size, size // 2, threads, dali_decoder=decoder, times=times)
+
+    monkeypatch.setattr(loader_module, "ClipPixels", pixels)
+
+
 def test_clips_that_dali_cannot_decode_go_to_the_workers(
     tmp_path: Path, make: SimpleNamespace, vp9: bytes, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,10 +84,10 @@ def test_clips_that_dali_cannot_decode_go_to_the_workers(
     tar = make.tar(tmp_path / "s.tar", {"a.webm": vp9, "b.mp4": other, "c.webm": vp9, "d.mp4": other})
     train = replace(config.train, global_images=0, micro_images=0)
     mixed = replace(config, data=replace(config.data, videos=str(tar), frames=4), train=train)
+    through_dali(monkeypatch, None)
     with Loader(mixed) as loader:
         expected = list(islice(loader, 4))
-    real = loader_module.PixelPipeline
-    monkeypatch.setattr(loader_module, "PixelPipeline", lambda *a, **k: real(*a, **{**k, "dali_decoder": "cpu"}))
+    through_dali(monkeypatch, "cpu")
     with Loader(mixed, folder=tmp_path) as loader:
         batches = list(islice(loader, 4))
         assert loader.bad_samples == 0
@@ -103,8 +113,7 @@ def test_a_video_that_fails_in_dali_costs_only_itself(
             ]
         return real_run(self, payloads, entries)
 
-    real = loader_module.PixelPipeline
-    monkeypatch.setattr(loader_module, "PixelPipeline", lambda *a, **k: real(*a, **{**k, "dali_decoder": "cpu"}))
+    through_dali(monkeypatch, "cpu")
     monkeypatch.setattr(PixelPipeline, "run", run)
     with Loader(replace(config, data=data, train=train), folder=tmp_path) as loader:
         batches = list(islice(loader, 4))

@@ -196,11 +196,11 @@ def test_a_resumed_run_skips_what_the_first_one_had_no_time_for(config: Config) 
 def test_a_time_out_becomes_state(config: Config, monkeypatch) -> None:
     real, calls = DecodePool._answer, []
 
-    def slow_once(self, load, request):
+    def slow_once(self, load, request, receive):
         calls.append(request)
         if len(calls) == 1:
             raise BadSample("not decoded within 20 s", transient=True)
-        return real(self, load, request)
+        return real(self, load, request, receive)
 
     monkeypatch.setattr(DecodePool, "_answer", slow_once)
     with Loader(config) as loader:
@@ -219,7 +219,7 @@ def test_dead_workers_change_nothing(config: Config, monkeypatch, batches: int) 
     real, seen = DecodeWorker.ask, set()
 
     def killed_once(self: DecodeWorker, request: dict, data: bytes, seconds: float):
-        if (place := (str(request["starts"]), len(data))) not in seen:
+        if (place := (str(request["positions"]), len(data))) not in seen:
             seen.add(place)
             os.kill(self.pid, signal.SIGKILL)
         return real(self, request, data, seconds)

@@ -1,0 +1,161 @@
+"""The pictures that torch makes of clips on a CPU, beside those of DALI's graph and of OpenCV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import Pipeline, fn, types
+
+from bevt_ds.config import DataConfig
+from bevt_ds.data.cpu_pixels import ClipPixels, cut, single_core_threads, token_view
+from bevt_ds.data.pipeline import STD, PixelPipeline
+from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
+from bevt_ds.data.scene import Extent, render
+from tests.loader.media import noise
+
+S, V, CLIPS = 96, 48, 8
+ROUNDING = 1e-3  # levels: single precision through normalising and back
+
+
+@pytest.fixture(scope="module")
+def graph() -> PixelPipeline:
+    return PixelPipeline("video", CLIPS, S, V, threads=1)
+
+
+def plan_entries(*short_side: int) -> list[PlanEntry]:
+    """As a plan draws them, flips included."""
+    config = DataConfig(size=S, short_side=short_side, token_size=V)
+    plan = StreamPlan(StreamId.VIDEO, [10], config, seed=3, global_size=CLIPS)
+    return [plan.entry(0, slot) for slot in range(CLIPS)]
+
+
+def ours(frames: np.ndarray, entries: list[PlanEntry]) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels, places = ClipPixels(S, 2), np.arange(len(frames))[None]
+    return pixels.run([pixels.received(frames, places, [e])[0] for e in entries], entries)
+
+
+def differences(graph: PixelPipeline, frames: np.ndarray, entries: list[PlanEntry]) -> tuple[np.ndarray, np.ndarray]:
+    """How far the pixels and the views are from the graph's, in levels of 255."""
+    pixels, view = ours(frames, entries)
+    graph_pixels, graph_view = graph.run([frames] * len(entries), entries)
+    return (pixels - graph_pixels).abs().numpy() * np.reshape(STD, (3, 1, 1, 1)), (
+        view - graph_view
+    ).abs().numpy() * 255
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 150), (150, 120), (97, 133), (96, 96)])
+def test_cuts_are_those_of_dali(graph: PixelPipeline, height: int, width: int) -> None:
+    """Without a resize the pixels are the very same, so every offset is."""
+    pixels, view = differences(graph, noise(2, height, width), plan_entries(min(height, width), min(height, width)))
+    assert pixels.max() < ROUNDING
+    assert view.max() < 1 + ROUNDING and (view > 0.5).mean() < 1e-3  # a half may be rounded otherwise
+
+
+def test_resized_sizes_are_those_of_dali(entry: Callable) -> None:
+    """Where the exact length ends in a half it depends on the precision."""
+    lengths = ((h, w, s) for h in range(100, 400, 4) for w in (h + 7, h * 16 // 9, 426) for s in range(256, 321))
+    cases = [case for case in lengths if case[1] > case[0] and Fraction(case[1] * case[2], case[0]) % 1 == 0.5]
+    graph = Pipeline(batch_size=len(cases), num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+    with graph:
+        pictures = fn.external_source(name="pictures", dtype=types.UINT8, layout="HWC")
+        side = fn.external_source(name="side", dtype=types.FLOAT, ndim=0)
+        graph.set_outputs(fn.resize(pictures, resize_shorter=side, subpixel_scale=False, interp_type=types.INTERP_NN))
+    graph.build()
+    graph.feed_input("pictures", [np.zeros((h, w, 1), np.uint8) for h, w, _ in cases])
+    graph.feed_input("side", [np.float32(s) for *_, s in cases])
+    (resized,) = graph.run()
+    for i, (h, w, s) in enumerate(cases):
+        assert cut(h, w, entry(short_side=s), S)[:2] == resized.at(i).shape[:2]
+    assert len(cases) > 100
+
+
+@pytest.mark.parametrize("size", [(120, 150), (400, 600)])
+def test_drawn_pictures_are_close_to_dalis(graph: PixelPipeline, size: tuple[int, int]) -> None:
+    """Enlarged and shrunk."""
+    frames = render(np.random.default_rng(0), Extent(height=size[0], width=size[1], frames=2))
+    for difference in differences(graph, frames, plan_entries(128, 160)):
+        assert difference.mean() < 0.25 and difference.max() < 20
+
+
+@pytest.mark.parametrize("name", ["arm_wrestling", "dog", "goat", "part_0"])
+def test_real_clips_are_close_to_dalis(media_folder: Path, name: str) -> None:
+    """At the recipe's sizes, all of them enlarged: the bounds are 1.5 times what was measured."""
+    with av.open(str(media_folder / f"{name}.mp4")) as container:
+        frames = np.stack([f.to_ndarray(format="rgb24") for f in islice(container.decode(video=0), 0, 40, 20)])
+    config = DataConfig()
+    plan = StreamPlan(StreamId.VIDEO, [10], config, seed=3, global_size=CLIPS)
+    entries = [plan.entry(0, slot) for slot in range(CLIPS)]
+    graph, mine = PixelPipeline("video", CLIPS, 224, 112, threads=1), ClipPixels(224, 2)
+    crops = [mine.received(frames, np.arange(2)[None], [e])[0] for e in entries]
+    for a, b, scale in zip(mine.run(crops, entries), graph.run([frames] * CLIPS, entries), (57.0, 255.0), strict=True):
+        difference = (a - b).abs() * scale
+        assert difference.mean() < 0.35 and difference.max() < 12
+
+
+def test_the_view_is_opencvs_lanczos4() -> None:
+    """The same taps; OpenCV sums them as integers, so that a half may be rounded otherwise."""
+    crop = noise(3, S, S)
+    view = token_view(torch.from_numpy(crop)).permute(0, 2, 3, 1).numpy() * 255
+    reference = np.stack([cv2.resize(frame, (V, V), interpolation=cv2.INTER_LANCZOS4) for frame in crop])
+    difference = np.abs(view - reference)
+    assert difference.max() < 1 + ROUNDING and (difference > 0.5).mean() < 1e-3
+
+
+def test_a_cut_that_ends_where_the_source_does(graph: PixelPipeline, entry: Callable) -> None:
+    """Torch would take 120 rows, made of 120 rows, for no resize."""
+    view = entry(short_side=144, crop=(0.5, 0.5))
+    assert cut(120, 150, view, S).top + S == 120
+    pixels, _ = differences(graph, render(np.random.default_rng(0), Extent(height=120, width=150, frames=1)), [view])
+    assert pixels.mean() < 0.25
+
+
+@pytest.mark.parametrize(("size", "mean"), [((120, 150), 3.0), ((300, 400), 0.3)])
+def test_shrunk_clips_are_opencvs(entry: Callable, size: tuple[int, int], mean: float) -> None:
+    """Noise, the hardest case: the same kernel where it is shrunk, another where it is enlarged."""
+    frames, view = noise(2, *size), entry(short_side=140, crop=(0.3, 0.7))
+    height, width, top, left = cut(*size, view, S)
+    reference = np.stack([cv2.resize(f, (width, height), interpolation=cv2.INTER_CUBIC) for f in frames]).astype(int)
+    (crop,) = ClipPixels(S, 2).received(frames, np.arange(2)[None], [view])
+    assert np.abs(crop - reference[:, top : top + S, left : left + S]).mean() < mean
+
+
+def test_clips_of_one_video_take_their_own_frames(entry: Callable) -> None:
+    """Frames in a row, spread, and repeated; and nothing refers to the worker's memory afterwards."""
+    pictures, pixels = noise(6, S, S), ClipPixels(S, 2)
+    expected, places = pictures.copy(), np.array([[2, 3, 4], [0, 2, 5], [4, 5, 4]])
+    crops = pixels.received(pictures, places, [entry(short_side=S)] * 3)
+    pictures[:] = 0
+    for crop, rows in zip(crops, places, strict=True):
+        np.testing.assert_array_equal(crop, expected[rows])
+
+
+def test_a_clip_does_not_depend_on_its_neighbours() -> None:
+    frames, entries = noise(2, 120, 150), plan_entries(100, 130)
+    together = ours(frames, entries)
+    for i, e in enumerate(entries):
+        for alone, one in zip(ours(frames, [e]), together, strict=True):
+            assert torch.equal(alone[0], one[i])
+
+
+def test_threads_of_one_core_leave_the_others_theirs() -> None:
+    def elsewhere() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with single_core_threads(2) as pool:
+            assert [pool.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
+        assert torch.get_num_threads() == elsewhere() == 3
+    finally:
+        torch.set_num_threads(before)
