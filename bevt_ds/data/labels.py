@@ -23,6 +23,7 @@ from bevt_ds.errors import UserError
 
 MOST_CLASSES = 1 << 20  # a larger number is a mistake: the head would not fit into memory
 NAMED = 10  # classes that a message lists
+MOST_SHOWN = 60  # characters of a label in a message
 
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
 
@@ -56,7 +57,7 @@ class Classes:
             raise _unlabelled(shard, i)
         if not 0 <= number < len(self):
             raise UserError(
-                f"{_place(shard, i)} has the label {label!r}, which is none of the {len(self)} classes"
+                f"{_place(shard, i)} has the label {_quoted(label)}, which is none of the {len(self)} classes"
                 f" {_listed(self.names)}: correct it, or name all classes with data.classes=FILE, a line each"
             )
         return number
@@ -79,7 +80,7 @@ def read_classes(train: Sequence[Shard], val: Sequence[Shard], file: str = "") -
     validated = _members_of(val, classes)
     if train and (unknown := sorted(validated.keys() - trained.keys())):
         raise UserError(
-            f"{validated[unknown[0]]} is of class {classes.names[unknown[0]]!r}, which no training sample has:"
+            f"{validated[unknown[0]]} is of class {_quoted(classes.names[unknown[0]])}, which no training sample has:"
             f" {len(unknown)} of the {len(validated)} validation classes are never trained"
         )
     for split, present in (("train", trained), ("val", validated)):
@@ -116,8 +117,8 @@ def _are_numbers(shards: Sequence[Shard]) -> bool:
             other = first[0].labels[first[1]]
             if _is_number(label) != _is_number(other):
                 raise UserError(
-                    f"labels are numbers in some samples and names in others: {_place(*first)} has {other!r},"
-                    f" {_place(shard, i)} has {label!r}"
+                    f"labels are numbers in some samples and names in others: {_place(*first)} has {_quoted(other)},"
+                    f" {_place(shard, i)} has {_quoted(label)}"
                 )
     return first is not None and _is_number(first[0].labels[first[1]])
 
@@ -131,7 +132,7 @@ def _from_file(file: str) -> tuple[str, ...]:
         raise UserError(f"data.classes={file} is empty: write the name of a class into each line")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"data.classes={file} names {twice!r} twice")
+        raise UserError(f"data.classes={file} names {_quoted(twice)} twice")
     return names
 
 
@@ -140,7 +141,9 @@ def _found(shards: Sequence[Shard], numbers: bool) -> tuple[str, ...]:
     labels = {label for shard in shards for label in shard.labels}
     for path, facts in _manifests(shards):
         if strange := [label for label in facts["labels"] if _is_number(label) != numbers]:
-            raise UserError(f"{path} counts the label {strange[0]!r}, but labels are numbers in some samples only")
+            raise UserError(
+                f"{path} counts the label {_quoted(strange[0])}: labels are numbers in some samples only"
+            )
         labels |= facts["labels"].keys()
     if not numbers:
         return tuple(sorted(labels))
@@ -196,4 +199,9 @@ def _place(shard: Shard, i: int) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    return ", ".join(map(_quoted, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
+
+
+def _quoted(label: str) -> str:
+    """A label on one short line: it is whatever somebody put into a tar."""
+    return repr(label if len(label) <= MOST_SHOWN else f"{label[:MOST_SHOWN]}...")

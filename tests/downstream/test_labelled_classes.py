@@ -56,6 +56,7 @@ def test_without_training_shards_the_validation_set_tells() -> None:
         ([shard("a", "0", "-1")], [], r"'s1' of /nowhere/a.tar has the label '-1', which is none of the 1 classes"),
         ([shard("a", "0", "1")], [shard("v", "1", "2")], r"'s1' of /nowhere/v.tar has the label '2', which is none of"),
         ([shard("a", "run")], [shard("v", "walk")], r"'s0' of /nowhere/v.tar has the label 'walk', which is none"),
+        ([shard("a", "run")], [shard("v", "\x1b[2J" * 99)], r"has the label '(\\x1b\[2J){15}\.\.\.', which is none"),
         ([shard("a", "0", "2")], [shard("v", "1")], r"'s0' of /nowhere/v.tar is of class '1', which no training"),
         ([shard("a", "0", "99999999")], [], r"'s1' of /nowhere/a.tar has the label 99999999: classes are numbered"),
     ],
@@ -68,7 +69,7 @@ def test_mistakes_name_shard_and_key(train: list[Shard], val: list[Shard], messa
 def test_mistakes_against_a_file(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_text("ape\ncat\n")
-    with pytest.raises(UserError, match=r"'s1' of /nowhere/a.tar has the label 'dog'.*2 classes ape, cat"):
+    with pytest.raises(UserError, match=r"'s1' of /nowhere/a.tar has the label 'dog'.*2 classes 'ape', 'cat'"):
         read_classes([shard("a", "cat", "dog")], [], str(file))
     with pytest.raises(UserError, match=r"has the label '2'"):
         read_classes([shard("a", "0", "2")], [], str(file))
@@ -83,7 +84,7 @@ def test_mistakes_against_a_file(tmp_path: Path) -> None:
 def test_a_class_that_only_training_has_is_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         read_classes([shard("a", "run", "sit", "walk")], [shard("v", "sit")])
-    assert [record.getMessage() for record in caplog.records] == ["data.val lacks 2 of the 3 classes: run, walk"]
+    assert [record.getMessage() for record in caplog.records] == ["data.val lacks 2 of the 3 classes: 'run', 'walk'"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def packed(split: Path, tmp_path: Path) -> list[Shard]:
 
 def test_the_manifest_knows_the_whole_split(packed: list[Shard], caplog: pytest.LogCaptureFixture) -> None:
     assert read_classes(packed, []).names == ("run", "sit", "walk")
-    assert caplog.messages == ["data.train lacks 1 of the 3 classes: walk"]
+    assert caplog.messages == ["data.train lacks 1 of the 3 classes: 'walk'"]
     assert expected_count(packed) == 9
     assert expected_count(packed, stated=12) == 12
 
