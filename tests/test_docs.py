@@ -10,31 +10,34 @@ import pytest
 import torch
 
 import bevt_ds
-from bevt_ds.help_text import USAGE
-from bevt_ds.pretrain import main
+from bevt_ds import finetune, help_text, pretrain
+from bevt_ds.model.presets import create_classifier
 
 ROOT = Path(__file__).parents[1]
-TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "docs" / "pretraining.md")}
-TEXTS["--help"] = USAGE
+PAGES = ("README.md", "docs/pretraining.md", "docs/finetuning.md")
+TEXTS = {Path(page).name: (ROOT / page).read_text() for page in PAGES}
+TEXTS |= {"pretrain.py --help": help_text.USAGE, "finetune.py --help": finetune.USAGE}
+ENTRIES = {"pretrain": pretrain.main, "finetune": finetune.main}
 
 
-def pretrain_commands() -> list[str]:
-    """Every whole `deepspeed bevt_ds/pretrain.py ...` command of the documents, continued lines joined."""
+def commands(entry: str) -> list[str]:
+    """Every whole `deepspeed bevt_ds/ENTRY.py ...` command of the documents, continued lines joined."""
     found = []
     for text in TEXTS.values():
         joined = re.sub(r"\s*\\\n\s*", " ", text)
-        found += re.findall(r"^\s*deepspeed bevt_ds/pretrain\.py (?!\[)([^\n#]*?)\s*(?:#.*)?$", joined, re.MULTILINE)
+        found += re.findall(rf"^\s*deepspeed bevt_ds/{entry}\.py (?!\[)([^\n#]*?)\s*(?:#.*)?$", joined, re.MULTILINE)
     return sorted(set(found))
 
 
 def test_there_are_commands_to_check():
-    assert len(pretrain_commands()) >= 3
+    assert len(commands("pretrain")) >= 3
+    assert len(commands("finetune")) >= 3
 
 
-@pytest.mark.parametrize("command", pretrain_commands())
-def test_command_resolves(command, capsys, monkeypatch):
+@pytest.mark.parametrize(("entry", "command"), [(entry, c) for entry in ENTRIES for c in commands(entry)])
+def test_command_resolves(entry, command, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert main([*shlex.split(command), "dry_run=true"]) == 0
+    assert ENTRIES[entry]([*shlex.split(command), "dry_run=true"]) == 0
     assert "parameters" in capsys.readouterr().out
 
 
@@ -46,3 +49,12 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     exec(code, names)
     assert names["features"].shape == (1, 4 * 4 * 4, 256)
     assert names["maps"].shape == (1, 256, 2, 2, 2)
+
+
+def test_finetuning_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    create_classifier("tiny", 2, classes=("left", "right")).save_pretrained("runs/ssv2/best")
+    names = {"clip": torch.randn(1, 3, 4, 64, 64)}
+    exec(re.search(r"```python\n(.*?)```", TEXTS["finetuning.md"], re.DOTALL)[1], names)
+    assert names["logits"].shape == (1, 2)
+    assert names["names"] == ("left", "right")

@@ -24,7 +24,9 @@ from bevt_ds.errors import UserError
 from bevt_ds.finetune import USAGE, resolve_config
 from bevt_ds.help_text import page
 from bevt_ds.overrides import config_fields, from_dict, to_dict
+from bevt_ds.ranks import Ranks
 from bevt_ds.recipes import get_recipe as pretraining_recipe
+from bevt_ds.run_folder import choose_folder, write_config
 from bevt_ds.validate import micro_steps
 from tests.training.processes import ROOT
 
@@ -105,6 +107,13 @@ def test_average_without_zero_needs_bf16_or_fp32():
 def test_recipes_of_the_two_programs_are_kept_apart():
     with pytest.raises(UserError, match="recipe of bevt_ds/finetune.py"):
         pretraining_recipe("finetune_k400")
+
+
+def test_a_run_of_the_other_program_is_not_continued(tmp_path):
+    write_config(tmp_path, pretraining_recipe("demo"))
+    config = replace(get_recipe("finetune_demo"), output_dir=str(tmp_path), resume="auto")
+    with pytest.raises(UserError, match="another program"):
+        choose_folder(config, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_missing_inputs_are_named(tmp_path):
