@@ -197,7 +197,7 @@ def test_another_run_is_no_classifier(tmp_path, labelled_shards, monkeypatch):
 def test_labels_are_checked_against_the_classifier(tmp_path, labelled_shards, monkeypatch):
     classifier(("run", "sit", "walked")).save_pretrained(tmp_path / "weights")
     arguments = [f"weights={tmp_path}/weights", "recipe=finetune_demo", f"data.val={labelled_shards}/val-*.tar"]
-    with pytest.raises(UserError, match="'walk', which is none of the 3 classes run, sit, walked"):
+    with pytest.raises(UserError, match="'walk', which is none of the 3 classes 'run', 'sit', 'walked'"):
         evaluated(arguments, 1, monkeypatch)
 
 
