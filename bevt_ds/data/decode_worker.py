@@ -62,8 +62,8 @@ def serve(works: dict[str, Work], request: dict[str, Any], data: bytes, replies:
 def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
     """{"choice", "positions", "frames", "stride"} -> pictures (n,H,W,3) in `memory`, and their {"shape"}.
 
-    "places": for each clip, the picture of each of its frames, (k,F). "decoded" counts frames; "demux" and "decode" are
-    seconds.
+    "places": for each clip, the picture of each of its frames, (k,F). "total": frames of the video. "decoded" counts
+    frames; "demux" and "decode" are seconds.
     """
     began = time.perf_counter()
     with opened(data, limits) as video:
@@ -76,6 +76,7 @@ def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, 
     reply = {
         "shape": pictures.shape,
         "places": places.reshape(len(wanted), frames).tolist(),
+        "total": total,
         "decoded": video.decoded,
         "demux": demuxed - began,
         "decode": time.perf_counter() - demuxed,

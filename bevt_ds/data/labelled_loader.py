@@ -14,6 +14,7 @@ import torch
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config import LabelledDataConfig, ReadingConfig, ViewsConfig
+from bevt_ds.data.cpu_pixels import single_core_threads
 from bevt_ds.data.index import load_shards
 from bevt_ds.data.labelled_plan import LabelledPlan, ViewPlan
 from bevt_ds.data.labelled_reader import ClipReader, LabelledShards, ViewReader
@@ -223,7 +224,7 @@ def _classes_of(data: LabelledDataConfig, val: Sequence[Shard], storage: Storage
 
 def _open(data: LabelledDataConfig, times: StageTimes, closing: ExitStack) -> tuple[ThreadPoolExecutor, Resources]:
     """Threads that augment, and what reads and decodes; `closing` ends the latter first, for which the former wait."""
-    augmenters = closing.enter_context(ThreadPoolExecutor(data.threads, thread_name_prefix="augment"))
+    augmenters = closing.enter_context(single_core_threads(data.threads))
     return augmenters, open_resources(data, True, times, closing)
 
 

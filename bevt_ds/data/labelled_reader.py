@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from bevt_ds.rng import Use
 
 NO_LABEL = -1
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class LabelledShards:
@@ -63,6 +66,24 @@ class LabelledShards:
         return f"{PurePosixPath(redacted(shard.path)).name}/{shard.keys[entry.member]}"
 
 
+class ShortVideos:
+    """Says once that there is a video shorter than a clip, whose frames are then repeated."""
+
+    def __init__(self, config: LabelledDataConfig) -> None:
+        self._config, self._said = config, False
+
+    def look_at(self, name: str, frames: int) -> None:
+        config = self._config
+        span = config.frames if config.sampling == "segments" else (config.frames - 1) * config.stride + 1
+        if frames < span and not self._said:
+            self._said = True
+            log.warning(
+                "%s has %d frames, and a clip spans %d: frames of such videos are repeated (data.frames=%d,"
+                " data.stride=%d)",
+                *(name, frames, span, config.frames, config.stride),
+            )
+
+
 class ClipReader(SampleReader):
     """Training clips: one of each video, augmented. `begin` starts on a micro-batch, `finish` waits for it."""
 
@@ -78,6 +99,7 @@ class ClipReader(SampleReader):
     ) -> None:
         super().__init__(plan, data.shards, config, shared, ledger)
         self.data, self.augmenters, self.device = data, augmenters, device
+        self.short = ShortVideos(config)
 
     def finish(self, ticket: Ticket) -> LabelledBatch:
         """The micro-batch: pixels on the device, the rest on the host."""
@@ -102,7 +124,9 @@ class ClipReader(SampleReader):
 
     def _augmented(self, decoded: Future, entry: LabelledEntry) -> list[Tensor]:
         """The entry's clip once it is decoded: uint8 (T,3,S,S), in a list. BadSample: it cannot be."""
-        frames = as_frames(self._unpacked(decoded.result())[0])
+        payload = decoded.result()
+        self.short.look_at(self.data.name(entry), payload[0]["total"])
+        frames = as_frames(self._unpacked(payload)[0])
         draw = partial(self.plan.generator, step=entry.step, slot=entry.slot)
         config, size = self.config, self.config.size
         with self.shared.times.measured("augment"):
@@ -140,6 +164,7 @@ class ViewReader:
     ) -> None:
         self.plan, self.data, self.config, self.views = plan, data, config, views
         self.shared, self.augmenters, self.ledger, self.device = shared, augmenters, ledger, device
+        self.short = ShortVideos(config)
 
     def begin(self, step: int, slots: range) -> Ticket:
         entries = [entry for slot in slots if (entry := self.plan.entry(step, slot))]
@@ -178,11 +203,12 @@ class ViewReader:
         config, shared = self.config, self.shared
         load = partial(shared.storage.read, self.data.shards[entry.shard].member(entry.member), shared.times)
         decoded = shared.pool.clips(load, entry.positions, config.frames, config.stride, entry.choice)
-        return self.augmenters.submit(self._viewed, decoded)
+        return self.augmenters.submit(self._viewed, decoded, entry)
 
-    def _viewed(self, decoded: Future) -> Tensor:
-        """The views of a video once it is decoded: uint8 (V,T,3,S,S)."""
-        clips = decoded.result()[1]
+    def _viewed(self, decoded: Future, entry: LabelledEntry) -> Tensor:
+        """The views of the entry's video once it is decoded: uint8 (V,T,3,S,S)."""
+        reply, clips = decoded.result()
+        self.short.look_at(self.data.name(entry), reply["total"])
         with self.shared.times.measured("augment"):
             frames = with_short_side(as_frames(clips.reshape(-1, *clips.shape[2:])), self.views.short_side)
             boxes = view_boxes(*frames.shape[-2:], self.config.size, self.views.crops)

@@ -7,6 +7,7 @@ import tarfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -192,11 +193,26 @@ def test_the_middle_crop_is_the_only_one_of_a_single_crop(labelled: LabelledData
     assert torch.equal(one.pixels, three.pixels[:, 2::3])
 
 
-def test_a_video_shorter_than_the_clip_is_repeated(labelled: LabelledDataConfig) -> None:
+def test_a_video_shorter_than_the_clip_is_repeated(
+    labelled: LabelledDataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     long = replace(labelled, frames=24, stride=1)  # of 20 frames
     video = views(long)[0].pixels[0, 0]
     assert torch.equal(video[:, 20:], video[:, :4]) and not torch.equal(video[:, 20:], video[:, 4:8])
+    assert len(caplog.messages) == 1 and "clip-00 has 20 frames, and a clip spans 24" in caplog.messages[0]
     assert take(long, 1)[0].pixels.shape == (1, 3, 24, 64, 64)
+    assert len(caplog.messages) == 2
+
+
+def test_a_video_as_long_as_the_clip_is_not_complained_about(
+    labelled: LabelledDataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = (20, 1), (10, 2)  # the last frame of the latter is the 19th
+    exact = [replace(labelled, frames=frames, stride=stride) for frames, stride in dense]
+    for config in (*exact, replace(labelled, frames=20, sampling="segments")):
+        with closing(labelled_loader.test_batches(config, VIEWS)) as batches:
+            next(batches)
+    assert caplog.messages == []
 
 
 @pytest.fixture
