@@ -34,7 +34,7 @@ FREE = {
     "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_batches", "train.min_gain",
     "model.checkpointing",
     "data.train", "data.val", "data.expected_val", "views.clips", "views.crops", "views.short_side",
-    "views.micro_videos", "train.val_every",
+    "views.micro_videos", "train.val_every", "probe.every", "probe.train", "probe.val",
 }  # fmt: skip
 
 

@@ -172,6 +172,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class OnlineProbeConfig:
+    """How good the features are while they are pretrained; the training itself stays the same to the last bit."""
+
+    every: A[int, "steps from one probe to the next, and one after the last; 0: none"] = 0
+    train: A[str, "labelled shards of a few hundred videos, sampled as data.videos; see docs/evaluation.md"] = ""
+    val: A[str, "labelled shards that probe_top1 is measured on"] = ""
+
+
+@dataclass(frozen=True)
 class Config:
     """A run. `recipe` names the function of recipes.py that made it."""
 
@@ -181,6 +190,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
     output_dir: A[str, "what the run writes; empty: runs/RECIPE, runs/RECIPE-2, ..."] = ""
     init_from: A[str, "weights to start from: a run's folder, saved weights, or an official file"] = ""
     resume: A[str, "never | auto (the newest checkpoint of output_dir, if any) | a checkpoint's folder"] = "never"

@@ -18,6 +18,7 @@ from bevt_ds.config import Config
 from bevt_ds.data.draw import ensure_demo_shards
 from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import Loader, eval_batches
+from bevt_ds.downstream.online_probe import OnlineProbe
 from bevt_ds.engine import Engine, start_ranks
 from bevt_ds.errors import UserError
 from bevt_ds.flops import Sizes
@@ -48,6 +49,7 @@ class Run:
     tokenizer: Tokenizer
     engine: Engine
     first_step: int
+    probe: OnlineProbe | None
 
 
 def train_step(run: Run, batches: Iterator[Batch], step: int) -> StepSums:
@@ -55,6 +57,8 @@ def train_step(run: Run, batches: Iterator[Batch], step: int) -> StepSums:
     sums = StepSums()
     for _ in range(micro_steps(run.config, run.ranks.world)):
         batch = tokenize(run.tokenizer, next(batches).to(run.ranks.device, non_blocking=True))
+        if probe_due(run, step):
+            run.probe.count(batch)
         output = run.engine.forward(batch)
         run.engine.backward(output.loss)
         run.engine.step(step)
@@ -71,7 +75,7 @@ def train(run: Run, batches: Iterator[Batch], log: RunLog, speed: SpeedMeter) ->
             sums = train_step(run, batches, step)
             speed.steps += 1
             done = step + 1
-            if done % train.log_every == 0 or done == train.steps:
+            if done % train.log_every == 0 or done == train.steps or probe_due(run, step):
                 bar.set_postfix_str(write_line(run, log, speed, sums, step))
             if done % train.checkpoint_every == 0 or done == train.steps:
                 save_checkpoint(run, done)
@@ -88,10 +92,18 @@ def write_line(run: Run, log: RunLog, speed: SpeedMeter, sums: StepSums, step: i
     values |= {"lr": run.engine.last_lr, "grad_norm": run.engine.grad_norm()}
     values["optimizer_bytes"] = run.engine.optimizer_bytes()
     values |= speed.read(run.loader.wait_seconds())
+    if probe_due(run, step):
+        with speed.paused():
+            values |= run.probe.measure(run.engine)
     log.write(step, values)
     if values["data_wait"] > LONG_WAIT and run.ranks.is_main:
         tqdm.write(f"step {step}: {values['data_wait']:.0%} of the time went into waiting; {run.loader.bottleneck()}")
-    return ", ".join(f"{k} {values[k]:.3f}" for k in ("loss_video", "loss_image") if k in values)
+    return ", ".join(f"{k} {values[k]:.3f}" for k in ("loss_video", "loss_image", "probe_top1") if k in values)
+
+
+def probe_due(run: Run, step: int) -> bool:
+    """Whether the online probe follows this step."""
+    return run.probe is not None and run.probe.due(step)
 
 
 def save_checkpoint(run: Run, steps_done: int) -> None:
@@ -158,6 +170,7 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
     ranks.barrier()
     provider = kernel_provider(config, ranks)
     tokenizer = make_tokenizer(config, ranks)
+    probe = OnlineProbe(config, tokenizer.vocab_size, ranks) if config.probe.every else None
     with closing(eval_batches(config)) as held_out:
         next(held_out, None)  # shards that cannot be evaluated are to be known now, not after the last step
     start = find_start(config, folder, ranks)
@@ -165,7 +178,7 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
     skips = start[1].skips if start else None
     with Loader(config, ranks.rank, ranks.world, first_step, ranks.device, folder, skips, ranks.sum_counts) as loader:
         engine = make_engine(config, ds_values, ranks, tokenizer.vocab_size)
-        run = Run(config, folder, ranks, loader, tokenizer, engine, first_step)
+        run = Run(config, folder, ranks, loader, tokenizer, engine, first_step, probe)
         if start:
             checkpoint.check_continues(start[1], facts(run, first_step), start[0])
             engine.load(start[0])

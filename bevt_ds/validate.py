@@ -67,6 +67,10 @@ def validate(config: Config) -> Config:
         train.min_gain <= 0 or bool(data.eval_videos or data.eval_images),
         f"train.min_gain={train.min_gain} needs held-out shards: data.eval_videos, data.eval_images.",
     )
+    need(
+        not config.probe.every or bool(config.probe.train and config.probe.val and train.global_clips),
+        f"probe.every={config.probe.every} needs labelled shards, probe.train and probe.val, and clips to train on.",
+    )
     return config
 
 

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, redirect_stdout
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from bevt_ds.batch import LabelledBatch
-from bevt_ds.config import LabelledDataConfig, ViewsConfig
-from bevt_ds.data.labelled_loader import check_labelled, check_views, expected_videos, read_shards, test_batches
+from bevt_ds.config import LabelledDataConfig
+from bevt_ds.data.labelled_loader import check_labelled, check_views, expected_videos
 from bevt_ds.data.labels import Classes, read_classes
 from bevt_ds.data.members import Shard
-from bevt_ds.data.storage import Storage
 from bevt_ds.downstream.config import EvaluateConfig
 from bevt_ds.downstream.predictions import Classify, predict
 from bevt_ds.downstream.results import as_lines, claim_folder, without_classifier, write_results
+from bevt_ds.downstream.videos import each_video, shards_of
 from bevt_ds.engine import DTYPES, start_ranks
 from bevt_ds.errors import UserError
 from bevt_ds.kernels import resolve
@@ -47,16 +43,6 @@ def evaluate(config: EvaluateConfig) -> int:
         values = write_results(folder, predictions, classes.names, expected, {"config": to_dict(config)})
         print(as_lines(values, folder), flush=True)
     return 0
-
-
-def shards_of(patterns: str, data: LabelledDataConfig) -> list[Shard]:
-    """The videos of local or remote shards.
-
-    Raises:
-        UserError: shards missing or unusable.
-    """
-    with closing(Storage(data)) as storage:
-        return read_shards(patterns, data, storage)
 
 
 def load_classifier(config: EvaluateConfig, ranks: Ranks) -> VideoClassifier:
@@ -104,21 +90,6 @@ def classes_of(model: VideoClassifier, data: LabelledDataConfig, shards: Sequenc
     for shard in shards:
         classes.labels(shard)
     return classes
-
-
-def each_video(
-    data: LabelledDataConfig,
-    views: ViewsConfig,
-    shards: Sequence[Shard],
-    classes: Classes,
-    folder: Path | None,
-    ranks: Ranks,
-    title: str = "videos",
-) -> Iterator[LabelledBatch]:
-    """This rank's batches of all videos of `shards`, with a progress bar on rank 0."""
-    batches = test_batches(data, views, ranks.rank, ranks.world, ranks.device, shards, classes, folder)
-    steps = math.ceil(sum(map(len, shards)) / (views.micro_videos * ranks.world))
-    return iter(tqdm(batches, title, steps, unit="batch", disable=not ranks.is_main))
 
 
 def check_device(precision: str, kernels: str, ranks: Ranks) -> None:

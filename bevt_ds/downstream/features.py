@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.errors import UserError
@@ -27,6 +28,15 @@ class Features:
     labels: Tensor  # int64 (n,)
     places: Tensor  # int64 (n,): where each video stands among the N of all ranks, in the order of their keys
     total: int  # N
+
+
+def features_of(encoder: nn.Module, dtype: torch.dtype, kind: str) -> Encode:
+    """Clips -> what a probe of this kind takes: all tokens of the last stage (B,T,C), or their mean (B,C)."""
+
+    def tokens(clips: Tensor) -> Tensor:
+        return rearrange(encoder.forward_features(clips.to(dtype)), "b c t h w -> b (t h w) c")
+
+    return tokens if kind == "attentive" else lambda clips: pooled(tokens(clips))
 
 
 def extract(encode: Encode, batches: Iterable[LabelledBatch], ranks: Ranks, most_bytes: int) -> Features:
@@ -47,7 +57,7 @@ def extract(encode: Encode, batches: Iterable[LabelledBatch], ranks: Ranks, most
             keys += [key for key in batch.keys if key]
     everyone = sorted((key, rank) for rank, theirs in enumerate(ranks.gather(keys)) for key in theirs)
     if not everyone:
-        raise UserError("no training video of the probe could be read: bad_samples.jsonl says why.")
+        raise UserError("no labelled video of the probe can be read: `bevt shards check` says why.")
     place_of = {entry: place for place, entry in enumerate(everyone)}
     places = torch.tensor([place_of[key, ranks.rank] for key in keys], dtype=torch.int64)
     return Features(torch.cat(values), torch.cat(labels), places, len(everyone))

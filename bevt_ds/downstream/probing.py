@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 from bevt_ds.data.labelled_loader import check_labelled, check_views, expected_videos
 from bevt_ds.data.labels import read_classes
 from bevt_ds.downstream.config import ProbeConfig, ProbeRunConfig
-from bevt_ds.downstream.evaluation import check_device, each_video, printing_once, shards_of
-from bevt_ds.downstream.features import Encode, Features, extract, gathered, pooled
+from bevt_ds.downstream.evaluation import check_device, printing_once
+from bevt_ds.downstream.features import Features, extract, features_of, gathered
 from bevt_ds.downstream.predictions import Classify, predict
 from bevt_ds.downstream.probes import (
     AttentiveProbe,
@@ -23,6 +21,7 @@ from bevt_ds.downstream.probes import (
     train_probe,
 )
 from bevt_ds.downstream.results import as_lines, claim_folder, write_results
+from bevt_ds.downstream.videos import each_video, shards_of
 from bevt_ds.engine import DTYPES, start_ranks
 from bevt_ds.model.video_swin import VideoSwin
 from bevt_ds.overrides import to_dict
@@ -63,15 +62,6 @@ def load_encoder(config: ProbeRunConfig, ranks: Ranks) -> VideoSwin:
     with printing_once(ranks):
         model = VideoSwin.from_pretrained(weights_of(config.weights, "weights"), kernels=config.kernels)
     return model.to(ranks.device, DTYPES[config.precision]).eval()
-
-
-def features_of(encoder: VideoSwin, dtype: torch.dtype, kind: str) -> Encode:
-    """Clips -> what a probe of this kind takes: all tokens of the last stage (B,T,C), or their mean (B,C)."""
-
-    def tokens(clips: Tensor) -> Tensor:
-        return rearrange(encoder.forward_features(clips.to(dtype)), "b c t h w -> b (t h w) c")
-
-    return tokens if kind == "attentive" else lambda clips: pooled(tokens(clips))
 
 
 def fit(options: ProbeConfig, features: Features, classes: int, ranks: Ranks) -> Classify:

@@ -1,0 +1,46 @@
+"""The labelled videos that tests and probes go through, once each, over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bevt_ds.batch import LabelledBatch
+from bevt_ds.config import LabelledDataConfig, ViewsConfig
+from bevt_ds.data.labelled_loader import read_shards, test_batches
+from bevt_ds.data.labels import Classes
+from bevt_ds.data.members import Shard
+from bevt_ds.data.storage import Storage
+from bevt_ds.ranks import Ranks
+
+
+def shards_of(patterns: str, data: LabelledDataConfig) -> list[Shard]:
+    """The videos of local or remote shards.
+
+    Raises:
+        UserError: shards missing or unusable.
+    """
+    with closing(Storage(data)) as storage:
+        return read_shards(patterns, data, storage)
+
+
+def each_video(
+    data: LabelledDataConfig,
+    views: ViewsConfig,
+    shards: Sequence[Shard],
+    classes: Classes,
+    folder: Path | None,
+    ranks: Ranks,
+    title: str = "videos",
+) -> Iterator[LabelledBatch]:
+    """This rank's batches of all videos of `shards`, as many on each rank, with a progress bar on rank 0.
+
+    `folder` is where bad samples are listed; None: nowhere.
+    """
+    batches = test_batches(data, views, ranks.rank, ranks.world, ranks.device, shards, classes, folder)
+    steps = math.ceil(sum(map(len, shards)) / (views.micro_videos * ranks.world))
+    return iter(tqdm(batches, title, steps, unit="batch", leave=None, disable=not ranks.is_main))
