@@ -48,7 +48,7 @@ golden: env  ## write the golden loss curve anew, where the losses are meant to 
 	PATH=$(BIN):$$PATH $(BIN)/python -m tests.training.golden_curve
 
 fuzz: env  ## the loader on tens of thousands of broken files (hours)
-	$(BIN)/python -m tests.loader.fuzz
+	$(BIN)/python -m tests.loader.fuzz --out benchmarks/results/loader_fuzz.jsonl
 
 kernels-check: env  ## compile every kernel for sm_80 and sm_90 and compare registers and spills with the table
 	$(BIN)/python -m bevt_ds.kernels.check

@@ -13,7 +13,8 @@ CASES = {
     "videos": (1000, "decoded", "refused"),
     "headers": (1500, "decoded", "refused"),
     "dali": (2000, "decoded 3 frames", "refused"),
-    "soak": (1500, "decoded", "refused"),
+    "soak": (1000, "decoded", "refused"),
+    "picture-soak": (1000, "decoded", "refused"),
     "loader": (800, "batches"),
 }
 

@@ -18,7 +18,7 @@ from bevt_ds.data.decode_pool import DecodePool
 from bevt_ds.data.images import check_image
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pipeline import PixelPipeline
-from tests.loader.fuzz import mutate, quiet
+from tests.loader.damage import mutate, quiet
 from tests.loader.media import encode_clip, noise
 
 FRAMES, HEIGHT, WIDTH = 12, 48, 64
