@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from bevt_ds import BEVT, VideoClassifier
 from bevt_ds.downstream.config import FinetuneConfig
 from bevt_ds.run_folder import read_config, weights_of
 from tests.downstream.finetune_jobs import run_jobs, words
+from tests.training.processes import start_python
+from tests.training.test_runs import wait_for_step
 
 CI_STAGES, OTHER_STAGES = (2, 3), (0, 1)
 UNLABELLED = Path(__file__).parents[1] / "data" / "shards" / "clips-000000.tar"
@@ -134,9 +137,24 @@ def test_a_killed_run_of_another_stage_continues_exactly(tmp_path, settings, zer
         assert_continued(tmp_path / f"zero{stage}", tmp_path / f"zero{stage}-again")
 
 
-def assert_continued(whole: Path, again: Path) -> None:
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_continues_exactly(tmp_path, settings):
+    """SIGKILL between two checkpoints, whenever it happens to strike."""
+    long = {**settings, "train.epochs": 4, "optim.ema": 0.1}
+    assert run_jobs(tmp_path, [{"words": words({**long, "output_dir": tmp_path / "whole"})}], world=2) == [0]
+    line = words({**long, "output_dir": tmp_path / "killed", "resume": "auto"})
+    ranks = start_python(["bevt_ds/finetune.py", *line], world=2)
+    wait_for_step(tmp_path / "killed" / "log.jsonl", 4, ranks)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+        rank.communicate()
+    assert run_jobs(tmp_path, [{"words": line}], world=2) == [0]
+    assert_continued(tmp_path / "whole", tmp_path / "killed", steps=8)
+
+
+def assert_continued(whole: Path, again: Path, steps: int = 4) -> None:
     """The same log and weights, to the last bit."""
-    assert len(log(whole)) == 4
+    assert len(log(whole)) == steps
     assert facts(again) == facts(whole)
     assert all(tensor.equal(weights(whole)[name]) for name, tensor in weights(again).items())
 
