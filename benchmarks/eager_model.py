@@ -22,6 +22,7 @@ from bevt_ds.batch import Batch, Stream
 from bevt_ds.kernels.reference import partition, relative_position_index, same_region, unpartition
 
 from .kernels_providers import original_core, rolled
+from .step_parts import part
 
 Size3 = tuple[int, int, int]
 
@@ -76,10 +77,11 @@ class Block(nn.Module):
         window, shift, mask_shift = self.geometry(grid, image)
         mask = shift_mask(grid, window, mask_shift, x.device) if any(mask_shift) else None
         normed = self.norm1(x)
-        if not image:
-            normed = F.pad(normed, (0,) * 8)  # by nothing, which copies all the same
-        windows = partition(rolled(normed, shift, -1), window)
-        branch = rolled(unpartition(self.attn(windows, mask), window, grid), shift, 1)
+        with part("attention"):
+            if not image:
+                normed = F.pad(normed, (0,) * 8)  # by nothing, which copies all the same
+            windows = self.attn(partition(rolled(normed, shift, -1), window), mask)
+            branch = rolled(unpartition(windows, window, grid), shift, 1)
         x = x + self.drop_path(branch)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -217,12 +219,40 @@ class EagerBEVT(nn.Module):
             tokens = self.image_embed(stream.pixels).unsqueeze(2)
             features = self.image_decoder(*self._encode(tokens, stream.mask.unsqueeze(1), True))
         logits = self.lm_head(self.encoder.norm(features))
-        chosen, target = logits[positions.flatten(1)], ids[positions]
-        (chosen.argmax(-1) == target).float().mean()  # the accuracy that the original logs
-        return F.cross_entropy(chosen, target)
+        with part("head and loss"):
+            chosen, target = logits[positions.flatten(1)], ids[positions]
+            (chosen.argmax(-1) == target).float().mean()  # the accuracy that the original logs
+            return F.cross_entropy(chosen, target)
 
     def _encode(self, tokens: Tensor, mask: Tensor, image: bool) -> tuple[Tensor, Tensor]:
         """Mask tokens into (B,C,t,H,W) by products, as the original, and through the stages."""
-        weight = F.interpolate(mask.float(), tokens.shape[-2:], mode="nearest").unsqueeze(1).type_as(tokens)
-        token = self.mask_token["token"].view(1, -1, 1, 1, 1)
-        return self.encoder(tokens * (1 - weight) + token * weight, image)
+        with part("stems"):
+            weight = F.interpolate(mask.float(), tokens.shape[-2:], mode="nearest").unsqueeze(1).type_as(tokens)
+            token = self.mask_token["token"].view(1, -1, 1, 1, 1)
+            tokens = tokens * (1 - weight) + token * weight
+        return self.encoder(tokens, image)
+
+
+class TorchvisionEncoder(Encoder):
+    """torchvision's Video Swin between our stems and decoders; its images are windows clipped to one token of time."""
+
+    def __init__(self, arch: dict[str, Any]):
+        from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+        super().__init__(arch | {"depths": (0,) * len(arch["depths"])})
+        theirs = SwinTransformer3d(
+            patch_size=list(arch["patch"]),
+            embed_dim=arch["embed_dim"],
+            depths=list(arch["depths"]),
+            num_heads=list(arch["num_heads"]),
+            window_size=list(arch["window"]),
+            mlp_ratio=arch["mlp_ratio"],
+            stochastic_depth_prob=arch["drop_path"],
+        )
+        self.layers = theirs.features  # stage, merging, stage, merging, ..., stage
+
+    def forward(self, x: Tensor, image: bool) -> tuple[Tensor, Tensor]:
+        maps = [rearrange(x, "b c t h w -> b t h w c")]
+        for layer in self.layers:
+            maps.append(layer(maps[-1]))
+        return tuple(rearrange(maps[i], "b t h w c -> b c t h w") for i in (-3, -1))

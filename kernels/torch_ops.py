@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import reference
 from .geometry import Size3
+from .onednn import linear
 
 
 # Tensors made in inference mode could not be saved for a later backward pass.
@@ -128,7 +129,7 @@ def masked_cross_entropy(
     h: Tensor, weight: Tensor, bias: Tensor, target: Tensor, segments: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """`reference.masked_cross_entropy`."""
-    logits = F.linear(h, weight, bias)
+    logits = linear(h, weight, bias)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(wide, target, ignore_index=-100, reduction="none")
     hits = (logits.argmax(-1) == target) & (target != -100)

@@ -21,7 +21,7 @@ import bevt_ds.kernels as ops
 from bevt_ds.batch import IGNORE, Batch, Stream
 from bevt_ds.errors import UserError
 
-from .layers import LMHead, MaskToken, PatchEmbed, Upsample, init_weights
+from .layers import Linear, LMHead, MaskToken, PatchEmbed, Upsample, init_weights
 from .video_swin import VideoSwin
 from .weights import PretrainedMixin
 from .windows import Size3, WindowPolicy
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.upsample = Upsample(dim, (1, 2, 2))
-        self.reduce = nn.Linear(dim // 2 + dim, dim)
+        self.reduce = Linear(dim // 2 + dim, dim)
         self.unfold = Upsample(dim, (frames, 1, 1)) if frames > 1 else nn.Identity()
 
     def forward(self, fine: Tensor, coarse: Tensor, cells: Tensor | None = None) -> Tensor:

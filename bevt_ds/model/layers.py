@@ -13,7 +13,6 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 import bevt_ds.kernels as ops
@@ -36,7 +35,27 @@ def add_residual(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     return x + branch
 
 
-class PatchProjection(nn.Linear):
+class Linear(nn.Linear):
+    """nn.Linear by the faster of a CPU's libraries."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...,I) -> (...,O)."""
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (by the error function), Linear."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = Linear(dim, hidden), nn.GELU(), Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...,C) -> (...,C)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class PatchProjection(Linear):
     """The stem's convolution as a Linear over flattened patches: a class of its own because its initialisation is."""
 
 
@@ -71,7 +90,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,T,H,W,C) -> (B,T,ceil(H/2),ceil(W/2),2C). Odd sizes get a row or column of zeros."""
@@ -93,7 +112,7 @@ class Upsample(nn.Module):
         """(B,T,H,W,C) -> (B,T*t,H*h,W*w,C)."""
         t, h, w = self.weight.shape[2:]
         taps = rearrange(self.weight, "i o t h w -> (t h w o) i")
-        x = F.linear(x, taps, self.bias.repeat(t * h * w))
+        x = ops.linear(x, taps, self.bias.repeat(t * h * w))
         return rearrange(x, "b T H W (t h w c) -> b (T t) (H h) (W w) c", t=t, h=h, w=w)
 
 
@@ -110,7 +129,7 @@ class MaskToken(nn.Module):
         return ops.insert_mask_tokens(x.contiguous(), self.token, mask.bool(), provider=self.kernels)
 
 
-class LMHead(nn.Linear):
+class LMHead(Linear):
     """The classifier over token ids. With targets it gives losses, and logits need never exist as a whole."""
 
     def __init__(self, dim: int, vocab_size: int, kernels: str):
@@ -137,8 +156,8 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads, self.window, self.kernels = num_heads, window, kernels
         self.relative_position_bias_table = nn.Parameter(torch.empty(bias_rows(window), num_heads))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, geometry: WindowGeometry) -> Tensor:
         """(B,T,H,W,C) -> (B,T,H,W,C). Padding tokens are zeros before qkv and take part as keys, as in the original."""

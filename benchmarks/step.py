@@ -1,0 +1,265 @@
+"""Times a whole training step, the original's and ours, and says where the time goes.
+
+    python -m benchmarks.step                        # Swin-B, 8 clips and 64 images on a GPU; small on a CPU
+    python -m benchmarks.step --model swin_t --providers eager ours
+    python -m benchmarks.step --cases shards --videos 'k400/*.tar' --image-shards 'in1k/*.tar'
+
+A step is tokenizer, forward, backward, clipping and update. Three cases: a batch of noise that stays on the device; the
+same without the tokenizer; and batches of real shards through the loader, for which drawn ones stand in where none are
+given. Providers take turns step by step, so that whatever else the machine does meets all of them; only with shards
+each has a loader and a stretch of its own.
+
+Rows go to step-DEVICE.jsonl, a table and a picture are drawn from the newest of them. Ratios within one run are what to
+compare: on a CPU those of CPU seconds, which a busy machine disturbs least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bevt_ds.batch import Batch
+from bevt_ds.config import Config
+from bevt_ds.data.draw import ensure_demo_shards
+from bevt_ds.data.loader import Loader
+from bevt_ds.engine import start_ranks
+from bevt_ds.flops import clip_macs, image_macs, peak_flops, training_flops
+
+from . import step_report
+from .common import append_row, ceilings, provenance, quantiles
+from .step_batch import resident_batch
+from .step_parts import profile_step
+from .step_providers import CPU_PROVIDERS, PROVIDERS, RIVALS, Setting, Step, configuration
+
+RESULTS = Path(__file__).parent / "results"
+FAILURES = (RuntimeError, NotImplementedError, ValueError, ImportError)  # what a competitor may fail with
+CASES = ("resident", "no tokenizer", "shards")
+FEW = ("eager", "ours")  # providers of the cases beyond the first
+WARM_UP, SHARD_STEPS = 2, {"cuda": 20, "cpu": 4}
+BATCH = {"tiny": (4, 16)}  # clips and images a step on a CPU, by model; else one clip and four images
+GPU_BATCH = (8, 64)
+
+
+@dataclass
+class Entry:
+    """A provider under way."""
+
+    name: str
+    step: Step
+    state_mb: float | None  # weights, optimizer's state and what else stays between steps
+    wall_ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    peak_mb: float | None = None
+
+
+def step_flops(setting: Setting, batch: Batch) -> int:
+    """Training FLOPs of one step: masked head, no recomputation, no tokenizer."""
+    sizes, data = setting.sizes(), setting.config.data
+    macs = 0
+    for stream, count in ((batch.video, clip_macs), (batch.image, image_macs)):
+        if stream is not None:
+            lengths = (data.frames, data.size) if count is clip_macs else (data.size,)
+            macs += count(sizes, *lengths, 0) * len(stream.pixels) + stream.count * sizes.width * sizes.vocab_size
+    return training_flops(macs)
+
+
+def synchronise(device: str) -> None:
+    """Wait for the GPU, if there is one."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(entry: Entry, batches: Iterator[Batch], device: str) -> None:
+    """One step, noted in the entry."""
+    synchronise(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    began, cpu = time.perf_counter(), time.process_time()
+    entry.step(batches)
+    synchronise(device)
+    entry.wall_ms.append(1e3 * (time.perf_counter() - began))
+    entry.cpu_ms.append(1e3 * (time.process_time() - cpu))
+    if device == "cuda":
+        entry.peak_mb = round(entry.state_mb + (torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+
+class Benchmark:
+    """One device, one file of rows."""
+
+    def __init__(self, path: Path, config: Config, seconds: float):
+        self.ranks = start_ranks()
+        self.device, self.path, self.config, self.seconds = self.ranks.device.type, path, config, seconds
+        self.source, self.limits = provenance(self.device), ceilings(self.device)
+
+    def build(self, name: str, setting: Setting, batches: Iterator[Batch]) -> Entry:
+        """A provider after its first steps, which compile, tune and make the optimizer's state."""
+        before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
+        step = PROVIDERS[name](setting)
+        for _ in range(WARM_UP):
+            step(batches)
+        synchronise(self.device)
+        state = round((torch.cuda.memory_allocated() - before) / 1e6, 1) if self.device == "cuda" else None
+        return Entry(name, step, state)
+
+    def run(self, case: str, providers: Sequence[str], tokenizer: str) -> None:
+        """All rows of a case."""
+        few = [name for name in providers if name in FEW]
+        if case == "shards":
+            self.shards(few, tokenizer)
+        elif case == "resident":
+            self.resident(case, providers, tokenizer)
+        else:
+            self.resident(case, few, "none")
+        gc.collect()
+
+    def resident(self, case: str, providers: Sequence[str], tokenizer: str) -> None:
+        """All providers in turns on a batch that stays on the device."""
+        setting = Setting(self.config, tokenizer, self.ranks)
+        data, train = self.config.data, self.config.train
+        batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, 0, data.mask)
+        batch = batch.to(self.ranks.device)
+        entries, batches = self.entries(case, providers, setting, batch), repeat(batch)
+        began = time.perf_counter()
+        with tqdm(desc=case, unit="round") as bar:
+            while len(entries[0].wall_ms) < 3 or time.perf_counter() - began < self.seconds:
+                for entry in entries:
+                    timed(entry, batches, self.device)
+                bar.update()
+        for entry in entries:
+            self.write(case, entry, setting, batch, batches)
+
+    def entries(self, case: str, providers: Sequence[str], setting: Setting, batch: Batch) -> list[Entry]:
+        """Those that can run; a competitor that fails leaves a row with its reason, a failure of ours is an error."""
+        built = []
+        for name in tqdm(providers, desc=f"{case}: warming up"):
+            try:
+                built.append(self.build(name, setting, repeat(batch)))
+            except FAILURES as error:
+                if name not in RIVALS:
+                    raise
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+                self.row(case, name, setting, {"error": reason})
+        return built
+
+    def shards(self, providers: Sequence[str], tokenizer: str) -> None:
+        """Each provider on a loader of its own, its wait for data included."""
+        setting = Setting(self.config, tokenizer, self.ranks)
+        for name in providers:
+            with Loader(self.config, device=self.ranks.device) as loader:
+                batches = iter(loader)
+                entry = self.build(name, setting, batches)
+                loader.wait_seconds()
+                for _ in tqdm(range(SHARD_STEPS[self.device]), desc=f"shards: {name}"):
+                    timed(entry, batches, self.device)
+                waited = loader.wait_seconds() / (sum(entry.wall_ms) / 1e3)
+                self.write("shards", entry, setting, next(batches), batches, {"data_wait_share": round(waited, 4)})
+            del entry
+            gc.collect()
+
+    def write(
+        self,
+        case: str,
+        entry: Entry,
+        setting: Setting,
+        batch: Batch,
+        batches: Iterator[Batch],
+        more: dict[str, Any] | None = None,
+    ) -> None:
+        """Times, rates, use of the peak and parts of one provider."""
+        wall, train = quantiles(entry.wall_ms), self.config.train
+        flops, peak = step_flops(setting, batch), self.limits["matmul_flop_s"]
+        datasheet = peak_flops(self.source["device"])
+        result = {
+            "p50_ms": wall.p50,
+            "p20_ms": wall.p20,
+            "p80_ms": wall.p80,
+            "cpu_ms": round(median(entry.cpu_ms), 2),
+            "steps": len(entry.wall_ms),
+            "clips_per_s": round(1e3 * train.micro_clips / wall.p50, 3),
+            "images_per_s": round(1e3 * train.micro_images / wall.p50, 3),
+            "mfu": round(1e3 * flops / wall.p50 / peak, 4),
+            "mfu_datasheet": round(1e3 * flops / wall.p50 / datasheet, 4) if datasheet else None,
+            "peak_mb": entry.peak_mb,
+        }
+        result |= profile_step(lambda: entry.step(batches), entry.step.marks, self.device, wall.p50)
+        self.row(case, entry.name, setting, result | (more or {}))
+
+    def row(self, case: str, provider: str, setting: Setting, result: dict[str, Any]) -> None:
+        """One row, on screen and on disk."""
+        train, data = self.config.train, self.config.data
+        facts = {
+            "op": "step",
+            "case": case,
+            "provider": provider,
+            "model": self.config.model.name,
+            "batch": f"{train.micro_clips} clips {train.micro_images} images",
+            "pixels": f"{data.frames}x{data.size}x{data.size}",
+            "vocabulary": f"{self.config.tokenizer.vocab_size} ids",
+            "tokenizer": setting.tokenizer,
+            "dtype": str(setting.dtype),
+        }
+        append_row(self.path, facts | result | {"ceilings": self.limits, "provenance": self.source})
+        tqdm.write(f"{case}, {provider}: {result.get('p50_ms', result.get('error'))}")
+
+
+def with_shards(config: Config, videos: str, images: str) -> Config:
+    """The configuration with shards: those given, else drawn ones beside the temporary files."""
+    if not (videos and images):
+        folder = Path(tempfile.gettempdir()) / "bevt-step-benchmark"
+        ensure_demo_shards(folder)
+        videos, images = f"{folder}/train-video-*.tar", f"{folder}/train-image-*.tar"
+    return replace(config, data=replace(config.data, videos=videos, images=images))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    models = ("tiny", "swin_t", "swin_s", "swin_b", "swin_l")
+    parser.add_argument("--model", choices=models, default="swin_b" if gpu else "tiny")
+    parser.add_argument("--clips", type=int, help="clips a step")
+    parser.add_argument("--images", type=int, help="images a step")
+    tokenizers = ("dalle", "random_projection", "none")
+    parser.add_argument("--tokenizer", choices=tokenizers, default="dalle" if gpu else "random_projection")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS) if gpu else CPU_PROVIDERS)
+    parser.add_argument("--videos", default="", help="shards of videos; default: drawn ones")
+    parser.add_argument("--image-shards", default="", help="shards of images; default: drawn ones")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--seconds", type=float, default=60.0 if gpu else 20.0, help="of timed rounds a case")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The command."""
+    arguments = parse()
+    gpu = torch.cuda.is_available()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if not gpu:
+        print("No GPU: a small step on the CPU. These numbers say nothing about the Triton kernels.")
+    default = GPU_BATCH if gpu else BATCH.get(arguments.model, (1, 4))
+    clips = default[0] if arguments.clips is None else arguments.clips
+    images = default[1] if arguments.images is None else arguments.images
+    config = with_shards(configuration(arguments.model, clips, images), arguments.videos, arguments.image_shards)
+    slug = re.sub(r"[^a-z0-9]+", "-", provenance("cuda" if gpu else "cpu")["device"].lower()).strip("-")
+    benchmark = Benchmark(arguments.out / f"step-{slug}.jsonl", config, arguments.seconds)
+    for case in arguments.cases:
+        benchmark.run(case, arguments.providers, arguments.tokenizer)
+    step_report.write(benchmark.path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Ways to make one training step of the joint model, all on the same batch, with the same optimizer's numbers.
+
+A provider is built once and then stepped: tokenizer, forward, backward, clipping, update. Rivals are written out here;
+ours is the training program's own `train_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bevt_ds.batch import Batch
+from bevt_ds.config import Config, TokenizerConfig
+from bevt_ds.ds_config import read_json
+from bevt_ds.engine import DTYPES
+from bevt_ds.entry import shipped_json
+from bevt_ds.flops import Sizes
+from bevt_ds.model.presets import create_model
+from bevt_ds.model.tokenizers import DalleTokenizer, RandomProjectionTokenizer, Tokenizer
+from bevt_ds.optim import parameter_groups
+from bevt_ds.ranks import Ranks
+from bevt_ds.recipes import demo, joint_swin_b
+from bevt_ds.training import Run, make_engine, train_step
+from bevt_ds.validate import validate
+
+from .eager_model import EagerBEVT, TorchvisionEncoder
+from .eager_tokenizer import every_id
+from .step_levers import LADDER, Levers
+from .step_parts import part
+
+Batches = Iterator[Batch]
+
+
+class Step(Protocol):
+    """What the benchmark times."""
+
+    marks: nn.Module | None  # whose modules say which part an op belongs to; None: they are compiled
+
+    def __call__(self, batches: Batches) -> None:
+        """One step on the next batch."""
+        ...
+
+
+def configuration(model: str, clips: int, images: int) -> Config:
+    """The demo's run for `tiny`, else joint_swin_b's with another backbone; a step is one micro-batch on one rank."""
+    recipe = demo() if model == "tiny" else joint_swin_b()
+    train = replace(
+        recipe.train, micro_clips=clips, micro_images=images, global_clips=clips, global_images=images, steps=10**6
+    )
+    options = replace(recipe.model, name=model, image_windows="official", drop_path=joint_swin_b().model.drop_path)
+    tokenizer = TokenizerConfig(name="random_projection", vocab_size=recipe.tokenizer.vocab_size)
+    return validate(replace(recipe, model=options, tokenizer=tokenizer, train=train))
+
+
+class NoTokenizer:
+    """Ids that cost nothing: what a step takes without its tokenizer."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Pictures (N,3,v,v) -> ids 0, int64 (N,v/8,v/8)."""
+        return frames.new_zeros((len(frames), *(side // 8 for side in frames.shape[-2:])), dtype=torch.int64)
+
+
+def make_tokenizer(kind: str, vocab_size: int, device: torch.device) -> Tokenizer:
+    """dalle, random_projection or none. DALL-E's weights are random: a step takes as long whatever they are."""
+    if kind == "none":
+        return NoTokenizer(vocab_size)
+    if kind == "random_projection":
+        return RandomProjectionTokenizer(vocab_size).to(device)
+    tokenizer = DalleTokenizer(vocab_size=vocab_size)
+    draw = torch.Generator().manual_seed(0)
+    for weight in tokenizer.parameters():
+        if weight.ndim == 4:  # as DALL-E draws them, so that no activation over- or underflows
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=draw)
+    return tokenizer.to(device)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One configuration of the benchmark."""
+
+    config: Config
+    tokenizer: str
+    ranks: Ranks
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What products are computed in."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def make_tokenizer(self) -> Tokenizer:
+        """The tokenizer, on the device."""
+        return make_tokenizer(self.tokenizer, self.config.tokenizer.vocab_size, self.device)
+
+    def arch(self) -> dict[str, Any]:
+        """Constructor arguments of the model."""
+        model = self.config.model
+        with torch.device("meta"):
+            built = create_model(
+                model.name,
+                window=model.window,
+                drop_path=model.drop_path,
+                vocab_size=self.config.tokenizer.vocab_size,
+            )
+        return built.arch
+
+    def sizes(self) -> Sizes:
+        """What FLOPs are counted from."""
+        return Sizes.of(self.arch())
+
+
+class Eager:
+    """The original's step: autocast over fp32 weights, all frames tokenized, all positions classified, plain AdamW."""
+
+    def __init__(self, setting: Setting, compiled: bool = False, torchvision: bool = False):
+        torch.manual_seed(0)
+        arch = setting.arch()
+        self.model = EagerBEVT(arch)
+        if torchvision:
+            self.model.encoder = TorchvisionEncoder(arch)
+        ours = create_model(setting.config.model.name, window=arch["window"], vocab_size=arch["vocab_size"])
+        if not torchvision:
+            self.model.load_weights(ours.state_dict())
+        self.model.to(setting.device)
+        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.marks = None if compiled else self.model
+        self.tokenizer, self.setting = setting.make_tokenizer(), setting
+        optim = setting.config.optim
+        groups = parameter_groups(self.model, optim.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+    def __call__(self, batches: Batches) -> None:
+        setting = self.setting
+        with part("data wait"):
+            batch = next(batches)
+        with part("tokenizer"):
+            batch = batch.to(setting.device, non_blocking=True)
+            ids = every_id(self.tokenizer, batch)
+        autocast = torch.autocast(setting.device.type, setting.dtype, enabled=setting.dtype != torch.float32)
+        with autocast, nullcontext() if self.marks else part("compiled"):
+            loss = self.forward(batch, ids)
+        loss.backward()
+        with part("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), setting.config.optim.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+class Ours:
+    """`bevt_ds.training.train_step` under DeepSpeed's ZeRO-2, some of its levers taken back."""
+
+    def __init__(self, setting: Setting, levers: Levers):
+        precision = {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]
+        model = replace(setting.config.model, kernels="auto" if levers.kernels else "torch")
+        config = replace(setting.config, model=model, train=replace(setting.config.train, precision=precision))
+        values, tokenizer = read_json(shipped_json("zero2.json")), setting.make_tokenizer()
+        engine = make_engine(config, values, setting.ranks, tokenizer.vocab_size)
+        levers.take_back(engine)
+        engine.step = in_part("optimizer", engine.step)
+        self.levers, self.marks = levers, engine.module
+        self.run = Run(config, Path(), setting.ranks, None, levers.tokenizer(tokenizer), engine, first_step=0)
+
+    def __call__(self, batches: Batches) -> None:
+        with self.levers.applied():
+            train_step(self.run, self.levers.batches(waited(batches)), 0)
+
+
+def waited(batches: Batches) -> Batches:
+    """The same batches; getting one is "data wait"."""
+    while True:
+        with part("data wait"):
+            batch = next(batches)
+        yield batch
+
+
+def in_part(name: str, function: Callable) -> Callable:
+    """The function, everything in it belonging to a part."""
+
+    def ranged(*arguments: Any) -> Any:
+        with part(name):
+            return function(*arguments)
+
+    return ranged
+
+
+RIVALS: dict[str, Callable[[Setting], Step]] = {
+    "eager": Eager,
+    "torch.compile": partial(Eager, compiled=True),
+    "torchvision": partial(Eager, torchvision=True),
+}
+PROVIDERS: dict[str, Callable[[Setting], Step]] = {
+    **RIVALS,
+    **{name: partial(Ours, levers=levers) for name, levers in LADDER.items()},
+}
+CPU_PROVIDERS = ("eager", "ours")

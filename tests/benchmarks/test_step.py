@@ -1,0 +1,170 @@
+"""The step benchmark: its parts are what they say, its levers change nothing but the time, its page is complete."""
+
+import time
+from dataclasses import fields, replace
+from itertools import repeat
+
+import pytest
+import torch
+
+from benchmarks import step, step_report
+from benchmarks.common import append_row, read_rows
+from benchmarks.step_batch import all_frames, resident_batch
+from benchmarks.step_levers import LADDER, Levers, every_position
+from benchmarks.step_parts import PARTS, part, profile_step
+from benchmarks.step_providers import CPU_PROVIDERS, Ours, Setting, configuration
+from bevt_ds import BEVT
+from bevt_ds.engine import start_ranks
+from bevt_ds.model.tokenizers import RandomProjectionTokenizer, tokenize
+from bevt_ds.training import train_step
+
+SIZES = {"embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window": (2, 2, 2), "vocab_size": 16}
+
+
+class Slow(torch.autograd.Function):
+    """The identity, 60 ms late forward and 120 ms late backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(0.06)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.12)
+        return grad.clone()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The tiny preset's configuration at 64 pixels, and a batch."""
+    config = configuration("tiny", clips=1, images=2)
+    data = replace(config.data, size=64, token_size=32, short_side=(64, 80), frames=4)
+    config = replace(config, data=data, model=replace(config.model, window=(2, 2, 2)))
+    return config, resident_batch(1, 2, 4, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("encoder.layers.1.blocks.0.attn", "attention"),
+        ("encoder.layers.1.blocks.0.mlp.fc1", "linears"),
+        ("encoder.layers.2.blocks.0.norm1", "norm, activation, residual"),
+        ("image_embed", "stems"),
+        ("video_decoder.reduce", "head and loss"),
+    ],
+)
+def test_time_lands_in_its_part(name, expected):
+    """Both directions: 180 ms put into one module show there, and the parts add up to the step."""
+    torch.manual_seed(0)
+    model = BEVT(**SIZES)
+    batch = tokenize(RandomProjectionTokenizer(16), resident_batch(1, 1, 2, 64))
+    module = model.get_submodule(name)
+
+    def run():
+        model(batch).loss.backward()
+
+    run()
+    before = profile_step(run, model, "cpu", step_ms=1000.0)["parts"]
+    assert sum(before.values()) == pytest.approx(1000.0)
+    assert set(before) == set(PARTS)
+    quick = module.forward
+    module.forward = lambda *arguments: Slow.apply(quick(*arguments))
+    began = time.perf_counter()
+    run()
+    step_ms = 1e3 * (time.perf_counter() - began)
+    parts = profile_step(run, model, "cpu", step_ms)["parts"]
+    calls = 1 if name in ("image_embed", "video_decoder.reduce") else 2  # of each stream
+    assert parts[expected] > 0.5 * calls * 180  # the timed step and the profiled one may meet other neighbours
+    assert max(parts, key=parts.get) == expected
+
+
+def test_ranges_without_modules():
+    """What is wrapped by hand is found, and a compiled model is left alone."""
+
+    def run():
+        with part("optimizer"):
+            torch.ones(10).add_(1)
+            time.sleep(0.05)
+
+    parts = profile_step(run, None, "cpu", step_ms=100.0)["parts"]
+    assert parts["optimizer"] > 80
+
+
+def test_every_position_is_the_same_loss():
+    """The lever of the masked rows: loss, metrics and every gradient."""
+    torch.manual_seed(0)
+    model = BEVT(**SIZES).double()
+    batch = tokenize(RandomProjectionTokenizer(16), resident_batch(2, 2, 2, 64)).cast(torch.float64)
+    results = []
+    for forward in (model.forward, lambda batch: every_position(model, batch)):
+        model.zero_grad()
+        output = forward(batch)
+        output.loss.backward()
+        results.append((output, [p.grad.clone() for p in model.parameters()]))
+    (ours, grads), (full, full_grads) = results
+    torch.testing.assert_close(ours.loss, full.loss, rtol=1e-6, atol=0, check_dtype=False)
+    assert ours.metrics.keys() == full.metrics.keys()
+    assert all(int(ours.metrics[k]) == int(full.metrics[k]) for k in ours.metrics if not k.startswith("loss"))
+    for ours_grad, full_grad in zip(grads, full_grads, strict=True):
+        torch.testing.assert_close(ours_grad, full_grad, rtol=1e-5, atol=1e-8)
+
+
+def test_skipped_frames_change_no_target():
+    """The lever of the masked frames: fewer pictures, the same ids."""
+    tokenizer, batch = RandomProjectionTokenizer(64), resident_batch(3, 2, 8, 64, seed=3)
+    full = all_frames(batch)
+    assert len(batch.video.frames) < len(full.video.frames) == 24
+    some, every = tokenize(tokenizer, batch), tokenize(tokenizer, full)
+    assert some.video.targets.equal(every.video.targets)
+    assert some.image.targets.equal(every.image.targets)
+
+
+def test_levers_change_nothing_but_time(small):
+    """Two updates with all levers off and on: the second loss has been through backward pass and optimizer."""
+    config, batch = small
+    setting = Setting(config, "random_projection", start_ranks())
+    losses = []
+    for levers in (Levers(), LADDER["ours, no lever"]):
+        ours = Ours(setting, levers)
+        with levers.applied():
+            sums = [train_step(ours.run, levers.batches(repeat(batch)), i).sums for i in (0, 1)]
+        losses.append([float(s[name]) for s in sums for name in ("loss_video", "loss_image", "hits_video")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_ladder_puts_on_one_lever_at_a_time():
+    """From none to all; the last row is what the training program does."""
+    rows = [{f.name for f in fields(Levers) if getattr(levers, f.name)} for levers in LADDER.values()]
+    assert [len(row) for row in rows] == list(range(len(fields(Levers)) + 1))
+    assert all(a < b for a, b in zip(rows, rows[1:], strict=False))
+    assert LADDER["ours"] == Levers()
+
+
+def test_rows_page_and_picture(small, tmp_path):
+    """A whole case: every number that the page names, and a competitor that fails."""
+    benchmark = step.Benchmark(tmp_path / "step-cpu.jsonl", small[0], seconds=0.0)
+    benchmark.run("no tokenizer", CPU_PROVIDERS, "random_projection")
+    rows = list(read_rows(benchmark.path))
+    assert [row["provider"] for row in rows] == list(CPU_PROVIDERS)
+    for row in rows:
+        assert row["steps"] >= 3
+        assert sum(row["parts"].values()) == pytest.approx(row["p50_ms"], abs=0.02)
+        assert row["clips_per_s"] == pytest.approx(1e3 / row["p50_ms"], rel=1e-3)
+        assert {"commit", "device", "torch"} <= set(row["provenance"])
+    failed = {k: v for k, v in rows[0].items() if k in (*step_report.SETTING, "provenance", "ceilings")}
+    append_row(benchmark.path, failed | {"provider": "torchvision", "error": "RuntimeError: no"})
+    step_report.write(benchmark.path)
+    page = benchmark.path.with_suffix(".md").read_text()
+    assert "failed: RuntimeError: no" in page
+    assert "These are CPU numbers" in page
+    assert benchmark.path.with_suffix(".png").stat().st_size > 5000
+
+
+def test_flops_are_those_of_the_masked_head(small):
+    """Doubling the vocabulary adds the head's products on masked cells only."""
+    config, batch = small
+    setting = Setting(config, "none", start_ranks())
+    double = replace(config, tokenizer=replace(config.tokenizer, vocab_size=2 * config.tokenizer.vocab_size))
+    extra = step.step_flops(replace(setting, config=double), batch) - step.step_flops(setting, batch)
+    assert extra == 6 * (batch.video.count + batch.image.count) * setting.sizes().width * config.tokenizer.vocab_size
