@@ -87,7 +87,7 @@ def grouped(rows: Iterable[dict]) -> dict[Key, list[dict]]:
 
 def costs(rows: list[dict], metric: str) -> tuple[list[float], float]:
     """Of a group: the cost of each repeat, and that of the fast end. A rate's cost is its inverse."""
-    values = [float(row[metric]) for row in rows if row.get(metric)]
+    values = [float(row[metric]) for row in rows if isinstance(row[metric], (int, float)) and row[metric]]
     repeats = values if more_is_worse(metric) else [1 / value for value in values]
     quick = [float(row["p20_ms"]) for row in rows if metric == "p50_ms" and row.get("p20_ms")]
     return repeats, min(quick or repeats, default=0.0)

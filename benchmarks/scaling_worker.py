@@ -105,7 +105,8 @@ def measure(job: Job) -> dict[str, object]:
         "peak_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1) if gpu else None,
         "optimizer_mb": round(run.engine.optimizer_bytes() / 1e6, 3),
         "calls": dict(traffic.calls),
-        "sent_mb": {kind: round(size / 1e6, 3) for kind, size in sent.items()},
+        "sent_by_kind": {kind: round(size / 1e6, 3) for kind, size in sent.items()},
+        "sent_mb": round(sum(sent.values()) / 1e6, 3),
         "expected_mb": round(expected / 1e6, 3),
         "provenance": provenance(run.ranks.device.type),
     }

@@ -71,27 +71,37 @@ def test_default_ranks():
     assert [scaling.default_ranks(n) for n in (0, 1, 3, 8, 16)] == [[1, 2], [1], [1, 2], [1, 2, 4, 8], [1, 2, 4, 8]]
 
 
-def made_row(ranks: int, micro_steps: int, ms: float, run: str = "now") -> dict:
+def made_row(ranks: int, micro_steps: int, ms: float, cpu: float = 1.0, run: str = "now") -> dict:
     names = {"run": run, "ranks": ranks, "zero": 2, "micro_steps": micro_steps, "model": "tiny", "precision": "fp32"}
-    times = {"p50_ms": ms, "p20_ms": ms, "p80_ms": ms, "cpu_s": 1.0, "clips_per_s": 1.0, "images_per_s": 2.0}
+    times = {"p50_ms": ms, "p20_ms": ms, "p80_ms": ms, "cpu_s": cpu, "clips_per_s": 1.0, "images_per_s": 2.0}
     sizes = {"micro_clips": 1, "micro_images": 2, "peak_mb": None, "optimizer_mb": 3.0}
-    traffic = {"sent_mb": {"all_reduce": 3.0 * (ranks > 1)}, "calls": {"all_reduce": 5}}
+    sent = 3.0 * (ranks > 1)
+    traffic = {"sent_by_kind": {"all_reduce": sent}, "sent_mb": sent, "calls": {"all_reduce": 5}}
     traffic["expected_mb"] = 2.0 * (ranks > 1)
     return {**names, **times, **sizes, **traffic, "load": 0.0, "provenance": {"device": "CPU"}}
 
 
-ROWS = [made_row(1, 1, 50, "before"), made_row(1, 1, 100), made_row(1, 2, 200), made_row(2, 1, 125)]
+ROWS = [
+    made_row(1, 1, 50, run="before"),
+    made_row(1, 1, 100),
+    made_row(1, 2, 200, cpu=2.0),
+    made_row(2, 1, 125, cpu=2.5),
+]
 
 
 def test_efficiency():
-    """Weak: the same work a rank takes 125 ms instead of 100. Strong: half of 200 ms would be 100 ms, not 125."""
+    """Weak: the same work a rank takes 125 ms instead of 100. Strong: half of 200 ms would be 100 ms, not 125.
+
+    By CPU time two ranks do twice the work of one in 2.5 s instead of 2 s.
+    """
     modes = scaling_report.split(scaling_report.chosen(ROWS))
     assert {mode: [(r["ranks"], r["micro_steps"]) for r in rows] for mode, rows in modes.items()} == {
         "weak": [(1, 1), (2, 1)],
         "strong": [(1, 2), (2, 1)],
     }
     for rows in modes.values():
-        assert [scaling_report.efficiency(row, rows) for row in rows] == [1.0, pytest.approx(0.8)]
+        for by in (scaling_report.rate, scaling_report.cpu_rate):
+            assert [scaling_report.efficiency(row, rows, by) for row in rows] == [1.0, pytest.approx(0.8)]
     assert scaling_report.efficiency(ROWS[3], ROWS[3:]) is None
 
 
@@ -103,7 +113,7 @@ def test_the_median_launch_stands_for_its_rounds():
 def test_page_and_plot(tmp_path):
     scaling_report.write(ROWS, tmp_path / "scaling.jsonl")
     page = (tmp_path / "scaling.md").read_text()
-    assert "| 2 | 2 | 1 | 125 (125-125) | 1.00 | 2.0 | 80% | 1.00 | 3.0 | - |" in page
+    assert "| 2 | 2 | 1 | 125 (125-125) | 1.00 | 2.0 | 80% | 80% | 2.50 | 3.0 | - |" in page
     assert "| 2 | 2 | 1 | 3.00 (5) | - | - | 0.00 | 3.00 | 2.00 | 1.50 |" in page
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
@@ -114,9 +124,9 @@ def test_two_ranks_send_what_zero_says():
     row = scaling.launch(Job(ranks=2, zero=2, micro_steps=1, **SIZES), gpu=False)
     half = row["parameters"] * 4 / 1e6 / 2
     assert row["optimizer_mb"] == pytest.approx(2 * half, rel=0.01)  # two moments of half the parameters
-    assert row["sent_mb"]["all_gather"] == pytest.approx(half, rel=0.01)  # padding and flags are the rest
+    assert row["sent_by_kind"]["all_gather"] == pytest.approx(half, rel=0.01)  # padding and flags are the rest
     assert row["expected_mb"] == pytest.approx(2 * half, rel=0.01)
-    assert row["expected_mb"] <= sum(row["sent_mb"].values()) <= 1.51 * row["expected_mb"]
+    assert row["expected_mb"] <= row["sent_mb"] <= 1.51 * row["expected_mb"]
     assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["cpu_s"] > 0
 
 
