@@ -10,14 +10,20 @@ import pytest
 import torch
 
 import bevt_ds
-from bevt_ds import finetune, help_text, pretrain
+from bevt_ds import evaluate, finetune, help_text, pretrain, probe
+from bevt_ds.downstream.config import EvaluateConfig, ProbeRunConfig
+from bevt_ds.downstream.recipes import get_recipe
+from bevt_ds.entry import parse_arguments
 from bevt_ds.model.presets import create_classifier
+from bevt_ds.overrides import apply_overrides, parse_overrides
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/pretraining.md", "docs/finetuning.md")
+PAGES = ("README.md", "docs/pretraining.md", "docs/finetuning.md", "docs/evaluation.md")
 TEXTS = {Path(page).name: (ROOT / page).read_text() for page in PAGES}
 TEXTS |= {"pretrain.py --help": help_text.USAGE, "finetune.py --help": finetune.USAGE}
+TEXTS |= {"evaluate.py --help": evaluate.USAGE, "probe.py --help": probe.USAGE}
 ENTRIES = {"pretrain": pretrain.main, "finetune": finetune.main}
+TESTS = {"evaluate": EvaluateConfig, "probe": ProbeRunConfig}
 
 
 def commands(entry: str) -> list[str]:
@@ -32,6 +38,8 @@ def commands(entry: str) -> list[str]:
 def test_there_are_commands_to_check():
     assert len(commands("pretrain")) >= 3
     assert len(commands("finetune")) >= 3
+    assert len(commands("evaluate")) >= 3
+    assert len(commands("probe")) >= 3
 
 
 @pytest.mark.parametrize(("entry", "command"), [(entry, c) for entry in ENTRIES for c in commands(entry)])
@@ -39,6 +47,15 @@ def test_command_resolves(entry, command, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert ENTRIES[entry]([*shlex.split(command), "dry_run=true"]) == 0
     assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("entry", "command"), [(entry, c) for entry in TESTS for c in commands(entry)])
+def test_words_of_a_test_are_known(entry, command):
+    """These need weights to resolve; the words and their types can be checked without."""
+    arguments = parse_arguments(shlex.split(command), default_recipe="finetune_k400", default_json="none")
+    assert get_recipe(arguments.recipe)
+    config = apply_overrides(TESTS[entry](), parse_overrides(arguments.overrides, TESTS[entry]))
+    assert config.weights
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):

@@ -78,9 +78,9 @@ def classes_of(model: VideoClassifier, data: LabelledDataConfig, shards: Sequenc
         UserError: data.classes has other classes than the weights, or a label is none of them.
     """
     number, saved = model.arch["num_classes"], tuple(model.arch["classes"])
-    names = saved or tuple(map(str, range(number)))
+    names, found = saved or tuple(map(str, range(number))), read_classes([], shards, data.classes)
     if data.classes:
-        names = read_classes([], shards, data.classes).names
+        names = found.names
         if len(names) != number:
             raise UserError(f"data.classes={data.classes} names {len(names)} classes, the classifier has {number}.")
         other = [pair for pair in zip(names, saved, strict=False) if pair[0] != pair[1]]

@@ -130,4 +130,6 @@ def as_lines(values: dict[str, Any], folder: Path) -> str:
     lines = [f"{title:<20}{values[key]:8.2%}" for title, key in rows]
     share = values["videos"] / max(values["expected"], 1)
     lines.append(f"{'coverage':<20}{values['videos']:,} of {values['expected']:,} expected ({share:.1%})")
+    occurring = sum(entry["videos"] > 0 for entry in values["classes"])
+    lines.append(f"{'classes':<20}{occurring:,} of {len(values['classes']):,} occur")
     return "\n".join([*lines, f"wrote {folder}/"])

@@ -141,7 +141,9 @@ def test_coverage_counts_what_is_missing(tmp_path, run, labelled_shards, monkeyp
         f"output_dir={tmp_path}/out",
     ]
     evaluated([*arguments, *SIZE], 1, monkeypatch)
-    assert "6 of 19 expected (31.6%)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "6 of 19 expected (31.6%)" in printed
+    assert "3 of 3 occur" in printed
     assert read(tmp_path / "out")[1]["expected"] == 19
     assert "clip-01" in (tmp_path / "out" / "bad_samples.jsonl").read_text()
 
@@ -199,6 +201,13 @@ def test_labels_are_checked_against_the_classifier(tmp_path, labelled_shards, mo
     arguments = [f"weights={tmp_path}/weights", "recipe=finetune_demo", f"data.val={labelled_shards}/val-*.tar"]
     with pytest.raises(UserError, match="'walk', which is none of the 3 classes 'run', 'sit', 'walked'"):
         evaluated(arguments, 1, monkeypatch)
+
+
+def test_mixed_labels_are_refused(tmp_path, run, pack_labelled, monkeypatch):
+    """The weights know both the name and the number: without a word one of the two would be a mistake."""
+    pattern = pack_labelled(tmp_path, "val", ["walk", "1"])
+    with pytest.raises(UserError, match="numbers in some samples and names in others.*clip-00.*'walk'.*clip-01.*'1'"):
+        evaluated([f"weights={run}", f"data.val={pattern}"], 1, monkeypatch)
 
 
 @pytest.mark.parametrize(
