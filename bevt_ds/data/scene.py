@@ -20,7 +20,7 @@ _PATTERNS = {
     "blobs": lambda along, across: np.sin(along) * np.sin(across) > 0.3,
     "gradient": lambda along, across: 0.5 + 0.5 * np.sin(along / 4),
 }
-_OUTLINES = ("disc", "box", "ring", "diamond")
+OUTLINES = ("disc", "box", "ring", "diamond")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _random_texture(rng: np.random.Generator) -> Texture:
 
 def _random_shape(rng: np.random.Generator, extent: Extent) -> Shape:
     return Shape(
-        outline=str(rng.choice(_OUTLINES)),
+        outline=str(rng.choice(OUTLINES)),
         texture=_random_texture(rng),
         centre=(float(rng.uniform(0, extent.height)), float(rng.uniform(0, extent.width))),
         velocity=(float(rng.uniform(-3, 3)), float(rng.uniform(-3, 3))),
