@@ -154,5 +154,5 @@ def _judged(tally: Tally) -> Tally:
 
 def slope(curve: list[dict[str, float]]) -> float:
     """Bytes of memory for each further case, by least squares over the curve after its first tenth."""
-    settled = curve[POINTS // 10 - 1 :]
+    settled = curve[POINTS // 10 - 1 :] or curve
     return float(np.polyfit([point["cases"] for point in settled], [point["bytes"] for point in settled], 1)[0])

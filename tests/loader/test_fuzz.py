@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.loader.fuzz import KINDS
+from tests.loader.damage import Tally
+from tests.loader.fuzz import KINDS, page, row
+from tests.loader.soak import POINTS, slope
 
 # cases, and the share of them that must be accepted and refused, lest the mutations test nothing
 CASES = {
@@ -26,3 +28,14 @@ def test_fuzz(kind: str) -> None:
     assert tally.faults == []
     assert sum(tally.outcomes.values()) == (cases if kind != "loader" else cases // 8)
     assert all(tally.outcomes[outcome] >= 0.02 * cases for outcome in outcomes), str(tally)
+
+
+def test_the_page_says_what_was_run() -> None:
+    """A soak whose memory grows by 100 bytes a case, and a run without a curve."""
+    tally = Tally(curve=[{"cases": 50 * i, "bytes": (1 << 30) + 5000 * i, "files": 26} for i in range(1, POINTS + 1)])
+    tally.outcomes.update(decoded=880, refused=120)
+    rows = [row("soak", range(1000), 0, tally, 90.0), row("tars", range(1000), 0, Tally(tally.outcomes), 60.0)]
+    assert slope(tally.curve) == pytest.approx(100)
+    text = page(rows)
+    assert "| soak | 1,000 | 880 decoded, 120 refused | 0 | 0.0 | 1.5 |" in text and text.count("| tars |") == 1
+    assert "26 26 26 26 26 26 | 100 |" in text
