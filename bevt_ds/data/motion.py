@@ -1,8 +1,8 @@
 """A drawn action set whose classes differ in motion alone: a few plain shapes that move together over a still ground.
 
-The class decides how the shapes are displaced from frame to frame, and nothing else. The picture is a torus: what leaves
-it at one edge comes in at the other. Each shape starts anywhere on it, so that at every frame of every class its place
-is uniform, and a single frame tells nothing.
+The class decides how the shapes are displaced from frame to frame, and nothing else. The picture is a torus: what
+leaves it at one edge comes in at the other. Each shape starts anywhere on it, so that at every frame of every class its
+place is uniform, and a single frame tells nothing.
 
 Letters: N frames, H W pixels. Lengths are shares of the picture's height.
 """
@@ -27,7 +27,7 @@ DIAGONALS = tuple(np.radians(45 + 90 * i) for i in range(4))
 
 @dataclass(frozen=True)
 class Course:
-    """How a class moves: the headings that each leg may take, in radians (0 right, a quarter turn down), and the speed."""
+    """How a class moves: the headings that each leg may take (radians; 0 right, a quarter turn down), and its speed."""
 
     group: str  # in what it differs from the others of the group
     legs: tuple[tuple[float, ...], ...]
