@@ -13,8 +13,9 @@ KINDS = ("all_reduce", "reduce_scatter", "all_gather")
 ASSUMPTIONS = """\
 Assumptions. Weak: each rank takes one micro-batch of {clips} clips and {images} images a step. Strong: a step is {most}
 such micro-batches, whatever the ranks. Efficiency is samples a second over ranks times those of one rank, in the same
-table and stage; by CPU time, what it would be if each rank had a core to itself and never waited. Times are of whole steps of the slowest rank: tokenizer, forward, backward, collectives and update, on
-noise that stays on the device; reading shards is not in them. One machine, {model}, {precision}{threads}.
+table and stage; by CPU time, what it would be if each rank had a core to itself and never waited. Times are of whole
+steps of the slowest rank: tokenizer, forward, backward, collectives and update, on noise that stays on the device;
+reading shards is not in them. One machine, {model}, {precision}{place}.
 
 Sent: bytes a rank sends a step, from the sizes of the tensors given to every collective of one step, if each is a ring:
 (n-1)/n of the tensor, twice that for an all-reduce. "Paper" is what ZeRO sends by Rajbhandari et al. 2020, section 7:
@@ -94,10 +95,8 @@ def markdown(rows: list[dict]) -> str:
     first, source = rows[0], rows[0]["provenance"]
     facts = {"clips": first["micro_clips"], "images": first["micro_images"], "model": first["model"]}
     facts |= {"most": max(row["ranks"] for row in rows), "precision": first["precision"]}
-    facts |= {
-        "width": 4 if first["precision"] == "fp32" else 2,
-        "threads": ", one thread a rank, gloo" if on_cpu(first) else "",
-    }
+    facts |= {"width": 4 if first["precision"] == "fp32" else 2}
+    facts |= {"place": ", one thread a rank, gloo" if on_cpu(first) else ""}
     lines = ["# Scaling", "", "Made by `python -m benchmarks.scaling`.", ""]
     lines += [f"{name}: {value}  " for name, value in source.items()]
     lines += [f"load of the machine: {min(r['load'] for r in rows):.1f} to {max(r['load'] for r in rows):.1f}", ""]
