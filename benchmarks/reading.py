@@ -1,6 +1,6 @@
 """What reading a sample costs: its bytes, the check of their CRC-32 (`data.verify`), and the deadline of a read.
 
-`python -m benchmarks.reading` appends its rows to results/reading.jsonl. CPU time, all threads, of files that are in
+`python -m benchmarks.reading` writes results/reading.jsonl and its page. CPU time, all threads, of files that are in
 the page cache; the variants take turns, so that what else the machine does falls on all of them.
 """
 
@@ -11,12 +11,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from tqdm import trange
 
-from benchmarks.common import append_row, provenance, quantiles
+from benchmarks.common import append_row, provenance, quantiles, read_rows
 from benchmarks.loader import machine
 from benchmarks.loader_media import SIZES, draw_clip
 from bevt_ds.config import DataConfig
@@ -70,6 +69,24 @@ def decoding() -> dict[str, Callable[[], object]]:
     return {f"decode 16x8, {size}, {len(data) >> 10} KiB": lambda d=data: decode(d) for size, data in videos.items()}
 
 
+PAGE = """# Reading
+
+Made by `python -m benchmarks.reading`: milliseconds of CPU time a sample; the middle 60 % of {rounds} rounds lie between
+the last two columns. `deadline`: the read is made by a thread that may be given up (`data.read_seconds`). {cores} cores of
+{cpu}, shared with other work (load {load:.0f}); Python {python}, commit {commit}.
+
+| what | median | 20 % | 80 % |
+|---|---|---|---|
+{lines}
+"""
+
+
+def page(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    lines = (f"| {row['row']} | {row['p50']:.3f} | {row['p20']:.3f} | {row['p80']:.3f} |" for row in rows)
+    return PAGE.format(lines="\n".join(lines), **rows[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
@@ -83,10 +100,12 @@ def main() -> None:
         for _ in trange(rounds, disable=None):
             for name, (work, samples) in works.items():
                 spent[name].append(cpu_ms(work, 1) / samples)
+    RESULTS.unlink(missing_ok=True)
     for name, values in spent.items():
-        spread = quantiles(values)
-        print(f"{name:40} {median(values):9.4f} ms a sample ({spread.p20:.4f} to {spread.p80:.4f})")
-        append_row(RESULTS, {"row": name, "cpu_ms": vars(spread), "rounds": rounds, **provenance("cpu"), **machine()})
+        facts = {"row": name, **vars(quantiles(values)), "rounds": rounds}
+        append_row(RESULTS, {**facts, **provenance("cpu"), **machine()})
+    RESULTS.with_suffix(".md").write_text(page(list(read_rows(RESULTS))))
+    print(RESULTS.with_suffix(".md"))
 
 
 if __name__ == "__main__":
