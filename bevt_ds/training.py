@@ -20,9 +20,7 @@ from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import Loader, eval_batches
 from bevt_ds.downstream.online_probe import OnlineProbe
 from bevt_ds.engine import Engine, start_ranks
-from bevt_ds.errors import UserError
 from bevt_ds.flops import Sizes
-from bevt_ds.kernels import resolve
 from bevt_ds.metrics import RunLog, SpeedMeter, StepSums, expected_step_flops, step_metrics
 from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, tokenize
@@ -30,12 +28,12 @@ from bevt_ds.model.weights import load_init
 from bevt_ds.optim import learning_rate, parameter_groups
 from bevt_ds.ranks import Ranks
 from bevt_ds.recipes import get_recipe
+from bevt_ds.runs import find_start, kernel_provider, report_wait, require_finite
 from bevt_ds.samples import draw
 from bevt_ds.summary import as_json, as_table, evaluate, shortfall
 from bevt_ds.validate import micro_steps
 
 NOT_LEARNED = 1  # exit code
-LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,8 @@ def write_line(run: Run, log: RunLog, speed: SpeedMeter, sums: StepSums, step: i
         with speed.paused():
             values |= run.probe.measure(run.engine)
     log.write(step, values)
-    if values["data_wait"] > LONG_WAIT and run.ranks.is_main:
-        tqdm.write(f"step {step}: {values['data_wait']:.0%} of the time went into waiting; {run.loader.bottleneck()}")
+    if run.ranks.is_main:
+        report_wait(step, values["data_wait"], run.loader)
     return ", ".join(f"{k} {values[k]:.3f}" for k in ("loss_video", "loss_image", "probe_top1") if k in values)
 
 
@@ -197,47 +195,6 @@ def shard_patterns(config: Config) -> tuple[str, ...]:
     """All shards that a run reads, as the configuration names them."""
     data = config.data
     return data.videos, data.images, data.eval_videos, data.eval_images
-
-
-def require_finite(loss: float, step: int) -> None:
-    """Stop a run that has diverged.
-
-    Raises:
-        UserError: the loss is not a finite number.
-    """
-    if not abs(loss) < float("inf"):
-        raise UserError(
-            f"the loss of step {step} is {loss}. Resume from the checkpoint before it with a lower optim.lr,"
-            " or with train.precision=bf16 or fp32 if it was fp16."
-        )
-
-
-def find_start(config: Any, folder: Path, ranks: Ranks) -> tuple[Path, checkpoint.Facts] | None:
-    """The checkpoint to continue from, verified, or None for a new run of any kind. Collective.
-
-    Raises:
-        UserError: the one that was asked for is missing or damaged.
-    """
-    if config.resume == "never":
-        return None
-    if config.resume == "auto":
-        return checkpoint.newest_valid(folder / run_folder.CHECKPOINTS, ranks, type(config))
-    given = Path(config.resume)
-    if damage := checkpoint.find_damage(given, ranks):
-        raise UserError(f"resume={given}: {damage}")
-    return given, checkpoint.read_facts(given, type(config))
-
-
-def kernel_provider(config: Any, ranks: Ranks) -> str:
-    """What `model.kernels` comes to on this device: triton or torch.
-
-    Raises:
-        UserError: triton was asked for and cannot run.
-    """
-    try:
-        return resolve(config.model.kernels, ranks.device)
-    except RuntimeError as error:
-        raise UserError(f"model.{error}") from error
 
 
 def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:

@@ -36,7 +36,7 @@ from bevt_ds.metrics import RunLog, SpeedMeter, StepSums
 from bevt_ds.model.presets import create_classifier
 from bevt_ds.model.weights import load_init
 from bevt_ds.ranks import Ranks
-from bevt_ds.training import LONG_WAIT, find_start, kernel_provider, require_finite
+from bevt_ds.runs import find_start, kernel_provider, report_wait, require_finite
 from bevt_ds.validate import micro_steps
 
 BEST_SCORES = "scores.json"
@@ -121,8 +121,8 @@ def write_line(run: Run, log: RunLog, speed: SpeedMeter, sums: StepSums, step: i
     values["optimizer_bytes"] = run.engine.optimizer_bytes()
     values |= speed.read(run.loader.wait_seconds())
     log.write(step, values)
-    if values["data_wait"] > LONG_WAIT and run.ranks.is_main:
-        tqdm.write(f"step {step}: {values['data_wait']:.0%} of the time went into waiting; {run.loader.bottleneck()}")
+    if run.ranks.is_main:
+        report_wait(step, values["data_wait"], run.loader)
     return f"loss {loss:.3f}, acc {accuracy:.1%}"
 
 

@@ -1,0 +1,63 @@
+"""What runs of every kind share: where they start, and what they say on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bevt_ds import checkpoint, run_folder
+from bevt_ds.data.loader import BackgroundLoader
+from bevt_ds.errors import UserError
+from bevt_ds.kernels import resolve
+from bevt_ds.ranks import Ranks
+
+LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Stop a run that has diverged.
+
+    Raises:
+        UserError: the loss is not a finite number.
+    """
+    if not abs(loss) < float("inf"):
+        raise UserError(
+            f"the loss of step {step} is {loss}. Resume from the checkpoint before it with a lower optim.lr,"
+            " or with train.precision=bf16 or fp32 if it was fp16."
+        )
+
+
+def find_start(config: Any, folder: Path, ranks: Ranks) -> tuple[Path, checkpoint.Facts] | None:
+    """The checkpoint to continue from, verified, or None for a new run of any kind. Collective.
+
+    Raises:
+        UserError: the one that was asked for is missing or damaged.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return checkpoint.newest_valid(folder / run_folder.CHECKPOINTS, ranks, type(config))
+    given = Path(config.resume)
+    if damage := checkpoint.find_damage(given, ranks):
+        raise UserError(f"resume={given}: {damage}")
+    return given, checkpoint.read_facts(given, type(config))
+
+
+def kernel_provider(config: Any, ranks: Ranks) -> str:
+    """What `model.kernels` comes to on this device: triton or torch.
+
+    Raises:
+        UserError: triton was asked for and cannot run.
+    """
+    try:
+        return resolve(config.model.kernels, ranks.device)
+    except RuntimeError as error:
+        raise UserError(f"model.{error}") from error
+
+
+def report_wait(step: int, share: float, loader: BackgroundLoader) -> None:
+    """Say what the data is short of, if the loop has waited for it for a good `share` of its time. On rank 0."""
+    if share > LONG_WAIT:
+        tqdm.write(f"step {step}: {share:.0%} of the time went into waiting; {loader.bottleneck()}")
