@@ -13,10 +13,13 @@ Shape letters: T frames, H W pixels of the source, S crop side, v = S/2 side of 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from threading import Barrier
 from typing import NamedTuple
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -26,6 +29,8 @@ from torch.nn import functional as F
 from bevt_ds.data.pipeline import MEAN, STD, lanczos4_taps
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.timing import StageTimes
+
+_CACHED = 4  # frames at a time, whose filtering stays in a core's cache
 
 
 class Cut(NamedTuple):
@@ -45,6 +50,24 @@ def cut(height: int, width: int, entry: PlanEntry, size: int) -> Cut:
     return Cut(*resized, *offsets)
 
 
+class ReusedMemory:
+    """Memory for tensors, used again once the last tensor that refers to it is gone.
+
+    A micro-batch of 4 clips is 50 MB; to touch as much fresh memory takes as long as to resize the clips.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
+
+    def floats(self, *shape: int) -> Tensor:
+        """A tensor of float32, its values arbitrary."""
+        free = self._free[shape]
+        memory = free.pop() if free else np.empty(shape, np.float32)
+        lent = memory.view()  # lives as long as the tensor's storage
+        finalize(lent, free.append, memory).atexit = False
+        return torch.from_numpy(lent)
+
+
 class ClipPixels:
     """Turns a micro-batch's clips into the two pictures that the video stream needs; PixelPipeline's twin.
 
@@ -55,7 +78,7 @@ class ClipPixels:
 
     def __init__(self, size: int, threads: int, times: StageTimes | None = None) -> None:
         self._size, self._times = size, times or StageTimes()
-        self._threads = single_core_threads(threads)
+        self._threads, self._memory = single_core_threads(threads), ReusedMemory()
 
     def received(self, pictures: np.ndarray, places: np.ndarray, entries: Sequence[PlanEntry]) -> list[np.ndarray]:
         """The crops of a video's clips, uint8 (T,S,S,3) each: small, and nothing of the worker's memory.
@@ -69,8 +92,8 @@ class ClipPixels:
         """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them. crops: `received`'s."""
         batch, frames, size = len(crops), len(crops[0]), self._size
         with self._times.measured("augment"):
-            pixels = _fresh(batch, 3, frames, size, size)
-            view = _fresh(batch, frames, 3, size // 2, size // 2)
+            pixels = self._memory.floats(batch, 3, frames, size, size)
+            view = self._memory.floats(batch, frames, 3, size // 2, size // 2)
             for _ in self._threads.map(_fill, pixels, view, crops, entries):
                 pass
         return pixels, view
@@ -111,12 +134,8 @@ def _fill(pixels: Tensor, view: Tensor, crop: np.ndarray, entry: PlanEntry) -> N
     picture = torch.from_numpy(crop)
     picture = picture.flip(2) if entry.flip else picture
     _normalise(picture, out=pixels)
-    view.copy_(token_view(picture))
-
-
-def _fresh(*shape: int) -> Tensor:
-    """Float memory in huge pages, which numpy asks for and torch does not: 40 MB of small ones take 12 ms to touch."""
-    return torch.from_numpy(np.empty(shape, np.float32))
+    for some, their_view in zip(picture.split(_CACHED), view.split(_CACHED), strict=True):
+        their_view.copy_(token_view(some))
 
 
 def _chosen(pictures: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -157,7 +176,13 @@ def _halved(lines: Tensor) -> Tensor:
     frames, count, length = lines.shape
     padded = torch.empty(frames, count + 6, length)
     padded[:, :3], padded[:, 3:-3], padded[:, -3:] = lines[:, :1], lines, lines[:, -1:]
-    taps = torch.from_numpy(lanczos4_taps()).view(1, 1, 8, 1).expand(length, 1, 8, 1)
     # A convolution with a channel for each place along the line: lines stay contiguous, and oneDNN has a kernel for it.
     channels_last = padded.view(frames, count + 6, 1, length).permute(0, 3, 1, 2)
-    return F.conv2d(channels_last, taps, stride=(2, 1), groups=length).permute(0, 2, 3, 1).reshape(frames, -1, length)
+    kept = F.conv2d(channels_last, _filters(length), stride=(2, 1), groups=length)
+    return kept.permute(0, 2, 3, 1).reshape(frames, -1, length)
+
+
+@lru_cache(maxsize=8)
+def _filters(length: int) -> Tensor:
+    """LANCZOS4's taps once a channel: float (length,1,8,1)."""
+    return torch.from_numpy(lanczos4_taps()).view(1, 1, 8, 1).repeat(length, 1, 1, 1)

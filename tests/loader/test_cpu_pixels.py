@@ -16,7 +16,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 
 from bevt_ds.config import DataConfig
-from bevt_ds.data.cpu_pixels import ClipPixels, cut, single_core_threads, token_view
+from bevt_ds.data.cpu_pixels import ClipPixels, ReusedMemory, cut, single_core_threads, token_view
 from bevt_ds.data.pipeline import STD, PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
 from bevt_ds.data.scene import Extent, render
@@ -159,3 +159,15 @@ def test_threads_of_one_core_leave_the_others_theirs() -> None:
         assert torch.get_num_threads() == elsewhere() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_memory_is_reused_only_when_nothing_refers_to_it() -> None:
+    memory = ReusedMemory()
+    first = memory.floats(2, 3)
+    place, part = first.data_ptr(), first[1:]
+    del first
+    assert memory.floats(2, 3).data_ptr() != place  # a part of it is in use
+    assert memory.floats(3, 2).data_ptr() != place
+    del part
+    both = [memory.floats(2, 3) for _ in range(2)]
+    assert place in [tensor.data_ptr() for tensor in both]
