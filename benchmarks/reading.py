@@ -71,9 +71,9 @@ def decoding() -> dict[str, Callable[[], object]]:
 
 PAGE = """# Reading
 
-Made by `python -m benchmarks.reading`: milliseconds of CPU time a sample; the middle 60 % of {rounds} rounds lie between
-the last two columns. `deadline`: the read is made by a thread that may be given up (`data.read_seconds`). {cores} cores of
-{cpu}, shared with other work (load {load:.0f}); Python {python}, commit {commit}.
+Made by `python -m benchmarks.reading`: milliseconds of CPU time a sample; the middle 60 % of {rounds} rounds lie
+between the last two columns. `deadline`: the read is made by a thread that may be given up (`data.read_seconds`).
+{cores} cores of {cpu}, shared with other work (load {load:.0f}); Python {python}, commit {commit}.
 
 | what | median | 20 % | 80 % |
 |---|---|---|---|
