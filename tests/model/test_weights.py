@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bevt_ds import BEVT, UserError, VideoSwin
+from bevt_ds import BEVT, UserError, VideoClassifier, VideoSwin
 from bevt_ds.model.convert import RENAMES, our_name, strip
 from bevt_ds.model.weights import load_init
 
@@ -142,6 +142,22 @@ def test_image_stream_file(official, tmp_path):
     groups = {name.split(".")[0] for name in report.fresh}
     assert groups == {"mask_token", "video_decoder", "image_decoder", "lm_head"}
     assert "lm_head.weight" in report.unused and "inflated" in str(report)
+
+
+@pytest.mark.parametrize("kind", ["joint", "image stream"])
+def test_classifier_from_an_official_file(kind, official, tmp_path):
+    """Fine-tuning's start: the encoder is taken and its tables are fitted to a longer window; the head is new."""
+    model, state = official
+    save_file(state if kind == "joint" else image_stream(state), tmp_path / "model.safetensors")
+    options = {key: model.arch[key] for key in ("embed_dim", "depths", "num_heads")}
+    classifier = VideoClassifier(5, window=(16, 7, 7), **options)
+    report = load_init(classifier, tmp_path / "model.safetensors")
+    assert set(report.fresh) == {"head.weight", "head.bias"}
+    assert len(report.resized) == sum(options["depths"])
+    block, source = (m.encoder.layers[0].blocks[0] for m in (classifier, model))
+    assert block.attn.qkv.weight.equal(source.attn.qkv.weight)
+    planes = block.attn.relative_position_bias_table.view(31, 169, -1)
+    assert planes.std(0).max() < 1e-6 or kind == "joint", "an image says nothing about time"
 
 
 def test_image_only_model_is_spread_over_time(small_bevt, tmp_path):
