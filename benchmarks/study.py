@@ -1,0 +1,173 @@
+"""Does joint pretraining help where motion is all that tells the classes apart? `make study`, `make study SMALL=1`.
+
+`python -m benchmarks.study` draws an action set into shards, pretrains on its unlabelled clips and pictures, fine-tunes
+on a few labels from each start, tests, and draws the table and the plot. Every part of it is one of the project's own
+commands on one core, as many at once as there are cores. What is done is not done again: stop it and start it at will.
+`--page` only draws.
+
+Three starts, and the same fine-tuning for all: `scratch`; `images`, pretrained on pictures alone; `joint`, on clips and
+pictures. The two pretrainings take as many steps, and as many tokens a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import append_row, provenance, read_rows
+from benchmarks.study_data import prepare
+from benchmarks.study_page import best_rate, write_page
+from benchmarks.study_runs import ARMS, Scale, finetune, pretrain
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "study.jsonl"
+PLOT = ROOT / "docs" / "study.png"
+
+SCALES = {
+    "full": Scale(
+        unlabelled=6000,
+        labels=40,
+        validated=20,
+        tested=80,
+        pretrain_steps=2500,
+        finetune_epochs=20,
+        rates=(5e-4, 1e-3),
+        seeds=(0, 1, 2),
+    ),
+    "small": Scale(
+        unlabelled=800,
+        labels=20,
+        validated=10,
+        tested=50,
+        pretrain_steps=100,
+        finetune_epochs=5,
+        rates=(1e-3,),
+        seeds=(0,),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of the study: `run` does it and says its result in a few words."""
+
+    name: str
+    cost: int  # clips that pass through the network
+    run: Callable[[], str]
+
+
+class Progress:
+    """A line for each job that ends, with the time that the others will take at the pace so far."""
+
+    def __init__(self, jobs: Sequence[Job]):
+        self.number, self.total = len(jobs), sum(job.cost for job in jobs)
+        self.ended, self.done, self.worked, self.began = 0, 0, 0, time.monotonic()
+        self.lock = threading.Lock()
+
+    def run(self, job: Job) -> None:
+        """The job, then its line. What was done already comes back at once and says nothing about the pace."""
+        began = time.monotonic()
+        said = job.run()
+        seconds = time.monotonic() - began
+        with self.lock:
+            self.ended, self.done = self.ended + 1, self.done + job.cost
+            self.worked += job.cost if seconds > 1 else 0
+            print(f"{self.ended}/{self.number} {job.name}: {said} ({seconds:.0f} s); {self._left()}", flush=True)
+
+    def _left(self) -> str:
+        if self.done == self.total:
+            return "that was all"
+        if not self.worked:
+            return "no estimate yet"
+        minutes = (time.monotonic() - self.began) / self.worked * (self.total - self.done) / 60
+        return f"about {minutes:.0f} min to go"
+
+
+class Study:
+    """A folder for all that the commands write, how much of everything, and the file of the results."""
+
+    def __init__(self, folder: Path, scale: Scale, results: Path):
+        self.folder, self.scale, self.results = folder, scale, results
+        self.lock = threading.Lock()
+
+    def waves(self) -> list[list[Job]]:
+        """Jobs that may run side by side; each wave needs the one before it."""
+        first, *others = self.scale.seeds
+        return [
+            [self._pretraining(arm) for arm in ("joint", "images")],
+            [self._finetuning(arm, first, rate) for arm in ARMS for rate in self.scale.rates],
+            [self._finetuning(arm, seed) for seed in others for arm in ARMS],
+        ]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The results so far; those of another scale are answers to another question."""
+        scale = json.loads(json.dumps(asdict(self.scale)))
+        return [row for row in read_rows(self.results) if row["scale"] == scale]
+
+    def _pretraining(self, arm: str) -> Job:
+        return Job(f"pretrain {arm}", self.scale.pretrain_clips(), lambda: pretrain(self.folder, self.scale, arm))
+
+    def _finetuning(self, arm: str, seed: int, rate: float | None = None) -> Job:
+        """Without a rate, the one that validation chose."""
+
+        def run() -> str:
+            lr = rate or best_rate(self.rows(), arm)
+            done = [r for r in self.rows() if (r["arm"], r["seed"], r["lr"]) == (arm, seed, lr)]
+            row = done[0] if done else self._measure(arm, seed, lr)
+            return f"lr {lr:g}, validation {row['val']:.1%}, test {row['test']:.1%}"
+
+        return Job(f"fine-tune {arm}, seed {seed}", self.scale.finetune_clips(), run)
+
+    def _measure(self, arm: str, seed: int, lr: float) -> dict[str, Any]:
+        """Run the commands and append their row."""
+        facts = {"arm": arm, "seed": seed, "lr": lr}
+        row = {**facts, **finetune(self.folder, self.scale, **facts), "scale": asdict(self.scale)}
+        with self.lock:
+            append_row(self.results, row | {"provenance": machine()})
+        return row
+
+
+def machine() -> dict[str, Any]:
+    """Where a row comes from, and how busy the machine was when it was written."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0))
+    load = round(os.getloadavg()[0], 1)
+    return provenance("cpu") | {"cpu": names[0].partition(": ")[2], "cores": cores, "load": load}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="10 minutes: does it run? Too little to learn much")
+    parser.add_argument("--folder", type=Path, help="shards and runs (default: runs/study, or runs/study-small)")
+    parser.add_argument("--page", action="store_true", help="only draw the table and the plot")
+    arguments = parser.parse_args()
+    folder = arguments.folder or ROOT / "runs" / ("study-small" if arguments.small else "study")
+    results = folder / "study.jsonl" if arguments.small else RESULTS
+    study = Study(folder, SCALES["small" if arguments.small else "full"], results)
+    if not arguments.page:
+        carry_out(study)
+    print(write_page(study.rows(), results.with_suffix(".md"), folder / "study.png" if arguments.small else PLOT))
+
+
+def carry_out(study: Study) -> None:
+    """Everything that is not done yet; the first failure ends it once what runs beside it has ended."""
+    prepare(study.folder / "shards", study.scale.splits())
+    waves = study.waves()
+    progress = Progress([job for wave in waves for job in wave])
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores:
+        for wave in waves:
+            for _ in cores.map(progress.run, wave):
+                pass
+
+
+if __name__ == "__main__":
+    main()

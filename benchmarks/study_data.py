@@ -1,0 +1,72 @@
+"""The shards that the study reads: unlabelled clips and pictures, and labelled splits, all of the drawn action set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from zlib import crc32
+
+from tqdm import tqdm
+
+from bevt_ds.data.draw_worker import encode_jpeg, encode_mp4
+from bevt_ds.data.motion import COURSES, render_action
+from bevt_ds.data.pack import pack
+from bevt_ds.data.scene import Extent
+from bevt_ds.rng import Use, generator
+
+SIZE, FRAMES = 64, 8
+CLIP = Extent(SIZE, SIZE, FRAMES)
+PICTURE = Extent(SIZE, SIZE, 1)
+
+
+def prepare(folder: Path, counts: dict[str, int], seed: int = 0) -> None:
+    """Shards `{split}-000000.tar` of `counts[split]` clips (or pictures) in `folder`; splits that are there are kept.
+
+    Classes take turns, so that each has the same number of clips; the unlabelled ones have no label in the shards.
+    """
+    for split, count in counts.items():
+        if not (folder / f"{split}-manifest.json").exists():
+            _prepare_split(folder, split, count, seed)
+
+
+def label_of(number: int) -> str:
+    """The class of a clip by its number within its split."""
+    return tuple(COURSES)[number % len(COURSES)]
+
+
+def draw_file(folder: Path, split: str, number: int, seed: int) -> None:
+    """One H.264 clip; of "pictures" a clip's first frame, as JPEG."""
+    stream = crc32(split.encode())  # no two splits share a clip
+    rng = generator(seed, Use.SYNTHETIC, stream, number)
+    if split == "pictures":
+        data, extension = encode_jpeg(render_action(rng, label_of(number), PICTURE)[0]), "jpg"
+    else:
+        data, extension = encode_mp4(render_action(rng, label_of(number), CLIP)), "mp4"
+    (folder / f"{number:06d}.{extension}").write_bytes(data)
+
+
+def _prepare_split(folder: Path, split: str, count: int, seed: int) -> None:
+    media = folder / f".{split}"
+    shutil.rmtree(media, ignore_errors=True)
+    media.mkdir(parents=True)
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        drawn = pool.map(draw_file, *_columns(media, split, count, seed), chunksize=32)
+        for _ in tqdm(drawn, total=count, desc=f"draw {split}"):
+            pass
+    kind = "image" if split == "pictures" else "video"
+    if split in ("unlabelled", "pictures"):
+        pack(media, folder, kind, split)
+    else:
+        listed = media / "labels.txt"
+        listed.write_text("".join(f"{i:06d}.mp4 {label_of(i)}\n" for i in range(count)))
+        pack(listed, folder, kind, split, root=media)
+    shutil.rmtree(media)
+
+
+def _columns(media: Path, split: str, count: int, seed: int) -> tuple[Iterable, ...]:
+    """The arguments of draw_file, one iterable each."""
+    return [media] * count, [split] * count, range(count), [seed] * count

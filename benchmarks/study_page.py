@@ -1,0 +1,102 @@
+"""The study's table and plot, drawn from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bevt_ds.data.motion import COURSES
+
+Row = dict[str, Any]
+
+TITLES = {"scratch": "from scratch", "images": "pictures only", "joint": "joint (BEVT)"}
+GROUPS = {group: [n for n, c in COURSES.items() if c.group == group] for group in ("direction", "speed", "order")}
+COLOURS = ("0.6", "tab:orange", "tab:blue")
+
+
+def best_rate(rows: Sequence[Row], arm: str) -> float:
+    """The learning rate whose run with the first seed did best on the validation clips; the test clips have no say."""
+    first = min(row["seed"] for row in rows)
+    return max((row["val"], row["lr"]) for row in rows if (row["arm"], row["seed"]) == (arm, first))[1]
+
+
+def group_accuracy(row: Row, group: str) -> float:
+    """The mean accuracy of a group's classes."""
+    return mean(row["classes"][name] for name in GROUPS[group])
+
+
+def measured(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
+    """Start -> "all" and each group -> test accuracy of each seed, at the start's rate."""
+    chosen = {arm: [r for r in rows if (r["arm"], r["lr"]) == (arm, best_rate(rows, arm))] for arm in TITLES}
+    groups = {group: lambda row, group=group: group_accuracy(row, group) for group in GROUPS}
+    columns = {"all": lambda row: row["test"], **groups}
+    return {arm: {name: [of(r) for r in found] for name, of in columns.items()} for arm, found in chosen.items()}
+
+
+def write_page(rows: Sequence[Row], page: Path, picture: Path) -> str:
+    """Draw both files and return the page."""
+    text = "\n".join(_lines(rows)) + "\n"
+    page.write_text(text)
+    draw(measured(rows), picture)
+    return text
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[str]:
+    values, scale = measured(rows), rows[0]["scale"]
+    yield "# Study: what pretraining is worth where only motion tells the classes apart"
+    yield ""
+    yield f"Test accuracy, mean (lowest to highest of {len(scale['seeds'])} seeds); chance is {1 / len(COURSES):.1%}."
+    yield f"{scale['labels']} training clips a class, {scale['tested']} test clips a class."
+    yield ""
+    yield (
+        "| start | lr | all | "
+        + " | ".join(f"{group} ({len(names)} classes)" for group, names in GROUPS.items())
+        + " |"
+    )
+    yield "|---" * (3 + len(GROUPS)) + "|"
+    for arm, columns in values.items():
+        cells = [f"{mean(v):.1%} ({min(v):.1%} to {max(v):.1%})" for v in columns.values()]
+        yield f"| {TITLES[arm]} | {best_rate(rows, arm):g} | " + " | ".join(cells) + " |"
+    yield ""
+    yield _verdict(values)
+    yield ""
+    yield from _provenance(rows)
+
+
+def _verdict(values: dict[str, dict[str, list[float]]]) -> str:
+    """Whether joint pretraining is ahead, by the worst seed against the best of the others."""
+    joint, others = values["joint"]["all"], [v for arm in ("scratch", "images") for v in values[arm]["all"]]
+    if min(joint) > max(others):
+        return "Joint pretraining is ahead: its worst seed is better than the best seed of either other start."
+    if mean(joint) > max(mean(values[arm]["all"]) for arm in ("scratch", "images")):
+        return "Joint pretraining is ahead in the mean; the seeds of the starts overlap."
+    return "Joint pretraining is not ahead."
+
+
+def _provenance(rows: Sequence[Row]) -> Iterator[str]:
+    facts = [row["provenance"] for row in rows]
+    for name in facts[0]:
+        seen = sorted({str(fact[name]) for fact in facts})
+        yield f"* {name}: {seen[0] if len(seen) == 1 else f'{seen[0]} to {seen[-1]}'}"
+
+
+def draw(values: dict[str, dict[str, list[float]]], picture: Path) -> None:
+    """Bars of the mean with a dot for each seed."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+    for i, (arm, columns) in enumerate(values.items()):
+        places = [j + 0.27 * (i - 1) for j in range(len(columns))]
+        axes.bar(places, [mean(v) for v in columns.values()], 0.25, color=COLOURS[i], label=TITLES[arm])
+        for place, v in zip(places, columns.values(), strict=True):
+            axes.plot([place] * len(v), v, "k.", markersize=4)
+    axes.axhline(1 / len(COURSES), color="0.3", linewidth=0.8, linestyle=":", label="chance")
+    axes.set_xticks(range(len(GROUPS) + 1), ["all classes", *GROUPS])
+    axes.set_ylabel("test accuracy")
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
