@@ -6,8 +6,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import median
 
 import torch
@@ -64,7 +63,12 @@ def set_up(job: Job) -> tuple[Run, Batch]:
     engine = make_engine(config, read_json(shipped_json(f"zero{job.zero}.json")), ranks, tokenizer.vocab_size)
     data, train = config.data, config.train
     batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, ranks.rank, data.mask)
-    return Run(config, Path(), ranks, None, tokenizer, engine, first_step=0), batch.to(ranks.device)
+    return bare_run(config=config, ranks=ranks, tokenizer=tokenizer, engine=engine), batch.to(ranks.device)
+
+
+def bare_run(**parts: object) -> Run:
+    """A run with what a step uses; it has no folder, no loader and no probe."""
+    return Run(**{**dict.fromkeys(field.name for field in fields(Run)), **parts})
 
 
 def timed_steps(run: Run, batch: Batch, job: Job) -> list[tuple[float, float]]:
