@@ -7,20 +7,12 @@ imported before the command line has proved right, so that a mistake in it shows
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-_HERE = Path(__file__).resolve().parent
-if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
-    del sys.path[0]  # started as a script: this folder's config.py and data/ must not shadow other modules
 try:
-    import bevt_ds
+    from bevt_ds.script import require_own_package
 except ImportError as error:
-    sys.exit(f"error: {error}. Run `pip install -e {_HERE.parent}` with {sys.executable}, or `make env`.")
-if Path(bevt_ds.__file__ or "").resolve().parent != _HERE:
-    sys.exit(
-        f"error: this is {_HERE}/pretrain.py, but `import bevt_ds` finds the copy installed at {bevt_ds.__file__}."
-        f" Run `pip install -e {_HERE.parent}`, or start the installed copy with `python -m bevt_ds.pretrain`."
-    )
+    sys.exit(f"error: {error}. Run `pip install -e .` in the checkout with {sys.executable}, or `make env`.")
+require_own_package(__file__)
 
 import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402

@@ -77,13 +77,18 @@ def claim_folder(output_dir: str, weights: str, name: str, ranks: Ranks) -> Path
 
 
 def _claim(output_dir: str, home: Path, name: str) -> Path:
-    if output_dir:
-        folder = Path(output_dir)
-        if (folder / SCORES).exists():
-            raise UserError(f"output_dir={folder} holds {SCORES} already: name another, or none.")
-        make_folder(folder)
-        return folder
-    make_folder(home)
+    if not output_dir:
+        make_folder(home)
+        return _first_free(home, name)
+    folder = Path(output_dir)
+    if (folder / SCORES).exists():
+        raise UserError(f"output_dir={folder} holds {SCORES} already: name another, or none.")
+    make_folder(folder)
+    return folder
+
+
+def _first_free(home: Path, name: str) -> Path:
+    """A folder of `home` that this call has made: two tests that start together get two."""
     for number in count(1):
         folder = home / f"{name}-{number}"
         try:
@@ -91,7 +96,6 @@ def _claim(output_dir: str, home: Path, name: str) -> Path:
         except FileExistsError:
             continue
         return folder
-    raise AssertionError("count() does not end")
 
 
 def write_results(
