@@ -82,12 +82,12 @@ class NearestNeighbours:
 
 def init_probe(probe: nn.Module, seed: int) -> None:
     """Draw a probe's parameters: weights and query from a normal distribution of deviation 0.02, biases 0, norms 1."""
-    generator = torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(seed)
     norms = {id(p) for m in probe.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     for parameter in probe.parameters():
         if id(parameter) not in norms:
             if parameter.ndim > 1:
-                nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+                nn.init.trunc_normal_(parameter, std=0.02, generator=draws)
             else:
                 nn.init.zeros_(parameter)
 
