@@ -171,7 +171,9 @@ class Ours:
         levers.take_back(engine)
         engine.step = in_part("optimizer", engine.step)
         self.levers, self.marks = levers, engine.module
-        self.run = Run(config, Path(), setting.ranks, None, levers.tokenizer(tokenizer), engine, first_step=0, probe=None)
+        self.run = Run(
+            config, Path(), setting.ranks, None, levers.tokenizer(tokenizer), engine, first_step=0, probe=None
+        )
 
     def __call__(self, batches: Batches) -> None:
         with self.levers.applied():
