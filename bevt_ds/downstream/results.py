@@ -113,9 +113,9 @@ def write_results(
         "versions": {"bevt_ds": bevt_ds.__version__, "torch": torch.__version__},
         **facts,
     }
-    write_json(folder / SCORES, values)
     write_parquet(folder / PREDICTIONS, predictions, names)
     draw_confusion(scores.confusion.numpy(), names, folder / CONFUSION)
+    write_json(folder / SCORES, values)  # the last: where it is, the others are too
     return values
 
 
