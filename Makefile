@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 BASE   ?= HEAD^
 
-.PHONY: help env demo test test-all test-gpu test-matrix lint format golden fuzz kernels-check bench-smoke lock clean
+.PHONY: help env demo test test-all test-gpu test-matrix lint format golden fuzz kernels-check bench-smoke study lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -55,6 +55,9 @@ kernels-check: env  ## compile every kernel for sm_80 and sm_90 and compare regi
 
 bench-smoke: env  ## what this commit costs on a CPU beside its parent, as ratios (BASE=commit for another; 2 minutes)
 	$(BIN)/python -m benchmarks.smoke --base $(BASE)
+
+study: env  ## what joint pretraining is worth where only motion tells classes apart (an hour; SMALL=1: 10 minutes)
+	$(BIN)/python -m benchmarks.study $(if $(SMALL),--small)
 
 lock: env  ## resolve requirements.lock anew
 	$(BIN)/uv pip compile setup.py --extra test --extra lint --universal --python-version 3.11 --no-header \

@@ -24,12 +24,12 @@ from typing import Any
 
 from benchmarks.common import append_row, provenance, read_rows
 from benchmarks.study_data import prepare
-from benchmarks.study_page import best_rate, write_page
+from benchmarks.study_page import best_rate, draw_classes, write_page
 from benchmarks.study_runs import ARMS, Scale, finetune, pretrain
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
-PLOT = ROOT / "docs" / "study.png"
+DOCS = ROOT / "docs"
 
 SCALES = {
     "full": Scale(
@@ -43,12 +43,12 @@ SCALES = {
         seeds=(0, 1, 2),
     ),
     "small": Scale(
-        unlabelled=800,
-        labels=20,
+        unlabelled=2000,
+        labels=40,
         validated=10,
         tested=50,
-        pretrain_steps=100,
-        finetune_epochs=5,
+        pretrain_steps=500,
+        finetune_epochs=10,
         rates=(1e-3,),
         seeds=(0,),
     ),
@@ -94,7 +94,7 @@ class Progress:
 class Study:
     """A folder for all that the commands write, how much of everything, and the file of the results."""
 
-    def __init__(self, folder: Path, scale: Scale, results: Path):
+    def __init__(self, folder: Path, scale: Scale, results: Path = RESULTS):
         self.folder, self.scale, self.results = folder, scale, results
         self.lock = threading.Lock()
 
@@ -151,11 +151,12 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="only draw the table and the plot")
     arguments = parser.parse_args()
     folder = arguments.folder or ROOT / "runs" / ("study-small" if arguments.small else "study")
-    results = folder / "study.jsonl" if arguments.small else RESULTS
-    study = Study(folder, SCALES["small" if arguments.small else "full"], results)
+    study = Study(folder, SCALES["small"], folder / "study.jsonl") if arguments.small else Study(folder, SCALES["full"])
     if not arguments.page:
         carry_out(study)
-    print(write_page(study.rows(), results.with_suffix(".md"), folder / "study.png" if arguments.small else PLOT))
+    plot = (folder if arguments.small else DOCS) / "study.png"
+    draw_classes(plot.with_name("study-classes.png"))
+    print(write_page(study.rows(), study.results.with_suffix(".md"), plot))
 
 
 def carry_out(study: Study) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from zlib import crc32
@@ -28,9 +28,12 @@ def prepare(folder: Path, counts: dict[str, int], seed: int = 0) -> None:
 
     Classes take turns, so that each has the same number of clips; the unlabelled ones have no label in the shards.
     """
-    for split, count in counts.items():
-        if not (folder / f"{split}-manifest.json").exists():
-            _prepare_split(folder, split, count, seed)
+    missing = {name: count for name, count in counts.items() if not (folder / f"{name}-manifest.json").exists()}
+    if not missing:
+        return
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        for split, count in missing.items():
+            _prepare_split(pool, folder, split, count, seed)
 
 
 def label_of(number: int) -> str:
@@ -49,14 +52,13 @@ def draw_file(folder: Path, split: str, number: int, seed: int) -> None:
     (folder / f"{number:06d}.{extension}").write_bytes(data)
 
 
-def _prepare_split(folder: Path, split: str, count: int, seed: int) -> None:
+def _prepare_split(pool: Executor, folder: Path, split: str, count: int, seed: int) -> None:
     media = folder / f".{split}"
     shutil.rmtree(media, ignore_errors=True)
     media.mkdir(parents=True)
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        drawn = pool.map(draw_file, *_columns(media, split, count, seed), chunksize=32)
-        for _ in tqdm(drawn, total=count, desc=f"draw {split}"):
-            pass
+    drawn = pool.map(draw_file, repeat(media), repeat(split), range(count), repeat(seed), chunksize=32)
+    for _ in tqdm(drawn, total=count, desc=f"draw {split}"):
+        pass
     kind = "image" if split == "pictures" else "video"
     if split in ("unlabelled", "pictures"):
         pack(media, folder, kind, split)
@@ -65,8 +67,3 @@ def _prepare_split(folder: Path, split: str, count: int, seed: int) -> None:
         listed.write_text("".join(f"{i:06d}.mp4 {label_of(i)}\n" for i in range(count)))
         pack(listed, folder, kind, split, root=media)
     shutil.rmtree(media)
-
-
-def _columns(media: Path, split: str, count: int, seed: int) -> tuple[Iterable, ...]:
-    """The arguments of draw_file, one iterable each."""
-    return [media] * count, [split] * count, range(count), [seed] * count

@@ -1,4 +1,4 @@
-"""The study's table and plot, drawn from its rows."""
+"""The study's table and plot, drawn from its rows, and a picture of the classes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bevt_ds.data.motion import COURSES
+import numpy as np
+
+from benchmarks.study_data import CLIP
+from bevt_ds.data.motion import COURSES, render_action
+from bevt_ds.rng import Use, generator
 
 Row = dict[str, Any]
 
@@ -99,4 +103,21 @@ def draw(values: dict[str, dict[str, list[float]]], picture: Path) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_classes(picture: Path, seed: int = 7) -> None:
+    """A clip of each class from the same draw, a row each: only the motion differs."""
+    from matplotlib import pyplot
+
+    figure, rows = pyplot.subplots(len(COURSES), figsize=(6.4, 5.6), layout="constrained")
+    for axes, name in zip(rows, COURSES, strict=True):
+        clip = render_action(generator(seed, Use.SYNTHETIC), name, CLIP)
+        spaced = np.pad(clip, ((0, 0), (0, 0), (2, 2), (0, 0)), constant_values=255)
+        axes.imshow(np.concatenate(list(spaced), axis=1))
+        axes.set_frame_on(False)
+        axes.set_ylabel(name.replace("_then_", "\nthen "), rotation=0, ha="right", va="center", fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.savefig(picture, dpi=80, bbox_inches="tight")
     pyplot.close(figure)

@@ -1,0 +1,125 @@
+"""The study: its shards, what it skips when it is started again, and how its page judges."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from webdataset import WebDataset
+
+from benchmarks import study
+from benchmarks.study_data import prepare
+from benchmarks.study_page import best_rate, measured, write_page
+from benchmarks.study_runs import ARMS, Scale
+from bevt_ds.data.motion import COURSES
+
+TINY = Scale(
+    unlabelled=16,
+    labels=2,
+    validated=1,
+    tested=2,
+    pretrain_steps=1,
+    finetune_epochs=1,
+    rates=(1e-3, 1e-2),
+    seeds=(0, 1),
+)
+
+
+def row(arm: str, seed: int, lr: float, val: float, test: float) -> dict:
+    scores = {"val": val, "test": test, "classes": dict.fromkeys(COURSES, test)}
+    return {"arm": arm, "seed": seed, "lr": lr, **scores, "provenance": {"cpu": "a"}}
+
+
+def rows_of(accuracies: dict[str, tuple[float, ...]]) -> list[dict]:
+    rows = [row(arm, seed, 1e-3, 0.5, test) for arm, tests in accuracies.items() for seed, test in enumerate(tests)]
+    return [{**r, "scale": json.loads(json.dumps(asdict(TINY)))} for r in rows]
+
+
+def test_shards_hold_every_class_alike_and_are_made_once(tmp_path):
+    counts = {"unlabelled": 8, "pictures": 8, "train0": 16, "test": 8}
+    prepare(tmp_path, counts)
+    manifests = {split: json.loads((tmp_path / f"{split}-manifest.json").read_text()) for split in counts}
+    assert {split: manifest["samples"] for split, manifest in manifests.items()} == counts
+    assert manifests["train0"]["labels"] == dict.fromkeys(sorted(COURSES), 2)
+    assert manifests["unlabelled"]["labels"] == manifests["pictures"]["labels"] == {}
+    assert manifests["test"]["codecs"] == {"h264": 8}
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    prepare(tmp_path, counts)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == made
+
+
+def test_no_clip_is_in_two_splits(tmp_path):
+    counts = {"unlabelled": 8, "train0": 8, "train1": 8, "val": 8, "test": 8}
+    prepare(tmp_path, counts)
+    shards = [str(tmp_path / f"{split}-000000.tar") for split in counts]
+    clips = [sample["mp4"] for sample in WebDataset(shards, shardshuffle=False)]
+    assert len(set(clips)) == sum(counts.values())
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    asked = []
+
+    def finetune(folder, scale, arm, seed, lr):
+        asked.append((arm, seed, lr))
+        return {"val": lr, "test": 0.5, "classes": dict.fromkeys(COURSES, 0.5)}
+
+    monkeypatch.setattr(study, "prepare", lambda *_: None)
+    monkeypatch.setattr(study, "pretrain", lambda *_: "done")
+    monkeypatch.setattr(study, "finetune", finetune)
+    study.carry_out(study.Study(tmp_path, TINY, tmp_path / "rows.jsonl"))
+    first = {(arm, 0, lr) for arm in ARMS for lr in TINY.rates}
+    assert sorted(asked) == sorted(first | {(arm, 1, 1e-2) for arm in ARMS}), "the rate with the better validation"
+    study.carry_out(study.Study(tmp_path, TINY, tmp_path / "rows.jsonl"))
+    assert len(asked) == 9
+    study.carry_out(study.Study(tmp_path, replace(TINY, labels=3), tmp_path / "rows.jsonl"))
+    assert len(asked) == 18, "rows of another scale do not count"
+
+
+def test_a_failure_ends_the_study(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("pretrain ended with code 2")
+
+    monkeypatch.setattr(study, "prepare", lambda *_: None)
+    monkeypatch.setattr(study, "pretrain", fail)
+    with pytest.raises(RuntimeError, match="code 2"):
+        study.carry_out(study.Study(tmp_path, TINY, tmp_path / "rows.jsonl"))
+
+
+def test_the_test_clips_do_not_choose_the_rate():
+    rows = [row("joint", 0, 1e-3, val=0.6, test=0.2), row("joint", 0, 1e-2, val=0.5, test=0.9)]
+    rows += [row("joint", 1, 1e-3, val=0.1, test=0.3), row("joint", 1, 1e-2, val=0.9, test=0.9)]
+    assert best_rate(rows, "joint") == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("joint", "verdict"),
+    [
+        ((0.7, 0.8), "its worst seed is better"),
+        ((0.5, 0.9), "ahead in the mean"),
+        ((0.3, 0.9), "not ahead"),
+    ],
+)
+def test_the_page_says_who_is_ahead(tmp_path, joint, verdict):
+    rows = rows_of({"scratch": (0.2, 0.3), "images": (0.6, 0.6), "joint": joint})
+    text = write_page(rows, tmp_path / "page.md", tmp_path / "plot.png")
+    assert verdict in text and text == (tmp_path / "page.md").read_text()
+    assert f"({min(joint):.1%} to {max(joint):.1%})" in text
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_groups_are_means_of_their_classes():
+    rows = rows_of(dict.fromkeys(ARMS, (0.5,)))
+    for r in rows:
+        r["classes"] |= {"slow": 1.0, "fast": 0.0, "up": 0.9}
+    values = measured(rows)["joint"]
+    assert values["speed"] == [0.5] and values["direction"] == [pytest.approx(0.6)] and values["order"] == [0.5]
+
+
+@pytest.mark.slow
+def test_the_study_on_the_projects_own_commands(tmp_path):
+    tiny = study.Study(tmp_path, replace(TINY, rates=(1e-3,), seeds=(0,)), tmp_path / "rows.jsonl")
+    study.carry_out(tiny)
+    assert [(r["arm"], r["seed"]) for r in sorted(tiny.rows(), key=lambda r: ARMS.index(r["arm"]))] == [
+        (arm, 0) for arm in ARMS
+    ]
