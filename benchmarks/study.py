@@ -34,22 +34,22 @@ DOCS = ROOT / "docs"
 SCALES = {
     "full": Scale(
         unlabelled=6000,
-        labels=40,
+        labels=10,
         validated=20,
         tested=80,
         pretrain_steps=1800,
-        finetune_epochs=20,
-        rates=(5e-4, 1e-3),
+        finetune_epochs=80,
+        rates=(2.5e-4, 5e-4),
         seeds=(0, 1, 2),
     ),
     "small": Scale(
         unlabelled=2000,
-        labels=40,
+        labels=10,
         validated=10,
         tested=50,
         pretrain_steps=500,
-        finetune_epochs=10,
-        rates=(1e-3,),
+        finetune_epochs=40,
+        rates=(5e-4,),
         seeds=(0,),
     ),
 }
