@@ -31,11 +31,19 @@ MEASURES = {  # how a field's name ends -> whether more of it is worse; the firs
     "_mb": True,
     "_s": True,
     "launches": True,
+    "p50": True,
 }
-NO_MEASURES = {"p20_ms", "p80_ms", "roof_ms", "expected_mb"}  # spread, and what follows from sizes or another machine
+NO_MEASURES = {
+    "p20_ms",
+    "p80_ms",
+    "p20",
+    "p80",
+    "roof_ms",
+    "expected_mb",
+}  # spread, and what follows from sizes or another machine
 MACHINE = {"provenance", "ceilings", "load", "commit", "device", "threads", "python", "torch", "triton"}
 MACHINE |= {"clocks", "cpu", "cores", "av", "nvidia-dali-cuda130", "torchvision"}
-REPEATS = {"run", "round", "steps", "clips"}  # how often, not what
+REPEATS = {"run", "round", "rounds", "steps", "clips"}  # how often, not what
 NO_NAMES = NO_MEASURES | MACHINE | REPEATS
 FAILED = ("error", "not_measured")
 
@@ -89,7 +97,8 @@ def costs(rows: list[dict], metric: str) -> tuple[list[float], float]:
     """Of a group: the cost of each repeat, and that of the fast end. A rate's cost is its inverse."""
     values = [float(row[metric]) for row in rows if isinstance(row[metric], (int, float)) and row[metric]]
     repeats = values if more_is_worse(metric) else [1 / value for value in values]
-    quick = [float(row["p20_ms"]) for row in rows if metric == "p50_ms" and row.get("p20_ms")]
+    end = metric.replace("p50", "p20")
+    quick = [float(row[end]) for row in rows if end != metric and row.get(end)]
     return repeats, min(quick or repeats, default=0.0)
 
 
