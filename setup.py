@@ -45,6 +45,8 @@ setup(
             "torchvision",
         ],
         "lint": ["ruff"],
+        # benchmarks only; torchcodec needs FFmpeg's shared libraries too (Debian: apt-get install ffmpeg)
+        "bench": ["torchcodec>=0.17", "torchvision"],
     },
     entry_points={"console_scripts": ["bevt = bevt_ds.cli:main"]},
 )

@@ -1,8 +1,8 @@
-"""How fast clips come: this project's loader and a torch DataLoader, on raw and on packed shards of the same videos.
+"""How fast clips come: this project's loader and torch DataLoaders, on raw and on packed shards of the same videos.
 
-`python -m benchmarks.loader` makes the videos, measures every row in a process of its own, in rounds, so that what else
-the machine does meets all of them, and appends to benchmarks/results/loader.jsonl; `--page` draws loader.md from it.
-CPU seconds a clip, of the process and all it has started, are what a busy machine disturbs least.
+`python -m benchmarks.loader` makes the videos (once), measures every row in a process of its own, in rounds, so that
+what else the machine does meets all of them, and appends to benchmarks/results/loader.jsonl; `--page` only draws the
+page and the picture from it. CPU seconds are those of the process and all that it has started.
 """
 
 from __future__ import annotations
@@ -15,85 +15,123 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from benchmarks.common import append_row, provenance, read_rows
-from benchmarks.loader_media import SIZES, STRIDES, prepare
+import torch
+
+from benchmarks.common import append_row, provenance
+from benchmarks.loader_media import SIZES, STRIDES, prepare, quality
+from benchmarks.loader_page import write_page
 from bevt_ds.config import Config, DataConfig, TrainConfig
 
 RESULTS = Path(__file__).parent / "results" / "loader.jsonl"
 MICRO = 4  # clips a batch
+SOAK_CLIPS, SOAK_POINTS = 20_000, 20
 _TICK = os.sysconf("SC_CLK_TCK")
 
-# name -> (shards, clips_per_video or the DataLoader's decoder)
-ROWS: dict[str, tuple[str, int | str]] = {
-    "ours, raw": ("raw", 1),
-    "ours, raw, 4 clips a video": ("raw", 4),
-    "ours, packed": ("packed", 1),
-    "ours, packed, fps=": ("fps", 1),
-    "ours, packed, fps=, 4 clips a video": ("fps", 4),
-    "DataLoader + PyAV, raw": ("raw", "pyav"),
-    "DataLoader + PyAV, packed": ("packed", "pyav"),
-    "DataLoader + PyAV, packed, fps=": ("fps", "pyav"),
-    "DataLoader + torchcodec, raw": ("raw", "torchcodec"),
+
+@dataclass(frozen=True)
+class Backend:
+    """One row: who loads, and from which shards."""
+
+    shards: str  # raw | packed | fps
+    clips_per_video: int = 1
+    decoder: str = ""  # of a DataLoader; empty: this project's loader
+    device: str = "cpu"
+
+
+BACKENDS = {
+    "ours, raw": Backend("raw"),
+    "ours, raw, 4 clips a video": Backend("raw", clips_per_video=4),
+    "ours, packed": Backend("packed"),
+    "ours, packed, fps=": Backend("fps"),
+    "ours, packed, fps=, 4 clips a video": Backend("fps", clips_per_video=4),
+    "DataLoader + PyAV, raw": Backend("raw", decoder="pyav"),
+    "DataLoader + PyAV, packed": Backend("packed", decoder="pyav"),
+    "DataLoader + PyAV, packed, fps=": Backend("fps", decoder="pyav"),
+    "DataLoader + torchcodec, raw": Backend("raw", decoder="torchcodec"),
+    "DataLoader + torchcodec, packed, fps=": Backend("fps", decoder="torchcodec"),
+    "ours, DALI mixed, raw": Backend("raw", device="cuda"),
+    "DataLoader + torchcodec CUDA, raw": Backend("raw", decoder="torchcodec", device="cuda"),
 }
 
 
-def configuration(folder: Path, row: str, sampling: str) -> Config:
+def configuration(folder: Path, backend: Backend, sampling: str) -> Config:
     """The recipe's clip, on this machine's cores."""
-    shards, variant = ROWS[row]
     frames, stride = STRIDES[sampling]
     cores = len(os.sched_getaffinity(0))
+    name = f"fps-{sampling}" if backend.shards == "fps" else backend.shards
     data = DataConfig(
-        videos=str(folder / (f"fps-{sampling}-*.tar" if shards == "fps" else f"{shards}-*.tar")),
+        videos=str(folder / f"{name}-*.tar"),
         frames=frames,
-        stride=1 if shards == "fps" else stride,
-        clips_per_video=variant if isinstance(variant, int) else 1,
+        stride=1 if backend.shards == "fps" else stride,
+        clips_per_video=backend.clips_per_video,
+        decoder="gpu" if backend.device == "cuda" else "cpu",
         workers=cores,
         threads=cores,
     )
     return Config("benchmark", data=data, train=TrainConfig(global_clips=MICRO, global_images=0, micro_clips=MICRO))
 
 
-def measure(folder: Path, row: str, sampling: str, clips: int) -> dict[str, Any]:
-    """One row: rates over `clips` clips after the first batches, and the seconds to the first one."""
+def measure(folder: Path, row: str, sampling: str, seconds: float) -> dict[str, Any]:
+    """One row: rates over `seconds` after the first batches, and the seconds to the first one.
+
+    These include the loader's imports, but for torch's.
+    """
     began = time.perf_counter()
-    batches = _batches(configuration(folder, row, sampling), ROWS[row][1])
+    backend = BACKENDS[row]
+    batches = _batches(configuration(folder, backend, sampling), backend)
     next(batches)
     first = time.perf_counter() - began
-    for _ in islice(batches, 8):  # what was prepared ahead must not count as fast
-        pass
+    counts = [list(islice(batches, 8))[-1]]  # what was prepared ahead must not count as fast
     began, cpu = time.perf_counter(), cpu_seconds()
-    counts = list(islice(batches, clips // MICRO))
-    seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
-    got = len(counts) * MICRO
-    decoded = counts[-1] - counts[0]
+    while time.perf_counter() - began < seconds:
+        counts.append(next(batches))
+    elapsed, cpu = time.perf_counter() - began, cpu_seconds() - cpu
+    clips, decoded = MICRO * (len(counts) - 1), counts[-1] - counts[0]
     return {
-        "clips_per_s": round(got / seconds, 2),
-        "decoded_frames_per_s": round(decoded / seconds * len(counts) / (len(counts) - 1)) if decoded else None,
-        "cpu_s_per_clip": round(cpu / got, 5),
-        "peak_mb": round(peak_bytes() / 1e6),
+        "clips_per_s": round(clips / elapsed, 2),
+        "decoded_frames_per_s": round(decoded / elapsed) or None,
+        "cpu_s_per_clip": round(cpu / clips, 5),
+        "peak_mb": round(memory("VmHWM") / 1e6),
         "first_batch_s": round(first, 2),
-        "clips": got,
+        "clips": clips,
     }
 
 
-def _batches(config: Config, variant: int | str) -> Iterator[int]:
-    """Frames decoded so far, after each batch."""
-    if isinstance(variant, str):
+def soak(folder: Path) -> dict[str, Any]:
+    """Memory and open files while 20,000 clips go through the loader, 128 pixels wide to make it quick."""
+    from bevt_ds.data.loader import Loader
+
+    config = configuration(folder, BACKENDS["ours, packed, fps="], "16x8")
+    config = replace(config, data=replace(config.data, size=128, token_size=64, short_side=(144, 176)))
+    megabytes, files = [], []
+    with Loader(config) as loader:
+        for _ in range(SOAK_POINTS):
+            for _ in islice(loader, SOAK_CLIPS // SOAK_POINTS // MICRO):
+                pass
+            megabytes.append(round(memory("VmRSS") / 1e6))
+            files.append(len(os.listdir("/proc/self/fd")))
+    return {"clips": SOAK_CLIPS, "rss_mb": megabytes, "open_files": files}
+
+
+def _batches(config: Config, backend: Backend) -> Iterator[int]:
+    """Frames decoded so far, after each batch; 0 where they are not counted."""
+    if backend.decoder:
         from benchmarks.loader_dataset import data_loader
 
         total = 0
-        for _, _, decoded in data_loader(config, variant):
+        for _, _, decoded in data_loader(config, backend.decoder, backend.device):
             total += int(decoded.sum())
             yield total
     else:
         from bevt_ds.data.loader import Loader
 
-        with Loader(config) as loader:
+        with Loader(config, device=backend.device) as loader:
             for _ in loader:
                 yield loader.decoded_frames
 
@@ -120,15 +158,15 @@ def cpu_seconds() -> float:
     return total
 
 
-def peak_bytes() -> int:
-    """The sum of the largest resident sizes; what processes share is counted for each."""
+def memory(field: str) -> int:
+    """Bytes of all processes, VmRSS (now) or VmHWM (at most); what processes share is counted for each."""
     status = [Path(f"/proc/{pid}/status").read_text() for pid in _family()]
-    return sum(int(text.partition("VmHWM:")[2].split()[0]) * 1024 for text in status)
+    return sum(int(text.partition(f"{field}:")[2].split()[0]) * 1024 for text in status)
 
 
-def run_row(folder: Path, row: str, sampling: str, clips: int) -> dict[str, Any]:
-    """Measure in a process of its own; a backend that is not installed says so."""
-    command = [sys.executable, "-m", "benchmarks.loader", "--measure", row, sampling, str(folder), str(clips)]
+def in_own_process(*arguments: str) -> dict[str, Any]:
+    """What `--measure` or `--soak` prints; a backend that cannot run says why."""
+    command = [sys.executable, "-m", "benchmarks.loader", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
@@ -138,75 +176,73 @@ def run_row(folder: Path, row: str, sampling: str, clips: int) -> dict[str, Any]
 
 def machine() -> dict[str, Any]:
     """Beside what every benchmark states: the CPU's name, its cores and what else they were doing."""
-    from importlib.metadata import version
-
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    versions = {package: version(package) for package in ("av", "nvidia-dali-cuda130", "torchvision")}
     cores = len(os.sched_getaffinity(0))
-    return {"cpu": names[0].partition(": ")[2], "cores": cores, "load": os.getloadavg()[0], **versions}
+    versions = {name: _version(name) for name in ("av", "nvidia-dali-cuda130", "torchvision", "torchcodec")}
+    return {"cpu": names[0].partition(": ")[2], "cores": cores, "load": round(os.getloadavg()[0], 2), **versions}
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """A table for each size and sampling: medians over the rounds, and CPU time against the best DataLoader row."""
-    lines = ["# Loader", "", "Made by `python -m benchmarks.loader --page` from loader.jsonl, where each row's commit,"]
-    lines += ["CPU, versions and load are. Medians over rounds; the machine was shared, so CPU seconds a clip are the"]
-    lines += ["column to compare by. `ratio`: the best DataLoader row's CPU seconds on raw shards over this row's.", ""]
-    for size, sampling in sorted({(row["size"], row["sampling"]) for row in rows}):
-        group = [row for row in rows if (row["size"], row["sampling"]) == (size, sampling)]
-        lines += [f"## {size}, {sampling}", ""]
-        lines += ["| row | clips/s | decoded frames/s | CPU s a clip | ratio | peak MB | first batch s | rounds |"]
-        lines += ["|---|---|---|---|---|---|---|---|", *_table(group), ""]
-    return "\n".join(lines)
-
-
-def _table(group: list[dict[str, Any]]) -> Iterator[str]:
-    measured = {name: [r for r in group if r["row"] == name and "cpu_s_per_clip" in r] for name in ROWS}
-    middle = lambda name, key: median(r[key] or 0 for r in measured[name])  # noqa: E731
-    best = min(
-        middle(name, "cpu_s_per_clip") for name in ROWS if name.endswith(", raw") and name[0] == "D" and measured[name]
-    )
-    for name in ROWS:
-        if not measured[name]:
-            reasons = {r["not_measured"] for r in group if r["row"] == name}
-            yield f"| {name} | not measured: {'; '.join(sorted(reasons)) or 'not run'} |||||||"
-            continue
-        cpu = middle(name, "cpu_s_per_clip")
-        cells = [f"{middle(name, 'clips_per_s'):.1f}", f"{middle(name, 'decoded_frames_per_s'):.0f}", f"{cpu:.4f}"]
-        cells += [f"{best / cpu:.2f}", f"{middle(name, 'peak_mb'):.0f}", f"{middle(name, 'first_batch_s'):.1f}"]
-        yield f"| {name} | {' | '.join(cells)} | {len(measured[name])} |"
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bevt-loader-benchmark")
-    parser.add_argument("--videos", type=int, default=200, help="drawn videos of each size")
+    parser.add_argument("--videos", type=int, nargs=2, default=(200, 60), help="drawn videos of each size")
     parser.add_argument("--real", type=Path, help="a folder of real videos to go with them")
-    parser.add_argument("--clips", type=int, default=400, help="clips a row and round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", choices=SIZES, action="append", help="default: both")
-    parser.add_argument("--sampling", choices=STRIDES, action="append", help="default: both")
-    parser.add_argument("--page", action="store_true", help="only draw loader.md")
-    parser.add_argument("--measure", nargs=4, metavar=("ROW", "SAMPLING", "FOLDER", "CLIPS"), help="one row, as JSON")
+    parser.add_argument("--seconds", type=float, default=5.0, help="a row and round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--row", choices=BACKENDS, action="append", help="default: all")
+    parser.add_argument("--prepare", action="store_true", help="only make the videos and shards")
+    parser.add_argument("--page", action="store_true", help="only draw loader.md and loader.png")
+    parser.add_argument("--measure", nargs=4, metavar=("ROW", "SAMPLING", "FOLDER", "SECONDS"), help="one row, as JSON")
+    parser.add_argument("--soak", type=Path, metavar="FOLDER", help="memory over 20,000 clips, as JSON")
     arguments = parser.parse_args()
     if arguments.measure:
-        row, sampling, folder, clips = arguments.measure
-        print(json.dumps(measure(Path(folder), row, sampling, int(clips))))
-    elif not arguments.page:
-        _measure_all(arguments)
-    if not arguments.measure:
-        RESULTS.with_suffix(".md").write_text(page(list(read_rows(RESULTS))))
+        row, sampling, folder, seconds = arguments.measure
+        print(json.dumps(measure(Path(folder), row, sampling, float(seconds))))
+    elif arguments.soak:
+        print(json.dumps(soak(arguments.soak)))
+    elif arguments.page:
+        write_page(RESULTS)
+    else:
+        _run(arguments)
 
 
-def _measure_all(arguments: argparse.Namespace) -> None:
-    for size in arguments.size or SIZES:
-        folder = prepare(arguments.folder, size, arguments.videos, arguments.real)
-        for number in range(arguments.rounds):
-            for sampling in arguments.sampling or STRIDES:
-                for row in ROWS:
-                    result = run_row(folder, row, sampling, arguments.clips)
-                    facts = {"row": row, "size": size, "sampling": sampling, "round": number}
-                    append_row(RESULTS, {**facts, **result, **provenance("cpu"), **machine()})
-                    print(json.dumps({**facts, **result}), flush=True)
+def _run(arguments: argparse.Namespace) -> None:
+    folders = {
+        size: prepare(arguments.folder, size, count, arguments.real)
+        for size, count in zip(SIZES, arguments.videos, strict=True)
+    }
+    if arguments.prepare:
+        return
+    for size, folder in folders.items():
+        for shards, facts in quality(folder).items():
+            _record({"shards": shards, "size": size, **facts})
+    _measure_rows(folders, arguments)
+    _record({"soak": "340x256, packed, fps=", **in_own_process("--soak", str(folders["340x256"]))})
+    write_page(RESULTS)
+
+
+def _measure_rows(folders: dict[str, Path], arguments: argparse.Namespace) -> None:
+    for number in range(arguments.rounds):
+        for size, folder in folders.items():
+            for sampling in STRIDES:
+                for row in arguments.row or BACKENDS:
+                    if BACKENDS[row].device == "cuda" and not torch.cuda.is_available():
+                        result = {"not_measured": "no CUDA device"}
+                    else:
+                        result = in_own_process("--measure", row, sampling, str(folder), str(arguments.seconds))
+                    _record({"row": row, "size": size, "sampling": sampling, "round": number, **result})
+
+
+def _record(facts: dict[str, Any]) -> None:
+    append_row(RESULTS, {**facts, **provenance("cpu"), **machine()})
+    print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ tokenizer's 112.
 from __future__ import annotations
 
 import io
+from functools import partial
 
 import av
 import numpy as np
@@ -23,12 +24,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Clips(Dataset):
-    """Random clips of random samples; `decoder` is "pyav" or "torchcodec"."""
+    """Random clips of random samples; `decoder` is "pyav" or "torchcodec", on `device` for the latter."""
 
-    def __init__(self, config: Config, decoder: str) -> None:
+    def __init__(self, config: Config, decoder: str, device: str = "cpu") -> None:
         shards = load_shards(expand(config.data.videos), "video")
         self.members = [member for shard in shards for member in shard.members()]
-        self.config, self.decode = config.data, {"pyav": decode_pyav, "torchcodec": decode_torchcodec}[decoder]
+        decoders = {"pyav": decode_pyav, "torchcodec": partial(decode_torchcodec, device=device)}
+        self.config, self.decode = config.data, decoders[decoder]
 
     def __len__(self) -> int:
         return 1 << 30
@@ -62,11 +64,13 @@ def decode_pyav(data: bytes, count: int, stride: int, rng: np.random.Generator) 
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), decoded
 
 
-def decode_torchcodec(data: bytes, count: int, stride: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
-    """The same with torchcodec, which counts no frames."""
+def decode_torchcodec(
+    data: bytes, count: int, stride: int, rng: np.random.Generator, device: str
+) -> tuple[torch.Tensor, int]:
+    """The same with torchcodec, which counts no frames. Of its two ways to seek the one without a scan of the file."""
     from torchcodec.decoders import VideoDecoder
 
-    decoder = VideoDecoder(data, num_ffmpeg_threads=1, seek_mode="exact")
+    decoder = VideoDecoder(data, num_ffmpeg_threads=1, seek_mode="approximate", device=device)
     total = decoder.metadata.num_frames
     start = int(rng.integers(max(total - count * stride, 0) + 1))
     return decoder.get_frames_at(((start + stride * np.arange(count)) % total).tolist()).data, 0
@@ -85,10 +89,14 @@ def prepare(frames: torch.Tensor, config, rng: np.random.Generator) -> tuple[tor
     return pixels.permute(1, 0, 2, 3).contiguous(), view
 
 
-def data_loader(config: Config, decoder: str) -> DataLoader:
+def data_loader(config: Config, decoder: str, device: str) -> DataLoader:
+    """With a worker a core; a GPU's decoder is used from this process, as torchcodec advises."""
+    clips, batch_size = Clips(config, decoder, device), config.train.micro_clips
+    if device == "cuda":
+        return DataLoader(clips, batch_size)
     return DataLoader(
-        Clips(config, decoder),
-        batch_size=config.train.micro_clips,
+        clips,
+        batch_size,
         num_workers=config.data.workers,
         prefetch_factor=config.data.prefetch,
         persistent_workers=True,

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import av
 import numpy as np
+import webdataset
 
+from bevt_ds.data.limits import Limits
 from bevt_ds.data.pack import pack
 from bevt_ds.data.scene import Extent, render
-from bevt_ds.data.transcode import Profile
+from bevt_ds.data.transcode import Profile, nearest
+from bevt_ds.data.video import opened
 from bevt_ds.rng import Use, generator
 
 FPS, FRAMES = 30, 300
 SIZES = {"340x256": (256, 340), "1280x720": (720, 1280)}  # height, width
 STRIDES = {"16x8": (16, 8), "32x2": (32, 2)}  # frames, stride
+COMPARED = 8  # videos of a set whose PSNR is taken
 
 
 def prepare(folder: Path, size: str, clips: int, real: Path | None) -> Path:
@@ -25,35 +35,43 @@ def prepare(folder: Path, size: str, clips: int, real: Path | None) -> Path:
 
     real: a folder of real videos that are packed along.
     """
-    place = folder / f"{size}-{clips}"
+    place = folder / f"{size}-{clips}{'-real' if real else ''}"
     if place.exists():
         return place
     unfinished = folder / f".{place.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     media = unfinished / "media"
     media.mkdir(parents=True)
-    for i in range(clips):
-        (media / f"{i:04d}.mp4").write_bytes(draw_clip(i, *SIZES[size]))
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as processes:
+        for i, data in enumerate(processes.map(draw_clip, range(clips), [size] * clips)):
+            (media / f"{i:04d}.mp4").write_bytes(data)
     for path in sorted(real.glob("*.mp4")) if real else []:
         shutil.copyfile(path, media / f"real-{path.name}")
     pack(media, unfinished, "video", "raw", shard_samples=64)
-    pack(media, unfinished, "video", "packed", shard_samples=64, profile=Profile())
-    for name, (_, stride) in STRIDES.items():
-        pack(media, unfinished, "video", f"fps-{name}", shard_samples=64, profile=Profile(fps=FPS / stride))
+    for name, profile in profiles().items():
+        pack(media, unfinished, "video", name, shard_samples=64, profile=profile)
     unfinished.rename(place)
     return place
 
 
-def draw_clip(number: int, height: int, width: int) -> bytes:
+def profiles() -> dict[str, Profile]:
+    """Shard sets that are transcoded."""
+    sparse = {f"fps-{name}": Profile(fps=FPS / stride) for name, (_, stride) in STRIDES.items()}
+    return {"packed": Profile(), **sparse}
+
+
+def draw_clip(number: int, size: str) -> bytes:
     """A camera that pans over a drawn scene, with a sensor's noise: H.264 with x264's defaults, as the web has it."""
+    height, width = SIZES[size]
     rng = generator(0, Use.SYNTHETIC, 2, number)
-    scene = render(rng, Extent(height=height + 128, width=width + 128, frames=1))[0]
-    noise = rng.normal(0, 2.0, (height + 16, width + 16, 3))
+    scene = render(rng, Extent(height=height + 128, width=width + 128, frames=1))[0].astype(np.int16)
+    noise = rng.normal(0, 2.0, (height + 16, width + 16, 3)).round().astype(np.int16)
     angle = rng.uniform(0, 2 * np.pi)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(FPS))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.codec_context.thread_count = 1
         stream.options = {"preset": "medium", "crf": "23"}
         for i in range(FRAMES):
             y, x = (int(64 + 63 * f(angle + i / 40)) for f in (np.sin, np.cos))
@@ -63,3 +81,43 @@ def draw_clip(number: int, height: int, width: int) -> bytes:
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return buffer.getvalue()
+
+
+def quality(place: Path) -> dict[str, dict[str, float]]:
+    """Of each shard set: megabytes, and PSNR (dB, of 8-bit RGB) against the source scaled to the same size."""
+    facts = {"raw": {"megabytes": _megabytes(place, "raw")}}
+    for name, profile in profiles().items():
+        raw, packed = _samples(place, "raw"), _samples(place, name)
+        pairs = islice(zip(raw, packed, strict=True), COMPARED)
+        decibels = [_psnr(source["mp4"], copy["mp4"], json.loads(copy["json"]), profile) for source, copy in pairs]
+        facts[name] = {"megabytes": _megabytes(place, name), "psnr_db": round(float(np.mean(decibels)), 2)}
+    return facts
+
+
+def _megabytes(place: Path, name: str) -> float:
+    return round(sum(path.stat().st_size for path in place.glob(f"{name}-*.tar")) / 1e6, 1)
+
+
+def _samples(place: Path, name: str) -> Iterator[dict]:
+    """The samples of a set, in order of their keys."""
+    urls = [str(path) for path in sorted(place.glob(f"{name}-*.tar"))]
+    return iter(webdataset.WebDataset(urls, shardshuffle=False))
+
+
+def _psnr(source: bytes, copy: bytes, facts: dict, profile: Profile) -> float:
+    """Over every 15th frame of the copy."""
+    size = facts["width"], facts["height"]
+    with opened(source, Limits()) as video:
+        numbers = nearest(video.times(), facts["fps"])
+    places = np.arange(0, facts["frames"], max(facts["frames"] // 20, 1))
+    errors = []
+    for a, b in zip(_rgb(source, numbers[places], size), _rgb(copy, places, size), strict=True):
+        errors.append(np.square(a.astype(float) - b).mean())
+    return float(10 * np.log10(255**2 / np.mean(errors)))
+
+
+def _rgb(data: bytes, numbers: np.ndarray, size: tuple[int, int]) -> list[np.ndarray]:
+    """Frames, scaled as the packer scales them: uint8 (H,W,3) each."""
+    with opened(data, Limits()) as video:
+        frames = [frame.reformat(*size, format="yuv420p", interpolation="AREA") for _, frame in video.pick(numbers)]
+        return [frame.to_ndarray(format="rgb24") for frame in frames]

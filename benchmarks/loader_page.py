@@ -1,0 +1,171 @@
+"""loader.md and loader.png from the rows that benchmarks.loader has written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend without a display
+
+from benchmarks.common import read_rows  # noqa: E402
+
+Rows = list[dict[str, Any]]
+# row, the row it is compared with (None: the best DataLoader on raw shards), how many times as fast it has to be
+TARGETS = [
+    ("ours, raw", None, 1.2),
+    ("ours, packed", None, 1.5),
+    ("ours, packed, fps=", None, 3.0),
+    ("ours, raw, 4 clips a video", "ours, raw", 2.0),
+    ("ours, packed, fps=, 4 clips a video", "ours, packed, fps=", 2.0),
+]
+
+
+def write_page(results: Path) -> None:
+    """From the rows of the newest commit in `results`."""
+    rows = list(read_rows(results))
+    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
+    results.with_suffix(".md").write_text(page(rows))
+    draw(rows, results.with_suffix(".png"))
+
+
+def page(rows: Rows) -> str:
+    """Tables of the rows, by video size and sampling; shards; memory."""
+    return "\n".join([*_head(rows), *_tables(rows), *_targets(rows), *_shards(rows), *_soak(rows), ""])
+
+
+def _head(rows: Rows) -> list[str]:
+    first = rows[0]
+    versions = ("python", "torch", "av", "nvidia-dali-cuda130", "torchvision", "torchcodec")
+    loads = [row["load"] for row in rows]
+    return [
+        "# Loader",
+        "",
+        "Drawn by `python -m benchmarks.loader --page` from loader.jsonl: videos of 10 s at 30 frames/s, batches of 4",
+        "clips, 224 pixels normalised and the tokenizer's 112, every row in a process of its own. Medians over the",
+        "rounds, with the lowest and highest; CPU time is that of all processes. The first batch includes imports but",
+        "torch's. Memory is the sum of each process's peak, in which shared memory counts more than once.",
+        "",
+        f"Commit {first['commit']}; {first['cores']} cores, {first['cpu']}; load {min(loads):.1f} to {max(loads):.1f};",
+        ", ".join(f"{name} {first[name]}" for name in versions if first.get(name)) + ".",
+        "",
+        "![CPU time a clip, and memory over 20,000 clips](loader.png)",
+        "",
+    ]
+
+
+def groups(rows: Rows) -> Iterator[tuple[str, str, dict[str, Rows]]]:
+    """Video size, sampling, and the rounds of each row."""
+    measured = [row for row in rows if "row" in row]
+    for size, sampling in dict.fromkeys((row["size"], row["sampling"]) for row in measured):
+        group: dict[str, Rows] = {}
+        for row in measured:
+            if (row["size"], row["sampling"]) == (size, sampling):
+                group.setdefault(row["row"], []).append(row)
+        yield size, sampling, group
+
+
+def _tables(rows: Rows) -> Iterator[str]:
+    for size, sampling, group in groups(rows):
+        yield from (f"## {size}, {sampling}", "")
+        yield "| row | clips/s | CPU ms a clip | decoded frames/s | peak MB | first batch s | rounds |"
+        yield "|---|---|---|---|---|---|---|"
+        for name, rounds in group.items():
+            if reasons := {r["not_measured"] for r in rounds if "not_measured" in r}:
+                yield f"| {name} | not measured: {'; '.join(sorted(reasons))} ||||||"
+                continue
+            cells = [
+                _spread([r["clips_per_s"] for r in rounds], ".1f"),
+                _spread([1000 * r["cpu_s_per_clip"] for r in rounds], ".1f"),
+                _spread([r["decoded_frames_per_s"] for r in rounds], ".0f"),
+                _spread([r["peak_mb"] for r in rounds], ".0f"),
+                _spread([r["first_batch_s"] for r in rounds], ".1f"),
+            ]
+            yield f"| {name} | {' | '.join(cells)} | {len(rounds)} |"
+        yield ""
+
+
+def _spread(values: list[float | None], form: str) -> str:
+    if None in values:
+        return "not counted"
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _targets(rows: Rows) -> Iterator[str]:
+    yield from ("## What was to be reached", "")
+    yield "Times as many clips for the same CPU time, and in the same time. Best: the DataLoader that needs least CPU"
+    yield "time on raw shards."
+    yield from ("", "| videos | row | against | to reach | CPU | clips/s |", "|---|---|---|---|---|---|")
+    for size, sampling, group in groups(rows):
+        best = min((n for n in group if n.startswith("D") and n.endswith(", raw")), key=lambda n: _middle(group, n))
+        for name, other, factor in TARGETS:
+            other = other or best
+            if float("inf") in (_middle(group, other), _middle(group, name)):
+                continue
+            cpu = _middle(group, other) / _middle(group, name)
+            speed = _middle(group, name, "clips_per_s") / _middle(group, other, "clips_per_s")
+            shown = f"best: {other}" if other == best else other
+            verdict = "" if cpu >= factor else " (not reached)"
+            yield f"| {size}, {sampling} | {name} | {shown} | {factor}x | {cpu:.2f}x{verdict} | {speed:.2f}x |"
+    yield ""
+
+
+def _middle(group: dict[str, Rows], name: str, key: str = "cpu_s_per_clip") -> float:
+    """Median over the rounds; infinite where there is none."""
+    return median([r.get(key, float("inf")) for r in group.get(name, [])] or [float("inf")])
+
+
+def _shards(rows: Rows) -> Iterator[str]:
+    yield from ("## The shards", "")
+    yield "PSNR of 8-bit RGB against the source scaled to the same size, mean over 8 videos."
+    yield from ("", "| videos | shards | MB | of the raw ones | PSNR dB |", "|---|---|---|---|---|")
+    of_sets = [row for row in rows if "shards" in row]
+    for row in of_sets:
+        raw = next(r["megabytes"] for r in of_sets if (r["size"], r["shards"]) == (row["size"], "raw"))
+        decibels = f"{row['psnr_db']:.1f}" if "psnr_db" in row else "the source"
+        share = row["megabytes"] / raw
+        yield f"| {row['size']} | {row['shards']} | {row['megabytes']:.1f} | {share:.2f} | {decibels} |"
+    yield ""
+
+
+def _soak(rows: Rows) -> Iterator[str]:
+    yield from ("## Memory", "")
+    for row in (r for r in rows if "soak" in r):
+        if "not_measured" in row:
+            yield f"Not measured: {row['not_measured']}"
+            continue
+        megabytes, files = row["rss_mb"], row["open_files"]
+        step = row["clips"] // len(files)
+        yield f"{row['clips']:,} clips of {row['soak']} (crops of 128 pixels), after each {step:,}:"
+        yield f"resident {', '.join(map(str, megabytes))} MB; open files {min(files)} to {max(files)}."
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """CPU time a clip as bars for each size and sampling, and the memory curve."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6), width_ratios=(3, 1), layout="constrained")
+    everything = list(groups(rows))
+    names = [n for n in dict.fromkeys(n for *_, g in everything for n in g) if _is_measured(everything, n)]
+    height = 0.8 / max(len(everything), 1)
+    for i, (size, sampling, group) in enumerate(everything):
+        places = [-j - i * height for j in range(len(names))]
+        values = [1000 * _middle(group, name) for name in names]
+        bars = axes[0].barh(places, values, height, label=f"{size}, {sampling}")
+        axes[0].bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
+    ticks = [-j - 0.4 + height / 2 for j in range(len(names))]
+    axes[0].set(yticks=ticks, yticklabels=names, xscale="log", xlabel="CPU ms a clip, logarithmic")
+    figure.legend(loc="outside upper center", ncols=len(everything))
+    for row in (r for r in rows if "rss_mb" in r):
+        step = row["clips"] // len(row["rss_mb"])
+        axes[1].plot([step * (i + 1) for i in range(len(row["rss_mb"]))], row["rss_mb"])
+        axes[1].set_ylim(0, 1.2 * max(row["rss_mb"]))
+    axes[1].set(xlabel="clips", ylabel="resident MB")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _is_measured(everything: list[tuple[str, str, dict[str, Rows]]], name: str) -> bool:
+    return all(_middle(group, name) < float("inf") for *_, group in everything)
