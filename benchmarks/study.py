@@ -3,7 +3,8 @@
 `python -m benchmarks.study` draws an action set into shards, pretrains on its unlabelled clips and pictures, fine-tunes
 on a few labels from each start, tests, and draws the table and the plot. Every part of it is one of the project's own
 commands on one core, as many at once as there are cores. What is done is not done again: stop it and start it at will.
-`--page` only draws.
+The rows are in the study's folder; once it is whole they replace those of benchmarks/results/study.jsonl. `--page` only
+draws these anew.
 
 Three starts, and the same fine-tuning for all: `scratch`; `images`, pretrained on pictures alone; `joint`, on clips and
 pictures. The two pretrainings take as many steps, and as many tokens a step.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,8 @@ from benchmarks.common import append_row, provenance, read_rows
 from benchmarks.study_data import prepare
 from benchmarks.study_page import best_rate, draw_classes, write_page
 from benchmarks.study_runs import ARMS, Scale, finetune, pretrain
+from bevt_ds.entry import run
+from bevt_ds.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
@@ -92,11 +96,19 @@ class Progress:
 
 
 class Study:
-    """A folder for all that the commands write, how much of everything, and the file of the results."""
+    """A folder for all that the commands and the study itself write, and how much of everything.
 
-    def __init__(self, folder: Path, scale: Scale, results: Path = RESULTS):
-        self.folder, self.scale, self.results = folder, scale, results
-        self.lock = threading.Lock()
+    UserError: the folder holds a study of another scale, whose pretrained weights would pass for this one's.
+    """
+
+    def __init__(self, folder: Path, scale: Scale):
+        self.folder, self.scale, self.lock = folder, scale, threading.Lock()
+        self.results, stated = folder / "study.jsonl", folder / "scale.json"
+        text = json.dumps(asdict(scale), indent=1)
+        if stated.exists() and stated.read_text() != text:
+            raise UserError(f"{folder} holds a study of another scale: remove it, or name another with --folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        stated.write_text(text)
 
     def waves(self) -> list[list[Job]]:
         """Jobs that may run side by side; each wave needs the one before it."""
@@ -108,9 +120,8 @@ class Study:
         ]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The results so far; those of another scale are answers to another question."""
-        scale = json.loads(json.dumps(asdict(self.scale)))
-        return [row for row in read_rows(self.results) if row["scale"] == scale]
+        """The results so far."""
+        return list(read_rows(self.results))
 
     def _pretraining(self, arm: str) -> Job:
         return Job(f"pretrain {arm}", self.scale.pretrain_clips(), lambda: pretrain(self.folder, self.scale, arm))
@@ -143,20 +154,25 @@ def machine() -> dict[str, Any]:
     return provenance("cpu") | {"cpu": names[0].partition(": ")[2], "cores": cores, "load": load}
 
 
-def main() -> None:
-    """The command line."""
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="10 minutes: does it run? Too little to learn much")
     parser.add_argument("--folder", type=Path, help="shards and runs (default: runs/study, or runs/study-small)")
     parser.add_argument("--page", action="store_true", help="only draw the table and the plot")
-    arguments = parser.parse_args()
-    folder = arguments.folder or ROOT / "runs" / ("study-small" if arguments.small else "study")
-    study = Study(folder, SCALES["small"], folder / "study.jsonl") if arguments.small else Study(folder, SCALES["full"])
-    if not arguments.page:
+    arguments = parser.parse_args(argv)
+    if arguments.small:
+        study = Study(arguments.folder or ROOT / "runs" / "study-small", SCALES["small"])
         carry_out(study)
-    plot = (folder if arguments.small else DOCS) / "study.png"
-    draw_classes(plot.with_name("study-classes.png"))
-    print(write_page(study.rows(), study.results.with_suffix(".md"), plot))
+        print(write_page(study.rows(), study.folder / "study.md", study.folder / "study.png"))
+        return 0
+    if not arguments.page:
+        study = Study(arguments.folder or ROOT / "runs" / "study", SCALES["full"])
+        carry_out(study)
+        shutil.copyfile(study.results, RESULTS)
+    draw_classes(DOCS / "study-classes.png")
+    print(write_page(list(read_rows(RESULTS)), RESULTS.with_suffix(".md"), DOCS / "study.png"))
+    return 0
 
 
 def carry_out(study: Study) -> None:
@@ -171,4 +187,4 @@ def carry_out(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

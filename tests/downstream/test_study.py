@@ -13,6 +13,7 @@ from benchmarks.study_data import prepare
 from benchmarks.study_page import best_rate, measured, write_page
 from benchmarks.study_runs import ARMS, Scale
 from bevt_ds.data.motion import COURSES
+from bevt_ds.errors import UserError
 
 TINY = Scale(
     unlabelled=16,
@@ -67,13 +68,17 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "prepare", lambda *_: None)
     monkeypatch.setattr(study, "pretrain", lambda *_: "done")
     monkeypatch.setattr(study, "finetune", finetune)
-    study.carry_out(study.Study(tmp_path, TINY, tmp_path / "rows.jsonl"))
+    study.carry_out(study.Study(tmp_path, TINY))
     first = {(arm, 0, lr) for arm in ARMS for lr in TINY.rates}
     assert sorted(asked) == sorted(first | {(arm, 1, 1e-2) for arm in ARMS}), "the rate with the better validation"
-    study.carry_out(study.Study(tmp_path, TINY, tmp_path / "rows.jsonl"))
+    study.carry_out(study.Study(tmp_path, TINY))
     assert len(asked) == 9
-    study.carry_out(study.Study(tmp_path, replace(TINY, labels=3), tmp_path / "rows.jsonl"))
-    assert len(asked) == 18, "rows of another scale do not count"
+
+
+def test_a_folder_holds_one_scale(tmp_path):
+    study.Study(tmp_path, TINY)
+    with pytest.raises(UserError, match="another scale"):
+        study.Study(tmp_path, replace(TINY, labels=3))
 
 
 def test_a_failure_ends_the_study(tmp_path, monkeypatch):
@@ -83,7 +88,7 @@ def test_a_failure_ends_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "prepare", lambda *_: None)
     monkeypatch.setattr(study, "pretrain", fail)
     with pytest.raises(RuntimeError, match="code 2"):
-        study.carry_out(study.Study(tmp_path, TINY, tmp_path / "rows.jsonl"))
+        study.carry_out(study.Study(tmp_path, TINY))
 
 
 def test_the_test_clips_do_not_choose_the_rate():
@@ -118,7 +123,7 @@ def test_groups_are_means_of_their_classes():
 
 @pytest.mark.slow
 def test_the_study_on_the_projects_own_commands(tmp_path):
-    tiny = study.Study(tmp_path, replace(TINY, rates=(1e-3,), seeds=(0,)), tmp_path / "rows.jsonl")
+    tiny = study.Study(tmp_path, replace(TINY, rates=(1e-3,), seeds=(0,)))
     study.carry_out(tiny)
     assert [(r["arm"], r["seed"]) for r in sorted(tiny.rows(), key=lambda r: ARMS.index(r["arm"]))] == [
         (arm, 0) for arm in ARMS
