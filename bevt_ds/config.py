@@ -53,7 +53,7 @@ class ReadingConfig:
 
     decoder: A[Literal["auto", "cpu", "gpu"], "where clips and images are decoded"] = "auto"
     workers: A[int, "processes a rank that decode video on the CPU"] = 2
-    threads: A[int, "DALI threads a rank"] = 2
+    threads: A[int, "threads a rank that make pictures of decoded clips and of images"] = 2
     readers: A[int, "threads a rank that read files"] = 4
     prefetch: A[int, "micro-batches prepared ahead"] = 2
     shuffle_window: A[int, "shards whose samples are shuffled together"] = 8
