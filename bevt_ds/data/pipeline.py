@@ -1,5 +1,7 @@
 """Pixels: one stateless DALI graph a stream, the same operators on a CPU and on a GPU.
 
+On a CPU it serves images; clips go through cpu_pixels.py there, which is faster and held to this graph by a test.
+
 The graph holds no reader and no random operator: bytes or frames and every parameter come from the sample plan through
 `external_source`, so there is no pipeline state to save.
 
