@@ -7,6 +7,7 @@ factor `world` in `backward`; its division by the accumulation steps is switched
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import warnings
@@ -34,6 +35,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # All that DeepSpeed's shards of stages 0-3 need beyond tensors and plain containers.
 SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 TAG = "state"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 # DeepSpeed calls collectives by names that newer torch wants replaced; nobody who trains can do anything about it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
@@ -55,6 +57,7 @@ def start_ranks() -> Ranks:
     if accelerator.device_name() == "cpu":
         # Its shared-memory all-reduce compiles for over a minute at the first start; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _keep_freed_memory()
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
@@ -84,12 +87,17 @@ class Engine:
             schedule: the learning rate of update number n, from 0.
 
         Raises:
-            UserError: a precision that the device cannot do.
+            UserError: a precision that the device cannot do, or compiled blocks under ZeRO-3.
         """
         if config.train.precision == "fp16" and ranks.device.type == "cpu":
             raise UserError("train.precision=fp16: DeepSpeed has no fp16 on a CPU. Use bf16 or fp32.")
         sizes = [p.numel() for p in model.parameters()]
         settings = resolve(values, config, ranks.world, max(sizes), sum(sizes), width)
+        if config.model.compile and settings.get("zero_optimization", {}).get("stage") == 3:
+            raise UserError(
+                "model.compile=true: ZeRO-3 fetches parameters in hooks that torch.compile does not see."
+                " Use ds_configs/zero2.json or model.compile=false."
+            )
         self.ranks, self._schedule = ranks, schedule
         self._lr_scales = [group.pop("lr_scale", 1.0) for group in groups]
         self.dtype = DTYPES[config.train.precision]
@@ -203,12 +211,23 @@ def _cast(value: Batch | Tensor | None, dtype: torch.dtype) -> Batch | Tensor | 
     return value.to(dtype) if value is not None and value.is_floating_point() else value
 
 
+def _keep_freed_memory() -> None:
+    """Stop glibc from handing large buffers back to the system: a step would fetch the same pages anew every time.
+
+    On 2 cores page faults were 6 to 12 % of a small step; the peak of the memory stays the same.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # other C libraries have none
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _optimizer(groups: list[dict[str, Any]], optim: Any, settings: dict[str, Any]) -> torch.optim.Optimizer:
     options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if offload != "none":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def _free_port() -> int:

@@ -5,6 +5,7 @@ Shape letters as in reference.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -55,10 +56,11 @@ class _BiasedAttention(torch.autograd.Function):
         q, k, v = qkv
         delta = (dout * out).sum(-1, keepdim=True)
         ds = (dout @ v.transpose(-1, -2)).sub_(delta).mul_(p)
-        dq = (ds @ k).mul_(ctx.scale)
-        dk = (ds.transpose(-1, -2) @ q).mul_(ctx.scale)
-        dv = p.transpose(-1, -2) @ dout
-        return torch.stack([dq, dk, dv]), ds.unflatten(0, (-1, ctx.windows)).sum(0), None
+        dqkv = torch.empty_like(qkv)
+        torch.matmul(ds, k, out=dqkv[0]).mul_(ctx.scale)
+        torch.matmul(ds.transpose(-1, -2), q, out=dqkv[1]).mul_(ctx.scale)
+        torch.matmul(p.transpose(-1, -2), dout, out=dqkv[2])
+        return dqkv, ds.unflatten(0, (-1, ctx.windows)).sum(0), None
 
 
 def _attend(qkv: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -67,6 +69,12 @@ def _attend(qkv: Tensor, bias: Tensor, scale: float) -> Tensor:
         return _BiasedAttention.apply(qkv, bias, scale)
     bias = bias.repeat(qkv.shape[1] // len(bias), 1, 1, 1) if len(bias) > 1 else bias.expand(qkv.shape[1], -1, -1, -1)
     return F.scaled_dot_product_attention(*qkv, attn_mask=bias, scale=scale)
+
+
+def _roll(x: Tensor, shift: Sequence[int]) -> Tensor:
+    """x (B,T,H,W,...) rolled along T, H, W; torch copies once for every axis it is given, shifted or not."""
+    axes = [axis for axis in range(3) if shift[axis]]
+    return torch.roll(x, [shift[axis] for axis in axes], [1 + axis for axis in axes]) if axes else x
 
 
 def window_attention(
@@ -82,8 +90,7 @@ def window_attention(
     """`reference.window_attention` with bias and mask added once for all samples."""
     grid, heads, d = tuple(qkv.shape[1:4]), *qkv.shape[5:]
     tokens = window[0] * window[1] * window[2]
-    if any(shift):
-        qkv = torch.roll(qkv, [-s for s in shift], dims=(1, 2, 3))
+    qkv = _roll(qkv, [-s for s in shift])
     # (B * windows, N, 3, h, d) -> (3, B * windows, h, N, d)
     qkv = reference.partition(qkv, window).permute(2, 0, 3, 1, 4).contiguous()
     rows = bias_table.index_select(0, _index(window, table_window, qkv.device))
@@ -92,7 +99,7 @@ def window_attention(
         bias = bias + _mask(grid, window, mask_shift, qkv.device).to(qkv.dtype)[:, None]
     out = _attend(qkv, bias.contiguous(), d**-0.5 if scale is None else scale)
     out = reference.unpartition(out.transpose(1, 2).flatten(2), window, grid)
-    return torch.roll(out, list(shift), dims=(1, 2, 3)) if any(shift) else out
+    return _roll(out, shift)
 
 
 def insert_mask_tokens(x: Tensor, mask_token: Tensor, mask: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class ClassifierConfig:
     drop_path: A[float, "stochastic depth of the last block, linear from 0"] = 0.3
     dropout: A[float, "of the pooled features, in front of the head"] = 0.5
     checkpointing: A[bool, "recompute every block in the backward pass: less memory, more time"] = False
+    compile: A[bool, "torch.compile every block: the first steps take minutes; not with ZeRO-3"] = False
     kernels: A[Literal["auto", "triton", "torch"], "provider of windowed attention"] = "auto"
 
 

@@ -96,6 +96,7 @@ class BEVT(PretrainedMixin, nn.Module):
         drop_path: float = 0.0,
         image_windows: WindowPolicy = "official",
         checkpointing: bool = False,
+        compile: bool = False,
         kernels: str = "auto",
     ):
         super().__init__()
@@ -122,6 +123,7 @@ class BEVT(PretrainedMixin, nn.Module):
             mlp_ratio=mlp_ratio,
             drop_path=drop_path,
             checkpointing=checkpointing,
+            compile=compile,
             kernels=kernels,
         )
         dim = self.encoder.norm.normalized_shape[0]

@@ -41,6 +41,7 @@ class VideoClassifier(PretrainedMixin, nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         checkpointing: bool = False,
+        compile: bool = False,
         kernels: str = "auto",
     ):
         super().__init__()
@@ -55,6 +56,7 @@ class VideoClassifier(PretrainedMixin, nn.Module):
             mlp_ratio=mlp_ratio,
             drop_path=drop_path,
             checkpointing=checkpointing,
+            compile=compile,
             kernels=kernels,
         )
         own = {"num_classes": num_classes, "classes": tuple(classes), "dropout": dropout}

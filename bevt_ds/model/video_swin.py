@@ -6,6 +6,7 @@ Letters: B samples, T' H' W' tokens, C channels of the first stage, L blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -39,12 +40,24 @@ class Stage(nn.Module):
         return x
 
 
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """torch.compile each block of `model` in place, one graph a shape; `options` are torch.compile's.
+
+    Blocks are the unit because they repeat: those of one stage share their graphs. A model needs one for every stage,
+    stream and kind of window, in training and in evaluation, which is more than torch's limit of 8.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False, **options)
+
+
 class VideoSwin(PretrainedMixin, nn.Module):
     """The encoder: patches, four stages of window attention, LayerNorm.
 
     Sizes are tuples over (time, height, width). `window` counts tokens. Any clip size works: patches, windows and
     merging pad with zeros at the end, as in the original. `checkpointing` recomputes each block in the backward pass;
-    `kernels` is auto, triton or torch.
+    `compile` puts each through torch.compile; `kernels` is auto, triton or torch.
     """
 
     def __init__(
@@ -57,6 +70,7 @@ class VideoSwin(PretrainedMixin, nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         checkpointing: bool = False,
+        compile: bool = False,
         kernels: str = "auto",
     ):
         super().__init__()
@@ -77,6 +91,8 @@ class VideoSwin(PretrainedMixin, nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim << (len(depths) - 1))
         self.init_weights()
+        if compile:
+            compile_blocks(self)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw all parameters anew; see `layers.init_weights`."""

@@ -190,3 +190,23 @@ def test_missing_weights_say_what_to_do(tmp_path):
         load_tokenizer("dalle")
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer("dalle", weights=tmp_path / "encoder.pkl")
+
+
+def test_weights_settle_once():
+    """Channels last after the first call, values untouched; in half precision the last convolution keeps fp32."""
+    torch.manual_seed(0)
+    tokenizer = DalleTokenizer(n_hid=4, vocab_size=32)
+    for parameter in tokenizer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+    frames = torch.rand(2, 3, 32, 32)
+    first = tokenizer.logits(frames)
+    weights = {name: p for name, p in tokenizer.named_parameters() if p.ndim == 4}
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights.values())
+    assert all(value.equal(before[name]) for name, value in tokenizer.state_dict().items())
+    places = [p.data_ptr() for p in tokenizer.parameters()]
+    assert tokenizer.logits(frames).equal(first)
+    assert places == [p.data_ptr() for p in tokenizer.parameters()], "nothing is copied again"
+    tokenizer._settle(torch.float16)
+    wide = {name for name, p in tokenizer.named_parameters() if p.dtype == torch.float32}
+    assert wide == {"blocks.output.conv.w", "blocks.output.conv.b"}

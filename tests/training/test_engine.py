@@ -1,6 +1,8 @@
 """The engine's promises that need no run: what its checkpoint reader refuses, and how ranks meet."""
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,13 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from torch import nn
 
-from bevt_ds.engine import SafeCheckpointEngine
+from bevt_ds.engine import Engine, SafeCheckpointEngine
+from bevt_ds.entry import shipped_json
+from bevt_ds.errors import UserError
+from bevt_ds.ranks import Ranks
+from bevt_ds.recipes import demo
 
 
 class Hostile:
@@ -31,6 +38,13 @@ def test_hostile_shard_is_refused(tmp_path, zipped):
     assert not canary.exists()
     torch.load(shard, weights_only=False)
     assert canary.exists(), "the payload must be live, or this test shows nothing"
+
+
+def test_compiled_blocks_are_refused_under_zero_3():
+    config = replace(demo(), model=replace(demo().model, compile=True))
+    values = json.loads(Path(shipped_json("zero3.json")).read_text())
+    with pytest.raises(UserError, match="zero2.json"):
+        Engine(nn.Linear(2, 2), config, values, Ranks(0, 1, torch.device("cpu")), 8, [], lambda _: 0.0)
 
 
 def test_what_deepspeed_stores_is_read(tmp_path):
