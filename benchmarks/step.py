@@ -238,7 +238,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--videos", default="", help="shards of videos; default: drawn ones")
     parser.add_argument("--image-shards", default="", help="shards of images; default: drawn ones")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--seconds", type=float, default=60.0 if gpu else 20.0, help="of timed rounds a case")
+    parser.add_argument("--seconds", type=float, default=40.0 if gpu else 20.0, help="of timed rounds a case")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser.parse_args()
 

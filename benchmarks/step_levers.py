@@ -39,7 +39,7 @@ class Levers:
             engine.module.forward = MethodType(every_position, engine.module)
         if not self.fused_optimizer:
             for group in engine.ds.optimizer.optimizer.param_groups:
-                group["fused"] = False
+                group["fused"] = None  # torch then takes its multi-tensor loop on a GPU, one tensor at a time on a CPU
 
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches as the step gets them."""

@@ -11,6 +11,7 @@ the step as timed without the profiler. Inside a compiled region nobody can tell
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,8 @@ def part_of(name: str, module: nn.Module) -> str | None:
         return "stems"
     if name in HEADS:
         return "head and loss"
+    if re.fullmatch(r"encoder\.layers\.\d+", name) and is_compiled(module):
+        return "compiled"
     if not name.startswith("encoder.layers.") or name.startswith(tuple(f"{n}." for n in (*STEMS, *HEADS))):
         return None
     if isinstance(module, nn.Linear):
@@ -60,10 +63,15 @@ def part_of(name: str, module: nn.Module) -> str | None:
     return "attention" if name.endswith(".attn") else "norm, activation, residual"
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it, or anything in it, went through `nn.Module.compile`; such a module must get no hooks."""
+    return any(child._compiled_call_impl is not None for child in module.modules())
+
+
 @contextmanager
 def marked(model: nn.Module | None) -> Iterator[None]:
     """Inside the block, modules of `model` open their part's range around their forward pass."""
-    handles, open_ranges = [], []
+    handles, open_ranges, compiled = [], [], []
 
     def enter(name: str) -> Callable:
         def hook(*_: Any) -> None:
@@ -76,9 +84,12 @@ def marked(model: nn.Module | None) -> Iterator[None]:
         open_ranges.pop().__exit__(None, None, None)
 
     for path, module in model.named_modules() if model else ():
-        if name := part_of(path, module):
+        name = part_of(path, module)
+        if name and (name == "compiled" or not path.startswith(tuple(compiled))):
             handles.append(module.register_forward_pre_hook(enter(name)))
             handles.append(module.register_forward_hook(leave))
+        if name == "compiled":
+            compiled.append(f"{path}.blocks.")
     try:
         yield
     finally:

@@ -160,11 +160,11 @@ class Eager:
 
 
 class Ours:
-    """`bevt_ds.training.train_step` under DeepSpeed's ZeRO-2, some of its levers taken back."""
+    """`bevt_ds.training.train_step` under DeepSpeed's ZeRO-2, some levers taken back or switches of the model set."""
 
-    def __init__(self, setting: Setting, levers: Levers):
+    def __init__(self, setting: Setting, levers: Levers, **switches: bool):
         precision = {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]
-        model = replace(setting.config.model, kernels="auto" if levers.kernels else "torch")
+        model = replace(setting.config.model, kernels="auto" if levers.kernels else "torch", **switches)
         config = replace(setting.config, model=model, train=replace(setting.config.train, precision=precision))
         values, tokenizer = read_json(shipped_json("zero2.json")), setting.make_tokenizer()
         engine = make_engine(config, values, setting.ranks, tokenizer.vocab_size)
@@ -206,5 +206,7 @@ RIVALS: dict[str, Callable[[Setting], Step]] = {
 PROVIDERS: dict[str, Callable[[Setting], Step]] = {
     **RIVALS,
     **{name: partial(Ours, levers=levers) for name, levers in LADDER.items()},
+    "ours, model.compile": partial(Ours, levers=Levers(), compile=True),
+    "ours, model.checkpointing": partial(Ours, levers=Levers(), checkpointing=True),
 }
 CPU_PROVIDERS = ("eager", "ours")

@@ -9,9 +9,11 @@ import torch
 
 from benchmarks import step, step_report
 from benchmarks.common import append_row, read_rows
+from benchmarks.eager_model import EagerBEVT, TorchvisionEncoder
+from benchmarks.eager_tokenizer import every_id
 from benchmarks.step_batch import all_frames, resident_batch
 from benchmarks.step_levers import LADDER, Levers, every_position
-from benchmarks.step_parts import PARTS, part, profile_step
+from benchmarks.step_parts import PARTS, marked, part, profile_step
 from benchmarks.step_providers import CPU_PROVIDERS, Ours, Setting, configuration
 from bevt_ds import BEVT
 from bevt_ds.engine import start_ranks
@@ -89,6 +91,28 @@ def test_ranges_without_modules():
 
     parts = profile_step(run, None, "cpu", step_ms=100.0)["parts"]
     assert parts["optimizer"] > 80
+
+
+def test_compiled_blocks_get_no_hooks():
+    """A hook would be compiled in, or compile anew; their stage is the part, what is not compiled keeps its own."""
+    model = BEVT(**SIZES, compile=True)
+    with marked(model):
+        hooked = {path for path, module in model.named_modules() if module._forward_pre_hooks}
+    assert {"encoder.layers.0", "encoder.layers.0.downsample.norm", "lm_head"} <= hooked
+    assert not [path for path in hooked if ".blocks." in path]
+    assert not [path for path, module in model.named_modules() if module._forward_pre_hooks], "hooks are taken off"
+
+
+def test_torchvision_has_the_same_maps():
+    """Its encoder between our stems and decoders: shapes of both streams, and every weight gets a gradient."""
+    arch = BEVT(**SIZES).arch | {"window": (2, 4, 4)}
+    model = EagerBEVT(arch)
+    model.encoder = TorchvisionEncoder(arch)
+    tokenizer, batch = RandomProjectionTokenizer(16), resident_batch(1, 1, 2, 64)
+    loss = model(batch, every_id(tokenizer, batch))
+    loss.backward()
+    assert 4 < loss.item() < 8, "two streams, 16 ids each: about 2 ln 16"
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_every_position_is_the_same_loss():
