@@ -16,6 +16,7 @@ Shape letters: B samples, T frames, S crop side, v side of the tokenizer's view.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +32,7 @@ from bevt_ds.data.timing import StageTimes
 
 MEAN = (123.675, 116.28, 103.53)  # of 8-bit RGB (PT configuration of the original)
 STD = (58.395, 57.12, 57.375)
+COLLECT_EVERY = 32  # graphs that were replaced because DALI refused a sample
 LUMA = (0.2989, 0.587, 0.114)  # weights of the original's contrast and saturation
 
 
@@ -82,6 +84,7 @@ class PixelPipeline:
         self.kind, self.times = kind, times or StageTimes()
         self.dali_decoder = dali_decoder or ("cpu" if kind == "image" else None)
         self._settings = (batch_size, size, threads, device)
+        self._replaced = 0
         self.rebuild()
 
     def without_decoder(self) -> PixelPipeline:
@@ -146,9 +149,16 @@ class PixelPipeline:
             # DALI names the operator that failed; only decoders see untrusted bytes.
             if "fn.decoders." not in str(error):
                 raise
-            self.rebuild()
+            self._replace_graph()
             reason = str(error).partition("encountered:")[2].split("Current pipeline")[0].strip()
             raise BadSample(f"DALI cannot decode it: {reason}") from error
+
+    def _replace_graph(self) -> None:
+        """Rebuild. A graph refers to itself: its 15 KB are free only when Python looks for such cycles."""
+        self.rebuild()
+        self._replaced += 1
+        if self._replaced % COLLECT_EVERY == 0:
+            gc.collect()
 
     def _decoded(self):
         """The graph's input as pictures: HWC, or FHWC for a clip."""
