@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import struct
 import sys
 from pathlib import Path
 
 import bevt_ds
+
+LENGTH = struct.Struct("<I")  # bytes of the JSON with which an answer begins
 
 
 def command(module: str, *arguments: str) -> list[str]:

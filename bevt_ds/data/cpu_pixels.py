@@ -168,7 +168,7 @@ def token_view(picture: Tensor) -> Tensor:
     rows = _halved(picture.reshape(frames, size, -1))  # (T, y, x*3)
     columns = rows.view(frames, size // 2, size, 3).transpose(1, 2)
     view = _halved(columns.reshape(frames, size, -1)).view(frames, size // 2, size // 2, 3)  # (T, x, y, 3)
-    return view.permute(0, 3, 2, 1).round().clamp_(0, 255).div_(255)
+    return view.round_().clamp_(0, 255).div_(255).permute(0, 3, 2, 1)
 
 
 def _halved(lines: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from bevt_ds.data.shared_memory import SharedMemory
 ATTEMPTS = 2  # a worker may die for reasons that are not the sample's: memory, a stray signal
 MOST_RESIDENT = 2 << 30  # bytes; a worker that holds more is replaced
 READ_AHEAD = 2  # threads that may read a file while all workers are busy
-_MAX_LINE = 1 << 16
 _PIPE_BYTES = 1 << 20
 
 Load = Callable[[], bytes]
@@ -88,10 +87,8 @@ class DecodeWorker:
             self._write(memoryview(data), deadline)
         except BrokenPipeError as error:
             raise WorkerDied(self._stderr_tail()) from error
-        reply = json.loads(self._read_line(deadline))
-        payload = np.empty(reply["size"], dtype=np.uint8)
-        self._read_into(memoryview(payload), deadline)
-        return reply, payload
+        reply = self._read_header(deadline)
+        return reply, self._read(reply["size"], deadline)
 
     def kill(self) -> None:
         """End the process at once; it holds nothing that needs saving."""
@@ -118,14 +115,16 @@ class DecodeWorker:
             with suppress(BlockingIOError):
                 buffer = buffer[os.write(self._inlet, buffer) :]
 
-    def _read_line(self, deadline: float) -> bytes:
-        """The header line. The pipe is unbuffered, so it is read byte by byte: it is short."""
-        line = bytearray()
-        byte = memoryview(bytearray(1))
-        while not line.endswith(b"\n") and len(line) < _MAX_LINE:
-            self._read_into(byte, deadline)
-            line += byte
-        return bytes(line)
+    def _read_header(self, deadline: float) -> Reply:
+        """The JSON before which its length stands: a line's end would have to be looked for byte by byte."""
+        (length,) = child.LENGTH.unpack(self._read(child.LENGTH.size, deadline))
+        return json.loads(self._read(length, deadline).tobytes())
+
+    def _read(self, size: int, deadline: float) -> np.ndarray:
+        """The next bytes: uint8 (size,)."""
+        data = np.empty(size, dtype=np.uint8)
+        self._read_into(memoryview(data), deadline)
+        return data
 
     def _read_into(self, buffer: memoryview, deadline: float) -> None:
         while len(buffer):

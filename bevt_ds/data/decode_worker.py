@@ -1,8 +1,8 @@
 """A process that works on one video at a time: `python -m bevt_ds.data.decode_worker NUMBER`, driven by DecodePool.
 
-A JSON line and the file's bytes in; a JSON line and, where it says so, bytes out. Pixels go to the SharedMemory of that
-file NUMBER. A separate program rather than a fork: it imports neither torch nor the entry, and a decoder that crashes
-or hangs costs one process.
+A JSON line and the file's bytes in; JSON behind its length and, where it says so, bytes out. Pixels go to the
+SharedMemory of that file NUMBER. A separate program rather than a fork: it imports neither torch nor the entry, and a
+decoder that crashes or hangs costs one process.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
+from bevt_ds.data import child
 from bevt_ds.data.frame_choice import CHOICES
 from bevt_ds.data.images import check_image, decode_image
 from bevt_ds.data.limits import BadSample, Limits
@@ -54,7 +55,8 @@ def serve(works: dict[str, Work], request: dict[str, Any], data: bytes, replies:
     except BadSample as bad:
         reply, payload = {"bad": str(bad)}, b""
     reply |= {"size": len(payload), "resident": resident_bytes()}
-    replies.write(json.dumps(reply).encode() + b"\n")
+    header = json.dumps(reply).encode()
+    replies.write(child.LENGTH.pack(len(header)) + header)
     replies.write(payload)
     replies.flush()
 
