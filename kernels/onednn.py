@@ -26,7 +26,9 @@ def _mkl_is_slow() -> bool:
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` gives this product to oneDNN."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel():
+    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return False
+    if x.ndim < 2 or not x.numel():
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False

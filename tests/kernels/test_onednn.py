@@ -67,6 +67,7 @@ def test_torch_does_the_rest(slow_mkl):
     assert not onednn.uses_onednn(x.bfloat16(), weight.bfloat16())
     assert not onednn.uses_onednn(x[:0], weight)
     assert kernels.linear(x[:0], weight).shape == (0, 6)
+    assert kernels.linear(x[0], weight).shape == (6,)
     with torch.autocast("cpu", torch.bfloat16):
         assert not onednn.uses_onednn(x, weight)
         assert kernels.linear(x, weight).dtype == torch.bfloat16
