@@ -119,7 +119,7 @@ class LabelledDataConfig(ReadingConfig):
     crop_area: A[tuple[float, float], "share of the picture that a random resized crop covers"] = (0.08, 1.0)
     crop_aspect: A[tuple[float, float], "its width / height"] = (0.75, 4 / 3)
     flip: A[float, "probability of a horizontal flip; 0 where direction is the label, as in SSv2"] = 0.5
-    randaugment: A[tuple[int, int], "RandAugment: operations a clip, and magnitude of 10; 0,0: none"] = (0, 0)
+    randaugment: A[tuple[int, int], "RandAugment: operations a clip, and magnitude of 30; 0,0: none"] = (0, 0)
     erasing: A[float, "probability of random erasing, the same box in all frames"] = 0.0
 
 

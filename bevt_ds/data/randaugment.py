@@ -1,8 +1,9 @@
 """RandAugment (Cubuk et al. 2019) on clips: every frame is changed alike.
 
-The original uses imgaug's, whose set of operations and whose random numbers cannot be had again. These are timm's
-operations, in the variant in which every one grows with the magnitude ("inc"), each applied when it is drawn; a test
-holds them equal to timm's. What an operation measures, as AutoContrast does, it measures in each frame.
+The original uses imgaug's, whose random numbers cannot be had again. These are timm's operations, in the variant in
+which every one grows with the magnitude ("inc"), each applied when it is drawn; a test holds them equal to timm's. The
+magnitude is on imgaug's scale (_M_MAX of its 0.4.0), three times as fine as timm's, so that 7 is as strong as it is
+there. What an operation measures, as AutoContrast does, it measures in each frame.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-TOP = 10  # the largest magnitude
+TOP = 30  # the largest magnitude
 GREY = (128, 128, 128)  # what comes in from outside the picture
 
 Operation = Callable[[Image.Image, float], Image.Image]

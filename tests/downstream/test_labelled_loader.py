@@ -316,7 +316,7 @@ def test_the_fingerprint_knows_the_labels(
         ({"crop_area": (0.5, 0.1)}, r"data.crop_area=\(0.5, 0.1\)"),
         ({"crop_aspect": (0.0, 1.0)}, "data.crop_aspect"),
         ({"flip": 1.5}, r"data.flip=1.5: must be in \[0, 1\]"),
-        ({"randaugment": (4, 30)}, "data.randaugment.* magnitude of 0 to 10"),
+        ({"randaugment": (4, 31)}, "data.randaugment.* magnitude of 0 to 30"),
         ({"decoder": "gpu"}, "data.decoder=gpu"),
     ],
 )

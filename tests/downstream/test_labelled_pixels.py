@@ -12,7 +12,7 @@ from timm.data import auto_augment
 from bevt_ds.config import LabelledDataConfig
 from bevt_ds.data import clip_pixels as px
 from bevt_ds.data.labelled_plan import LabelledPlan
-from bevt_ds.data.randaugment import OPERATIONS, TOP, randaugment
+from bevt_ds.data.randaugment import OPERATIONS, randaugment
 from bevt_ds.rng import Use, generator
 
 
@@ -111,13 +111,22 @@ def test_operations_are_timms(name: str, magnitude: int, monkeypatch: pytest.Mon
         theirs = auto_augment.NAME_TO_OP[name](
             image, *arguments, fillcolor=(128, 128, 128), resample=Image.Resampling.BILINEAR
         )
-        np.testing.assert_array_equal(OPERATIONS[name](image, sign * magnitude / TOP), theirs)
+        np.testing.assert_array_equal(OPERATIONS[name](image, sign * magnitude / 10), theirs)  # timm's are of 10
 
 
 def test_the_largest_magnitude_is_possible() -> None:
     """timm's posterize asks Pillow for no bits at 10, which it refuses."""
     for operation in OPERATIONS.values():
         assert operation(Image.fromarray(picture(48, 64)), 1.0).size == (64, 48)
+
+
+def test_magnitudes_are_imgaugs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven of thirty, as the original's recipe means it: its RandAugment turns a picture by 30 * 7 / 30 degrees."""
+    angles: list[float] = []
+    monkeypatch.setitem(OPERATIONS, "Rotate", lambda image, level: angles.append(30 * level) or image)
+    for slot in range(8):
+        randaugment(generator(0, Use.RANDAUGMENT, 4, 0, slot), picture(8, 8)[None], 20, 7)
+    assert {round(angle, 9) for angle in angles} == {-7.0, 7.0}
 
 
 def test_randaugment_changes_all_frames_alike_and_repeats_itself() -> None:
