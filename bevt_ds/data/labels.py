@@ -21,7 +21,7 @@ from bevt_ds.data.members import Shard
 from bevt_ds.data.remote import is_remote, redacted
 from bevt_ds.errors import UserError
 
-MOST_CLASSES = 1 << 20  # a larger number is a mistake: the head would not fit into memory
+MOST_CLASSES = 1 << 14  # more are a mistake, such as a video's number or caption; their confusion matrix has 2 GiB
 NAMED = 10  # classes that a message lists
 MOST_SHOWN = 60  # characters of a label in a message
 
@@ -141,16 +141,22 @@ def _found(shards: Sequence[Shard], numbers: bool) -> tuple[str, ...]:
     labels = {label for shard in shards for label in shard.labels}
     for path, facts in _manifests(shards):
         if strange := [label for label in facts["labels"] if _is_number(label) != numbers]:
-            raise UserError(
-                f"{path} counts the label {_quoted(strange[0])}: labels are numbers in some samples only"
-            )
+            raise UserError(f"{path} counts the label {_quoted(strange[0])}: labels are numbers in some samples only")
         labels |= facts["labels"].keys()
     if not numbers:
+        if len(labels) > MOST_CLASSES:
+            raise UserError(
+                f"the labels name {len(labels)} classes, {_listed(sorted(labels))}: more than {MOST_CLASSES} are"
+                " refused. A label is the name of a class, not of a video"
+            )
         return tuple(sorted(labels))
     largest = max(map(int, labels))
     if largest >= MOST_CLASSES:
         shard, i = next((s, i) for s in shards for i, label in enumerate(s.labels) if int(label) == largest)
-        raise UserError(f"{_place(shard, i)} has the label {largest}: classes are numbered from 0, without gaps")
+        raise UserError(
+            f"{_place(shard, i)} has the label {largest}: classes are numbered from 0, without gaps, and more than"
+            f" {MOST_CLASSES} are refused"
+        )
     return tuple(map(str, range(largest + 1)))
 
 

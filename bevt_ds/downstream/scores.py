@@ -40,10 +40,10 @@ class Scores:
     def summed(self, ranks: Ranks) -> Scores:
         """The counts of all ranks together. Collective."""
         mine = torch.cat([self.confusion.flatten(), torch.tensor([self.hits_top5])]).to(ranks.device)
-        *confusion, hits_top5 = ranks.sum(mine).tolist()
+        sums = ranks.sum(mine).cpu()
         total = Scores(len(self.confusion))
-        total.confusion += torch.tensor(confusion).view_as(total.confusion)
-        total.hits_top5 = hits_top5
+        total.confusion += sums[:-1].view_as(total.confusion)
+        total.hits_top5 = int(sums[-1])
         return total
 
     def result(self) -> dict[str, float]:

@@ -58,7 +58,8 @@ def test_without_training_shards_the_validation_set_tells() -> None:
         ([shard("a", "run")], [shard("v", "walk")], r"'s0' of /nowhere/v.tar has the label 'walk', which is none"),
         ([shard("a", "run")], [shard("v", "\x1b[2J" * 99)], r"has the label '(\\x1b\[2J){15}\.\.\.', which is none"),
         ([shard("a", "0", "2")], [shard("v", "1")], r"'s0' of /nowhere/v.tar is of class '1', which no training"),
-        ([shard("a", "0", "99999999")], [], r"'s1' of /nowhere/a.tar has the label 99999999: classes are numbered"),
+        ([shard("a", "0", "16384")], [], r"'s1' of /nowhere/a.tar has the label 16384: classes are numbered"),
+        ([shard("a", *(f"take {i}" for i in range(16385)))], [], r"16385 classes, 'take 0', .*: more than 16384 are"),
     ],
 )
 def test_mistakes_name_shard_and_key(train: list[Shard], val: list[Shard], message: str) -> None:
