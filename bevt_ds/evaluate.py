@@ -14,6 +14,7 @@ except ImportError as error:
 require_own_package(__file__)
 
 from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 from bevt_ds.config import Config  # noqa: E402
 from bevt_ds.downstream.config import EvaluateConfig  # noqa: E402
@@ -68,12 +69,13 @@ def starting_point(weights: str, recipe: str) -> EvaluateConfig:
 
 
 def require(config: EvaluateConfig) -> None:
-    """Check that weights and shards are named.
+    """Check that the weights are there and that shards are named.
 
     Raises:
         UserError: which is not.
     """
     need(bool(config.weights), "weights= is missing: name a fine-tuning run's folder, saved weights, or a file.")
+    need(Path(config.weights).exists(), f"weights={config.weights}: no such file or folder.")
     need(bool(config.data.val), "data.val is empty: name the shards to test on.")
 
 

@@ -14,6 +14,7 @@ except ImportError as error:
 require_own_package(__file__)
 
 from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 from bevt_ds.config import Config, ViewsConfig  # noqa: E402
 from bevt_ds.downstream.config import ProbeRunConfig, labelled_as  # noqa: E402
@@ -70,12 +71,13 @@ def starting_point(weights: str) -> ProbeRunConfig:
 
 
 def require(config: ProbeRunConfig) -> None:
-    """Check that weights and shards are named, and the numbers.
+    """Check that the weights are there, that shards are named, and the numbers.
 
     Raises:
         UserError: what is missing or cannot work.
     """
     need(bool(config.weights), "weights= is missing: name a run's folder, saved weights, or an official file.")
+    need(Path(config.weights).exists(), f"weights={config.weights}: no such file or folder.")
     need(bool(config.data.train), "data.train is empty: name the shards that the probe is fitted to.")
     need(bool(config.data.val), "data.val is empty: name the shards to test on.")
     check_bounds(config, AT_LEAST_ONE, POSITIVE)

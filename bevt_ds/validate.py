@@ -52,6 +52,7 @@ def validate(config: Config) -> Config:
         f"train.micro_clips={train.micro_clips}: must be a multiple of data.clips_per_video={data.clips_per_video},"
         " because one rank decodes a video once for all its clips.",
     )
+    need(max(config.optim.betas) < 1, f"optim.betas={config.optim.betas}: must be in [0, 1).")
     need(0 <= model.drop_path < 1, f"model.drop_path={model.drop_path}: must be in [0, 1).")
     need(0 <= data.flip <= 1, f"data.flip={data.flip}: must be in [0, 1].")
     need(

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 REMEDIES = {
     "storage": "put the shards on a faster disk, or raise data.readers",
     "demux": "raise data.workers, or pack the videos with `bevt shards pack --profile train`",
-    "decode": "raise data.workers or data.clips_per_video, or pack the videos with `bevt shards pack --profile train`",
+    "decode": "raise data.workers, pack the videos with `bevt shards pack --profile train`, or, in pretraining, raise"
+    " data.clips_per_video",
     "augment": "raise data.threads: they augment, and decode images",
     "copy": "lower the micro-batch, or pin fewer processes to these cores",
 }

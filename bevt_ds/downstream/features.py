@@ -55,11 +55,11 @@ def extract(encode: Encode, batches: Iterable[LabelledBatch], ranks: Ranks, most
             values.append(kept)
             labels.append(batch.labels[real].cpu())
             keys += [key for key in batch.keys if key]
-    everyone = sorted((key, rank) for rank, theirs in enumerate(ranks.gather(keys)) for key in theirs)
+    everyone = sorted((key, r, i) for r, theirs in enumerate(ranks.gather(keys)) for i, key in enumerate(theirs))
     if not everyone:
         raise UserError("no labelled video of the probe can be read: `bevt shards check` says why.")
     place_of = {entry: place for place, entry in enumerate(everyone)}
-    places = torch.tensor([place_of[key, ranks.rank] for key in keys], dtype=torch.int64)
+    places = torch.tensor([place_of[key, ranks.rank, i] for i, key in enumerate(keys)], dtype=torch.int64)
     return Features(torch.cat(values), torch.cat(labels), places, len(everyone))
 
 

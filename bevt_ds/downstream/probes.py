@@ -134,4 +134,3 @@ def epochs_of_batches(total: int, batch: int, epochs: int, seed: int) -> Iterato
     for epoch in range(epochs):
         order = torch.from_numpy(generator(seed, Use.PROBE, epoch).permutation(total))
         yield from order.split(batch)
-

@@ -48,6 +48,7 @@ def validate(config: FinetuneConfig, values: dict[str, Any]) -> FinetuneConfig:
         not (train.mixup or train.cutmix) or train.micro_clips % 2 == 0,
         f"train.mixup and train.cutmix mix pairs of clips: train.micro_clips={train.micro_clips} must be even.",
     )
+    need(max(optim.betas) < 1, f"optim.betas={optim.betas}: must be in [0, 1).")
     need(optim.layer_decay <= 1, f"optim.layer_decay={optim.layer_decay}: must be in (0, 1].")
     if optim.ema:
         _check_average(config, values)

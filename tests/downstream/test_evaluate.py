@@ -162,6 +162,7 @@ def damage(tar: Path, key: str) -> None:
     [
         ({"weights": ""}, "weights= is missing"),
         ({"weights": "nowhere"}, "weights=nowhere: no such file"),
+        ({"weights": "nowhere", "data.val": ""}, "weights=nowhere: no such file"),  # not what else a run would say
         ({"data.val": ""}, "data.val is empty"),
         ({"data.size": "60"}, "multiple of 32"),
         ({"views.crops": "2"}, "must be 1 or 3"),

@@ -186,6 +186,13 @@ def test_features_are_the_same_set_on_any_ranks(world):
         assert mine.total == 4
 
 
+def test_videos_of_the_same_name_are_two():
+    """Shards of two folders may be called alike, and their samples too."""
+    twins = [replace(batch, keys=("t/0",)) for batch in batches_of(0, 1) if batch.keys != ("",)]
+    (features,) = on_ranks(1, lambda ranks: extract(encode, twins, ranks, most_bytes=10**6))
+    assert features.places.tolist() == [0, 1, 2, 3]
+
+
 def test_too_many_features_are_refused_with_the_ways_out():
     with pytest.raises(UserError, match=r"rank 0.*probe.cache_bytes=30.*fewer training shards"):
         on_ranks(1, lambda ranks: extract(encode, batches_of(0, 1), ranks, most_bytes=30))

@@ -93,10 +93,11 @@ def test_sampling_is_the_probed_runs(run, tmp_path):
         ("probe.kind=forest", "attentive, linear, knn"),
         ("probe.k=0", "at least 1"),
         ("weights=", "weights= is missing"),
+        ("weights=runs/none", "weights=runs/none: no such file"),
     ],
 )
-def test_mistakes_are_named(word, part):
-    given = {"weights": "runs/x", "data.train": "a.tar", "data.val": "b.tar"}
+def test_mistakes_are_named(tmp_path, word, part):
+    given = {"weights": str(tmp_path), "data.train": "a.tar", "data.val": "b.tar"}
     key, _, value = word.partition("=")
     with pytest.raises(UserError, match=part):
         main([f"{k}={v}" for k, v in (given | {key: value}).items()])
