@@ -30,6 +30,7 @@ from bevt_ds.data.index import cache_home, load_shards
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, require_few_bad
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.members import Shard
+from bevt_ds.data.patience import StorageStalled
 from bevt_ds.data.pipeline import PixelPipeline
 from bevt_ds.data.plan import StreamId, StreamPlan, slots_of
 from bevt_ds.data.shards import expand
@@ -226,12 +227,15 @@ class BackgroundLoader:
     def _judge(self, prepared: _Prepared) -> None:
         """Raise where this rank, another, or all of them together cannot go on; the same on every rank."""
         error = prepared.item if isinstance(prepared.item, BaseException) else None
-        over = isinstance(error, DataLimitError)
-        limits, failures, *counts = self._exchange([int(over), int(error is not None and not over), *prepared.counts])
+        over, stalled = isinstance(error, DataLimitError), isinstance(error, StorageStalled)
+        failed = error is not None and not over and not stalled
+        limits, stalls, failures, *counts = self._exchange([int(over), int(stalled), int(failed), *prepared.counts])
         if error is not None:
             raise error
         if failures:
             raise RuntimeError("reading data has failed on another rank; the reason is in that rank's output")
+        if stalls:
+            raise StorageStalled("another rank's disk or file server does not answer; its output names the place")
         if limits:
             raise DataLimitError("another rank has met too many bad samples in a row; its output names the last")
         for (stream, ledger), good, bad in zip(self._reader.ledgers.items(), counts[::2], counts[1::2], strict=True):

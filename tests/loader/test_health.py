@@ -20,6 +20,7 @@ from bevt_ds.data.ledger import ALWAYS_ALLOWED, IN_A_ROW, DataLimitError, Ledger
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.members import Member
+from bevt_ds.data.patience import StorageStalled
 from bevt_ds.data.plan import PlanEntry, StreamId
 from bevt_ds.data.stream import StreamReader
 from bevt_ds.data.timing import StageTimes, bottleneck
@@ -111,6 +112,15 @@ def test_a_bug_on_one_rank_stops_the_others(images_only: Config, monkeypatch) ->
     assert got == also_got == 2
     assert isinstance(also_error, ZeroDivisionError)
     assert isinstance(error, RuntimeError) and "failed on another rank" in str(error)
+
+
+def test_a_stall_on_one_rank_stops_the_others(images_only: Config, monkeypatch) -> None:
+    """With the same exit code, whichever of them the launcher hears of first."""
+    spoil(monkeypatch, lambda e: e.step == 1 and e.slot == 2, StorageStalled("s.tar: no answer"))
+    (got, error), (also_got, also_error) = run_ranks(images_only, 2)
+    assert got == also_got == 2
+    assert isinstance(error, StorageStalled) and "another rank" in str(error) and error.exit_code == 5
+    assert str(also_error) == "s.tar: no answer"
 
 
 def test_few_bad_samples_stop_nobody(images_only: Config, monkeypatch) -> None:
