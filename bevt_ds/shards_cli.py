@@ -70,6 +70,9 @@ def _add_pack(verbs) -> None:
     )
     verb.add_argument("out", type=Path, help="folder for the tars")
     verb.add_argument("--root", type=Path, help="where the files of a list are; default: beside it")
+    verb.add_argument(
+        "--class-folders", action="store_true", help="each folder in SOURCE is a class; its name, the label"
+    )
     verb.add_argument("--kind", choices=sorted(EXTENSIONS), default="video", help="default: %(default)s")
     verb.add_argument(
         "--split", type=_name, default="train", help="tars are named SPLIT-000000.tar and so on; default: %(default)s"
@@ -170,6 +173,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         profile=profile,
         root=arguments.root,
         jobs=arguments.jobs,
+        class_folders=arguments.class_folders,
     )
     rejected = f", {packed.rejected} rejected (see {arguments.split}-rejected.jsonl)" if packed.rejected else ""
     print(f"{arguments.out}: {packed.samples} samples in {len(packed.shards)} shards{rejected}")

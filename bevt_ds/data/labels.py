@@ -196,7 +196,8 @@ def _is_number(label: str) -> bool:
 
 def _unlabelled(shard: Shard, i: int) -> UserError:
     return UserError(
-        f"{_place(shard, i)} has no label: add {shard.keys[i]}.cls, or 'label' to its .json, a whole number or a name"
+        f"{_place(shard, i)} has no label: add {shard.keys[i]}.cls, or 'label' to its .json, a whole number or a name;"
+        " `bevt shards pack` takes labels from a list, or from folders with --class-folders"
     )
 
 

@@ -52,6 +52,7 @@ def pack(
     profile: Profile | None = None,
     root: Path | None = None,
     jobs: int | None = None,
+    class_folders: bool = False,
 ) -> Packed:
     """Pack the media of `kind` ("video" or "image") that a source names, in its order; see `list_items`.
 
@@ -64,7 +65,7 @@ def pack(
     """
     if profile and kind != "video":
         raise UserError("only videos can be rewritten: leave out the profile for images")
-    items = list_items(str(source), kind, root)
+    items = list_items(str(source), kind, root, class_folders)
     jobs = jobs or len(os.sched_getaffinity(0))
     with ExitStack() as closing:
         writer = closing.enter_context(

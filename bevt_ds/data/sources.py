@@ -37,17 +37,20 @@ class Item:
         return self.path.suffix[1:].lower()
 
 
-def list_items(source: str, kind: str, root: Path | None = None) -> list[Item]:
+def list_items(source: str, kind: str, root: Path | None = None, class_folders: bool = False) -> list[Item]:
     """The files of `kind` ("video" or "image") that a source names, in an order that does not depend on the machine.
 
     source: a folder (searched with its subfolders; labels if they are ImageNet's), a glob, or a list: lines
     `path label`, Kinetics' CSV, Something-Something V2's or Diving48's JSON. root: where the files of a list are; by
     default beside it. A file that is listed and not there is kept: packing it is what fails, and is written down.
-    UserError: there is nothing to pack, or the list cannot be read.
+    class_folders: a file's label is the name of the source's folder that it lies in.
+    UserError: there is nothing to pack, the list cannot be read, or a file lies in no class's folder.
     """
     path = Path(source)
+    if class_folders and not path.is_dir():
+        raise UserError(f"{source} is no folder of class folders: leave out --class-folders, or name one")
     if path.is_dir():
-        items = _from_folder(path, kind)
+        items = _from_folder(path, kind, class_folders)
     elif path.is_file() and path.suffix[1:].lower() not in EXTENSIONS[kind]:
         items = _from_list(path, root or path.parent, kind)
     else:
@@ -57,11 +60,15 @@ def list_items(source: str, kind: str, root: Path | None = None) -> list[Item]:
     return items
 
 
-def _from_folder(folder: Path, kind: str) -> list[Item]:
+def _from_folder(folder: Path, kind: str, class_folders: bool) -> list[Item]:
     files = sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in EXTENSIONS[kind] and p.is_file())
     classes = {p.relative_to(folder).parts[0] for p in files}
     labels: dict[str, str] = {}
-    if classes and all(_SYNSET.fullmatch(name) for name in classes):
+    if class_folders:
+        if loose := [p for p in files if p.parent == folder]:
+            raise UserError(f"{loose[0]} lies in no folder of {folder}: with --class-folders that would be its class")
+        labels = {name: name for name in classes}
+    elif classes and all(_SYNSET.fullmatch(name) for name in classes):
         labels = {name: str(i) for i, name in enumerate(sorted(classes))}
     return [Item(p, str(p.relative_to(folder)), labels.get(p.relative_to(folder).parts[0], "")) for p in files]
 

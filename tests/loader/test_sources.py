@@ -74,6 +74,22 @@ def test_imagenets_folders_give_labels_in_their_order(media: Path) -> None:
     assert {item.label for item in list_items(str(media), "image")} == {""}  # other folders beside them
 
 
+def test_folders_may_be_classes(media: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("ucf")
+    for name in ("Push left/g01/a.avi", "jump/b.avi"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    assert listed(list_items(str(folder), "video", class_folders=True)) == [
+        ("Push left/g01/a.avi", "Push left/g01/a", "Push left"),
+        ("jump/b.avi", "jump/b", "jump"),
+    ]
+    assert {item.label for item in list_items(str(folder), "video")} == {""}
+    with pytest.raises(UserError, match=r"78687.webm lies in no folder of .*: with --class-folders"):
+        list_items(str(media), "video", class_folders=True)
+    with pytest.raises(UserError, match="is no folder of class folders"):
+        list_items(f"{media}/*.mp4", "video", class_folders=True)
+
+
 def test_globs(media: Path) -> None:
     assert [item.name for item in list_items(f"{media}/**/*.mp4", "video")] == sorted(
         ["_8Vy3dlHg2w_00000.mp4", "abseiling/0wR5jVB-WPk_000417_000427.mp4", "with space.mp4"]
