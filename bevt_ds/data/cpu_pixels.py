@@ -135,7 +135,7 @@ def _fill(pixels: Tensor, view: Tensor, crop: np.ndarray, entry: PlanEntry) -> N
     picture = picture.flip(2) if entry.flip else picture
     _normalise(picture, out=pixels)
     for some, their_view in zip(picture.split(_CACHED), view.split(_CACHED), strict=True):
-        their_view.copy_(token_view(some))
+        token_view(some, out=their_view)
 
 
 def _chosen(pictures: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -162,24 +162,22 @@ def _normalise(picture: Tensor, out: Tensor) -> None:
     out.copy_(picture.permute(3, 0, 1, 2)).sub_(mean).div_(std)
 
 
-def token_view(picture: Tensor) -> Tensor:
+def token_view(picture: Tensor, out: Tensor) -> None:
     """Half-size picture of a crop, OpenCV's LANCZOS4: uint8 (T,S,S,3) -> float (T,3,v,v) of RGB in [0,1]."""
-    frames, size = picture.shape[:2]
-    rows = _halved(picture.reshape(frames, size, -1))  # (T, y, x*3)
-    columns = rows.view(frames, size // 2, size, 3).transpose(1, 2)
-    view = _halved(columns.reshape(frames, size, -1)).view(frames, size // 2, size // 2, 3)  # (T, x, y, 3)
-    return view.round_().clamp_(0, 255).div_(255).permute(0, 3, 2, 1)
+    levels = _halved(_halved(picture).transpose(1, 2))  # (T, v of x, v of y, 3)
+    torch.div(levels.round_().clamp_(0, 255).permute(0, 3, 2, 1), 255, out=out)
 
 
 def _halved(lines: Tensor) -> Tensor:
-    """Lines filtered across, every second kept, those at the edge repeated beyond it: (T,n,m) -> float (T,n/2,m)."""
-    frames, count, length = lines.shape
-    padded = torch.empty(frames, count + 6, length)
+    """Lines filtered across, every second kept: (T,n,...) -> float (T,n/2,...). Those at the edge go on beyond it."""
+    frames, count, *line = lines.shape
+    padded = torch.empty(frames, count + 6, *line)
     padded[:, :3], padded[:, 3:-3], padded[:, -3:] = lines[:, :1], lines, lines[:, -1:]
     # A convolution with a channel for each place along the line: lines stay contiguous, and oneDNN has a kernel for it.
-    channels_last = padded.view(frames, count + 6, 1, length).permute(0, 3, 1, 2)
-    kept = F.conv2d(channels_last, _filters(length), stride=(2, 1), groups=length)
-    return kept.permute(0, 2, 3, 1).reshape(frames, -1, length)
+    flat = padded.view(frames, count + 6, 1, -1)
+    filters = _filters(flat.shape[-1])
+    kept = F.conv2d(flat.permute(0, 3, 1, 2), filters, stride=(2, 1), groups=len(filters))
+    return kept.permute(0, 2, 3, 1).reshape(frames, count // 2, *line)
 
 
 @lru_cache(maxsize=8)
