@@ -232,6 +232,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=models, default="swin_b" if gpu else "tiny")
     parser.add_argument("--clips", type=int, help="clips a step")
     parser.add_argument("--images", type=int, help="images a step")
+    parser.add_argument("--ids", type=int, help="size of the vocabulary; default: 64 for tiny, else 8192")
     tokenizers = ("dalle", "random_projection", "none")
     parser.add_argument("--tokenizer", choices=tokenizers, default="dalle" if gpu else "random_projection")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS) if gpu else CPU_PROVIDERS)
@@ -253,7 +254,8 @@ def main() -> None:
     default = GPU_BATCH if gpu else BATCH.get(arguments.model, (1, 4))
     clips = default[0] if arguments.clips is None else arguments.clips
     images = default[1] if arguments.images is None else arguments.images
-    config = with_shards(configuration(arguments.model, clips, images), arguments.videos, arguments.image_shards)
+    config = configuration(arguments.model, clips, images, arguments.ids)
+    config = with_shards(config, arguments.videos, arguments.image_shards)
     slug = re.sub(r"[^a-z0-9]+", "-", provenance("cuda" if gpu else "cpu")["device"].lower()).strip("-")
     benchmark = Benchmark(arguments.out / f"step-{slug}.jsonl", config, arguments.seconds)
     for case in arguments.cases:

@@ -48,14 +48,17 @@ class Step(Protocol):
         ...
 
 
-def configuration(model: str, clips: int, images: int) -> Config:
-    """The demo's run for `tiny`, else joint_swin_b's with another backbone; a step is one micro-batch on one rank."""
+def configuration(model: str, clips: int, images: int, ids: int | None = None) -> Config:
+    """The demo's run for `tiny`, else joint_swin_b's with another backbone; a step is one micro-batch on one rank.
+
+    `ids` is the size of the vocabulary, if not the recipe's: 64 for `tiny`, else 8192.
+    """
     recipe = demo() if model == "tiny" else joint_swin_b()
     train = replace(
         recipe.train, micro_clips=clips, micro_images=images, global_clips=clips, global_images=images, steps=10**6
     )
     options = replace(recipe.model, name=model, image_windows="official", drop_path=joint_swin_b().model.drop_path)
-    tokenizer = TokenizerConfig(name="random_projection", vocab_size=recipe.tokenizer.vocab_size)
+    tokenizer = TokenizerConfig(name="random_projection", vocab_size=ids or recipe.tokenizer.vocab_size)
     return validate(replace(recipe, model=options, tokenizer=tokenizer, train=train))
 
 
