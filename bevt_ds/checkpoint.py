@@ -24,8 +24,8 @@ from bevt_ds.ranks import Ranks
 SCHEMA = 1
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})")
-# Fields that may differ between a run and its continuation: they do not change what is computed. Where the shards lie
-# is free, because `Facts.data` says what is in them.
+# Fields that may differ between a run and its continuation: they do not change what is computed. Where the shards and
+# the list of classes lie is free, because `Facts.data` says what is in them.
 FREE = {
     "output_dir", "init_from", "resume", "dry_run", "data.workers", "data.threads", "data.readers", "data.prefetch",
     "data.videos", "data.images", "data.cache_dir", "data.cache_bytes", "data.remote_seconds", "data.allow_pipe",
@@ -33,7 +33,7 @@ FREE = {
     "data.read_seconds", "data.verify",
     "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_batches", "train.min_gain",
     "model.checkpointing",
-    "data.train", "data.val", "data.expected_val", "views.clips", "views.crops", "views.short_side",
+    "data.train", "data.val", "data.classes", "data.expected_val", "views.clips", "views.crops", "views.short_side",
     "views.micro_videos", "train.val_every", "probe.every", "probe.train", "probe.val",
 }  # fmt: skip
 

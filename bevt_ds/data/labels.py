@@ -89,21 +89,19 @@ def read_classes(train: Sequence[Shard], val: Sequence[Shard], file: str = "") -
     return classes
 
 
-def manifest_facts(shards: Sequence[Shard]) -> list[dict[str, Any]]:
-    """The manifests of `bevt shards pack` that lie beside local shards and name one of them.
-
-    UserError: one of them cannot be read.
-    """
-    return [facts for _, facts in _manifests(shards)]
-
-
 def expected_count(shards: Sequence[Shard], stated: int = 0) -> int:
     """How many samples the whole set of these shards has, for a statement of coverage.
 
-    That is what is `stated`, else the samples that their manifests count, packed and rejected, else those indexed.
+    That is what is `stated`, else the samples that their manifests count, packed and rejected, and those indexed in
+    shards that no manifest names.
     """
-    counted = sum(int(facts.get("samples", 0)) + int(facts.get("rejected", 0)) for facts in manifest_facts(shards))
-    return stated or counted or sum(map(len, shards))
+    if stated:
+        return stated
+    counted, named = 0, set()
+    for path, facts in _manifests(shards):
+        counted += int(facts.get("samples", 0)) + int(facts.get("rejected", 0))
+        named |= {path.with_name(shard["name"]) for shard in facts["shards"]}
+    return counted + sum(len(shard) for shard in shards if Path(shard.path) not in named)
 
 
 def _are_numbers(shards: Sequence[Shard]) -> bool:

@@ -116,6 +116,10 @@ def test_the_manifests_rejects_were_expected_too(packed: list[Shard], tmp_path: 
     assert expected_count(packed) == 14
 
 
+def test_shards_that_no_manifest_names_are_counted_too(packed: list[Shard]) -> None:
+    assert expected_count([*packed, shard("a", "run", "sit", "run")]) == 9 + 3
+
+
 def test_without_a_manifest_the_samples_are_counted(packed: list[Shard], tmp_path: Path) -> None:
     (tmp_path / "train-manifest.json").unlink()
     assert expected_count(packed) == 8 and read_classes(packed, []).names == ("run", "sit")

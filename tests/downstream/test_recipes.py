@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bevt_ds.checkpoint import check_same
 from bevt_ds.downstream import recipes
 from bevt_ds.downstream.config import FinetuneConfig
 from bevt_ds.downstream.dry_run import report
@@ -115,6 +116,14 @@ def test_a_run_of_the_other_program_is_not_continued(tmp_path):
     config = replace(get_recipe("finetune_demo"), output_dir=str(tmp_path), resume="auto")
     with pytest.raises(UserError, match="another program"):
         choose_folder(config, Ranks(0, 1, torch.device("cpu")))
+
+
+def test_the_list_of_classes_may_move():
+    """What is in it is held by the checkpoint's fingerprint of the data."""
+    config = get_recipe("finetune_demo")
+    check_same(config, replace(config, data=replace(config.data, classes="elsewhere.txt")), "run")
+    with pytest.raises(UserError, match="data.flip: 0.0 -> 0.5"):
+        check_same(config, replace(config, data=replace(config.data, flip=0.5)), "run")
 
 
 def test_missing_inputs_are_named(tmp_path):
