@@ -54,6 +54,7 @@ class DecodeWorker:
             stderr=self._stderr,
             bufsize=0,
         )
+        self._started = False
         self._inlet, self._outlet = self._process.stdin.fileno(), self._process.stdout.fileno()
         self._writable, self._readable = select.poll(), select.poll()
         self._writable.register(self._inlet, select.POLLOUT)
@@ -78,9 +79,10 @@ class DecodeWorker:
     def ask(self, request: dict[str, Any], data: bytes, seconds: float) -> tuple[Reply, np.ndarray]:
         """The answer to a request about the file `data`, and the bytes that came with it: uint8 (n,).
 
-        TimeoutError: no answer within `seconds`. WorkerDied: there will be none.
+        TimeoutError: no answer within `seconds`. WorkerDied: there will be none. RuntimeError: no worker can start.
         """
         deadline = time.monotonic() + seconds
+        self._await_start(deadline)
         line = json.dumps({**request, "size": len(data), "seconds": seconds}).encode() + b"\n"
         try:
             self._write(memoryview(line), deadline)
@@ -102,6 +104,18 @@ class DecodeWorker:
         self._process.stdout.close()
         self._stderr.close()
         self._memory.close()
+
+    def _await_start(self, deadline: float) -> None:
+        """Wait until the program runs. One that fails before it has seen a file is no fault of the file."""
+        if self._started:
+            return
+        try:
+            self._read(len(child.READY), deadline)
+        except WorkerDied as death:
+            if self._process.wait() > 0:  # it exited by itself; a signal may have come from anywhere
+                raise RuntimeError(f"decode workers cannot start: {death}") from death
+            raise
+        self._started = True
 
     def _stderr_tail(self) -> str:
         """The end of what the worker wrote to its standard error."""

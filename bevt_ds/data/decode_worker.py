@@ -40,6 +40,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     works = {**WORKS, "clips": partial(clips, SharedMemory(int(sys.argv[1])))}
+    replies.write(child.READY)
+    replies.flush()
     for line in requests:
         request = json.loads(line)
         # If the parent is gone too, nobody else would end a decoder that hangs.

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -122,6 +123,14 @@ def test_a_bad_sample_is_an_answer_not_a_death(pool: DecodePool, member: Load) -
     with pytest.raises(BadSample, match="cut"):
         pool.clips(lambda: member()[:-1000], [(0.3, 0.0)], 8, 2).result()
     assert set(pool.pids) == before
+
+
+def test_workers_that_cannot_start_are_no_fault_of_the_sample(member: Load, monkeypatch) -> None:
+    monkeypatch.setattr(child, "command", lambda *_: [sys.executable, "-c", "raise ImportError('no such library')"])
+    pool = DecodePool(workers=1, seconds=20.0, limits=Limits())
+    with pytest.raises(RuntimeError, match="decode workers cannot start: (?s:.*)no such library"):
+        pool.describe(member).result()
+    pool.close()
 
 
 def test_closing_ends_every_process(member: Load, is_alive: Callable[[int], bool]) -> None:
