@@ -48,7 +48,8 @@ def markdown(rows: list[dict]) -> str:
     source, limits = rows[-1]["provenance"], rows[-1]["ceilings"]
     lines = ["# Step benchmark", ""]
     if "CPU" in source["device"]:
-        lines += ["**These are CPU numbers.** They say nothing about the Triton kernels, which run on a GPU.", ""]
+        lines += ["**These are CPU numbers.** They say nothing about the Triton kernels, which run on a GPU."]
+        lines += ["Compare CPU time; where programs share the cores, the peak that MFU refers to is only a hint.", ""]
     lines += [f"{name}: {value}  " for name, value in source.items()]
     lines += [f"{name}: {value:.3g}  " for name, value in limits.items() if value is not None]
     for setting, table in newest(rows).items():
