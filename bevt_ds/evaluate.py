@@ -19,10 +19,11 @@ from pathlib import Path  # noqa: E402
 from bevt_ds.config import Config  # noqa: E402
 from bevt_ds.downstream.config import EvaluateConfig  # noqa: E402
 from bevt_ds.downstream.recipes import RECIPES, get_recipe  # noqa: E402
+from bevt_ds.downstream.validate import AT_LEAST_ONE, POSITIVE  # noqa: E402
 from bevt_ds.entry import parse_arguments, run  # noqa: E402
 from bevt_ds.help_text import page  # noqa: E402
 from bevt_ds.overrides import apply_overrides, parse_overrides  # noqa: E402
-from bevt_ds.validate import need  # noqa: E402
+from bevt_ds.validate import check_bounds, need  # noqa: E402
 
 USAGE = """\
 usage: deepspeed bevt_ds/evaluate.py weights=RUN_OR_WEIGHTS [data.val=SHARDS] [recipe=NAME] [key=value ...]
@@ -69,14 +70,15 @@ def starting_point(weights: str, recipe: str) -> EvaluateConfig:
 
 
 def require(config: EvaluateConfig) -> None:
-    """Check that the weights are there and that shards are named.
+    """Check that the weights are there, that shards are named, and the numbers.
 
     Raises:
-        UserError: which is not.
+        UserError: what is missing or cannot work.
     """
     need(bool(config.weights), "weights= is missing: name a fine-tuning run's folder, saved weights, or a file.")
     need(Path(config.weights).exists(), f"weights={config.weights}: no such file or folder.")
     need(bool(config.data.val), "data.val is empty: name the shards to test on.")
+    check_bounds(config, AT_LEAST_ONE, POSITIVE)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from bevt_ds.config import Config, ViewsConfig  # noqa: E402
+from bevt_ds.downstream import validate  # noqa: E402
 from bevt_ds.downstream.config import ProbeRunConfig, labelled_as  # noqa: E402
 from bevt_ds.entry import parse_arguments, run  # noqa: E402
 from bevt_ds.errors import UserError  # noqa: E402
@@ -36,8 +37,8 @@ the prediction of each video. `torchrun bevt_ds/probe.py ...` and `python bevt_d
   deepspeed bevt_ds/probe.py weights=runs/joint data.train=few-train.tar data.val=few-val.tar probe.kind=knn
       votes of the nearest training videos; low for masked modelling, see docs/evaluation.md
 """
-AT_LEAST_ONE = {"probe.epochs", "probe.batch", "probe.k", "probe.cache_bytes"}
-POSITIVE = {"probe.lr", "probe.temperature"}
+AT_LEAST_ONE = {*validate.AT_LEAST_ONE, "probe.epochs", "probe.batch", "probe.k", "probe.cache_bytes"}
+POSITIVE = {*validate.POSITIVE, "probe.lr", "probe.temperature"}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from bevt_ds.downstream.config import FinetuneConfig
 from bevt_ds.validate import check_bounds, need
 
-AT_LEAST_ONE = {
+AT_LEAST_ONE = {  # of evaluate.py and probe.py too, which have some of the fields
     *(f"data.{name}" for name in ("size", "frames", "stride", "short_side", "workers", "threads", "readers")),
     *(f"data.{name}" for name in ("prefetch", "shuffle_window")),
     *(f"train.{name}" for name in ("global_clips", "micro_clips", "log_every", "val_every", "checkpoint_every")),
@@ -20,6 +20,7 @@ POSITIVE = {
     *(f"optim.{name}" for name in ("lr", "eps", "layer_decay", "backbone_scale")),
     "data.decode_seconds",
     "data.remote_seconds",
+    "data.read_seconds",
 }
 SHARES = ("model.drop_path", "model.dropout", "train.label_smoothing", "optim.ema")
 

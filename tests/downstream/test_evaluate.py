@@ -165,6 +165,7 @@ def damage(tar: Path, key: str) -> None:
         ({"weights": "nowhere", "data.val": ""}, "weights=nowhere: no such file"),  # not what else a run would say
         ({"data.val": ""}, "data.val is empty"),
         ({"data.size": "60"}, "multiple of 32"),
+        ({"data.workers": "0"}, "data.workers=0: must be at least 1"),
         ({"views.crops": "2"}, "must be 1 or 3"),
         ({"views.clip": "2"}, "views.clips"),
         ({"precision": "fp16"}, "needs a GPU"),

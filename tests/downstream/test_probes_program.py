@@ -92,6 +92,7 @@ def test_sampling_is_the_probed_runs(run, tmp_path):
         ("recipe=demo", "a probe has no recipe"),
         ("probe.kind=forest", "attentive, linear, knn"),
         ("probe.k=0", "at least 1"),
+        ("data.workers=0", "data.workers=0: must be at least 1"),
         ("weights=", "weights= is missing"),
         ("weights=runs/none", "weights=runs/none: no such file"),
     ],
