@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from bevt_ds.config import Config
+from bevt_ds.config import Config, LabelledDataConfig, ViewsConfig
 from bevt_ds.errors import UserError
 from bevt_ds.overrides import config_fields, get_value
 
@@ -157,3 +157,14 @@ def need(holds: bool, message: str) -> None:
     """Raise `message` as a UserError unless something holds."""
     if not holds:
         raise UserError(message)
+
+
+def check_views(data: LabelledDataConfig, views: ViewsConfig) -> None:
+    """Check the views of a test against the crop. UserError: the first field that cannot work, with the reason."""
+    need(views.clips > 0, f"views.clips={views.clips}: must be at least 1.")
+    need(views.micro_videos > 0, f"views.micro_videos={views.micro_videos}: must be at least 1.")
+    need(views.crops in (1, 3), f"views.crops={views.crops}: must be 1 or 3.")
+    need(
+        views.short_side >= data.size,
+        f"views.short_side={views.short_side}: a side below data.size={data.size} cannot hold the crop.",
+    )

@@ -28,7 +28,7 @@ from bevt_ds.data.shards import expand
 from bevt_ds.data.storage import Storage
 from bevt_ds.data.stream import Resources, Ticket
 from bevt_ds.data.timing import StageTimes
-from bevt_ds.validate import micro_steps_of, need
+from bevt_ds.validate import check_views, micro_steps_of, need
 
 
 class Batching(Protocol):
@@ -204,17 +204,6 @@ def check_labelled(data: LabelledDataConfig) -> None:
         f"data.randaugment={data.randaugment}: must be a number of operations and a magnitude of 0 to {TOP}.",
     )
     need(data.decoder != "gpu", "data.decoder=gpu: labelled videos are decoded on the CPU; use data.decoder=auto.")
-
-
-def check_views(data: LabelledDataConfig, views: ViewsConfig) -> None:
-    """Check the views of a test against the crop. UserError: the first field that cannot work, with the reason."""
-    need(views.clips > 0, f"views.clips={views.clips}: must be at least 1.")
-    need(views.micro_videos > 0, f"views.micro_videos={views.micro_videos}: must be at least 1.")
-    need(views.crops in (1, 3), f"views.crops={views.crops}: must be 1 or 3.")
-    need(
-        views.short_side >= data.size,
-        f"views.short_side={views.short_side}: a side below data.size={data.size} cannot hold the crop.",
-    )
 
 
 def _classes_of(data: LabelledDataConfig, val: Sequence[Shard], storage: Storage) -> Classes:

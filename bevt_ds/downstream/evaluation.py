@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bevt_ds.config import LabelledDataConfig
-from bevt_ds.data.labelled_loader import check_labelled, check_views, expected_videos
+from bevt_ds.data.labelled_loader import check_labelled, expected_videos
 from bevt_ds.data.labels import Classes, read_classes
 from bevt_ds.data.members import Shard
 from bevt_ds.downstream.config import EvaluateConfig
@@ -25,6 +25,7 @@ from bevt_ds.model.weights import read_weights
 from bevt_ds.overrides import to_dict
 from bevt_ds.ranks import Ranks
 from bevt_ds.run_folder import weights_of
+from bevt_ds.validate import check_views
 
 
 def evaluate(config: EvaluateConfig) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from bevt_ds.data.labelled_loader import check_labelled, check_views, expected_videos
+from bevt_ds.data.labelled_loader import check_labelled, expected_videos
 from bevt_ds.data.labels import read_classes
 from bevt_ds.downstream.config import ProbeConfig, ProbeRunConfig
 from bevt_ds.downstream.evaluation import check_device, printing_once
@@ -27,6 +27,7 @@ from bevt_ds.model.video_swin import VideoSwin
 from bevt_ds.overrides import to_dict
 from bevt_ds.ranks import Ranks
 from bevt_ds.run_folder import weights_of
+from bevt_ds.validate import check_views
 
 
 def probe(config: ProbeRunConfig) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bevt_ds.downstream.config import FinetuneConfig
-from bevt_ds.validate import check_bounds, need
+from bevt_ds.validate import check_bounds, check_views, need
 
 AT_LEAST_ONE = {  # of evaluate.py and probe.py too, which have some of the fields
     *(f"data.{name}" for name in ("size", "frames", "stride", "short_side", "workers", "threads", "readers")),
@@ -45,6 +45,7 @@ def validate(config: FinetuneConfig, values: dict[str, Any]) -> FinetuneConfig:
         data.short_side >= data.size,
         f"data.short_side={data.short_side}: a side below data.size={data.size} cannot hold the validation's crop.",
     )
+    check_views(data, config.views)
     need(
         not (train.mixup or train.cutmix) or train.micro_clips % 2 == 0,
         f"train.mixup and train.cutmix mix pairs of clips: train.micro_clips={train.micro_clips} must be even.",

@@ -139,6 +139,8 @@ def read_weights(path: Path) -> Weights:
     """Read a folder written by `save_pretrained`, or an official checkpoint (.pth, .pt or .safetensors)."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give a folder with {CONFIG} and {TENSORS}, or a checkpoint file")
+    if path.name == TENSORS and "model" in (_read_config(path.parent / CONFIG) or {}):
+        path = path.parent  # the file of a folder of ours
     try:
         return _read_folder(path) if path.is_dir() else _read_official(path)
     except UserError as error:

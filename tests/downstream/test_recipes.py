@@ -86,6 +86,7 @@ def test_ssv2_has_the_original_numbers():
         (["recipe=finetune_k400", "optim.layer_decay=1.1"], "(0, 1]"),
         (["recipe=finetune_k400", "data.size=100"], "multiple of 32"),
         (["recipe=finetune_k400", "data.short_side=160"], "cannot hold"),
+        (["recipe=finetune_k400", "views.crops=2"], "views.crops=2: must be 1 or 3"),
         (["recipe=finetune_k400", "optim.lr=0"], "must be positive"),
         (["recipe=finetune_k400", "optim.betas=[0.9,1.5]"], "optim.betas=(0.9, 1.5): must be in [0, 1)"),
         (

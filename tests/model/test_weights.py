@@ -54,6 +54,7 @@ def test_round_trip(small_bevt, tmp_path, capsys):
     assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1
     copy = BEVT.from_pretrained(tmp_path / "out", checkpointing=True)
     assert equal(model, copy) and copy.arch == model.arch and copy.encoder.checkpointing
+    assert equal(model, BEVT.from_pretrained(tmp_path / "out" / "model.safetensors"))
     assert f"{len(model.state_dict())} tensors loaded" in capsys.readouterr().out
 
 
