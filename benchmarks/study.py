@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +35,20 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
 DOCS = ROOT / "docs"
 
-SCALES = {
-    "full": Scale(
-        unlabelled=6000,
-        labels=10,
-        validated=20,
-        tested=80,
-        pretrain_steps=1800,
-        finetune_epochs=80,
-        rates=(2.5e-4, 5e-4),
-        seeds=(0, 1, 2),
-    ),
-    "small": Scale(
-        unlabelled=2000,
-        labels=10,
-        validated=10,
-        tested=50,
-        pretrain_steps=500,
-        finetune_epochs=40,
-        rates=(5e-4,),
-        seeds=(0,),
-    ),
-}
+FEW = Scale(
+    unlabelled=6000,
+    labels=10,
+    validated=20,
+    tested=80,
+    pretrain_steps=1800,
+    finetune_epochs=80,
+    rates=(2.5e-4, 5e-4, 1e-3),
+    seeds=(0, 1, 2),
+)
+MANY = replace(FEW, labels=400, finetune_epochs=1, rates=(5e-4,))
+SMALL = replace(
+    FEW, unlabelled=2000, validated=10, tested=50, pretrain_steps=500, finetune_epochs=40, rates=(5e-4,), seeds=(0,)
+)
 
 
 @dataclass(frozen=True)
@@ -98,13 +90,15 @@ class Progress:
 class Study:
     """A folder for all that the commands and the study itself write, and how much of everything.
 
+    `scales` differ in the fine-tuning only; what is pretrained serves all.
+
     UserError: the folder holds a study of another scale, whose pretrained weights would pass for this one's.
     """
 
-    def __init__(self, folder: Path, scale: Scale):
-        self.folder, self.scale, self.lock = folder, scale, threading.Lock()
+    def __init__(self, folder: Path, *scales: Scale):
+        self.folder, self.scales, self.lock = folder, scales, threading.Lock()
         self.results, stated = folder / "study.jsonl", folder / "scale.json"
-        text = json.dumps(asdict(scale), indent=1)
+        text = json.dumps([asdict(scale) for scale in scales], indent=1)
         if stated.exists() and stated.read_text() != text:
             raise UserError(f"{folder} holds a study of another scale: remove it, or name another with --folder")
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,35 +106,41 @@ class Study:
 
     def waves(self) -> list[list[Job]]:
         """Jobs that may run side by side; each wave needs the one before it."""
-        first, *others = self.scale.seeds
-        return [
-            [self._pretraining(arm) for arm in ("joint", "images")],
-            [self._finetuning(arm, first, rate) for arm in ARMS for rate in self.scale.rates],
-            [self._finetuning(arm, seed) for seed in others for arm in ARMS],
-        ]
+        waves: list[list[Job]] = [[self._pretraining(arm) for arm in ("joint", "images")], [], []]
+        for scale in self.scales:
+            first, *others = scale.seeds
+            waves[1] += [self._finetuning(scale, arm, first, rate) for arm in ARMS for rate in scale.rates]
+            waves[2] += [self._finetuning(scale, arm, seed) for seed in others for arm in ARMS]
+        return waves
+
+    def splits(self) -> dict[str, int]:
+        """Files of each split."""
+        return {split: count for scale in self.scales for split, count in scale.splits().items()}
 
     def rows(self) -> list[dict[str, Any]]:
         """The results so far."""
         return list(read_rows(self.results))
 
     def _pretraining(self, arm: str) -> Job:
-        return Job(f"pretrain {arm}", self.scale.pretrain_clips(), lambda: pretrain(self.folder, self.scale, arm))
+        scale = self.scales[0]
+        return Job(f"pretrain {arm}", scale.pretrain_clips(), lambda: pretrain(self.folder, scale, arm))
 
-    def _finetuning(self, arm: str, seed: int, rate: float | None = None) -> Job:
+    def _finetuning(self, scale: Scale, arm: str, seed: int, rate: float | None = None) -> Job:
         """Without a rate, the one that validation chose."""
 
         def run() -> str:
-            lr = rate or best_rate(self.rows(), arm)
-            done = [r for r in self.rows() if (r["arm"], r["seed"], r["lr"]) == (arm, seed, lr)]
-            row = done[0] if done else self._measure(arm, seed, lr)
+            rows = [row for row in self.rows() if row["scale"]["labels"] == scale.labels]
+            lr = rate or best_rate(rows, arm)
+            done = [row for row in rows if (row["arm"], row["seed"], row["lr"]) == (arm, seed, lr)]
+            row = done[0] if done else self._measure(scale, arm, seed, lr)
             return f"lr {lr:g}, validation {row['val']:.1%}, test {row['test']:.1%}"
 
-        return Job(f"fine-tune {arm}, seed {seed}", self.scale.finetune_clips(), run)
+        return Job(f"fine-tune {arm}, {scale.labels} labels a class, seed {seed}", scale.finetune_clips(), run)
 
-    def _measure(self, arm: str, seed: int, lr: float) -> dict[str, Any]:
+    def _measure(self, scale: Scale, arm: str, seed: int, lr: float) -> dict[str, Any]:
         """Run the commands and append their row."""
         facts = {"arm": arm, "seed": seed, "lr": lr}
-        row = {**facts, **finetune(self.folder, self.scale, **facts), "scale": asdict(self.scale)}
+        row = {**facts, **finetune(self.folder, scale, **facts), "scale": asdict(scale)}
         with self.lock:
             append_row(self.results, row | {"provenance": machine()})
         return row
@@ -162,12 +162,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--page", action="store_true", help="only draw the table and the plot")
     arguments = parser.parse_args(argv)
     if arguments.small:
-        study = Study(arguments.folder or ROOT / "runs" / "study-small", SCALES["small"])
+        study = Study(arguments.folder or ROOT / "runs" / "study-small", SMALL)
         carry_out(study)
         print(write_page(study.rows(), study.folder / "study.md", study.folder / "study.png"))
         return 0
     if not arguments.page:
-        study = Study(arguments.folder or ROOT / "runs" / "study", SCALES["full"])
+        study = Study(arguments.folder or ROOT / "runs" / "study", FEW, MANY)
         carry_out(study)
         shutil.copyfile(study.results, RESULTS)
     draw_classes(DOCS / "study-classes.png")
@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> int:
 
 def carry_out(study: Study) -> None:
     """Everything that is not done yet; the first failure ends it once what runs beside it has ended."""
-    prepare(study.folder / "shards", study.scale.splits())
+    prepare(study.folder / "shards", study.splits())
     waves = study.waves()
     progress = Progress([job for wave in waves for job in wave])
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores:

@@ -39,26 +39,30 @@ def measured(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
     return {arm: {name: [of(r) for r in found] for name, of in columns.items()} for arm, found in chosen.items()}
 
 
+def by_labels(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """The rows of each number of training clips a class, fewest first."""
+    counts = sorted({row["scale"]["labels"] for row in rows})
+    return {count: [row for row in rows if row["scale"]["labels"] == count] for count in counts}
+
+
 def write_page(rows: Sequence[Row], page: Path, picture: Path) -> str:
     """Draw both files and return the page."""
-    text = "\n".join(_lines(rows)) + "\n"
+    parts = by_labels(rows)
+    lines = ["# Study: what pretraining is worth where only motion tells the classes apart", ""]
+    lines += [f"Test accuracy, mean (lowest to highest seed); chance is {1 / len(COURSES):.1%}.", ""]
+    for part in parts.values():
+        lines += _section(part)
+    text = "\n".join([*lines, *_provenance(rows)]) + "\n"
     page.write_text(text)
-    draw(measured(rows), picture)
+    draw({count: measured(part) for count, part in parts.items()}, picture)
     return text
 
 
-def _lines(rows: Sequence[Row]) -> Iterator[str]:
+def _section(rows: Sequence[Row]) -> Iterator[str]:
     values, scale = measured(rows), rows[0]["scale"]
-    yield "# Study: what pretraining is worth where only motion tells the classes apart"
+    yield f"## {scale['labels']} training clips a class, {scale['finetune_epochs']} passes over them"
     yield ""
-    yield f"Test accuracy, mean (lowest to highest of {len(scale['seeds'])} seeds); chance is {1 / len(COURSES):.1%}."
-    yield f"{scale['labels']} training clips a class, {scale['tested']} test clips a class."
-    yield ""
-    yield (
-        "| start | lr | all | "
-        + " | ".join(f"{group} ({len(names)} classes)" for group, names in GROUPS.items())
-        + " |"
-    )
+    yield "| start | lr | all | " + " | ".join(f"{group} ({len(names)})" for group, names in GROUPS.items()) + " |"
     yield "|---" * (3 + len(GROUPS)) + "|"
     for arm, columns in values.items():
         cells = [f"{mean(v):.1%} ({min(v):.1%} to {max(v):.1%})" for v in columns.values()]
@@ -66,7 +70,6 @@ def _lines(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
     yield _verdict(values)
     yield ""
-    yield from _provenance(rows)
 
 
 def _verdict(values: dict[str, dict[str, list[float]]]) -> str:
@@ -86,23 +89,25 @@ def _provenance(rows: Sequence[Row]) -> Iterator[str]:
         yield f"* {name}: {seen[0] if len(seen) == 1 else f'{seen[0]} to {seen[-1]}'}"
 
 
-def draw(values: dict[str, dict[str, list[float]]], picture: Path) -> None:
-    """Bars of the mean with a dot for each seed."""
+def draw(parts: dict[int, dict[str, dict[str, list[float]]]], picture: Path) -> None:
+    """Bars of the mean with a dot for each seed; a panel for each number of labels."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
-    for i, (arm, columns) in enumerate(values.items()):
-        places = [j + 0.27 * (i - 1) for j in range(len(columns))]
-        axes.bar(places, [mean(v) for v in columns.values()], 0.25, color=COLOURS[i], label=TITLES[arm])
-        for place, v in zip(places, columns.values(), strict=True):
-            axes.plot([place] * len(v), v, "k.", markersize=4)
-    axes.axhline(1 / len(COURSES), color="0.3", linewidth=0.8, linestyle=":", label="chance")
-    axes.set_xticks(range(len(GROUPS) + 1), ["all classes", *GROUPS])
-    axes.set_ylabel("test accuracy")
-    axes.set_ylim(0, 1)
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center")
+    figure, panels = pyplot.subplots(len(parts), figsize=(7, 2.9 * len(parts)), layout="constrained", squeeze=False)
+    for axes, (labels, values) in zip(panels[:, 0], parts.items(), strict=True):
+        for i, (arm, columns) in enumerate(values.items()):
+            places = [j + 0.27 * (i - 1) for j in range(len(columns))]
+            axes.bar(places, [mean(v) for v in columns.values()], 0.25, color=COLOURS[i], label=TITLES[arm])
+            for place, v in zip(places, columns.values(), strict=True):
+                axes.plot([place] * len(v), v, "k.", markersize=4)
+        axes.axhline(1 / len(COURSES), color="0.3", linewidth=0.8, linestyle=":", label="chance")
+        axes.set_xticks(range(len(GROUPS) + 1), ["all classes", *GROUPS])
+        axes.set_ylabel("test accuracy")
+        axes.set_ylim(0, 1)
+        axes.set_title(f"{labels} training clips a class", fontsize=9)
+    panels[0, 0].legend(frameon=False, fontsize=8, ncols=4, loc="upper center")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture, dpi=100)
     pyplot.close(figure)
 
 

@@ -70,9 +70,16 @@ class Scale:
 
     def splits(self) -> dict[str, int]:
         """Files of each split."""
-        labelled = {f"train{seed}": self.labels for seed in self.seeds} | {"val": self.validated, "test": self.tested}
+        labelled = {self.training(seed): self.labels for seed in self.seeds} | {
+            "val": self.validated,
+            "test": self.tested,
+        }
         unlabelled = {"unlabelled": self.unlabelled, "pictures": self.unlabelled}
         return unlabelled | {split: len(COURSES) * count for split, count in labelled.items()}
+
+    def training(self, seed: int) -> str:
+        """The split that a seed trains on."""
+        return f"train{self.labels}-{seed}"
 
     def pretrain_clips(self) -> int:
         """What a pretraining costs, in clips that pass through the network."""
@@ -107,10 +114,10 @@ def pretrain(folder: Path, scale: Scale, arm: str) -> str:
 
 def finetune(folder: Path, scale: Scale, arm: str, seed: int, lr: float) -> dict[str, Any]:
     """Fine-tune into `folder`, or go on with it, and test: accuracy on the validation and test clips, and by class."""
-    run = folder / f"{arm}-seed{seed}-lr{lr:g}"
+    run = folder / f"{arm}-labels{scale.labels}-seed{seed}-lr{lr:g}"
     words = (
         *FINETUNE,
-        f"data.train={_shards(folder, f'train{seed}')}",
+        f"data.train={_shards(folder, scale.training(seed))}",
         f"data.val={_shards(folder, 'val')}",
         f"optim.lr={lr}",
         f"train.seed={seed}",

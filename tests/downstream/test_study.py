@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 from webdataset import WebDataset
 
 from benchmarks import study
+from benchmarks.study_baseline import copied
 from benchmarks.study_data import prepare
 from benchmarks.study_page import best_rate, measured, write_page
 from benchmarks.study_runs import ARMS, Scale
@@ -29,12 +31,11 @@ TINY = Scale(
 
 def row(arm: str, seed: int, lr: float, val: float, test: float) -> dict:
     scores = {"val": val, "test": test, "classes": dict.fromkeys(COURSES, test)}
-    return {"arm": arm, "seed": seed, "lr": lr, **scores, "provenance": {"cpu": "a"}}
+    return {"arm": arm, "seed": seed, "lr": lr, **scores, "scale": asdict(TINY), "provenance": {"cpu": "a"}}
 
 
 def rows_of(accuracies: dict[str, tuple[float, ...]]) -> list[dict]:
-    rows = [row(arm, seed, 1e-3, 0.5, test) for arm, tests in accuracies.items() for seed, test in enumerate(tests)]
-    return [{**r, "scale": json.loads(json.dumps(asdict(TINY)))} for r in rows]
+    return [row(arm, seed, 1e-3, 0.5, test) for arm, tests in accuracies.items() for seed, test in enumerate(tests)]
 
 
 def test_shards_hold_every_class_alike_and_are_made_once(tmp_path):
@@ -111,6 +112,21 @@ def test_the_page_says_who_is_ahead(tmp_path, joint, verdict):
     assert verdict in text and text == (tmp_path / "page.md").read_text()
     assert f"({min(joint):.1%} to {max(joint):.1%})" in text
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_each_number_of_labels_has_its_table(tmp_path):
+    few = rows_of(dict.fromkeys(ARMS, (0.5,)))
+    many = [{**r, "scale": {**r["scale"], "labels": 30}} for r in few]
+    text = write_page(many + few, tmp_path / "page.md", tmp_path / "plot.png")
+    assert text.index("## 2 training clips") < text.index("## 30 training clips")
+
+
+def test_copying_is_right_where_nothing_moves():
+    ids, mask = np.zeros((4, 1, 2), int), np.zeros((4, 1, 2), bool)
+    ids[2:, 0, 1], mask[1:3, 0, :] = 1, True
+    assert copied(ids, mask).tolist() == [True, True, True, True]
+    ids[2, 0, 0] = 5
+    assert copied(ids, mask).tolist() == [True, True, False, True]
 
 
 def test_groups_are_means_of_their_classes():
