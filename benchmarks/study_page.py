@@ -85,7 +85,7 @@ def _verdict(values: dict[str, dict[str, list[float]]]) -> str:
 def _provenance(rows: Sequence[Row]) -> Iterator[str]:
     facts = [row["provenance"] for row in rows]
     for name in facts[0]:
-        seen = sorted({str(fact[name]) for fact in facts})
+        seen = sorted({fact[name] for fact in facts})
         yield f"* {name}: {seen[0] if len(seen) == 1 else f'{seen[0]} to {seen[-1]}'}"
 
 
