@@ -72,13 +72,15 @@ def test_time_lands_in_its_part(name, expected):
     assert set(before) == set(PARTS)
     quick = module.forward
     module.forward = lambda *arguments: Slow.apply(quick(*arguments))
-    began = time.perf_counter()
-    run()
-    step_ms = 1e3 * (time.perf_counter() - began)
-    parts = profile_step(run, model, "cpu", step_ms)["parts"]
     calls = 1 if name in ("image_embed", "video_decoder.reduce") else 2  # of each stream
-    assert parts[expected] > 0.5 * calls * 180  # the timed step and the profiled one may meet other neighbours
-    assert max(parts, key=parts.get) == expected
+    for _ in range(5):  # other programs on the machine add to any part; they do not take from one
+        began = time.perf_counter()
+        run()
+        step_ms = 1e3 * (time.perf_counter() - began)
+        parts = profile_step(run, model, "cpu", step_ms)["parts"]
+        if max(parts, key=parts.get) == expected and parts[expected] > 0.5 * calls * 180:
+            return
+    pytest.fail(f"{expected} is not where {name}'s {calls * 180} ms went: {parts}")
 
 
 def test_ranges_without_modules():
