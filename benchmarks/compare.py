@@ -93,9 +93,15 @@ def grouped(rows: Iterable[dict]) -> dict[Key, list[dict]]:
     return groups
 
 
+def numbers(measured: object) -> list[float]:
+    """A number, or a list of repeats such as memory over time; anything else holds none."""
+    repeats = measured if isinstance(measured, list) else [measured]
+    return [float(value) for value in repeats if isinstance(value, (int, float))]
+
+
 def costs(rows: list[dict], metric: str) -> tuple[list[float], float]:
     """Of a group: the cost of each repeat, and that of the fast end. A rate's cost is its inverse."""
-    values = [float(row[metric]) for row in rows if isinstance(row[metric], (int, float)) and row[metric]]
+    values = [value for row in rows for value in numbers(row[metric]) if value]
     repeats = values if more_is_worse(metric) else [1 / value for value in values]
     end = metric.replace("p50", "p20")
     quick = [float(row[end]) for row in rows if end != metric and row.get(end)]

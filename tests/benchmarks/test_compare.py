@@ -62,6 +62,11 @@ def test_rounds_are_one_row():
     assert c.certain == pytest.approx(1.3 / 1.1)
 
 
+def test_a_list_is_its_repeats(tmp_path):
+    assert run(tmp_path, [row(rss_mb=[900, 910, 920])], [row(rss_mb=[910, 900, 930, 5000])]) == 0
+    assert run(tmp_path, [row(rss_mb=[900, 910, 920])], [row(rss_mb=[1100, 1110, 1120])]) == 1
+
+
 def test_key_holds_names_counts_and_switches_only():
     measured = row(ranks=2, compiled=True, p20_ms=1, peak_mb=None, load=3.2, round=1, calls={"x": 1}, threads="2")
     assert dict(key(measured)) == {"op": "x", "case": "a", "ranks": 2, "compiled": True}
