@@ -32,6 +32,7 @@ def _stream(kind: StreamId, data: DataConfig, count: int, draw: torch.Generator)
         view=torch.rand(count, *time, 3, data.token_size, data.token_size, generator=draw),
         mask=torch.from_numpy(masks.copy()),
         rows=torch.from_numpy(index.rows),
+        cells=torch.from_numpy(index.cells),
         frames=torch.from_numpy(index.frames),
         token_rows=torch.from_numpy(index.token_rows),
         sample_keys=torch.tensor([plan.key(0, slot) for slot in range(count)]),

@@ -1,7 +1,8 @@
 """What one micro-step trains on: plain tensors, made by the data side, read by the model.
 
-Shape letters: B samples, T frames, H W pixels, R rows (masked cells of the micro-batch, padded),
-F frames that hold a masked cell, h = H/16 and w = W/16 the mask grid, S the side of a square crop.
+Shape letters: B samples, T frames, H W pixels, K masked cells of the micro-batch (padded), R their output positions
+(2K for clips, whose cells span two frames; K for images), F frames that hold a masked cell, h = H/16 and w = W/16 the
+mask grid, S the side of a square crop.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from bevt_ds.errors import UserError
 
 IGNORE = -100  # the target of a padding row
 
@@ -24,12 +27,24 @@ class Stream:
     pixels: Tensor  # clips (B,3,T,H,W), images (B,3,H,W); float, normalised RGB
     view: Tensor  # the tokenizer's picture of the same crop: clips (B,T,3,v,v), images (B,3,v,v); float RGB in [0,1]
     mask: Tensor  # bool, True = masked: clips (B,T/2,h,w), images (B,h,w)
-    rows: Tensor  # int64 (R,): masked positions in the flattened output, (B,T,h,w) or (B,h,w); -1 pads
+    rows: Tensor  # int64 (R,): masked positions in the flattened output, (B,T,h,w) or (B,h,w), cell by cell; -1 pads
+    cells: Tensor  # int64 (K,): masked cells in the flattened mask; -1 pads. A cell's frames are side by side in rows
     frames: Tensor  # int64 (F,): frames to tokenize in the flattened (B,T), or images in (B,)
     token_rows: Tensor  # int64 (R,): where each row's id lies in the flattened ids (F,h,w); 0 for padding
     sample_keys: Tensor  # int64 (B,): bevt_ds.rng.sample_key of each sample
     count: int  # masked cells of this modality in the GLOBAL batch: the loss's denominator
     targets: Tensor | None = None  # int64 (R,): token ids, IGNORE for padding; filled by the tokenizer
+
+    def __post_init__(self) -> None:
+        """UserError: rows that are not those of the cells. Checked on the host only, where they are made."""
+        if self.rows.device.type == "cpu" and not torch.equal(self.rows, self._rows_of_cells()):
+            raise UserError("Stream.rows must hold all frames of a masked cell side by side, in the order of its cells")
+
+    def _rows_of_cells(self) -> Tensor:
+        plane, frames = self.mask.shape[-2:].numel(), len(self.rows) // max(len(self.cells), 1)
+        first = self.cells // plane * (frames * plane) + self.cells % plane
+        rows = first[:, None] + plane * torch.arange(frames)
+        return torch.where(self.cells[:, None] < 0, -1, rows).flatten()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Stream:
         """The same stream with every tensor on `device`."""

@@ -27,6 +27,7 @@ class RowIndex:
     """Which output positions are scored and where their ids lie (see bevt_ds.batch.Stream)."""
 
     rows: np.ndarray  # int64 (R,), -1 pads
+    cells: np.ndarray  # int64 (R/frames_per_cell,), -1 pads
     frames: np.ndarray  # int64 (F,)
     token_rows: np.ndarray  # int64 (R,), 0 for padding
 
@@ -65,19 +66,22 @@ def tube_mask(rng: np.random.Generator, grid: tuple[int, int, int], config: Mask
 def row_index(mask: np.ndarray, frames_per_cell: int, bucket: int = ROW_BUCKET) -> RowIndex:
     """Index tensors of a micro-batch's masks.
 
-    mask: bool (B, T/2, h, w) with `frames_per_cell` 2, or (B, h, w) with `frames_per_cell` 1 for images.
+    mask: bool (B, T/2, h, w) with `frames_per_cell` 2, or (B, h, w) with `frames_per_cell` 1 for images. bucket: a
+    multiple of `frames_per_cell`.
     """
-    by_frame = mask if mask.ndim == 4 else mask[:, None]
-    by_frame = np.repeat(by_frame, frames_per_cell, axis=1)
-    by_frame = by_frame.reshape(-1, mask.shape[-2] * mask.shape[-1])  # (B*T, h*w)
-    rows = np.flatnonzero(by_frame)
-    has_mask = by_frame.any(axis=1)
-    frame_of_row, cell_of_row = np.divmod(rows, by_frame.shape[1])
+    plane = mask.shape[-2] * mask.shape[-1]
+    cells = np.flatnonzero(mask)
+    first_frame = cells // plane * frames_per_cell  # in (B*T,)
+    frame_of_row = (first_frame[:, None] + np.arange(frames_per_cell)).reshape(-1)
+    position_of_row = np.repeat(cells % plane, frames_per_cell)
+    has_mask = np.repeat(mask.reshape(-1, plane).any(axis=1), frames_per_cell)
     rank_of_frame = np.cumsum(has_mask) - 1
-    token_rows = rank_of_frame[frame_of_row] * by_frame.shape[1] + cell_of_row
+    rows = frame_of_row * plane + position_of_row
+    token_rows = rank_of_frame[frame_of_row] * plane + position_of_row
     padding = -len(rows) % bucket
     return RowIndex(
         rows=np.pad(rows, (0, padding), constant_values=-1),
+        cells=np.pad(cells, (0, padding // frames_per_cell), constant_values=-1),
         frames=np.flatnonzero(has_mask),
         token_rows=np.pad(token_rows, (0, padding)),
     )

@@ -151,6 +151,7 @@ class StreamReader(SampleReader):
             view=view,
             mask=host(torch.from_numpy(masks.copy())),
             rows=host(torch.from_numpy(index.rows)),
+            cells=host(torch.from_numpy(index.cells)),
             frames=host(torch.from_numpy(index.frames)),
             token_rows=host(torch.from_numpy(index.token_rows)),
             sample_keys=host(torch.tensor(keys, dtype=torch.int64)),

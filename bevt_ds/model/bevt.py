@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -188,31 +187,11 @@ class BEVT(PretrainedMixin, nn.Module):
 
     def _video_rows(self, stream: Stream) -> Rows:
         fine, coarse = self._encode_video(stream.pixels, stream.mask, stream.sample_keys)
-        order, cells = pair_rows(stream.rows, tuple(fine.shape[2:4]), self.encoder.patch_embed.patch[0])
-        targets = F.pad(stream.targets, (0, len(order) - len(stream.targets)), value=IGNORE)
-        return Rows(self.video_decoder(fine, coarse, cells).flatten(0, 1), targets[order], stream.count)
+        return Rows(self.video_decoder(fine, coarse, stream.cells).flatten(0, 1), stream.targets, stream.count)
 
     def _image_rows(self, stream: Stream) -> Rows:
         fine, coarse = self._encode_image(stream.pixels, stream.mask, stream.sample_keys)
-        return Rows(self.image_decoder(fine, coarse, stream.rows).flatten(0, 1), stream.targets, stream.count)
-
-
-def pair_rows(rows: Tensor, grid: tuple[int, int], frames: int) -> tuple[Tensor, Tensor]:
-    """Put the frames that share a mask cell side by side.
-
-    `rows` int64 (R,) index masked positions in (B,T,h,w) with grid = (h,w); -1 pads. `frames` consecutive frames share
-    a cell, so that either all of them are in `rows` or none. Returns (order, cells): order (R',) sorts rows (padded to
-    a multiple of `frames`) by cell, then frame; cells (R'/frames,) index (B,T/frames,h,w), -1 for padding.
-    """
-    rows = F.pad(rows, (0, -len(rows) % frames), value=-1)
-    plane = grid[0] * grid[1]
-    frame, position = rows // plane, rows % plane
-    cell = (frame // frames) * plane + position
-    last = torch.iinfo(torch.int64).max
-    order = torch.where(rows < 0, last, cell * frames + frame % frames).argsort()
-    sorted_cells = torch.where(rows < 0, -1, cell)[order].view(-1, frames)
-    torch._assert_async((sorted_cells == sorted_cells[:, :1]).all(), "rows must hold all frames of a masked cell")
-    return order, sorted_cells[:, 0]
+        return Rows(self.image_decoder(fine, coarse, stream.cells).flatten(0, 1), stream.targets, stream.count)
 
 
 def _check_size(pixels: Tensor) -> None:

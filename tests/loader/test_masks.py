@@ -116,12 +116,16 @@ def test_row_index_points_at_the_masked_cells(clip: bool) -> None:
     per_frame = output.reshape(-1, 15)
     ids = np.arange(per_frame.size).reshape(per_frame.shape)  # an id that tells its place
     index = row_index(mask, repeat, bucket=32)
+    frame, position = np.divmod(np.flatnonzero(output), 15)
+    by_cell = np.lexsort((frame % repeat, position, frame // repeat))  # the last key comes first
 
     real = index.rows >= 0
     assert len(index.rows) % 32 == 0 and len(index.rows) - real.sum() < 32
-    np.testing.assert_array_equal(index.rows[real], np.flatnonzero(output))
+    np.testing.assert_array_equal(index.rows[real], np.flatnonzero(output)[by_cell])
+    np.testing.assert_array_equal(index.cells[real[::repeat]], np.flatnonzero(mask))
+    assert len(index.cells) * repeat == len(index.rows) and (index.cells[~real[::repeat]] == -1).all()
     np.testing.assert_array_equal(index.frames, np.flatnonzero(per_frame.any(axis=1)))
     tokens = ids[index.frames].reshape(-1)[index.token_rows]
     np.testing.assert_array_equal(tokens[real], index.rows[real])
     assert (index.token_rows[~real] == 0).all()
-    assert {a.dtype for a in (index.rows, index.frames, index.token_rows)} == {np.dtype(np.int64)}
+    assert {a.dtype for a in vars(index).values()} == {np.dtype(np.int64)}

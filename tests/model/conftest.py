@@ -60,7 +60,7 @@ def normalised() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def make_stream() -> Callable[..., Stream]:
-    """Builds a Stream as the data side does, with every masked position a row and `pad` padding rows."""
+    """Builds a Stream as the data side does, with every masked cell's positions as rows and `pad` padding cells."""
 
     def build(
         pixels: Tensor,
@@ -71,17 +71,19 @@ def make_stream() -> Callable[..., Stream]:
         count: int | None = None,
         pad: int = 3,
     ) -> Stream:
-        positions = mask.repeat_interleave(2, dim=1) if mask.ndim == 4 else mask
-        rows = positions.flatten().nonzero()[:, 0]
-        plane = mask.shape[-2] * mask.shape[-1]
+        frames_per_cell, plane = 2 if mask.ndim == 4 else 1, mask.shape[-2] * mask.shape[-1]
+        # (planes of the mask, frames that share one, cells of it): the positions in the output
+        at = torch.arange(mask.numel() * frames_per_cell).view(-1, frames_per_cell, plane)
+        rows = at.movedim(1, 2)[mask.view(-1, plane)].flatten()
         frames, slot = (rows // plane).unique(return_inverse=True)
-        fill = lambda value, n: torch.cat([value, torch.full((pad,), n)])  # noqa: E731
+        fill = lambda value, n, pad=pad * frames_per_cell: torch.cat([value, torch.full((pad,), n)])  # noqa: E731
         targets = None if ids is None else fill(ids.flatten()[rows].long(), IGNORE)
         return Stream(
             pixels=pixels,
             view=torch.zeros(0) if view is None else view,
             mask=mask,
             rows=fill(rows, -1),
+            cells=fill(mask.flatten().nonzero()[:, 0], -1, pad),
             frames=frames,
             token_rows=fill(slot * plane + rows % plane, 0),
             sample_keys=torch.arange(len(pixels)) if keys is None else keys,

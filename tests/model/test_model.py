@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bevt_ds import BEVT, Batch, UserError, VideoSwin, create_model
-from bevt_ds.model.bevt import Decoder, pair_rows
+from bevt_ds.model.bevt import Decoder
 from bevt_ds.model.drop_path import residual_scales, splitmix64, uniform
 from bevt_ds.model.layers import PatchEmbed, PatchMerging, Upsample, init_weights
 from bevt_ds.model.windows import WindowGeometry, bias_rows, block_geometry
@@ -198,21 +198,33 @@ def test_loss_is_that_of_all_positions(small_bevt, small_batch):
     torch.testing.assert_close(out.loss, expected)
 
 
-def test_order_of_rows_does_not_matter(small_bevt, small_batch):
-    model = small_bevt().eval()
-    shuffle = torch.randperm(len(small_batch.video.rows))
-    video = replace(small_batch.video, rows=small_batch.video.rows[shuffle], targets=small_batch.video.targets[shuffle])
+def test_order_of_cells_does_not_matter(small_bevt, small_batch):
+    model, stream = small_bevt().eval(), small_batch.video
+    shuffle = torch.randperm(len(stream.cells))
+    rows, targets = (x.view(-1, 2)[shuffle].flatten() for x in (stream.rows, stream.targets))
+    video = replace(stream, cells=stream.cells[shuffle], rows=rows, targets=targets)
     with torch.no_grad():
         torch.testing.assert_close(model(replace(small_batch, video=video)).loss, model(small_batch).loss)
 
 
-def test_pair_rows():
-    rows = torch.tensor([13, 5, 1, 9, -1])  # cells (0,1) of pair 0 and (1,1) of pair 1, in a grid of 2x2
-    order, cells = pair_rows(rows, (2, 2), 2)
-    assert cells.tolist() == [1, 5, -1]
-    assert order[:4].tolist() == [2, 1, 3, 0]
-    with pytest.raises(RuntimeError, match="all frames"):
-        pair_rows(torch.tensor([1, 9]), (2, 2), 2)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [1, 9, 5, 13, -1, -1],  # frame by frame
+        [1, 5, 9, 12, -1, -1],  # another cell's frame
+        [1, 5, 9, 13, -1],  # one frame of the padding
+        [1, 5, 9, -1, -1, -1],  # one frame of a masked cell
+    ],
+)
+def test_rows_must_be_those_of_the_cells(make_stream, rows):
+    """The model takes a cell's features for the rows at its place, and would learn from the wrong targets."""
+    mask = torch.zeros(1, 2, 2, 2, dtype=torch.bool)
+    mask[0, 0, 0, 1] = mask[0, 1, 0, 1] = True
+    stream = make_stream(torch.zeros(1), mask, pad=1)
+    assert stream.cells.tolist() == [1, 5, -1]
+    assert stream.rows.tolist() == [1, 5, 9, 13, -1, -1]
+    with pytest.raises(UserError, match="all frames of a masked cell"):
+        replace(stream, rows=torch.tensor(rows))
 
 
 def test_splitmix64_against_integers():

@@ -39,7 +39,7 @@ def test_targets_of_masked_rows(make_stream):
     tokenizer = Positions()
     filled = tokenize(tokenizer, batch)
     assert tokenizer.seen == 5
-    assert filled.video.targets.tolist() == [2 * 64 + 11, 3 * 64 + 11, 4 * 64 + 1, 5 * 64 + 1, -100, -100, -100]
+    assert filled.video.targets.tolist() == [2 * 64 + 11, 3 * 64 + 11, 4 * 64 + 1, 5 * 64 + 1, *6 * [-100]]
     assert filled.image.targets.tolist() == [102 * 64 + 15, -100, -100, -100]
     assert tokenize(tokenizer, Batch(None, batch.image)).video is None
 
