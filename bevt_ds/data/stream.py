@@ -145,22 +145,17 @@ class StreamReader(SampleReader):
         masks = self.plan.masks(ticket.step)[ticket.slots.start : ticket.slots.stop]
         index = row_index(masks, self.plan.frames_per_cell)
         keys = [self.plan.key(ticket.step, slot) for slot in ticket.slots]
-        host = self._pinned if pixels.is_cuda else lambda tensor: tensor
         return Stream(
             pixels=pixels,
             view=view,
-            mask=host(torch.from_numpy(masks.copy())),
-            rows=host(torch.from_numpy(index.rows)),
-            cells=host(torch.from_numpy(index.cells)),
-            frames=host(torch.from_numpy(index.frames)),
-            token_rows=host(torch.from_numpy(index.token_rows)),
-            sample_keys=host(torch.tensor(keys, dtype=torch.int64)),
+            mask=torch.from_numpy(masks.copy()),
+            rows=torch.from_numpy(index.rows),
+            cells=torch.from_numpy(index.cells),
+            frames=torch.from_numpy(index.frames),
+            token_rows=torch.from_numpy(index.token_rows),
+            sample_keys=torch.tensor(keys, dtype=torch.int64),
             count=self.plan.masked_cells(ticket.step),
         )
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        with self.shared.times.measured("copy"):
-            return tensor.pin_memory()
 
     def _load(self, load: Load, group: list[PlanEntry]) -> Future:
         """What the pipeline needs of a sample, a list with an item a clip."""
