@@ -25,6 +25,13 @@ from bevt_ds.recipes import RECIPES, get_recipe
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 FOUND_FAULTS = 1  # exit code of `check`
 SHOWN = 20  # findings on the screen; all of them are in the report
+LISTS = """\
+lists:
+  Kinetics' CSV, Something-Something V2's JSON, Diving48 V2's JSON; or a line for each file, its path and its label:
+    videos/clip 7.mp4 push left           a tab, a comma or spaces between; a path ends with its extension
+    "clip 7" "push left"                  quotes where a path has no extension, a path a comma, a label commas in a .csv
+    path,label                            first line, if you like: names of columns, in any order and beside others
+"""
 CLIPS_A_GPU = 100.0  # a second: what a Swin-B on one H200 takes at about 30 % of its peak
 
 
@@ -62,11 +69,12 @@ def _add_pack(verbs) -> None:
         "pack",
         help="pack media into WebDataset tars",
         description="A packing that was interrupted goes on when the same command is given again.",
+        epilog=LISTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument(
         "source",
-        help="folder (labels if its folders are ImageNet's), glob, or list: lines `path label`, Kinetics' CSV,"
-        " Something-Something V2's or Diving48 V2's JSON",
+        help="folder (labels if its folders are ImageNet's), glob, or list: see below",
     )
     verb.add_argument("out", type=Path, help="folder for the tars")
     verb.add_argument("--root", type=Path, help="where the files of a list are; default: beside it")

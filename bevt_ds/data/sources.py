@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import json
 import os
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bevt_ds.data.lists import read_rows
 from bevt_ds.data.members import EXTENSIONS
 from bevt_ds.errors import UserError
 
 _SYNSET = re.compile(r"n\d{8}")  # how ImageNet names its folders
-_KINETICS_COLUMNS = {"youtube_id", "time_start", "time_end"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,9 @@ class Item:
 def list_items(source: str, kind: str, root: Path | None = None, class_folders: bool = False) -> list[Item]:
     """The files of `kind` ("video" or "image") that a source names, in an order that does not depend on the machine.
 
-    source: a folder (searched with its subfolders; labels if they are ImageNet's), a glob, or a list: lines
-    `path label`, Kinetics' CSV, Something-Something V2's or Diving48's JSON. root: where the files of a list are; by
-    default beside it. A file that is listed and not there is kept: packing it is what fails, and is written down.
+    source: a folder (searched with its subfolders; labels if they are ImageNet's), a glob, or a list as lists.py reads
+    it. root: where the files of a list are; by default beside it. A file that is listed and not there is kept: packing
+    it is what fails, and is written down.
     class_folders: a file's label is the name of the source's folder that it lies in.
     UserError: there is nothing to pack, the list cannot be read, or a file lies in no class's folder.
     """
@@ -87,8 +84,7 @@ def _from_list(path: Path, root: Path, kind: str) -> list[Item]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is neither a list in UTF-8 nor a {kind} file") from error
-    read = {".json": _json_rows, ".csv": _csv_rows}.get(path.suffix.lower(), _line_rows)
-    return [_listed(root, name, label, kind) for name, label in read(path, text)]
+    return [_listed(root, name, label, kind) for name, label in read_rows(path, text)]
 
 
 def _listed(root: Path, name: str, label: str, kind: str) -> Item:
@@ -99,52 +95,3 @@ def _listed(root: Path, name: str, label: str, kind: str) -> Item:
     found = ((folder / choice, choice) for choice in names for folder in folders if (folder / choice).is_file())
     path, chosen = next(found, (root / names[0], names[0]))
     return Item(path, chosen, label)
-
-
-def _line_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    """`path label` a line, as mmaction2 and VideoMAE write them; the label may be missing, the path hold spaces."""
-    for line in text.splitlines():
-        if line.strip():
-            name, _, label = line.strip().rpartition(" ")
-            yield (name.strip(), label) if name else (label, "")
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    """Kinetics' own CSV, or `path,label` (also with a space between) without a header."""
-    lines = text.splitlines()
-    header = next(csv.reader(lines[:1]), [])
-    if not set(header) >= _KINETICS_COLUMNS:
-        rows = (next(csv.reader([line])) for line in lines if line.strip())
-        for row in rows:
-            yield from ([(row[0], row[1].strip())] if len(row) > 1 else _line_rows(path, row[0]))
-        return
-    for number, row in enumerate(csv.DictReader(lines), start=2):
-        try:
-            start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
-        except (ValueError, TypeError, OverflowError) as error:
-            raise UserError(f"{path}, row {number}: time_start and time_end must be seconds") from error
-        yield f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label") or ""
-
-
-def _json_rows(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    """Something-Something V2 (`id`, `template`) or Diving48 V2 (`vid_name`, `label`): a list of objects."""
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
-    readers: dict[str, Callable[[dict], tuple[str, str]]] = {
-        "id": lambda row: (str(row["id"]), _plain(row.get("template", row.get("label", "")))),
-        "vid_name": lambda row: (str(row["vid_name"]), str(row.get("label", ""))),
-    }
-    for row in rows if isinstance(rows, list) else [rows]:
-        name = next((name for name in readers if isinstance(row, dict) and name in row), None)
-        if name is None:
-            raise UserError(
-                f"{path} is not a list of objects with `id` (Something-Something V2) or `vid_name` (Diving48 V2)"
-            )
-        yield readers[name](row)
-
-
-def _plain(template: str) -> str:
-    """Something-Something's class names, which have [brackets] in the lists of labels only in the templates."""
-    return template.replace("[", "").replace("]", "")

@@ -1,0 +1,191 @@
+"""A list of files -> the name and the label of each.
+
+A line is a path, then a tab, comma or space, then a label. A path ends with its extension, so both may hold spaces.
+Where extensions are left out, the label is the last word, an integer or the second of two words; else a tab, a comma in
+a .csv, or quotes show where the path ends: `"clip 7" "push left"`. The label may be missing.
+
+Where the first line has column names, they say which columns are path and label. Three data sets have lists of their
+own: Kinetics' CSV, Something-Something V2's JSON, Diving48's JSON.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bevt_ds.data.members import EXTENSIONS
+from bevt_ds.errors import UserError
+
+Row = tuple[str, str]  # a file's name, perhaps without its extension, and its label, "" where there is none
+Line = tuple[int, str]  # its number, from 1, and its text
+
+PATHS = ("path", "filepath", "file_path", "file", "filename", "file_name", "video", "video_path", "video_name", "name")
+LABELS = ("label", "class", "class_name", "category", "action")
+KINETICS = {"youtube_id", "time_start", "time_end"}
+LONGEST = 10_000  # characters of a line
+SHOWN = 80  # of them in a message
+
+_EXTENSION = rf"\.(?:{'|'.join(sorted(set().union(*EXTENSIONS.values())))})"
+_FILE = re.compile(rf"{_EXTENSION}(?:\s|$)", re.IGNORECASE)
+_PLAIN = re.compile(  # a line whose path shows where it ends: by its quotes, or its extension
+    rf'(?P<name>"(?:[^"]|"")+"|.*{_EXTENSION})(?:\s*(?P<comma>,)\s*|\s+|$)(?P<label>.*)', re.IGNORECASE
+)
+_INTEGER = re.compile(r"-?[0-9]+")
+_INTEGERS = re.compile(r"-?[0-9]+(\s+-?[0-9]+)+")
+_WORD = re.compile(r"[A-Za-z][A-Za-z_-]*")
+
+
+def read_rows(path: Path, text: str) -> list[Row]:
+    """The rows of the list `path`, whose content is `text`.
+
+    UserError: a line that does not show what its path and its label are; the message has its number and the remedy.
+    """
+    if path.suffix.lower() == ".json":
+        return list(_json_rows(path, text))
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if long := next((line for line in lines if len(line[1]) > LONGEST), None):
+        raise _error(path, long, f"has {len(long[1])} characters: this is no list of files")
+    if lines and (header := _header(path, lines[0])):
+        return [_headed_row(path, header, line) for line in lines[1:]]
+    _require_no_header(path, lines)
+    return [_row(path, line) for line in lines]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The columns of a list: the mark between them, "" for spaces, and which of them hold path and label."""
+
+    mark: str
+    columns: tuple[str, ...]
+    label: str  # "": there is none
+
+    def name(self, values: dict[str, str]) -> str:
+        """A row's file. ValueError: a time of Kinetics is no number."""
+        if set(self.columns) >= KINETICS:
+            start, end = (int(float(values[column])) for column in ("time_start", "time_end"))
+            return f"{values['youtube_id']}_{start:06d}_{end:06d}"
+        return values[next(column for column in PATHS if column in values)]
+
+
+def _header(path: Path, line: Line) -> _Header | None:
+    """The column names of a first line; None: it has data. UserError: no column is the label's."""
+    mark = next((mark for mark in "\t," if mark in line[1]), "")
+    columns = tuple(name.strip('" ').lower() for name in line[1].split(mark or None))
+    label = next((name for name in LABELS if name in columns), "")
+    is_kinetics = set(columns) >= KINETICS
+    if not is_kinetics and not any(name in PATHS for name in columns):
+        return None
+    if not mark and columns[1:] != ((label,) if label else ()):
+        return None  # a file named `video`, say: words alone make no header of more than `path label`
+    if not is_kinetics and not label and len(columns) > 1:
+        raise _error(path, line, f"names no column of labels: call it {_listed(LABELS)}, or leave the paths alone")
+    return _Header(mark, columns, label)
+
+
+def _headed_row(path: Path, header: _Header, line: Line) -> Row:
+    fields = _split(path, line, header.mark) if header.mark else _fields(path, line)
+    if len(fields) != len(header.columns):
+        remedy = "put those that hold commas, tabs or spaces into quotes"
+        raise _error(path, line, f"has {len(fields)} fields, the header {len(header.columns)}: {remedy}")
+    values = dict(zip(header.columns, fields, strict=True))
+    try:
+        name = header.name(values)
+    except (ValueError, OverflowError) as error:
+        raise _error(path, line, "has times that are no seconds in time_start and time_end") from error
+    return _checked(path, line, name, values.get(header.label, ""))
+
+
+def _require_no_header(path: Path, lines: Sequence[Line]) -> None:
+    """Refuse a first line of plain words above lines that are none: it would be packed as a file."""
+    plain = [all(map(_WORD.fullmatch, re.split(r"[\s,]+", text))) for _, text in lines[:2]]
+    if plain == [True, False]:
+        remedy = f"call the columns {_listed(PATHS)} and {_listed(LABELS)}, or remove the line"
+        raise _error(path, lines[0], f"looks like a header with unknown names: {remedy}; a file needs its extension")
+
+
+def _row(path: Path, line: Line) -> Row:
+    fields = _fields(path, line)
+    if len(fields) > 2:
+        raise _error(path, line, "has more than a path and one label: put a label that holds commas into quotes")
+    name, label = (*fields, "")[:2]
+    return _checked(path, line, name, label)
+
+
+def _checked(path: Path, line: Line, name: str, label: str) -> Row:
+    if not name.strip("./ "):
+        raise _error(path, line, "names no file")
+    if _FILE.search(label):
+        raise _error(path, line, "has a file for a label: the path comes first, in quotes if it holds commas")
+    return name, label
+
+
+def _fields(path: Path, line: Line) -> list[str]:
+    """Path, label, and whatever is too much, of a line that no header explains."""
+    text = line[1]
+    for mark in ("\t", ",") if path.suffix.lower() == ".csv" else ("\t",):
+        if mark in text:
+            return _split(path, line, mark)
+    if match := _PLAIN.fullmatch(text):
+        return [_unquoted(match["name"]), *_labels(path, line, match["label"], bool(match["comma"]))]
+    words = text.split()
+    if len(words) > 2 and not _INTEGER.fullmatch(words[-1]):
+        raise _error(path, line, "does not show where its path ends: write its extension, or a tab behind it")
+    return text.rsplit(None, 1)
+
+
+def _labels(path: Path, line: Line, text: str, comma: bool) -> list[str]:
+    """What stands behind a path: one label, unless it is nothing, or commas or integers say otherwise."""
+    if not text:
+        return []
+    if comma or text.startswith('"'):
+        return _split(path, (line[0], text), ",")
+    return text.split() if _INTEGERS.fullmatch(text) else [text]
+
+
+def _split(path: Path, line: Line, mark: str) -> list[str]:
+    try:
+        fields = next(csv.reader([line[1]], delimiter=mark, skipinitialspace=True, strict=True), [""])
+    except csv.Error as error:
+        raise _error(path, line, f"has a quote too many or too few: {error}") from error
+    return [field.strip() for field in fields]
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1].replace('""', '"') if name.startswith('"') else name
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    """Something-Something V2 (`id`, `template`) or Diving48 V2 (`vid_name`, `label`): a list of objects."""
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    readers: dict[str, Callable[[dict], Row]] = {
+        "id": lambda row: (str(row["id"]), _plain(row.get("template", row.get("label", "")))),
+        "vid_name": lambda row: (str(row["vid_name"]), str(row.get("label", ""))),
+    }
+    for row in rows if isinstance(rows, list) else [rows]:
+        name = next((name for name in readers if isinstance(row, dict) and name in row), None)
+        if name is None:
+            raise UserError(
+                f"{path} is not a list of objects with `id` (Something-Something V2) or `vid_name` (Diving48 V2)"
+            )
+        yield readers[name](row)
+
+
+def _plain(template: str) -> str:
+    """Something-Something's class names, which have [brackets] in the lists of labels only in the templates."""
+    return template.replace("[", "").replace("]", "")
+
+
+def _error(path: Path, line: Line, problem: str) -> UserError:
+    number, text = line
+    return UserError(f"{path}, line {number}: {text[:SHOWN]!r} {problem}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

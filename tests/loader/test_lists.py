@@ -1,0 +1,111 @@
+"""Lists of files: where a path ends and its label begins, headers, and messages that name line and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bevt_ds.data.lists import LONGEST, read_rows
+from bevt_ds.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("line", "row"),
+    [
+        ("a/b.mp4 3", ("a/b.mp4", "3")),
+        ("with space.mp4 3", ("with space.mp4", "3")),
+        ("with space.MP4   Push left", ("with space.MP4", "Push left")),
+        ("Push left/g 01.avi Push left", ("Push left/g 01.avi", "Push left")),
+        ("a.mp4\tPush left, then right", ("a.mp4", "Push left, then right")),
+        ("clip 7\tPush left", ("clip 7", "Push left")),
+        ("a.mp4,3", ("a.mp4", "3")),
+        ("a.mp4 , Push left", ("a.mp4", "Push left")),
+        ("a.mp4 Push, then pull", ("a.mp4", "Push, then pull")),
+        ('a.mp4,"Push, then pull"', ("a.mp4", "Push, then pull")),
+        ('a.mp4 "Push ""left"""', ("a.mp4", 'Push "left"')),
+        ('"clip 7" "push left"', ("clip 7", "push left")),
+        ('"a,b.mp4" 3', ("a,b.mp4", "3")),
+        ('"a,b.mp4",3', ("a,b.mp4", "3")),
+        ("don't.mp4 it's", ("don't.mp4", "it's")),
+        ("a.mp4 b.mp4 3", ("a.mp4 b.mp4", "3")),
+        ("clip 7 -1", ("clip 7", "-1")),
+        ("78687 jump", ("78687", "jump")),
+        ("78687", ("78687", "")),
+        ("with space.webm", ("with space.webm", "")),
+        ("a.JPEG 0", ("a.JPEG", "0")),
+    ],
+)
+def test_a_line_without_a_header(line: str, row: tuple[str, str]) -> None:
+    assert read_rows(Path("list.txt"), f"{line}\n") == [row]
+    assert read_rows(Path("list.TXT"), f"other.mp4 1\n\n  {line} \r\n")[1] == row
+
+
+def test_a_csv_has_commas_between() -> None:
+    text = 'clip 7,Push left\n"a, b","x, y"\nb.mp4 Push left\nc.mp4\n'
+    rows = [("clip 7", "Push left"), ("a, b", "x, y"), ("b.mp4", "Push left"), ("c.mp4", "")]
+    assert read_rows(Path("list.csv"), text) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "row"),
+    [
+        (
+            "k.csv",
+            "label,youtube_id,time_start,time_end,split\npull ups,-x_1,7,17,train\n",
+            ("-x_1_000007_000017", "pull ups"),
+        ),
+        ("k.txt", '"label", "youtube_id", "time_start", "time_end"\n"a, b", x, 7.0, 17\n', ("x_000007_000017", "a, b")),
+        ("k.csv", "youtube_id,time_start,time_end,split\nx,7,17,test\n", ("x_000007_000017", "")),
+        ("own.csv", "Label,Path,duration\nPush left,a b.mp4,3.5\n", ("a b.mp4", "Push left")),
+        ("own.txt", "video_path\tclass_name\na b.mp4\tPush left\n", ("a b.mp4", "Push left")),
+        ("own.txt", "path label\na b.mp4 Push left\n", ("a b.mp4", "Push left")),
+        ("own.txt", "class,file\n3,a b\n", ("a b", "3")),
+        ("own.txt", "path\na b.mp4\n", ("a b.mp4", "")),
+    ],
+)
+def test_headers(name: str, text: str, row: tuple[str, str]) -> None:
+    assert read_rows(Path(name), text) == [row]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "a.mp4 1\nclip 7 push left\n", "a.txt, line 2: 'clip 7 push left' does not show where its path ends"),
+        ("a.txt", "a.mp4 1\n\nb.mp4 1 4\n", "line 3: 'b.mp4 1 4' has more than a path and one label"),
+        ("a.txt", "b.mp4,left,train\n", "line 1: .* has more than a path and one label: put a label that holds commas"),
+        ("a.csv", "left,b.mp4\n", "line 1: .* has a file for a label: the path comes first"),
+        ("a.csv", "a, b.mp4 4\n", "line 1: .* has a file for a label: the path comes first, in quotes if it holds"),
+        ("a.txt", 'b.mp4 "left\n', "line 1: .* has a quote too many or too few"),
+        ("a.csv", ",3\n", "line 1: ',3' names no file"),
+        ("a.csv", "a.mp4,3\n..,3\n", "line 2: '..,3' names no file"),
+        (
+            "a.csv",
+            "clip_id,motion\n78687,left\n",
+            "line 1: 'clip_id,motion' looks like a header with unknown names: call",
+        ),
+        ("a.txt", "clip motion\na.mp4 left\n", "line 1: .*call the columns path, .* or name and label, class"),
+        ("a.csv", "path,motion\na.mp4,left\n", "line 1: 'path,motion' names no column of labels: call it label, class"),
+        (
+            "a.csv",
+            "path,label\na.mp4,push, left\n",
+            "line 2: .* has 3 fields, the header 2: put those that hold commas",
+        ),
+        (
+            "a.csv",
+            "youtube_id,time_start,time_end\nx,1,2\nx,one,2\n",
+            "line 3: .* times that are no seconds in time_start",
+        ),
+        ("a.csv", "youtube_id,time_start,time_end\nx,1,inf\n", "line 2: .* times that are no seconds in time_start"),
+        ("a.csv", "youtube_id,time_start,time_end\nx,1\n", "line 2: 'x,1' has 2 fields, the header 3"),
+        ("a.txt", "x" * (LONGEST + 1), "line 1: 'x{80}' has 10001 characters: this is no list"),
+    ],
+)
+def test_lines_that_need_another_hand(name: str, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_rows(Path(name), text)
+
+
+def test_words_alone_are_data() -> None:
+    """A name without an extension is no header where the other lines look like it."""
+    assert read_rows(Path("a.txt"), "jump left\nrun right\n") == [("jump", "left"), ("run", "right")]
