@@ -18,6 +18,7 @@ from bevt_ds.data.cpu_pixels import single_core_threads
 from bevt_ds.data.index import load_shards
 from bevt_ds.data.labelled_plan import LabelledPlan, ViewPlan
 from bevt_ds.data.labelled_reader import ClipReader, LabelledShards, ViewReader
+from bevt_ds.data.labelled_trial import require_decodable
 from bevt_ds.data.labels import Classes, expected_count, read_classes
 from bevt_ds.data.ledger import Ledger, Skips
 from bevt_ds.data.loader import LEDGER, BackgroundLoader, Exchange, open_resources
@@ -72,6 +73,7 @@ class LabelledReader:
             self.val_shards = read_shards(config.val, config, shared.storage) if config.val else []
             self.classes = read_classes(shards, self.val_shards, config.classes)
             data = LabelledShards.of(shards, self.classes)
+            require_decodable({"data.train": shards, "data.val": self.val_shards}, config, shared.storage, shared.pool)
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
             plan = LabelledPlan(data.counts, config, train.seed, global_size)
             self._clips = ClipReader(plan, data, config, shared, augmenters, ledger, torch.device(device))
@@ -102,9 +104,11 @@ class LabelledReader:
 class LabelledLoader(BackgroundLoader):
     """Iterates over the `LabelledBatch`es of this rank for ever: each step's micro-steps in order.
 
-    The arguments are those of bevt_ds.data.loader.Loader. Every label, of training and validation, is checked at once.
+    The arguments are those of bevt_ds.data.loader.Loader. Every label, of training and validation, is checked at once,
+    and a few videos of both are decoded.
 
-    UserError: shards missing or unusable, labels that make no classes (see read_classes), sizes that do not divide.
+    UserError: shards missing or unusable, labels that make no classes (see read_classes), videos of which none can be
+    decoded (see require_decodable), sizes that do not divide.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from bevt_ds.data.members import Shard
 from bevt_ds.downstream.config import labelled_as
 from bevt_ds.downstream.features import Features, extract, feature_rank, features_of, gathered, ridge_predictions
 from bevt_ds.downstream.scores import Scores
-from bevt_ds.downstream.videos import each_video, shards_of
+from bevt_ds.downstream.videos import each_video, require_decodable_sets, shards_of
 from bevt_ds.engine import Engine
 from bevt_ds.ranks import Ranks
 from bevt_ds.summary import unigram
@@ -30,10 +30,10 @@ class OnlineProbe:
     """The labelled videos of a run's `probe` section, and the visual tokens counted since the last measurement."""
 
     def __init__(self, config: Config, vocab_size: int, ranks: Ranks) -> None:
-        """Read the labels.
+        """Read the labels and try a few videos.
 
         Raises:
-            UserError: shards or labels that cannot be used.
+            UserError: shards or labels that cannot be used, or a set without a video that can be decoded.
         """
         self.ranks, self.every, self.steps = ranks, config.probe.every, config.train.steps
         self.data = labelled_as(config.data)
@@ -42,6 +42,7 @@ class OnlineProbe:
         )
         self.train, self.val = (shards_of(p, self.data) for p in (config.probe.train, config.probe.val))
         self.classes = read_classes(self.train, self.val)
+        require_decodable_sets({"probe.train": self.train, "probe.val": self.val}, self.data)
         self.counts = torch.zeros(vocab_size, dtype=torch.int64, device=ranks.device)
 
     def due(self, step: int) -> bool:

@@ -21,7 +21,7 @@ from bevt_ds.downstream.probes import (
     train_probe,
 )
 from bevt_ds.downstream.results import as_lines, claim_folder, write_results
-from bevt_ds.downstream.videos import each_video, shards_of
+from bevt_ds.downstream.videos import each_video, require_decodable_sets, shards_of
 from bevt_ds.engine import DTYPES, start_ranks
 from bevt_ds.model.video_swin import VideoSwin
 from bevt_ds.overrides import to_dict
@@ -38,6 +38,7 @@ def probe(config: ProbeRunConfig) -> int:
     encoder = load_encoder(config, ranks)
     train, val = (shards_of(patterns, config.data) for patterns in (config.data.train, config.data.val))
     classes = read_classes(train, val, config.data.classes)
+    require_decodable_sets({"data.train": train, "data.val": val}, config.data)
     folder = claim_folder(config.output_dir, config.weights, "probe", ranks)
     encode = features_of(encoder, DTYPES[config.precision], config.probe.kind)
     single = replace(config.views, clips=1, crops=1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,9 +13,12 @@ from tqdm import tqdm
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config import LabelledDataConfig, ViewsConfig
 from bevt_ds.data.labelled_loader import read_shards, test_batches
+from bevt_ds.data.labelled_trial import require_decodable
 from bevt_ds.data.labels import Classes
+from bevt_ds.data.loader import open_resources
 from bevt_ds.data.members import Shard
 from bevt_ds.data.storage import Storage
+from bevt_ds.data.timing import StageTimes
 from bevt_ds.ranks import Ranks
 
 
@@ -26,6 +30,17 @@ def shards_of(patterns: str, data: LabelledDataConfig) -> list[Shard]:
     """
     with closing(Storage(data)) as storage:
         return read_shards(patterns, data, storage)
+
+
+def require_decodable_sets(sets: Mapping[str, Sequence[Shard]], data: LabelledDataConfig) -> None:
+    """Decode a video of each set, named as the field its shards come from; see require_decodable.
+
+    Raises:
+        UserError: a set without a video that can be decoded.
+    """
+    with ExitStack() as resources:
+        shared = open_resources(replace(data, workers=1), True, StageTimes(), resources)
+        require_decodable(sets, data, shared.storage, shared.pool)
 
 
 def each_video(

@@ -1,0 +1,65 @@
+"""Labelled sets without a video that decodes are found before anything starts, whoever reads them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bevt_ds.config import Config, DataConfig, LabelledDataConfig, OnlineProbeConfig, TrainConfig
+from bevt_ds.data.labelled_loader import LabelledLoader
+from bevt_ds.data.labelled_trial import TRIED
+from bevt_ds.downstream.config import FinetuneTrainConfig
+from bevt_ds.downstream.online_probe import OnlineProbe
+from bevt_ds.errors import UserError
+from tests.downstream.worlds import on_ranks
+
+TRAIN = FinetuneTrainConfig(global_clips=2, micro_clips=2)
+DAMAGE = (
+    "none of the 7 videos that were tried can be decoded. Sample 'clip-00' of .*/bad.tar: its MP4 is cut or damaged"
+)
+
+
+@pytest.fixture
+def tar(labelled_shards: Path, tmp_path: Path) -> Callable[[set[str]], str]:
+    """tar(good): the validation videos in one tar, all but the `good` ones cut in half."""
+
+    def build(good: set[str]) -> str:
+        out = tmp_path / "bad.tar"
+        with tarfile.open(out, "w") as new:
+            for shard in sorted(labelled_shards.glob("val-*.tar")):
+                with tarfile.open(shard) as old:
+                    for info in old:
+                        data = old.extractfile(info).read()
+                        if info.name.endswith(".mp4") and info.name not in good:
+                            data = data[: len(data) // 2]
+                        info.size = len(data)
+                        new.addfile(info, io.BytesIO(data))
+        return str(out)
+
+    return build
+
+
+@pytest.mark.parametrize("field", ["train", "val"])
+def test_fine_tuning_does_not_start(labelled: LabelledDataConfig, tar: Callable, field: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.{field}: {DAMAGE}"):
+        LabelledLoader(replace(labelled, **{field: tar(set())}), TRAIN)
+
+
+def test_one_good_video_is_enough_to_start(labelled: LabelledDataConfig, tar: Callable) -> None:
+    assert TRIED > 7  # the small set is tried whole
+    with LabelledLoader(replace(labelled, val=tar({"clip-06.mp4"})), TRAIN) as loader:
+        assert sum(map(len, loader.val_shards)) == 7
+
+
+@pytest.mark.parametrize("field", ["train", "val"])
+def test_the_online_probe_does_not_start(labelled: LabelledDataConfig, tar: Callable, field: str) -> None:
+    data = DataConfig(frames=8, stride=2, size=64, token_size=32, short_side=(72, 80), workers=1, threads=1)
+    probe = replace(OnlineProbeConfig(2, labelled.train, labelled.val), **{field: tar(set())})
+    config = Config("test", data=data, train=TrainConfig(steps=5, micro_clips=2), probe=probe)
+    with pytest.raises(UserError, match=rf"^probe\.{field}: {DAMAGE}"):
+        on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks))
