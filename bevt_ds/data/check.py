@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from bevt_ds.config import DataConfig
 from bevt_ds.data.decode_pool import DecodePool
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.members import EXTENSIONS, Member, Shard
+from bevt_ds.data.patience import StorageStalled
 from bevt_ds.data.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.data.video import fits_gpu
@@ -47,6 +48,7 @@ def check(paths: Sequence[str], jobs: int | None = None, progress: bool = False)
     shards = _openable(paths, report)
     for shard in shards:
         _check_manifest(shard, report)
+        _check_labels(shard, report)
     _find_twins(shards, report)
     _each_sample(shards, report, "check", jobs, progress)
     return report
@@ -71,14 +73,15 @@ def outlook(facts: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _openable(paths: Sequence[str], report: Report) -> list[Shard]:
-    storage = Storage(DataConfig())
     shards = []
-    for path in paths:
-        try:
-            shards.append(storage.load_shard(path))
-        except UserError as error:
-            report.add(path, "", str(error))
-    storage.close()
+    with closing(Storage(DataConfig())) as storage:
+        for path in paths:
+            try:
+                shards.append(storage.load_shard(path))
+            except StorageStalled:  # says nothing of the tar, and the next one is likely to lie there too
+                raise
+            except UserError as error:
+                report.add(path, "", str(error))
     return shards
 
 
@@ -91,6 +94,13 @@ def _check_manifest(shard: Shard, report: Report) -> None:
             with path.open("rb") as tar:
                 if path.name in entries and hashlib.file_digest(tar, "sha256").hexdigest() != entries[path.name]:
                     report.add(shard.path, "", f"its SHA-256 is not the one in {manifest.name}")
+
+
+def _check_labels(shard: Shard, report: Report) -> None:
+    """Whoever needs labels refuses a sample with two; see labels.py."""
+    for key, label, other in zip(shard.keys, shard.labels, shard.json_labels, strict=True):
+        if other:
+            report.add(shard.path, key, f"its .cls has the label {label[:60]!r}, its .json {other[:60]!r}")
 
 
 def _find_twins(shards: Sequence[Shard], report: Report) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 import stat
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bevt_ds.data.members import BLOCK, COLUMNS, EXTENSIONS, Shard
+from bevt_ds.data.members import BLOCK, COLUMNS, EXTENSIONS, Shard, read_at
+from bevt_ds.data.patience import asking
+from bevt_ds.data.remote import redacted
 from bevt_ds.data.tar_scan import scan
 from bevt_ds.errors import UserError
 
-VERSION = 2
+VERSION = 3
 SUFFIX = ".index.json"
 SPOT_CHECKS = 16  # headers that are compared at each start, when size and time of the tar are the indexed ones
+LONGEST_TURN = 1800.0  # seconds to wait for another process
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +57,18 @@ def load_shard(path: str, fresh: bool = False, keep_first: bool = False) -> Shar
     """One local tar's members, from its index if that describes it, else by reading it once.
 
     fresh: read it in any case. keep_first: of two samples with one key take the first, instead of refusing the tar.
+    UserError: not a readable tar, the same key twice, a tar that somebody is writing.
     """
-    with _open_tar(path) as tar, _exclusive(tar):
+    with _open_tar(path) as tar:
+        with suppress(OSError):  # a file system without locks costs repeated work only
+            await_turn(tar, path)
         if not fresh and (shard := _indexed(path, tar)) is not None:
             return shard
+        identity = tar_identity(tar)
         shard = scan(path, tar, keep_first)
-        write_index(index_places(path), tar_identity(tar), shard)
+        if tar_identity(tar) != identity:
+            raise UserError(f"shard {path} has changed while it was read: start again when it is written")
+        write_index(index_places(path), identity, shard)
     return shard
 
 
@@ -84,8 +94,7 @@ def _indexed(path: str, tar: BinaryIO) -> Shard | None:
 
 
 def _require_own(shard: Shard, tar: BinaryIO, place: Path) -> None:
-    step = max(len(shard) // SPOT_CHECKS, 1)
-    if not _same_heads(shard, tar, range(0, len(shard), step)):
+    if not looks_like(shard, tar):
         raise UserError(
             f"the index {place} does not match {shard.path}, though size and time do: it belongs to another tar, or"
             f" this one was overwritten in place. Run `bevt shards index --fresh {shard.path}`"
@@ -98,14 +107,20 @@ def _was_cut(shard: Shard, tar: BinaryIO, size: int, indexed_size: int) -> bool:
     return size < indexed_size and _same_heads(shard, tar, whole)
 
 
+def looks_like(shard: Shard, tar: BinaryIO) -> bool:
+    """Whether some headers of the tar are the indexed ones."""
+    step = max(len(shard) // SPOT_CHECKS, 1)
+    return _same_heads(shard, tar, range(0, len(shard), step))
+
+
 def _same_heads(shard: Shard, tar: BinaryIO, which: Sequence[int]) -> bool:
-    return all(zlib.crc32(os.pread(tar.fileno(), BLOCK, shard.offsets[i] - BLOCK)) == shard.heads[i] for i in which)
+    return all(_head(shard, tar, i) == shard.heads[i] for i in which)
 
 
-def require_answer(path: str) -> None:
-    """UserError: not a file that can be opened. Returns once its storage has given the first bytes."""
-    with _open_tar(path) as tar:
-        os.pread(tar.fileno(), BLOCK, 0)
+def _head(shard: Shard, tar: BinaryIO, i: int) -> int:
+    at = shard.offsets[i] - BLOCK
+    asking(f"shard {redacted(shard.path)} at byte {at}")
+    return zlib.crc32(read_at(tar, at, BLOCK))
 
 
 @contextmanager
@@ -120,12 +135,23 @@ def _open_tar(path: str) -> Iterator[BinaryIO]:
         yield tar
 
 
-@contextmanager
-def _exclusive(tar: BinaryIO) -> Iterator[None]:
-    """One process a node indexes; the others find its result. A file system without locks costs repeated work only."""
-    with suppress(OSError):
-        fcntl.flock(tar, fcntl.LOCK_EX)
-    yield
+def await_turn(file: BinaryIO, place: str) -> None:
+    """Lock a file; while another process holds the lock it makes what this one will find.
+
+    The lock saves work and nothing depends on it, so after half an hour this goes on without. OSError: there are no
+    locks in this file system.
+    """
+    until = time.monotonic() + LONGEST_TURN
+    while True:
+        asking(f"the lock of {place}")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                log.warning("%s: another process holds its lock for over %g s; going on without", place, LONGEST_TURN)
+                return
+        time.sleep(0.05)
 
 
 def tar_identity(tar: BinaryIO) -> dict[str, int]:
@@ -147,6 +173,7 @@ def index_places(path: str) -> tuple[Path, Path]:
 
 def read_index(place: Path, path: str) -> tuple[Shard, dict[str, Any]] | None:
     """A stored index and the identity of the tar it was made of; None: there is none, or it is damaged."""
+    asking(f"index {place}")
     try:
         stored = json.loads(place.read_text(encoding="utf-8"))
         if stored["version"] != VERSION or stored.pop("digest") != index_digest(stored):
@@ -169,7 +196,7 @@ def _check_columns(shard: Shard, tar_size: int) -> None:
     """Refuse what no tar of that size can hold; the message is not shown, the index is made again."""
     if any(len(getattr(shard, name)) != len(shard.keys) for name in COLUMNS):
         raise ValueError("columns of different lengths")
-    texts = (*shard.keys, *shard.extensions, *shard.labels)
+    texts = (*shard.keys, *shard.extensions, *shard.labels, *shard.json_labels)
     numbers = (*shard.offsets, *shard.sizes, *shard.crcs, *shard.heads)
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         raise ValueError("a column of another type")
@@ -185,6 +212,7 @@ def write_index(places: Sequence[Path], identity: dict[str, Any], shard: Shard) 
     stored = {"version": VERSION, "tar": identity, "ignored": shard.ignored, **columns}
     text = json.dumps({**stored, "digest": index_digest(stored)})
     for place in places:
+        asking(f"index {place}")
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(place, text.encode())

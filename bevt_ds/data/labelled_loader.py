@@ -13,9 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from bevt_ds.batch import LabelledBatch
-from bevt_ds.config import LabelledDataConfig, ReadingConfig, ViewsConfig
+from bevt_ds.config import LabelledDataConfig, ViewsConfig
 from bevt_ds.data.cpu_pixels import single_core_threads
-from bevt_ds.data.index import load_shards
 from bevt_ds.data.labelled_plan import LabelledPlan, ViewPlan
 from bevt_ds.data.labelled_reader import ClipReader, LabelledShards, ViewReader
 from bevt_ds.data.labelled_trial import require_decodable
@@ -25,7 +24,6 @@ from bevt_ds.data.loader import LEDGER, BackgroundLoader, Exchange, open_resourc
 from bevt_ds.data.members import Shard
 from bevt_ds.data.plan import StreamId, slots_of
 from bevt_ds.data.randaugment import TOP
-from bevt_ds.data.shards import expand
 from bevt_ds.data.storage import Storage
 from bevt_ds.data.stream import Resources, Ticket
 from bevt_ds.data.timing import StageTimes
@@ -69,8 +67,8 @@ class LabelledReader:
         self.ledgers, self.decoders = {ledger.stream: ledger}, {ledger.stream: "cpu"}
         with ExitStack() as resources:
             augmenters, shared = _open(config, self.times, resources)
-            shards = read_shards(config.train, config, shared.storage)
-            self.val_shards = read_shards(config.val, config, shared.storage) if config.val else []
+            shards = shared.storage.shards(config.train, "video")
+            self.val_shards = shared.storage.shards(config.val, "video") if config.val else []
             self.classes = read_classes(shards, self.val_shards, config.classes)
             data = LabelledShards.of(shards, self.classes)
             require_decodable({"data.train": shards, "data.val": self.val_shards}, config, shared.storage, shared.pool)
@@ -157,7 +155,7 @@ def test_batches(
     times = StageTimes()
     with ExitStack() as resources:
         augmenters, shared = _open(data, times, resources)
-        shards = read_shards(data.val, data, shared.storage) if shards is None else shards
+        shards = shared.storage.shards(data.val, "video") if shards is None else shards
         classes = classes or _classes_of(data, shards, shared.storage)
         labelled = LabelledShards.of(shards, classes)
         plan = ViewPlan(labelled.counts, data, views, views.micro_videos * world)
@@ -170,12 +168,6 @@ def test_batches(
                 yield reader.finish(under_way.popleft())
         while under_way:
             yield reader.finish(under_way.popleft())
-
-
-def read_shards(patterns: str, config: ReadingConfig, storage: Storage | None = None) -> list[Shard]:
-    """The videos of the shards that `patterns` names. UserError: shards missing or unusable."""
-    load = storage.load_shard if storage else None
-    return load_shards(expand(patterns, config.allow_pipe), "video", config.readers, load)
 
 
 def expected_videos(data: LabelledDataConfig, shards: Sequence[Shard]) -> int:
@@ -211,7 +203,7 @@ def check_labelled(data: LabelledDataConfig) -> None:
 
 
 def _classes_of(data: LabelledDataConfig, val: Sequence[Shard], storage: Storage) -> Classes:
-    train = read_shards(data.train, data, storage) if data.train else []
+    train = storage.shards(data.train, "video") if data.train else []
     return read_classes(train, val, data.classes)
 
 

@@ -26,14 +26,13 @@ from bevt_ds.config import Config, ReadingConfig
 from bevt_ds.data.cpu_pixels import ClipPixels
 from bevt_ds.data.decode_pool import DecodePool
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
-from bevt_ds.data.index import cache_home, load_shards
+from bevt_ds.data.index import cache_home
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, require_few_bad
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.members import Shard
 from bevt_ds.data.patience import StorageStalled
 from bevt_ds.data.pipeline import PixelPipeline
 from bevt_ds.data.plan import StreamId, StreamPlan, slots_of
-from bevt_ds.data.shards import expand
 from bevt_ds.data.storage import Storage
 from bevt_ds.data.stream import Pixels, Resources, StreamReader, Ticket
 from bevt_ds.data.timing import StageTimes, bottleneck
@@ -79,7 +78,7 @@ class BatchReader:
         with ExitStack() as resources:
             has_videos = any(source.stream.kind == "video" for source in sources)
             shared = open_resources(config.data, has_videos, self.times, resources)
-            shards = {s.stream: _shards(s, config, shared.storage) for s in sources}
+            shards = {s.stream: shared.storage.shards(s.shards, s.stream.kind) for s in sources}
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
             device = torch.device(device)
             self.decoders = {
@@ -355,11 +354,6 @@ def open_resources(data: ReadingConfig, has_videos: bool, times: StageTimes, clo
         closing.callback(pool.close)
     closing.callback(storage.close)  # the first to be called: nobody goes on waiting for a read
     return Resources(storage, threads, pool, times)
-
-
-def _shards(source: Source, config: Config, storage: Storage) -> list[Shard]:
-    paths = expand(source.shards, config.data.allow_pipe)
-    return load_shards(paths, source.stream.kind, config.data.readers, storage.load_shard)
 
 
 def _plan(source: Source, shards: Sequence[Shard], config: Config) -> StreamPlan:

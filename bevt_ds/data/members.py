@@ -39,7 +39,8 @@ class Shard:
     sizes: tuple[int, ...]
     crcs: tuple[int, ...]
     heads: tuple[int, ...]  # CRC-32 of the header block before the data
-    labels: tuple[str, ...]  # from `<key>.cls`, or "label" in `<key>.json`; empty: none
+    labels: tuple[str, ...]  # from `<key>.cls`, or else "label" in `<key>.json`; empty: none
+    json_labels: tuple[str, ...]  # the latter where it is another than the former; else empty
     ignored: int  # members named like media that are no regular file
 
     def __len__(self) -> int:
@@ -66,9 +67,14 @@ def read_member(member: Member, verify: bool = True) -> bytes:
     """The member's bytes, `verify`: checked against the index. BadSample: they are not what was indexed."""
     try:
         with open(member.path, "rb") as tar:
-            data = _read_at(tar, member.offset, member.size)
+            return read_from(tar, member, verify)
     except OSError as error:
         raise BadSample(f"cannot read the shard: {error.strerror}", transient=True) from error
+
+
+def read_from(tar: BinaryIO, member: Member, verify: bool = True) -> bytes:
+    """The same, from a tar that is open already. OSError: it cannot be read."""
+    data = read_at(tar, member.offset, member.size)
     if len(data) != member.size:
         raise BadSample(f"the shard ends {member.size - len(data)} bytes before the sample does")
     if verify and zlib.crc32(data) != member.crc:
@@ -76,8 +82,11 @@ def read_member(member: Member, verify: bool = True) -> bytes:
     return data
 
 
-def _read_at(tar: BinaryIO, offset: int, size: int) -> bytes:
-    """Up to `size` bytes; fewer only at the end of the file. One read may return less than it was asked for."""
+def read_at(tar: BinaryIO, offset: int, size: int) -> bytes:
+    """Up to `size` bytes; fewer only at the end of the file. One read may return less than it was asked for.
+
+    The file's own position stays where it is.
+    """
     data = os.pread(tar.fileno(), size, offset)
     while len(data) < size and (more := os.pread(tar.fileno(), size - len(data), offset + len(data))):
         data += more

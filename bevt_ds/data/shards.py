@@ -8,7 +8,8 @@ import re
 from collections import Counter
 from itertools import chain
 
-from bevt_ds.data.remote import PIPE, RemoteError, can_list, glob_remote, is_remote
+from bevt_ds.data.patience import asking
+from bevt_ds.data.remote import PIPE, RemoteError, can_list, glob_remote, is_remote, redacted
 from bevt_ds.errors import UserError
 
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
@@ -47,6 +48,7 @@ def _split(patterns: str) -> list[str]:
 def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
     if pattern.startswith(PIPE) and not allow_pipe:
         raise UserError(f"{pattern!r} would run a shell command; give the path of a tar file, or data.allow_pipe=true")
+    asking(redacted(pattern))
     if os.path.isfile(pattern):
         return [pattern]
     return list(chain.from_iterable(_glob(path) for path in _expand_braces(pattern)))
@@ -74,6 +76,7 @@ def _expand_braces(pattern: str) -> list[str]:
 def _glob(path: str) -> list[str]:
     if not glob.has_magic(path) or (is_remote(path) and not can_list(path)):
         return [path]  # a question mark in a URL is no wildcard
+    asking(redacted(path))
     found = _listed(path) if is_remote(path) else sorted(glob.glob(path))
     if not found:
         where = "" if is_remote(path) else f" (working folder: {os.getcwd()})"
@@ -89,12 +92,18 @@ def _listed(pattern: str) -> list[str]:
 
 
 def _require_files(paths: list[str], patterns: str) -> None:
-    missing = [path for path in paths if not os.path.exists(path)]
+    missing = [path for path in paths if not _exists(path)]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(paths)} shards of {patterns!r} do not exist, "
             f"the first is {missing[0]} (working folder: {os.getcwd()})"
         )
     for path in paths:
+        asking(path)
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder: write {os.path.join(path, '*.tar')!r}")
+
+
+def _exists(path: str) -> bool:
+    asking(path)
+    return os.path.exists(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,11 +13,12 @@ from pathlib import Path
 
 from bevt_ds.config import ReadingConfig
 from bevt_ds.data.cache import ShardCache
-from bevt_ds.data.index import cache_home, load_shard, read_index, require_answer, write_index
+from bevt_ds.data.index import cache_home, load_shard, load_shards, read_index, write_index
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.members import Member, Shard, read_member
-from bevt_ds.data.patience import Patience
+from bevt_ds.data.members import Member, Shard, read_from, read_member
+from bevt_ds.data.patience import Patience, asking
 from bevt_ds.data.remote import RemoteError, is_remote, redacted
+from bevt_ds.data.shards import expand
 from bevt_ds.data.tar_scan import scan
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
@@ -29,36 +32,41 @@ class Storage:
     def __init__(self, config: ReadingConfig) -> None:
         folder = Path(config.cache_dir) if config.cache_dir else cache_home() / "shards"
         self.cache = ShardCache(folder, config.cache_bytes, config.remote_seconds)
-        self.limits, self._verify = Limits.of(config), config.verify
+        self.limits = Limits.of(config)
+        self._config = config
         self._patience = Patience(config.read_seconds)
+        both = config.read_seconds + config.remote_seconds  # a fetch waits for the server as well
+        self._fetching = Patience(both, "data.read_seconds + data.remote_seconds")
+        self._damaged: set[str] = set()  # URLs whose copy was thrown out for that
+        self._judging = threading.Lock()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="fetch")
 
+    def shards(self, patterns: str, kind: str) -> list[Shard]:
+        """The members of `kind` of all shards that `patterns` names; see `expand` and `load_shards`.
+
+        StorageStalled: a local disk or file server does not answer.
+        """
+        paths = self._patience.call(partial(expand, patterns, self._config.allow_pipe), "the list of shards")
+        return load_shards(paths, kind, self._config.readers, self.load_shard)
+
     def load_shard(self, path: str) -> Shard:
-        """The index of a shard, made on first use. UserError: it cannot be had."""
-        if not is_remote(path):
-            self._patience.call(partial(require_answer, path), f"shard {path}")
-            return load_shard(path)
-        place = self.cache.index_place(path)
-        if (stored := read_index(place, path)) is not None:
-            return stored[0]
-        try:
-            local = self.cache.local(path)
-        except RemoteError as error:
-            raise UserError(str(error)) from error
-        with local.open("rb") as tar:
-            shard = replace(scan(redacted(path), tar), path=path)
-        write_index((place,), {"size": local.stat().st_size}, shard)
-        return shard
+        """The index of a shard, made on first use. UserError: it cannot be had. StorageStalled: as `shards`."""
+        if is_remote(path):
+            return self._fetching.call(partial(self._load_remote, path), redacted(path))
+        return self._patience.call(partial(load_shard, path), f"shard {path}")
 
     def read(self, member: Member, times: StageTimes) -> bytes:
         """A member's bytes. BadSample: they cannot be had, are not what was indexed, or are too many.
 
-        StorageStalled: a local disk or file server does not answer. CancelledError: `close` was called meanwhile.
+        StorageStalled: a local disk or file server does not answer. UserError: the cache cannot be used, or the remote
+        shard has been replaced. CancelledError: `close` was called meanwhile.
         """
         if member.size > self.limits.file_bytes:
             raise BadSample(f"it has {member.size} bytes, over data.max_file_bytes={self.limits.file_bytes}")
         with times.measured("storage"):
-            return self._read_remote(member) if is_remote(member.path) else self._read_local(member)
+            if is_remote(member.path):
+                return self._fetching.call(partial(self._read_remote, member), _place(member))
+            return self._patience.call(partial(read_member, member, self._config.verify), _place(member))
 
     def fetch_ahead(self, paths: Iterable[str]) -> None:
         """Fetch remote shards in the background; what fails is tried again, and reported, when it is read."""
@@ -66,31 +74,60 @@ class Storage:
             self._ahead.submit(self._fetch_quietly, path)
 
     def close(self) -> None:
-        """Start nothing more and let nobody wait. A fetch under way ends by itself: it is bounded in time."""
+        """Start nothing more and let nobody wait. A fetch under way ends with its next piece."""
         self._ahead.shutdown(wait=False, cancel_futures=True)
+        self._fetching.close()
         self._patience.close()
 
     def _fetch_quietly(self, path: str) -> None:
         try:
-            self.cache.local(path)
-        except RemoteError as error:
+            self._fetching.call(partial(self.cache.local, path), redacted(path))
+        except (RemoteError, UserError) as error:
             log.warning("%s", error)
 
-    def _read_local(self, member: Member) -> bytes:
-        place = f"sample {member.key!r} at byte {member.offset} of {member.path}"
-        return self._patience.call(partial(read_member, member, self._verify), place)
+    def _load_remote(self, path: str) -> Shard:
+        place = self.cache.index_place(path)
+        if (stored := read_index(place, path)) is not None:
+            return stored[0]
+        try:
+            with self.cache.open(path) as tar:
+                shard = replace(scan(redacted(path), tar), path=path)
+                identity = {"size": os.fstat(tar.fileno()).st_size}
+        except RemoteError as error:
+            raise UserError(str(error)) from error
+        except UserError:
+            self.cache.discard(path)  # the next start asks the server again
+            raise
+        write_index((place,), identity, shard)
+        return shard
 
     def _read_remote(self, member: Member) -> bytes:
-        """From the cached tar; one that is damaged or gone is fetched once more."""
+        """From the cached tar; one that is damaged is fetched once more, once a run."""
         try:
-            return self._read_local(replace(member, path=str(self._local(member.path))))
+            return self._read_copy(member)
         except BadSample as bad:
-            log.warning("%s: %s; the cached copy is fetched again", redacted(member.path), bad)
-        self.cache.discard(member.path)
-        return self._read_local(replace(member, path=str(self._local(member.path))))
+            if bad.transient:
+                raise
+            self._throw_out_damaged(member, bad)
+        return self._read_copy(member)
 
-    def _local(self, path: str) -> Path:
+    def _throw_out_damaged(self, member: Member, bad: BadSample) -> None:
+        with self._judging:
+            if member.path not in self._damaged:
+                self._damaged.add(member.path)
+                log.warning("%s: %s; the cached copy is fetched again", redacted(member.path), bad)
+                self.cache.discard(member.path)
+
+    def _read_copy(self, member: Member) -> bytes:
         try:
-            return self.cache.local(path)
+            with self.cache.open(member.path) as copy:
+                asking(_place(member))
+                return read_from(copy, member, self._config.verify)
         except RemoteError as error:
             raise BadSample(str(error), transient=True) from error
+        except OSError as error:
+            raise BadSample(f"cannot read the cached shard: {error.strerror}", transient=True) from error
+
+
+def _place(member: Member) -> str:
+    return f"sample {member.key!r} at byte {member.offset} of {redacted(member.path)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tarfile
 import zlib
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from bevt_ds.data.members import BLOCK, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Shard, split_name
+from bevt_ds.data.members import BLOCK, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Shard, read_at, split_name
+from bevt_ds.data.patience import asking
 from bevt_ds.errors import UserError
 
 _CHUNK = 1 << 20
@@ -18,13 +20,15 @@ _MOST_LABEL_BYTES = 1 << 16  # of a .json or .cls; a larger one is no label
 # What tarfile raises on headers that make no sense, beside its own errors.
 _DAMAGE = (tarfile.TarError, ValueError, OverflowError, OSError, EOFError)
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class _Found:
     """What the walk has met so far."""
 
     rows: dict[str, tuple] = field(default_factory=dict)  # key -> extension, offset, size, crc, head
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, dict[str, str]] = field(default_factory=dict)  # key -> "cls" or "json" -> label
     ignored: int = 0
 
 
@@ -36,17 +40,18 @@ def scan(path: str, tar: BinaryIO, keep_first: bool = False) -> Shard:
     """
     found = _Found()
     try:
-        for info in _members(tar):
+        for info in _members(path, tar):
             _note(found, path, tar, info, keep_first)
     except _DAMAGE as error:
         raise UserError(f"{path} is {_what_is_wrong(tar, error, len(found.rows))}") from error
     columns = zip(*found.rows.values(), strict=True) if found.rows else ((), (), (), (), ())
     extensions, offsets, sizes, crcs, heads = map(tuple, columns)
-    labels = tuple(found.labels.get(key, "") for key in found.rows)
-    return Shard(path, tuple(found.rows), extensions, offsets, sizes, crcs, heads, labels, found.ignored)
+    pairs = [_chosen(found.labels.get(key, {})) for key in found.rows]
+    labels, json_labels = (tuple(pair[i] for pair in pairs) for i in (0, 1))
+    return Shard(path, tuple(found.rows), extensions, offsets, sizes, crcs, heads, labels, json_labels, found.ignored)
 
 
-def _members(tar: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def _members(path: str, tar: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The members in order; raises where tarfile would end early without a word."""
     total = os.fstat(tar.fileno()).st_size
     with tarfile.open(fileobj=tar, mode="r:") as archive:
@@ -58,13 +63,16 @@ def _members(tar: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 raise ValueError(f"member {info.name!r} ends after the file")
             end = info.offset_data
             yield info
-        _require_end(tar, archive.offset, total)
+            asking(f"shard {path} at byte {archive.offset}")  # the next header
+        _require_end(path, tar, archive.offset, total)
 
 
-def _require_end(tar: BinaryIO, at: int, total: int) -> None:
+def _require_end(path: str, tar: BinaryIO, at: int, total: int) -> None:
     """An archive ends with zeros, or with its file; anything else is a damaged header or a second archive."""
+    if at == total:
+        log.warning("%s lacks the zeros that end a tar: if it was cut, what is left are the samples before", path)
     for start in range(at, total, _CHUNK):
-        block = os.pread(tar.fileno(), _CHUNK, start)
+        block = _read(path, tar, _CHUNK, start)
         if block.count(0) != len(block):
             raise ValueError(f"it goes on after its end, or the header at byte {at} is damaged")
 
@@ -72,16 +80,16 @@ def _require_end(tar: BinaryIO, at: int, total: int) -> None:
 def _note(found: _Found, path: str, tar: BinaryIO, info: tarfile.TarInfo, keep_first: bool) -> None:
     key, extension = split_name(info.name)
     if extension in ("cls", "json") and info.isreg() and info.size <= _MOST_LABEL_BYTES:
-        if label := _label(extension, os.pread(tar.fileno(), info.size, info.offset_data)):
-            found.labels.setdefault(key, label)
+        if label := _label(extension, _read(path, tar, info.size, info.offset_data)):
+            found.labels.setdefault(key, {}).setdefault(extension, label)
         return
     if extension not in VIDEO_EXTENSIONS | IMAGE_EXTENSIONS:
         return
     if not info.isreg() or info.sparse is not None:
         found.ignored += 1
     elif key not in found.rows:
-        head = zlib.crc32(os.pread(tar.fileno(), BLOCK, info.offset_data - BLOCK))
-        crc = _checksum(tar, info.offset_data, info.size)
+        head = zlib.crc32(_read(path, tar, BLOCK, info.offset_data - BLOCK))
+        crc = _checksum(path, tar, info.offset_data, info.size)
         found.rows[key] = (extension, info.offset_data, info.size, crc, head)
     elif not keep_first:
         raise UserError(
@@ -100,15 +108,27 @@ def _label(extension: str, data: bytes) -> str:
     except (ValueError, RecursionError):
         return ""
     label = facts.get("label", "") if isinstance(facts, dict) else ""
-    return str(label) if isinstance(label, str | int) and not isinstance(label, bool) else ""
+    return str(label).strip() if isinstance(label, str | int) and not isinstance(label, bool) else ""
 
 
-def _checksum(tar: BinaryIO, offset: int, size: int) -> int:
-    """CRC-32 of a member, read with pread: the archive's own file position stays where tarfile left it."""
+def _chosen(labels: dict[str, str]) -> tuple[str, str]:
+    """The label of a sample, and the one in its JSON if that is another; 03 and 3 are the same."""
+    first, second = labels.get("cls", ""), labels.get("json", "")
+    same = first == second or (first.isdecimal() and second.isdecimal() and int(first) == int(second))
+    return (first, "" if same else second) if first else (second, "")
+
+
+def _checksum(path: str, tar: BinaryIO, offset: int, size: int) -> int:
+    """CRC-32 of a member."""
     crc = 0
     for start in range(offset, offset + size, _CHUNK):
-        crc = zlib.crc32(os.pread(tar.fileno(), min(_CHUNK, offset + size - start), start), crc)
+        crc = zlib.crc32(_read(path, tar, min(_CHUNK, offset + size - start), start), crc)
     return crc
+
+
+def _read(path: str, tar: BinaryIO, size: int, offset: int) -> bytes:
+    asking(f"shard {path} at byte {offset}")
+    return read_at(tar, offset, size)
 
 
 def _what_is_wrong(tar: BinaryIO, error: BaseException, found: int) -> str:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config import LabelledDataConfig, ViewsConfig
-from bevt_ds.data.labelled_loader import read_shards, test_batches
+from bevt_ds.data.labelled_loader import test_batches
 from bevt_ds.data.labelled_trial import require_decodable
 from bevt_ds.data.labels import Classes
 from bevt_ds.data.loader import open_resources
@@ -29,7 +29,7 @@ def shards_of(patterns: str, data: LabelledDataConfig) -> list[Shard]:
         UserError: shards missing or unusable.
     """
     with closing(Storage(data)) as storage:
-        return read_shards(patterns, data, storage)
+        return storage.shards(patterns, "video")
 
 
 def require_decodable_sets(sets: Mapping[str, Sequence[Shard]], data: LabelledDataConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 
 from bevt_ds.config import Config, DataConfig, MaskConfig, TrainConfig
+from bevt_ds.data.cache import ShardCache
 from bevt_ds.data.draw_worker import encode_jpeg, encode_mp4
 from bevt_ds.data.pack import pack
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.scene import Extent, render
 from bevt_ds.rng import Use, generator
 from tests.loader.media import encode_clip, noise, write_tar
+from tests.loader.server import Server
 
 SHARED = Path(os.environ.get("BEVT_SHARED", Path(__file__).parents[3] / "shared"))
 CLIPS, IMAGES = 10, 24
@@ -105,3 +108,22 @@ def alive(pid: int) -> bool:
 @pytest.fixture
 def is_alive() -> Iterator[Callable[[int], bool]]:
     yield alive
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[Server]:
+    """A web server with the small shards."""
+    with Server() as server:
+        server.files = {path.name: path.read_bytes() for path in shards.glob("*.tar")}
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.released.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ShardCache:
+    """An empty cache that waits for half a second."""
+    return ShardCache(tmp_path / "cache", 1 << 30, seconds=0.5, first_pause=0.01)

@@ -1,4 +1,7 @@
-"""The table of faults of shards: what the index, the reader and the loader make of each. D numbers: docs/data.md."""
+"""The table of faults of shards: what the index, the reader and the loader make of each. D numbers: docs/data.md.
+
+D3, cuts at every byte: test_cuts.py. D24 and S6: test_remote.py, test_cache.py, test_stall.py.
+"""
 
 from __future__ import annotations
 
@@ -95,25 +98,6 @@ def test_d2_a_shard_that_vanishes_while_it_is_read(copies: Path, with_data, tmp_
         assert loader.bad_samples > 0
     with pytest.raises(UserError, match="image-000001.tar"):
         Loader(with_data(images=f"{copies}/image-00000{{0..2}}.tar"))
-
-
-def test_d3_the_members_before_a_cut_are_used(copies: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = copies / "image-000000.tar"
-    whole = load_shard(str(path))
-    for end in np.linspace(0, path.stat().st_size - 1, 40).astype(int)[::-1]:
-        os.truncate(path, end)
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            assert load_shard(str(path)) == whole
-        lost = 0
-        for member in whole.members():
-            if member.offset + member.size <= end:
-                read_member(member)
-            else:
-                lost += 1
-                with pytest.raises(BadSample, match="the shard ends"):
-                    read_member(member)
-        assert f"{lost} of its 9 samples are lost" in caplog.text
 
 
 def test_d4_a_repacked_tar_is_named_and_indexed_again(copies: Path, make, caplog: pytest.LogCaptureFixture) -> None:

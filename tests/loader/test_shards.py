@@ -17,6 +17,7 @@ from bevt_ds.data.index import SUFFIX, load_shard, load_shards
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.members import read_member, split_name
 from bevt_ds.data.shards import expand
+from bevt_ds.data.tar_scan import scan
 from bevt_ds.errors import UserError
 
 
@@ -129,6 +130,24 @@ def test_a_rewritten_tar_is_indexed_again(tmp_path: Path, make: SimpleNamespace)
     assert load_shard(str(tar)).keys == ("b",)
     with pytest.raises(BadSample, match="rewritten"):
         read_member(old)
+
+
+def test_a_tar_that_is_being_written_is_not_indexed(
+    tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its index would be of a part, with the size of the whole."""
+    tar = make.tar(tmp_path / "s.tar", MEMBERS)
+
+    def scan_while_it_grows(path: str, file: io.BufferedReader, keep_first: bool):
+        shard = scan(path, file, keep_first)
+        with open(path, "ab") as end:
+            end.write(bytes(512))
+        return shard
+
+    monkeypatch.setattr(index_module, "scan", scan_while_it_grows)
+    with pytest.raises(UserError, match="s.tar has changed while it was read"):
+        load_shard(str(tar))
+    assert not Path(f"{tar}{SUFFIX}").exists()
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 99}', "null"])

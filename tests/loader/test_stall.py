@@ -5,6 +5,7 @@ A FIFO that nobody writes to blocks whoever opens it, in the kernel, as a dead f
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -19,12 +20,13 @@ import fsspec
 import pytest
 
 from bevt_ds.config import DataConfig
-from bevt_ds.data import child, patience
-from bevt_ds.data.index import load_shard
+from bevt_ds.data import child, index, patience, tar_scan
+from bevt_ds.data.check import check
+from bevt_ds.data.index import SUFFIX, load_shard
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.members import Member
-from bevt_ds.data.patience import Patience, StorageStalled
+from bevt_ds.data.members import Member, read_at
+from bevt_ds.data.patience import Patience, StorageStalled, asking
 from bevt_ds.data.remote import RemoteError, glob_remote
 from bevt_ds.data.storage import Storage
 from bevt_ds.data.timing import StageTimes
@@ -122,13 +124,130 @@ def test_closing_ends_the_waiting(member: Member, stall) -> None:
         storage.read(member, StageTimes())
 
 
-def test_a_shard_that_stalls_when_it_is_opened(shards: Path, monkeypatch) -> None:
+@pytest.fixture
+def released() -> Iterator[threading.Event]:
+    """What a stand-in for dead storage waits for: the end of the test."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_a_shard_that_stalls_when_it_is_opened(shards: Path, monkeypatch, released: threading.Event) -> None:
     """At the start of a run, before any sample is asked for."""
-    released = threading.Event()
     monkeypatch.setattr("bevt_ds.data.index._open_tar", lambda path: released.wait(20))
     with pytest.raises(StorageStalled, match="shard .*image-000000.tar: no answer"):
         Storage(DataConfig(read_seconds=0.2)).load_shard(str(shards / "image-000000.tar"))
+
+
+@pytest.mark.parametrize("reads", [1, 5])
+def test_a_shard_that_stalls_while_it_is_indexed(member: Member, monkeypatch, released, reads: int) -> None:
+    """Anywhere between its first byte and its last, with the byte."""
+    Path(member.path + SUFFIX).unlink()
+    left = iter(range(reads))
+    monkeypatch.setattr(
+        tar_scan, "read_at", lambda *place: read_at(*place) if next(left, None) is not None else released.wait(20)
+    )
+    with pytest.raises(StorageStalled, match=r"shard .*s.tar at byte \d+: no answer for .*=0.2 s"):
+        Storage(DataConfig(read_seconds=0.2)).load_shard(member.path)
+
+
+def test_indexing_may_take_long_as_long_as_it_goes_on(member: Member, monkeypatch) -> None:
+    """The deadline is for each read, not for a tar of any size."""
+    Path(member.path + SUFFIX).unlink()
+    monkeypatch.setattr(tar_scan, "read_at", lambda *place: time.sleep(0.05) or read_at(*place))
+    began = time.monotonic()
+    assert Storage(DataConfig(read_seconds=1.0)).load_shard(member.path).member(2) == member
+    assert time.monotonic() - began > 1.1
+
+
+@pytest.mark.parametrize(
+    ("call", "pattern"), [("stat", "a.tar"), ("stat", "{a,b}.tar"), ("scandir", "*.tar"), ("scandir", "*/a.tar")]
+)
+def test_a_dead_mount_is_named_before_any_shard_is_opened(
+    tmp_path: Path, monkeypatch, released, call: str, pattern: str
+) -> None:
+    """`os.stat` and a glob's listing block in the kernel too: here for whatever lies under one folder."""
+    real, folder = getattr(os, call), tmp_path / "dead"
+    folder.mkdir()
+    monkeypatch.setattr(
+        os, call, lambda path=".", **kw: released.wait(20) if str(folder) in str(path) else real(path, **kw)
+    )
+    with pytest.raises(StorageStalled, match="/dead/.*tar: no answer for data.read_seconds=0.2 s") as caught:
+        Storage(DataConfig(read_seconds=0.2)).shards(f"{folder}/{pattern}", "image")
+    assert caught.value.exit_code == 5
+
+
+def test_a_run_does_not_start_on_a_dead_mount(with_data, tmp_path: Path, monkeypatch, released) -> None:
+    real = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: released.wait(20) if "dead" in str(path) else real(path))
+    with pytest.raises(StorageStalled, match="/dead.tar: no answer"):
+        Loader(with_data(images=f"{tmp_path}/dead.tar", read_seconds=0.3))
+
+
+def test_check_ends_where_storage_stalls(member: Member, monkeypatch) -> None:
+    """It is no fault of the tar, and the tars after it are not tried for minutes each."""
+    asked = []
+
+    def stalled(self: Storage, path: str) -> None:
+        asked.append(path)
+        raise StorageStalled(f"shard {path}: no answer")
+
+    monkeypatch.setattr(Storage, "load_shard", stalled)
+    with pytest.raises(StorageStalled):
+        check([member.path, "other.tar"], jobs=1)
+    assert asked == [member.path]
+
+
+def test_another_process_that_indexes_is_waited_for(member: Member) -> None:
+    """Longer than storage may take to answer, because that one is at work."""
+    Path(member.path + SUFFIX).unlink()
+    storage, found = Storage(DataConfig(read_seconds=0.3)), []
+    with open(member.path, "rb") as tar:
+        fcntl.flock(tar, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=lambda: found.append(storage.load_shard(member.path)))
+        waiting.start()
+        waiting.join(timeout=0.8)
+        assert waiting.is_alive() and not found
+    waiting.join(timeout=10)
+    assert found[0].member(2) == member
+
+
+def test_another_process_is_not_waited_for_for_ever(member: Member, monkeypatch, caplog) -> None:
+    Path(member.path + SUFFIX).unlink()
+    monkeypatch.setattr(index, "LONGEST_TURN", 0.2)
+    with open(member.path, "rb") as tar:
+        fcntl.flock(tar, fcntl.LOCK_EX)
+        assert load_shard(member.path).member(2) == member
+    assert "s.tar: another process holds its lock for over 0.2 s; going on without" in caplog.text
+
+
+def test_the_copy_of_a_remote_shard_may_stall_too(shards: Path, tmp_path: Path, stall) -> None:
+    """The cache's folder may lie on a file server: a home folder does."""
+    fsspec.filesystem("memory").pipe("/stall/s.tar", (shards / "image-000000.tar").read_bytes())
+    storage = Storage(DataConfig(cache_dir=str(tmp_path / "cache"), read_seconds=0.3, remote_seconds=0.2))
+    first = storage.load_shard("memory://stall/s.tar").member(0)
+    assert len(storage.read(first, StageTimes())) == first.size
+    for facts in (tmp_path / "cache").glob("*[0-9a-f].json"):
+        stall(facts)
+    with pytest.raises(StorageStalled, match=r"cache/.*.tar: no answer for .*remote_seconds=0.5 s"):
+        storage.read(first, StageTimes())
+
+
+def test_work_that_nobody_waits_for_any_more_ends(released: threading.Event) -> None:
+    """Storage that comes back finds a thread that was given up: it does not go on reading."""
+    patience, ended = Patience(0.2), threading.Event()
+
+    def work() -> None:
+        released.wait(20)
+        try:
+            asking("the next byte")
+        except CancelledError:
+            ended.set()
+
+    with pytest.raises(StorageStalled):
+        patience.call(work, "the first byte")
     released.set()
+    assert ended.wait(10)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
