@@ -1,7 +1,7 @@
 """The classes of a labelled data set: how many there are, their names, and the one of each sample.
 
 A label is the text of `<key>.cls`, or "label" in `<key>.json`: the number of a class, or its name. A data set has one
-kind of them.
+kind of them. Where a sample has both files they say the same.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ def read_classes(train: Sequence[Shard], val: Sequence[Shard], file: str = "") -
     Classes that only one split has are worth a warning, but no validation sample may be of a class that is never
     trained.
 
-    UserError: a sample without a label, numbers among names, a number that is out of range, a name that is not in the
-    file, a class of `val` that is not in `train`; the message names shard and key.
+    UserError: a sample without a label, or with two, numbers among names, a number that is out of range, a name that is
+    not in the file, a class of `val` that is not in `train`; the message names shard and key.
     """
+    _require_one_label([*train, *val])
     numbers = _are_numbers([*train, *val])
     classes = Classes(_from_file(file) if file else _found(train or val, numbers))
     trained = _members_of(train, classes)
@@ -102,6 +103,17 @@ def expected_count(shards: Sequence[Shard], stated: int = 0) -> int:
         counted += int(facts.get("samples", 0)) + int(facts.get("rejected", 0))
         named |= {path.with_name(shard["name"]) for shard in facts["shards"]}
     return counted + sum(len(shard) for shard in shards if Path(shard.path) not in named)
+
+
+def _require_one_label(shards: Sequence[Shard]) -> None:
+    """UserError: a sample's `.cls` and JSON say different things."""
+    for shard in shards:
+        i = next((i for i, label in enumerate(shard.json_labels) if label), None)
+        if i is not None:
+            raise UserError(
+                f"{_place(shard, i)} has the label {_quoted(shard.labels[i])} in its .cls and"
+                f" {_quoted(shard.json_labels[i])} in its .json: correct one of them, or leave one out"
+            )
 
 
 def _are_numbers(shards: Sequence[Shard]) -> bool:

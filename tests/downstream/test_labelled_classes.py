@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bevt_ds.data.check import check
 from bevt_ds.data.index import load_shards
 from bevt_ds.data.labels import Classes, expected_count, read_classes
 from bevt_ds.data.members import Shard
@@ -23,7 +24,7 @@ def shard(name: str, *labels: str) -> Shard:
     n = len(labels)
     keys = tuple(f"s{i}" for i in range(n))
     zeros = (0,) * n
-    return Shard(f"/nowhere/{name}.tar", keys, ("mp4",) * n, zeros, zeros, zeros, zeros, labels, 0)
+    return Shard(f"/nowhere/{name}.tar", keys, ("mp4",) * n, zeros, zeros, zeros, zeros, labels, ("",) * n, 0)
 
 
 def test_names_are_sorted_and_numbers_are_themselves() -> None:
@@ -138,19 +139,57 @@ def test_a_manifest_that_is_none_is_named(packed: list[Shard], tmp_path: Path, t
         read_classes(packed, [])
 
 
-@pytest.mark.parametrize("label", [b"2", b'"2"', b"true", b"2.0", b"null", b"[2]"])
-def test_labels_from_cls_and_json_of_a_tar_made_elsewhere(tmp_path: Path, label: bytes) -> None:
-    members = {"a.mp4": b"x", "a.cls": b"3\n", "b.json": b'{"label": 1}', "b.mp4": b"y", "c.mp4": b"z"}
-    members["c.json"] = b'{"label": ' + label + b"}"
-    with tarfile.open(tmp_path / "own.tar", "w") as tar:
+def write_tar(path: Path, members: dict[str, bytes]) -> list[Shard]:
+    with tarfile.open(path, "w") as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    shards = load_shards([str(tmp_path / "own.tar")], "video")
+    return load_shards([str(path)], "video")
+
+
+@pytest.mark.parametrize("label", [b"2", b'"2"', b"true", b"2.0", b"null", b"[2]"])
+def test_labels_from_cls_and_json_of_a_tar_made_elsewhere(tmp_path: Path, label: bytes) -> None:
+    members = {"a.mp4": b"x", "a.cls": b"3\n", "b.json": b'{"label": 1}', "b.mp4": b"y", "c.mp4": b"z"}
+    members["c.json"] = b'{"label": ' + label + b"}"
+    shards = write_tar(tmp_path / "own.tar", members)
     classes = Classes(tuple("0123"))
     if label in (b"2", b'"2"'):
         assert classes.labels(shards[0]).tolist() == [3, 1, 2]
         return
     with pytest.raises(UserError, match="'c' of .*own.tar has no label: .*, a whole number or a name"):
         classes.labels(shards[0])
+
+
+@pytest.mark.parametrize("order", [("cls", "json"), ("json", "cls")])
+@pytest.mark.parametrize(
+    ("cls", "label", "agree"),
+    [
+        (b"3", b"3", True),
+        (b"03\n", b"3", True),
+        (b" push left \n", b'"push left "', True),
+        (b"3", b"true", True),  # no label
+        (b"3", b"4", False),
+        (b"3", b'"push left"', False),
+        (b"push", b'"pull"', False),
+    ],
+)
+def test_cls_and_json_say_the_same(tmp_path: Path, order: tuple, cls: bytes, label: bytes, agree: bool) -> None:
+    """Training on such shards without their labels remains possible; whoever needs these is told."""
+    files = {"cls": cls, "json": b'{"label": ' + label + b"}"}
+    members = {"a.mp4": b"x", "a.cls": cls, "b.mp4": b"y", **{f"b.{name}": files[name] for name in order}}
+    shards = write_tar(tmp_path / "own.tar", members)
+    assert shards[0].labels == (cls.decode().strip(),) * 2
+    again = load_shards([str(tmp_path / "own.tar")], "video")  # from the index
+    if agree:
+        assert read_classes(again, [])
+        return
+    text = cls.decode() + "' in its .cls and '" + label.decode().strip('"')
+    with pytest.raises(UserError, match=f"^sample 'b' of .*own.tar has the label '{text}' in its .json: correct one"):
+        read_classes([], again)
+
+
+def test_check_finds_labels_that_disagree(tmp_path: Path) -> None:
+    write_tar(tmp_path / "own.tar", {"a.mp4": b"x", "a.json": b'{"label": "pull"}', "a.cls": b"push"})
+    first = check([str(tmp_path / "own.tar")], jobs=1).findings[0]
+    assert (first["key"], first["reason"]) == ("a", "its .cls has the label 'push', its .json 'pull'")
