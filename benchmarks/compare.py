@@ -31,6 +31,7 @@ MEASURES = {  # how a field's name ends -> whether more of it is worse; the firs
     "_mb": True,
     "_s": True,
     "launches": True,
+    "operators": True,
     "p50": True,
 }
 NO_MEASURES = {

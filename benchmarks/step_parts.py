@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PARTS = (
     "data wait",
@@ -142,8 +143,34 @@ def kernels_of(event: Any) -> list[Any]:
     return [k for k in event.kernels if not k.name.startswith((MARK, "Memcpy", "Memset"))]
 
 
+class Operators(TorchDispatchMode):
+    """Counts what PyTorch runs inside the block, backward pass included: each would be a launch or more on a GPU.
+
+    Operators are counted as the device's library gets them, autograd functions and composite operators taken apart;
+    views and allocations are not counted, for they run nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = function.overloadpacket.__name__
+        self.count += not (function.is_view or "empty" in name or name in ("_unsafe_view", "promote_types"))
+        return function(*args, **(kwargs or {}))
+
+
+def count_operators(run: Callable[[], object]) -> int:
+    """Operators of one step; nothing in it may be compiled."""
+    with Operators() as operators:
+        run()
+    return operators.count
+
+
 def profile_step(run: Callable[[], None], marks: nn.Module | None, device: str, step_ms: float) -> dict[str, Any]:
     """Milliseconds by part, adding up to `step_ms`, and kernel launches, of one step. `run` must have warmed up.
+
+    On a CPU nothing is launched: there it is the operators that count, unless some are compiled.
 
     `marks` is the model whose modules name the parts; None for a compiled one, which must not be touched.
     """
@@ -166,4 +193,6 @@ def profile_step(run: Callable[[], None], marks: nn.Module | None, device: str, 
         scale = 1e-3 * step_ms / profiled_ms
     times = {name: round(scale * sums.get(name, 0.0), 3) for name in PARTS if name != "other"}
     launches = sum(len(kernels_of(e)) for e in events) if gpu else None
-    return {"parts": times | {"other": round(step_ms - sum(times.values()), 3)}, "launches": launches}
+    operators = None if gpu or marks is None or is_compiled(marks) else count_operators(run)
+    parts = times | {"other": round(step_ms - sum(times.values()), 3)}
+    return {"parts": parts, "launches": launches, "operators": operators}

@@ -19,6 +19,7 @@ COLUMNS = (
     ("of datasheet", lambda row, eager: number(row["mfu_datasheet"], ".1%")),
     ("peak MB", lambda row, eager: number(row["peak_mb"], ".0f")),
     ("kernel launches", lambda row, eager: number(row["launches"], "d")),
+    ("operators", lambda row, eager: number(row.get("operators"), "d")),
     ("data wait", lambda row, eager: number(row.get("data_wait_share"), ".1%")),
 )
 

@@ -6,6 +6,7 @@ from itertools import repeat
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import step, step_report
 from benchmarks.common import append_row, read_rows
@@ -13,7 +14,7 @@ from benchmarks.eager_model import EagerBEVT, TorchvisionEncoder
 from benchmarks.eager_tokenizer import every_id
 from benchmarks.step_batch import all_frames, resident_batch
 from benchmarks.step_levers import LADDER, Levers, every_position
-from benchmarks.step_parts import PARTS, marked, part, profile_step
+from benchmarks.step_parts import PARTS, count_operators, marked, part, profile_step
 from benchmarks.step_providers import CPU_PROVIDERS, Ours, Setting, configuration
 from bevt_ds import BEVT
 from bevt_ds.engine import start_ranks
@@ -93,6 +94,15 @@ def test_ranges_without_modules():
 
     parts = profile_step(run, None, "cpu", step_ms=100.0)["parts"]
     assert parts["optimizer"] > 80
+
+
+def test_operators_are_counted_where_they_run():
+    """Forward and backward, a composite one by its parts; views and allocations are free."""
+    x, y = torch.ones(2, 3), torch.ones(3, requires_grad=True)
+    assert count_operators(lambda: x.view(3, 2).t().unsqueeze(0)) == 0
+    assert count_operators(lambda: torch.empty_like(x).fill_(1.0)) == 1
+    assert count_operators(lambda: F.linear(x, torch.ones(4, 3), torch.ones(4))) == 3, "two fills and one product"
+    assert count_operators(lambda: (2 * y).sum().backward()) == 4, "a product and a sum; ones for the loss; a product"
 
 
 def test_compiled_blocks_get_no_hooks():
@@ -178,6 +188,7 @@ def test_rows_page_and_picture(small, tmp_path):
         assert sum(row["parts"].values()) == pytest.approx(row["p50_ms"], abs=0.02)
         assert row["clips_per_s"] == pytest.approx(1e3 / row["p50_ms"], rel=1e-3)
         assert {"commit", "device", "torch"} <= set(row["provenance"])
+        assert row["launches"] is None and row["operators"] > 500
     failed = {k: v for k, v in rows[0].items() if k in (*step_report.SETTING, "provenance", "ceilings")}
     append_row(benchmark.path, failed | {"provider": "torchvision", "error": "RuntimeError: no"})
     step_report.write(benchmark.path)
