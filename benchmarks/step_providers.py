@@ -104,9 +104,12 @@ class Setting:
         """What products are computed in."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    def make_tokenizer(self) -> Tokenizer:
+    def make_tokenizer(self, compile: bool = False) -> Tokenizer:
         """The tokenizer, on the device."""
-        return make_tokenizer(self.tokenizer, self.config.tokenizer.vocab_size, self.device)
+        tokenizer = make_tokenizer(self.tokenizer, self.config.tokenizer.vocab_size, self.device)
+        if compile and self.tokenizer != "none":
+            tokenizer.compile()
+        return tokenizer
 
     def arch(self) -> dict[str, Any]:
         """Constructor arguments of the model."""
@@ -169,7 +172,7 @@ class Ours:
         precision = {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]
         model = replace(setting.config.model, kernels="auto" if levers.kernels else "torch", **switches)
         config = replace(setting.config, model=model, train=replace(setting.config.train, precision=precision))
-        values, tokenizer = read_json(shipped_json("zero2.json")), setting.make_tokenizer()
+        values, tokenizer = read_json(shipped_json("zero2.json")), setting.make_tokenizer(model.compile)
         engine = make_engine(config, values, setting.ranks, tokenizer.vocab_size)
         levers.take_back(engine)
         engine.step = in_part("optimizer", engine.step)

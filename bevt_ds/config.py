@@ -24,7 +24,7 @@ class ModelConfig:
         "official: images mask un-shifted blocks too, as the released weights do; swin: the textbook",
     ] = "official"
     checkpointing: A[bool, "recompute every block in the backward pass: less memory, more time"] = False
-    compile: A[bool, "torch.compile every block: the first steps take minutes; not with ZeRO-3"] = False
+    compile: A[bool, "torch.compile blocks and tokenizer: the first steps take minutes; not with ZeRO-3"] = False
     kernels: A[Literal["auto", "triton", "torch"], "provider of attention, gather and loss"] = "auto"
 
 

@@ -198,11 +198,13 @@ def shard_patterns(config: Config) -> tuple[str, ...]:
 
 
 def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
-    """The frozen tokenizer of a run, on its device."""
-    options = config.tokenizer
-    if options.name == "dalle":
-        return load_tokenizer("dalle", weights=options.weights).to(ranks.device)
-    return load_tokenizer(options.name, vocab_size=options.vocab_size, seed=options.seed).to(ranks.device)
+    """The frozen tokenizer of a run, on its device, compiled if the model is."""
+    name, drawn = config.tokenizer.name, {"vocab_size": config.tokenizer.vocab_size, "seed": config.tokenizer.seed}
+    options = {"weights": config.tokenizer.weights} if name == "dalle" else drawn
+    tokenizer = load_tokenizer(name, **options).to(ranks.device)
+    if config.model.compile:
+        tokenizer.compile()
+    return tokenizer
 
 
 def make_engine(config: Config, ds_values: dict[str, Any], ranks: Ranks, vocab_size: int) -> Engine:

@@ -1,12 +1,16 @@
-"""Blocks through torch.compile: the same numbers and names, and one graph for all blocks that are alike."""
+"""Blocks and tokenizers through torch.compile: the same numbers and names, and one graph for all that is alike."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from benchmarks.step_batch import resident_batch
+from bevt_ds import BEVT, Batch
 from bevt_ds.model.layers import Block
+from bevt_ds.model.tokenizers import DalleTokenizer, RandomProjectionTokenizer, tokenize
 from bevt_ds.model.video_swin import VideoSwin, compile_blocks
 
 
@@ -47,3 +51,51 @@ def test_the_switch_compiles_every_block(small_bevt):
     assert plain.arch == compiled.arch
     for module in compiled.modules():
         assert (module._compiled_call_impl is not None) == isinstance(module, Block)
+
+
+def small_tokenizers() -> list[nn.Module]:
+    """Both kinds, for 16 ids; DALL-E's with weights as it draws them."""
+    dalle, draw = DalleTokenizer(n_hid=8, vocab_size=16), torch.Generator().manual_seed(0)
+    for weight in dalle.parameters():
+        if weight.ndim == 4:
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=draw)
+    return [dalle, RandomProjectionTokenizer(16)]
+
+
+@pytest.mark.parametrize("tokenizer", small_tokenizers(), ids=["dalle", "random_projection"])
+def test_a_compiled_tokenizer_gives_the_same_ids(tokenizer):
+    """The number of frames with a masked cell changes with every micro-batch: two graphs, the second for any number."""
+    pictures = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    expected = [tokenizer.encode(pictures[:n]) for n in (6, 4, 5, 3)]
+    counter = CompileCounterWithBackend("aot_eager")
+    tokenizer.compile(backend=counter, fullgraph=True)
+    assert all(tokenizer.encode(pictures[: len(ids)]).equal(ids) for ids in expected)
+    assert counter.frame_count == 2
+
+
+def loss_and_gradients(model: BEVT, batch: Batch) -> dict[str, Tensor]:
+    loss = model(batch).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)  # some hundred kernels of C++
+def test_a_step_through_inductor(small_bevt):
+    """What `model.compile` does to ids, loss and every gradient: errors are at most twice those of eager fp32."""
+    batch = resident_batch(1, 2, 4, 64)
+    for tokenizer in small_tokenizers():
+        expected = tokenize(tokenizer, batch)
+        tokenizer.compile()
+        actual = tokenize(tokenizer, batch)
+        assert actual.video.targets.equal(expected.video.targets)
+        assert actual.image.targets.equal(expected.image.targets)
+    sizes = {"depths": (1, 1, 1, 1), "drop_path": 0.1}
+    plain, compiled, exact = small_bevt(**sizes), small_bevt(**sizes, compile=True), small_bevt(**sizes).double()
+    for model in (compiled, exact):
+        model.load_state_dict(plain.state_dict())
+    eager, ours = (loss_and_gradients(model, actual) for model in (plain, compiled))
+    for name, truth in loss_and_gradients(exact, actual.cast(torch.float64)).items():
+        eager_error, our_error = ((result[name] - truth).abs().max() for result in (eager, ours))
+        floor = 2**-21 * truth.abs().max()  # four roundings of fp32
+        assert our_error <= 2 * eager_error + floor, name

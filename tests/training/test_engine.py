@@ -20,6 +20,7 @@ from bevt_ds.entry import shipped_json
 from bevt_ds.errors import UserError
 from bevt_ds.ranks import Ranks
 from bevt_ds.recipes import demo
+from bevt_ds.training import make_tokenizer
 from tests.training.processes import ROOT
 
 
@@ -49,6 +50,13 @@ def test_compiled_blocks_are_refused_under_zero_3():
     values = json.loads(Path(shipped_json("zero3.json")).read_text())
     with pytest.raises(UserError, match="zero2.json"):
         Engine(nn.Linear(2, 2), config, values, Ranks(0, 1, torch.device("cpu")), 8, [], lambda _: 0.0)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_the_switch_compiles_the_tokenizer(compile):
+    config = replace(demo(), model=replace(demo().model, compile=compile))
+    tokenizer = make_tokenizer(config, Ranks(0, 1, torch.device("cpu")))
+    assert (tokenizer._compiled_call_impl is not None) == compile
 
 
 def test_what_deepspeed_stores_is_read(tmp_path):

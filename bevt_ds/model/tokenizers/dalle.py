@@ -100,9 +100,12 @@ class DalleTokenizer(nn.Module):
     @torch.no_grad()
     def logits(self, frames: Tensor) -> Tensor:
         """Pictures (N,3,v,v), float RGB in [0,1] -> logits (N,V,v/8,v/8), fp32."""
-        dtype = torch.float16 if frames.is_cuda else torch.float32
-        self._settle(dtype)
-        x = (0.8 * frames + 0.1).to(dtype, memory_format=torch.channels_last)
+        self._settle(torch.float16 if frames.is_cuda else torch.float32)
+        return self(frames)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """`logits` with the weights as `_settle` leaves them: the part that `compile` compiles."""
+        x = (0.8 * frames + 0.1).to(self.blocks["input"].w.dtype, memory_format=torch.channels_last)
         x = self.blocks["input"](x)
         for g in range(1, GROUPS + 1):
             for block in self.blocks[f"group_{g}"].values():

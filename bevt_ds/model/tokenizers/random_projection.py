@@ -36,7 +36,11 @@ class RandomProjectionTokenizer(nn.Module):
         self.register_buffer("codebook", F.normalize(torch.from_numpy(codebook), dim=-1))
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Pictures (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64.
+        """Pictures (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64."""
+        return self(frames)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """`encode`, as a module that can be compiled.
 
         A picture's brightness and contrast are taken out first; then each patch is its mean colour and what differs
         from it.
