@@ -179,10 +179,10 @@ def read_index(place: Path, path: str) -> tuple[Shard, dict[str, Any]] | None:
         if stored["version"] != VERSION or stored.pop("digest") != index_digest(stored):
             return None
         del stored["version"]
-        identity, ignored = stored.pop("tar"), int(stored.pop("ignored"))
+        identity, ignored = stored.pop("tar"), stored.pop("ignored")
         shard = Shard(path=path, ignored=ignored, **{name: tuple(column) for name, column in stored.items()})
-        _check_columns(shard, int(identity["size"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        _check_columns(shard, identity["size"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         return None
     return shard, identity
 
@@ -196,6 +196,8 @@ def _check_columns(shard: Shard, tar_size: int) -> None:
     """Refuse what no tar of that size can hold; the message is not shown, the index is made again."""
     if any(len(getattr(shard, name)) != len(shard.keys) for name in COLUMNS):
         raise ValueError("columns of different lengths")
+    if type(tar_size) is not int or type(shard.ignored) is not int or shard.ignored < 0:
+        raise ValueError("no size of the tar, or no count of what is ignored")
     texts = (*shard.keys, *shard.extensions, *shard.labels, *shard.json_labels)
     numbers = (*shard.offsets, *shard.sizes, *shard.crcs, *shard.heads)
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):

@@ -46,12 +46,16 @@ def _split(patterns: str) -> list[str]:
 
 
 def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
-    if pattern.startswith(PIPE) and not allow_pipe:
-        raise UserError(f"{pattern!r} would run a shell command; give the path of a tar file, or data.allow_pipe=true")
+    """A pipe's braces are the shell's; where none is allowed, braces may not hide one either."""
+    if allow_pipe and pattern.startswith(PIPE):
+        return [pattern]
     asking(redacted(pattern))
     if os.path.isfile(pattern):
         return [pattern]
-    return list(chain.from_iterable(_glob(path) for path in _expand_braces(pattern)))
+    paths = [pattern] if pattern.startswith(PIPE) else _expand_braces(pattern)
+    if pipe := next((path for path in paths if path.startswith(PIPE)), None):
+        raise UserError(f"{pipe!r} would run a shell command; give the path of a tar file, or data.allow_pipe=true")
+    return list(chain.from_iterable(map(_glob, paths)))
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -16,6 +16,7 @@ from bevt_ds.data.patience import asking
 from bevt_ds.errors import UserError
 
 _CHUNK = 1 << 20
+_MOST_HEADER_BYTES = 1 << 20  # of a long name or a PAX record
 _MOST_LABEL_BYTES = 1 << 16  # of a .json or .cls; a larger one is no label
 # What tarfile raises on headers that make no sense, beside its own errors.
 _DAMAGE = (tarfile.TarError, ValueError, OverflowError, OSError, EOFError)
@@ -51,10 +52,25 @@ def scan(path: str, tar: BinaryIO, keep_first: bool = False) -> Shard:
     return Shard(path, tuple(found.rows), extensions, offsets, sizes, crcs, heads, labels, json_labels, found.ignored)
 
 
+class _Headers:
+    """The file as tarfile sees it, which reads headers only: none that claims megabytes is taken at its word."""
+
+    def __init__(self, path: str, tar: BinaryIO) -> None:
+        self._path, self._tar = path, tar
+        self.tell, self.seek = tar.tell, tar.seek
+
+    def read(self, size: int) -> bytes:
+        """ValueError: no name or record is that long."""
+        asking(f"shard {self._path} at byte {self.tell()}")
+        if not 0 <= size <= _MOST_HEADER_BYTES:
+            raise ValueError(f"a header of {size} bytes")
+        return self._tar.read(size)
+
+
 def _members(path: str, tar: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The members in order; raises where tarfile would end early without a word."""
     total = os.fstat(tar.fileno()).st_size
-    with tarfile.open(fileobj=tar, mode="r:") as archive:
+    with tarfile.open(fileobj=_Headers(path, tar), mode="r:") as archive:
         end = 0
         for info in archive:
             if info.offset_data < end + BLOCK or info.size < 0:
@@ -63,7 +79,6 @@ def _members(path: str, tar: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 raise ValueError(f"member {info.name!r} ends after the file")
             end = info.offset_data
             yield info
-            asking(f"shard {path} at byte {archive.offset}")  # the next header
         _require_end(path, tar, archive.offset, total)
 
 

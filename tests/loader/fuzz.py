@@ -87,6 +87,8 @@ def run_tars(numbers: range, seed: int) -> Tally:
             tally.note(outcome, time.monotonic() - began)
             if fault:
                 tally.faults.append(f"tar {number}: {fault}")
+    if tally.slowest > DEADLINE:
+        tally.faults.append(f"a tar took {tally.slowest:.1f} s")
     return tally
 
 

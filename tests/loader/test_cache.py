@@ -237,6 +237,18 @@ def test_a_tar_that_came_damaged_is_fetched_anew_at_the_next_start(server: Serve
     assert len(storage_of(tmp_path).load_shard(url)) == 4
 
 
+def test_d2_a_remote_shard_that_is_gone_is_a_bad_sample(server: Server, tmp_path: Path) -> None:
+    """One that may be there the next time."""
+    storage = storage_of(tmp_path)
+    member = storage.load_shard(server.url(NAME)).member(0)
+    storage.cache.discard(member.path)
+    del server.files[NAME]
+    with pytest.raises(BadSample, match=f"{NAME}: HTTP 404") as caught:
+        storage.read(member, StageTimes())
+    assert caught.value.transient
+    storage.close()
+
+
 def test_many_bad_samples_are_one_more_fetch(server: Server, tmp_path: Path) -> None:
     storage = storage_of(tmp_path)
     members = list(storage.load_shard(server.url(NAME)).members())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import time
+import tracemalloc
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from bevt_ds.data.check import outlook
 from bevt_ds.data.container import check_container
+from bevt_ds.data.draw_worker import encode_jpeg
 from bevt_ds.data.images import check_image
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.video import opened, probe
@@ -169,11 +171,19 @@ def test_bombs_cost_nothing(videos: dict[str, bytes], make: SimpleNamespace) -> 
     """D13, D17: refused within milliseconds, because the header is all that is read."""
     video = put(videos["mp4"], b"avc1", 24, struct.pack(">HH", 60000, 60000), nth=1)
     png = b"\x89PNG\r\n\x1a\n" + u32(13) + b"IHDR" + u32(30000, 30000) + bytes(17) + b"IEND" + bytes(4)
-    for check, data in [(check_container, video), (check_image, png)]:
+    jpeg = encode_jpeg(make.noise(8, 8))
+    size = jpeg.index(b"\xff\xc0") + 5
+    giant = jpeg[:size] + struct.pack(">HH", 30000, 30000) + jpeg[size + 4 :]
+    scans = jpeg[:-2] + b"\xff\xda\x00\x02" * 65_000 + jpeg[-2:]
+    cases = [(check_container, video), (check_image, png), (check_image, giant), (check_image, scans)]
+    tracemalloc.start()
+    for check, data in cases:
         began = time.process_time()
-        with pytest.raises(BadSample, match="over data.max_pixels"):
+        with pytest.raises(BadSample, match="over data.max_pixels|65001 scans"):
             check(data, LIMITS)
         assert time.process_time() - began < 0.05
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("pixel_format", ["yuv422p", "yuv444p", "yuv420p10le"])

@@ -8,12 +8,15 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import shutil
 import subprocess
 import tarfile
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -148,12 +151,12 @@ def test_d5_a_mutated_index_is_made_again(copies: Path, name: str) -> None:
         assert load_shard(str(path)) == whole
 
 
-@pytest.mark.parametrize("name", ["keys", "offsets", "sizes", "heads"])
+@pytest.mark.parametrize("name", ["version", "tar", "ignored", "keys", "offsets", "sizes", "heads"])
 def test_d5_even_a_mutation_that_is_signed_stays_inside_the_tar(copies: Path, name: str) -> None:
     path = copies / "image-000000.tar"
     whole, place = load_shard(str(path)), Path(f"{path}{SUFFIX}")
     good = json.loads(place.read_text())
-    for value in NONSENSE:
+    for value in [*NONSENSE, math.inf, {"size": "9"}, {"size": 1 << 70, "mtime_ns": "x"}]:
         sign(place, {**good, name: value})
         try:
             assert load_shard(str(path)) == whole
@@ -261,6 +264,41 @@ def test_d10_no_sample_is_lost_in_silence(tmp_path: Path, make: SimpleNamespace,
         load_shard(str(tar))
 
 
+def claims(kind: bytes, size: bytes) -> bytes:
+    """A header of `kind` whose data is `size` long: octal digits, or binary where the first bit is set."""
+    info = tarfile.TarInfo("a")
+    info.type = kind
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = size.ljust(12, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+EXTENDED = [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME]
+SIZES = {"8G": b"77777777777", "4M": b"00020000000", "negative": b"\xff" * 10 + b"\xfe\0"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [(kind, SIZES[name]) for kind in EXTENDED for name in SIZES]
+    + [(tarfile.REGTYPE, SIZES["8G"]), (tarfile.REGTYPE, SIZES["negative"])],
+)
+def test_d10_headers_that_claim_what_cannot_be(tmp_path: Path, make, kind: bytes, size: bytes) -> None:
+    """Nothing is read into memory at a header's word, and none leads backwards, in circles for ever."""
+    tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1"})
+    tar.write_bytes(claims(kind, size) + tar.read_bytes())
+    with tar.open("r+b") as file:
+        file.truncate(8 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="s.tar is not a whole tar"):
+            load_shard(str(tar))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_d11_every_flipped_bit_is_found(copies: Path) -> None:
     """As long as the bytes are verified; without that the damaged bytes go through."""
     path = copies / "image-000000.tar"
@@ -292,6 +330,15 @@ def test_d11_a_run_that_does_not_verify(copies: Path, with_data, tmp_path: Path)
     assert found[0] >= 9 > found[1]
 
 
+# found by the size, the first bytes, the last bytes, and by the decoder only
+BAD_PICTURES = {
+    "empty": lambda data: b"",
+    "magic": lambda data: b"GIF89a" + data,
+    "cut": lambda data: data[:-2],
+    "payload": lambda data: data[:400] + bytes(len(data) - 402) + b"\xff\xd9",
+}
+
+
 def test_d12_a_bad_picture_anywhere_in_a_batch(shards: Path, make, with_data, tmp_path: Path) -> None:
     """First, in the middle, last: the neighbours come through untouched."""
     good = {}
@@ -299,19 +346,24 @@ def test_d12_a_bad_picture_anywhere_in_a_batch(shards: Path, make, with_data, tm
         for member in load_shard(str(shard)).members():
             good[member.key] = read_member(member)
     still = {"short_side": (64, 64), "flip": 0.0, "image_jitter": (0.0, 0.0, 0.0), "max_bad_fraction": 0.9}
-    views = {}
-    for broken in ("", "image-03", "image-11"):
-        folder = tmp_path / (broken or "good")
+
+    def epoch(folder: Path, broken: str, spoil: Callable[[bytes], bytes]) -> tuple[torch.Tensor, list[str]]:
+        """The views of 24 images, 4 a batch, and the keys that the plan wants there."""
         folder.mkdir()
-        members = {f"{key}.jpg": data[:-2] if key == broken else data for key, data in good.items()}
-        tar = make.tar(folder / "s.tar", members)
-        with Loader(with_data(images=str(tar), **still), folder=folder) as loader:
-            views[broken] = torch.cat([b.image.view for b in islice(loader, 6)])
+        tar = make.tar(folder / "s.tar", {f"{key}.jpg": spoil(d) if key == broken else d for key, d in good.items()})
+        config = with_data(images=str(tar), **still)
+        config = replace(config, train=replace(config.train, global_clips=0, micro_clips=0))
+        with Loader(config, folder=folder) as loader:
             plan = loader._reader._readers[1].plan
             keys = [list(good)[plan.entry(*divmod(i, 8)).member] for i in range(24)]
-    for broken in ("image-03", "image-11"):
-        same = [bool(torch.equal(a, b)) for a, b in zip(views[""], views[broken], strict=True)]
-        assert [key for key, equal in zip(keys, same, strict=True) if not equal] == [broken]
+            return torch.cat([batch.image.view for batch in islice(loader, 6)]), keys
+
+    views, keys = epoch(tmp_path / "good", "", bytes)
+    for place, (name, spoil) in enumerate(BAD_PICTURES.items()):
+        broken = keys[4 * (place + 1) + place]  # at another place of another batch each time
+        others, _ = epoch(tmp_path / name, broken, spoil)
+        equal = [torch.equal(a, b) for a, b in zip(views, others, strict=True)]
+        assert [key for key, same in zip(keys, equal, strict=True) if not same] == [broken]
 
 
 def test_foreign_shards(tmp_path: Path, shards: Path, scenes, make: SimpleNamespace) -> None:

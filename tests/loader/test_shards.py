@@ -59,6 +59,8 @@ def test_patterns(folder: Path, pattern: str, names: list[str]) -> None:
         ("b-x.tar,b-*.tar", "b-x.tar is named 2 times"),
         (".", "folder"),
         ("pipe:cat a.tar", "shell"),
+        ("b-x.tar,{pipe:cat a.tar,b-y.tar}", "shell"),
+        ("{pip,pip}e:cat", "shell"),
     ],
 )
 def test_bad_patterns_say_what_is_wrong(folder: Path, pattern: str, message: str) -> None:
@@ -150,7 +152,7 @@ def test_a_tar_that_is_being_written_is_not_indexed(
     assert not Path(f"{tar}{SUFFIX}").exists()
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 99}', "null"])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 99}', "null", "[" * 100_000])
 def test_a_damaged_index_is_made_again(tmp_path: Path, make: SimpleNamespace, damage: str) -> None:
     tar = make.tar(tmp_path / "s.tar", MEMBERS)
     shard = load_shard(str(tar))
