@@ -9,31 +9,18 @@ Shape letters: T frames, H W pixels, S crop side. Frames are uint8 (T,3,H,W) in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bevt_ds.data.cut import Box
 from bevt_ds.data.pipeline import MEAN, STD
 
 ATTEMPTS = 10  # at a random box, before the fallback
 ERASED_AREA = (0.02, 1 / 3)  # RandomErasing of the original, which is timm's
 ERASED_ASPECT = (0.3, 1 / 0.3)  # height / width
-
-
-class Box(NamedTuple):
-    """A part of a picture, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-    def of(self, pictures: Tensor) -> Tensor:
-        """The part of (..., H, W)."""
-        return pictures[..., self.top : self.top + self.height, self.left : self.left + self.width]
 
 
 def as_frames(decoded: np.ndarray) -> Tensor:

@@ -13,12 +13,13 @@ Shape letters: T frames, H W pixels of the source, S crop side, v = S/2 side of 
 
 from __future__ import annotations
 
+import math
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from threading import Barrier
-from typing import NamedTuple
 from weakref import finalize
 
 import numpy as np
@@ -26,28 +27,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bevt_ds.data.cut import Crop, cut
 from bevt_ds.data.pipeline import MEAN, STD, lanczos4_taps
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.timing import StageTimes
 
-_CACHED = 4  # frames at a time, whose filtering stays in a core's cache
-
-
-class Cut(NamedTuple):
-    """A square of a resized picture, in pixels."""
-
-    height: int  # of the resized picture
-    width: int
-    top: int
-    left: int
-
-
-def cut(height: int, width: int, entry: PlanEntry, size: int) -> Cut:
-    """Where the crop of a source picture lies, as DALI computes it: single precision, halves up; offsets floored."""
-    scale = np.float32(entry.short_side / min(height, width))
-    resized = [int(np.float32(n) * scale + np.float32(0.5)) for n in (height, width)]
-    offsets = [int(fraction * (n - size)) for fraction, n in zip(entry.crop, resized, strict=True)]
-    return Cut(*resized, *offsets)
+_CACHED = 4  # frames at a time, which stay in a core's cache
+_REACH = 3  # pixels beyond the edge that the tokenizer's filter reads
+_MOST_PHASES = 16  # single precision numbers in a register
 
 
 class ReusedMemory:
@@ -57,15 +44,36 @@ class ReusedMemory:
     """
 
     def __init__(self) -> None:
-        self._free: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
+        self._free: dict[tuple[type, tuple[int, ...]], list[np.ndarray]] = defaultdict(list)
 
     def floats(self, *shape: int) -> Tensor:
         """A tensor of float32, its values arbitrary."""
-        free = self._free[shape]
-        memory = free.pop() if free else np.empty(shape, np.float32)
+        return self._lent(np.float32, shape)
+
+    def levels(self, *shape: int) -> Tensor:
+        """A tensor of uint8, its values arbitrary."""
+        return self._lent(np.uint8, shape)
+
+    def _lent(self, dtype: type, shape: tuple[int, ...]) -> Tensor:
+        free = self._free[dtype, shape]
+        memory = free.pop() if free else np.empty(shape, dtype)
         lent = memory.view()  # lives as long as the tensor's storage
         finalize(lent, free.append, memory).atexit = False
         return torch.from_numpy(lent)
+
+
+class Scratch(threading.local):
+    """Memory of a thread for what it needs for a moment. A tensor takes the place of the last one of its name."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def tensor(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Its values are arbitrary."""
+        size, memory = math.prod(shape), self._memory.get(name)
+        if memory is None or size > len(memory):
+            memory = self._memory[name] = torch.empty(size, dtype=dtype)
+        return memory[:size].view(shape)
 
 
 class ClipPixels:
@@ -78,34 +86,48 @@ class ClipPixels:
 
     def __init__(self, size: int, threads: int, times: StageTimes | None = None) -> None:
         self._size, self._times = size, times or StageTimes()
-        self._threads, self._memory = single_core_threads(threads), ReusedMemory()
+        self._threads, self._memory, self._scratch = single_core_threads(threads), ReusedMemory(), Scratch()
 
-    def received(self, pictures: np.ndarray, places: np.ndarray, entries: Sequence[PlanEntry]) -> list[np.ndarray]:
+    def crops(self, entries: Sequence[PlanEntry]) -> list[Crop]:
+        """What `received` needs of each clip's frames."""
+        return [Crop(entry.short_side, *entry.crop, self._size) for entry in entries]
+
+    def received(self, pictures: np.ndarray, places: np.ndarray, entries: Sequence[PlanEntry]) -> list[Tensor]:
         """The crops of a video's clips, uint8 (T,S,S,3) each: small, and nothing of the worker's memory.
 
         pictures: uint8 (n,H,W,3). places: int (clips,T), each frame's picture. Runs in the thread that waits for the
         worker, on one core.
         """
-        return [self._crop(_chosen(pictures, rows), entry) for rows, entry in zip(places, entries, strict=True)]
+        frames = [torch.from_numpy(_chosen(pictures, rows)) for rows in places]
+        return [self._crop(clip, crop) for clip, crop in zip(frames, self.crops(entries), strict=True)]
 
-    def run(self, crops: Sequence[np.ndarray], entries: Sequence[PlanEntry]) -> tuple[Tensor, Tensor]:
+    def run(self, crops: Sequence[Tensor], entries: Sequence[PlanEntry]) -> tuple[Tensor, Tensor]:
         """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them. crops: `received`'s."""
         batch, frames, size = len(crops), len(crops[0]), self._size
         with self._times.measured("augment"):
             pixels = self._memory.floats(batch, 3, frames, size, size)
             view = self._memory.floats(batch, frames, 3, size // 2, size // 2)
-            for _ in self._threads.map(_fill, pixels, view, crops, entries):
+            for _ in self._threads.map(self._fill, pixels, view, crops, entries):
                 pass
         return pixels, view
 
-    def _crop(self, frames: np.ndarray, entry: PlanEntry) -> np.ndarray:
+    def _crop(self, frames: Tensor, crop: Crop) -> Tensor:
         """Resized to the short side and cut, not yet flipped: uint8 (T,H,W,3) -> (T,S,S,3)."""
-        height, width, top, left = cut(*frames.shape[1:3], entry, self._size)
-        if (height, width) == frames.shape[1:3]:
-            resized = frames
-        else:
-            resized = _resized(frames, (height, width), (top + self._size, left + self._size))
-        return resized[:, top : top + self._size, left : left + self._size].copy()
+        height, width, top, left = cut(*frames.shape[1:3], crop)
+        bottom, right = top + self._size, left + self._size
+        if (height, width) != frames.shape[1:3]:
+            frames = _resized(frames, (height, width), (bottom, right), self._scratch)
+        kept = self._memory.levels(len(frames), self._size, self._size, 3)
+        return kept.copy_(frames[:, top:bottom, left:right])
+
+    def _fill(self, pixels: Tensor, view: Tensor, crop: Tensor, entry: PlanEntry) -> None:
+        """Write both pictures of a clip: float (3,T,S,S) and (T,3,v,v). crop: uint8 (T,S,S,3), not yet flipped."""
+        picture = crop.flip(2) if entry.flip else crop
+        parts = zip(picture.split(_CACHED), pixels.split(_CACHED, dim=1), view.split(_CACHED), strict=True)
+        for some, their_pixels, their_view in parts:
+            levels = _levels(some, self._scratch)
+            _normalise(levels, out=their_pixels)
+            _token_view(levels, self._scratch, out=their_view)
 
 
 def single_core_threads(count: int) -> ThreadPoolExecutor:
@@ -129,15 +151,6 @@ def _use_one_core() -> None:
     torch.set_num_threads(1)
 
 
-def _fill(pixels: Tensor, view: Tensor, crop: np.ndarray, entry: PlanEntry) -> None:
-    """Write both pictures of a clip: float (3,T,S,S) and (T,3,v,v). crop: uint8 (T,S,S,3), not yet flipped."""
-    picture = torch.from_numpy(crop)
-    picture = picture.flip(2) if entry.flip else picture
-    _normalise(picture, out=pixels)
-    for some, their_view in zip(picture.split(_CACHED), view.split(_CACHED), strict=True):
-        token_view(some, out=their_view)
-
-
 def _chosen(pictures: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """pictures[rows], without a copy where the rows follow one another."""
     if (np.diff(rows) == 1).all():
@@ -145,42 +158,68 @@ def _chosen(pictures: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return pictures[rows]
 
 
-def _resized(frames: np.ndarray, size: tuple[int, int], needed: tuple[int, int]) -> np.ndarray:
+def _resized(frames: Tensor, size: tuple[int, int], needed: tuple[int, int], scratch: Scratch) -> Tensor:
     """Cubic resize to `size`, of which the first `needed` rows and columns are made, or one more: uint8 (T,...,3)."""
     scales = [new / old for new, old in zip(size, frames.shape[1:3], strict=True)]
     # As many rows as the source has would be taken for no resize at all, whatever the scale.
     needed = [count + (count == old) for count, old in zip(needed, frames.shape[1:3], strict=True)]
     # Antialiasing widens the kernel only where a picture shrinks; what is left of it is a = -0.5.
     resize = torch.ops.aten._upsample_bicubic2d_aa if min(scales) >= 1 else torch.ops.aten.upsample_bicubic2d
-    channels_first = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    return resize(channels_first, needed, False, *scales).permute(0, 2, 3, 1).numpy()
+    resized = scratch.tensor("resized", torch.uint8, len(frames), *needed, 3)
+    resize.out(frames.permute(0, 3, 1, 2), needed, False, *scales, out=resized.permute(0, 3, 1, 2))
+    return resized
 
 
-def _normalise(picture: Tensor, out: Tensor) -> None:
-    """uint8 (T,S,S,3) -> float (3,T,S,S), zero mean and unit variance of the training set."""
-    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (MEAN, STD))
-    out.copy_(picture.permute(3, 0, 1, 2)).sub_(mean).div_(std)
+def _levels(picture: Tensor, scratch: Scratch) -> Tensor:
+    """A crop as the tokenizer's filter wants it: uint8 (T,S,S,3) -> float (3,T,S+6,S), lines repeated at both ends."""
+    frames, size = picture.shape[:2]
+    padded = scratch.tensor("levels", torch.float32, 3, frames, size + 2 * _REACH, size)
+    padded[:, :, _REACH:-_REACH] = picture.permute(3, 0, 1, 2)
+    _repeat_edges(padded, dim=2)
+    return padded
 
 
-def token_view(picture: Tensor, out: Tensor) -> None:
-    """Half-size picture of a crop, OpenCV's LANCZOS4: uint8 (T,S,S,3) -> float (T,3,v,v) of RGB in [0,1]."""
-    levels = _halved(_halved(picture).transpose(1, 2))  # (T, v of x, v of y, 3)
-    torch.div(levels.round_().clamp_(0, 255).permute(0, 3, 2, 1), 255, out=out)
+def _normalise(levels: Tensor, out: Tensor) -> None:
+    """`_levels` -> float (3,T,S,S), zero mean and unit variance of the training set."""
+    for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
+        torch.add(torch.tensor(-mean / std), levels[channel, :, _REACH:-_REACH], alpha=1 / std, out=out[channel])
 
 
-def _halved(lines: Tensor) -> Tensor:
-    """Lines filtered across, every second kept: (T,n,...) -> float (T,n/2,...). Those at the edge go on beyond it."""
-    frames, count, *line = lines.shape
-    padded = torch.empty(frames, count + 6, *line)
-    padded[:, :3], padded[:, 3:-3], padded[:, -3:] = lines[:, :1], lines, lines[:, -1:]
-    # A convolution with a channel for each place along the line: lines stay contiguous, and oneDNN has a kernel for it.
-    flat = padded.view(frames, count + 6, 1, -1)
-    filters = _filters(flat.shape[-1])
-    kept = F.conv2d(flat.permute(0, 3, 1, 2), filters, stride=(2, 1), groups=len(filters))
-    return kept.permute(0, 2, 3, 1).reshape(frames, count // 2, *line)
+def _token_view(levels: Tensor, scratch: Scratch, out: Tensor) -> None:
+    """Half-size picture by OpenCV's LANCZOS4: `_levels` -> float (T,3,v,v) of RGB in [0,1].
+
+    First down the columns, with a channel for each: lines stay contiguous, and oneDNN has a kernel for it. Then along
+    the lines, with a channel for each of `phases` neighbouring results: for a single one oneDNN has no fast kernel.
+    """
+    channels, frames, tall, wide = levels.shape
+    half, phases = wide // 2, math.gcd(wide // 2, _MOST_PHASES)
+    columns = levels.view(channels * frames, tall, 1, wide).permute(0, 3, 1, 2)
+    lines = F.conv2d(columns, _filters(wide), stride=(2, 1), groups=wide).permute(0, 2, 3, 1)
+    padded = scratch.tensor("lines", torch.float32, channels * frames * half, wide + 2 * _REACH)
+    padded[:, _REACH:-_REACH] = lines.reshape(-1, wide)
+    _repeat_edges(padded, dim=1)
+    results = F.conv2d(padded[None, None], _filter_bank(phases), stride=(1, 2 * phases))
+    in_order = results.round_().clamp_(0, 255).view(phases, channels, frames, half, -1).permute(2, 1, 3, 4, 0)
+    torch.div(in_order, 255, out=out.view(in_order.shape))
+
+
+def _repeat_edges(padded: Tensor, dim: int) -> None:
+    """Fill the margin of _REACH on either side with the line beside it."""
+    length = padded.shape[dim] - 2 * _REACH
+    for margin, edge in ((0, _REACH), (_REACH + length, _REACH + length - 1)):
+        padded.narrow(dim, margin, _REACH).copy_(padded.narrow(dim, edge, 1))
 
 
 @lru_cache(maxsize=8)
 def _filters(length: int) -> Tensor:
     """LANCZOS4's taps once a channel: float (length,1,8,1)."""
     return torch.from_numpy(lanczos4_taps()).view(1, 1, 8, 1).repeat(length, 1, 1, 1)
+
+
+@lru_cache(maxsize=8)
+def _filter_bank(phases: int) -> Tensor:
+    """LANCZOS4's taps, each filter two pixels on from the one before: float (phases,1,1,6 + 2 phases)."""
+    bank = torch.zeros(phases, 1, 1, 2 * _REACH + 2 * phases)
+    for phase in range(phases):
+        bank[phase, 0, 0, 2 * phase : 2 * phase + 8] = torch.from_numpy(lanczos4_taps())
+    return bank

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bevt_ds.data import child
+from bevt_ds.data.cut import Crop
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.shared_memory import SharedMemory
 
@@ -180,14 +181,16 @@ class DecodePool:
         stride: int,
         choice: str = "clip",
         receive: Receive | None = None,
+        crops: Sequence[Crop] | None = None,
     ) -> Future[tuple[Reply, Any]]:
         """Clips of one video, decoded together: what `receive` makes of them. The future raises BadSample.
 
         positions: where each clip lies, as `choice` takes it: one of bevt_ds.data.frame_choice.CHOICES. receive: called
-        in a thread of the pool; without it the frames are copied, uint8 (k,F,H,W,3).
+        in a thread of the pool; without it the frames are copied, uint8 (k,F,H,W,3). crops: the part of each clip that
+        a cubic resize needs; pixels elsewhere are arbitrary.
         """
-        request = {"work": "clips", "choice": choice, "positions": positions, "frames": frames, "stride": stride}
-        return self._threads.submit(self._answer, load, request, receive or _copied)
+        clip = {"choice": choice, "positions": positions, "frames": frames, "stride": stride, "crops": crops}
+        return self._threads.submit(self._answer, load, {"work": "clips", **clip}, receive or _copied)
 
     def describe(self, load: Load) -> Future[tuple[Reply, np.ndarray]]:
         """The fields of VideoInfo, from the packets' headers and the first frame."""

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ import av
 import numpy as np
 
 from bevt_ds.data import child
+from bevt_ds.data.cut import Box, Crop, source_box
 from bevt_ds.data.frame_choice import CHOICES
 from bevt_ds.data.images import check_image, decode_image
 from bevt_ds.data.limits import BadSample, Limits
@@ -66,8 +67,9 @@ def serve(works: dict[str, Work], request: dict[str, Any], data: bytes, replies:
 def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
     """{"choice", "positions", "frames", "stride"} -> pictures (n,H,W,3) in `memory`, and their {"shape"}.
 
-    "places": for each clip, the picture of each of its frames, (k,F). "total": frames of the video. "decoded" counts
-    frames; "demux" and "decode" are seconds.
+    {"crops"}: of each clip the fields of its Crop, of which no more is to be made; null: all of it. "places": for each
+    clip, the picture of each of its frames, (k,F). "total": frames of the video. "decoded" counts frames; "demux" and
+    "decode" are seconds.
     """
     began = time.perf_counter()
     with opened(data, limits) as video:
@@ -76,16 +78,28 @@ def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, 
         frames, stride, choose = request["frames"], request["stride"], CHOICES[request["choice"]]
         wanted = [choose(total, frames, stride, position) for position in request["positions"]]
         numbers, places = np.unique(wanted, return_inverse=True)
-        pictures = video.pictures(numbers, memory.grown)
+        places = places.reshape(len(wanted), frames)
+        width, height = video.size
+        boxes = [source_box(height, width, Crop(*crop)) for crop in request["crops"] or ()]
+        pictures = video.pictures(numbers, memory.grown, needed(places, boxes))
     reply = {
         "shape": pictures.shape,
-        "places": places.reshape(len(wanted), frames).tolist(),
+        "places": places.tolist(),
         "total": total,
         "decoded": video.decoded,
         "demux": demuxed - began,
         "decode": time.perf_counter() - demuxed,
     }
     return reply, b""
+
+
+def needed(places: np.ndarray, boxes: Sequence[Box]) -> list[Box] | None:
+    """What clips need of each picture: the smallest box around theirs. places: int (k,F); boxes: k, or none."""
+    around: dict[int, Box] = {}
+    for rows, box in zip(places.tolist(), boxes, strict=bool(boxes)):
+        for row in set(rows):
+            around[row] = around[row].with_other(box) if row in around else box
+    return [around[row] for row in sorted(around)] or None
 
 
 def describe(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:

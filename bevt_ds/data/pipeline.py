@@ -113,6 +113,10 @@ class PixelPipeline:
         self.graph.build()
         self._stream = None if device is None else torch.cuda.Stream(device)
 
+    def crops(self, entries: Sequence[PlanEntry]) -> None:
+        """What `received` needs of each clip's frames: all of them, for the graph resizes them."""
+        return None
+
     def received(self, pictures: np.ndarray, places: np.ndarray, entries: Sequence[PlanEntry]) -> list[np.ndarray]:
         """What `run` wants of a video's clips that a worker has decoded: their frames, uint8 (T,H,W,3) each.
 

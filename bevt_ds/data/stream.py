@@ -167,8 +167,10 @@ class StreamReader(SampleReader):
 
     def _decode(self, load: Load, group: list[PlanEntry]) -> Future:
         starts = [(entry.start, entry.phase) for entry in group]
-        receive = partial(self.pixels.received, entries=group)
-        return self.shared.pool.clips(load, starts, self.config.frames, self.config.stride, receive=receive)
+        receive, crops = partial(self.pixels.received, entries=group), self.pixels.crops(group)
+        return self.shared.pool.clips(
+            load, starts, self.config.frames, self.config.stride, receive=receive, crops=crops
+        )
 
     def _read_image(self, load: Load) -> list[bytes]:
         data = load()

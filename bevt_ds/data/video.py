@@ -6,17 +6,21 @@ Shape letters: F frames, H W pixels. Needs neither torch nor DALI: it runs in de
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace, Interpolation
+from av.filter import Graph
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from bevt_ds.data.container import Container, check_container
+from bevt_ds.data.cut import Box
 from bevt_ds.data.limits import BadSample, Limits
 
 # Frame numbers follow presentation times only where the container states them for every packet.
@@ -27,6 +31,7 @@ _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.
 # What NVDEC decodes; anything else is left to the CPU.
 GPU_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
 GPU_FORMATS = frozenset({"yuv420p", "yuvj420p"})
+CUT_FORMATS = GPU_FORMATS  # of which a part at even pixels converts like the whole
 
 Room = Callable[[int], np.ndarray]  # a number of bytes -> memory for them, uint8 (bytes,)
 
@@ -94,13 +99,17 @@ class Video:
         numbers, places = np.unique(wanted, return_inverse=True)
         return self.pictures(numbers, lambda size: np.empty(size, np.uint8))[places]
 
-    def pictures(self, numbers: np.ndarray, room: Room) -> np.ndarray:
-        """The frames with these numbers, which ascend, in memory that `room` gives: uint8 (F,H,W,3) RGB."""
+    def pictures(self, numbers: np.ndarray, room: Room, boxes: Sequence[Box] | None = None) -> np.ndarray:
+        """The frames with these numbers, which ascend, in memory that `room` gives: uint8 (F,H,W,3) RGB.
+
+        boxes: the part of each that is needed; what lies outside keeps what was in the memory.
+        """
         self.limits.check_clip(len(numbers), *self.size)
         width, height = self.size
         pictures = room(len(numbers) * height * width * 3).reshape(-1, height, width, 3)
-        for picture, (_, frame) in zip(pictures, self.pick(numbers), strict=True):
-            write_rgb(frame, picture)
+        boxes, writer = boxes or [Box(0, 0, height, width)] * len(numbers), RgbWriter()
+        for picture, box, (_, frame) in zip(pictures, boxes, self.pick(numbers), strict=True):
+            writer.write(frame, picture, box)
         return pictures
 
     def pick(self, numbers: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -207,11 +216,49 @@ def _require_size(frame: av.VideoFrame, size: tuple[int, int]) -> None:
         raise BadSample(f"a frame is {frame.width}x{frame.height}, its header says {size[0]}x{size[1]}")
 
 
-def write_rgb(frame: av.VideoFrame, picture: np.ndarray) -> None:
-    """As RGB into uint8 (H,W,3), as DALI would convert it.
+class RgbWriter:
+    """Writes frames of one video as RGB, or parts of them, as DALI would convert the whole."""
 
-    FFmpeg is quicker to planes, in the order G, B, R, than to pixels, and numpy than PyAV from there.
-    """
-    planar = frame.reformat(format="gbrp", interpolation=_TO_RGB, src_colorspace=Colorspace.ITU601, threads=1)
-    for channel, plane in zip((1, 2, 0), planar.planes, strict=True):
-        picture[..., channel] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, : plane.width]
+    def __init__(self) -> None:
+        self._reformatters: dict[Box, VideoReformatter] = defaultdict(VideoReformatter)
+        self._cutters: dict[Box, Graph] = {}
+
+    def write(self, frame: av.VideoFrame, picture: np.ndarray, box: Box) -> None:
+        """Into the part of uint8 (H,W,3); into all of it, where the frame cannot be cut without a trace.
+
+        FFmpeg is quicker to planes, in the order G, B, R, than to pixels, and numpy than PyAV from there.
+        """
+        whole = Box(0, 0, frame.height, frame.width)
+        if box != whole and _can_be_cut(frame):
+            frame = self._cut(frame, box)
+        else:
+            box = whole
+        planar = self._reformatters[box].reformat(
+            frame, format="gbrp", interpolation=_TO_RGB, src_colorspace=Colorspace.ITU601, threads=1
+        )
+        part = picture[box.top : box.top + box.height, box.left : box.left + box.width]
+        for channel, plane in zip((1, 2, 0), planar.planes, strict=True):
+            part[..., channel] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, : plane.width]
+
+    def _cut(self, frame: av.VideoFrame, box: Box) -> av.VideoFrame:
+        """The part of a frame, without a copy."""
+        if box not in self._cutters:
+            self._cutters[box] = _cutter(frame, box)
+        self._cutters[box].push(frame)
+        return self._cutters[box].pull()
+
+
+def _can_be_cut(frame: av.VideoFrame) -> bool:
+    """Chroma must be where it is in the whole: at every second pixel, exactly."""
+    return frame.format.name in CUT_FORMATS and frame.width % 2 == frame.height % 2 == 0
+
+
+def _cutter(frame: av.VideoFrame, box: Box) -> Graph:
+    graph, size = Graph(), {"width": frame.width, "height": frame.height}
+    source = graph.add_buffer(**size, format=frame.format, time_base=Fraction(1))
+    crop = graph.add("crop", f"{box.width}:{box.height}:{box.left}:{box.top}")
+    sink = graph.add("buffersink")
+    source.link_to(crop)
+    crop.link_to(sink)
+    graph.configure()
+    return graph

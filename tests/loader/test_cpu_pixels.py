@@ -16,7 +16,8 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 
 from bevt_ds.config import DataConfig
-from bevt_ds.data.cpu_pixels import ClipPixels, ReusedMemory, cut, single_core_threads, token_view
+from bevt_ds.data.cpu_pixels import ClipPixels, ReusedMemory, single_core_threads
+from bevt_ds.data.cut import Crop, cut
 from bevt_ds.data.pipeline import STD, PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
 from bevt_ds.data.scene import Extent, render
@@ -74,7 +75,7 @@ def test_resized_sizes_are_those_of_dali(entry: Callable) -> None:
     graph.feed_input("side", [np.float32(s) for *_, s in cases])
     (resized,) = graph.run()
     for i, (h, w, s) in enumerate(cases):
-        assert cut(h, w, entry(short_side=s), S)[:2] == resized.at(i).shape[:2]
+        assert cut(h, w, Crop(s, 0.0, 0.0, S))[:2] == resized.at(i).shape[:2]
     assert len(cases) > 100
 
 
@@ -101,20 +102,21 @@ def test_real_clips_are_close_to_dalis(media_folder: Path, name: str) -> None:
         assert difference.mean() < 0.35 and difference.max() < 12
 
 
-def test_the_view_is_opencvs_lanczos4() -> None:
+@pytest.mark.parametrize("side", [96, 224, 36, 50])
+def test_the_view_is_opencvs_lanczos4(entry: Callable, side: int) -> None:
     """The same taps; OpenCV sums them as integers, so that a half may be rounded otherwise."""
-    crop = noise(3, S, S)
-    view = torch.empty(3, 3, V, V)
-    token_view(torch.from_numpy(crop), out=view)
-    reference = np.stack([cv2.resize(frame, (V, V), interpolation=cv2.INTER_LANCZOS4) for frame in crop])
-    difference = np.abs(view.permute(0, 2, 3, 1).numpy() * 255 - reference)
+    crop = noise(6, side, side)  # more frames than are filtered at a time
+    _, view = ClipPixels(side, 1).run([torch.from_numpy(crop)], [entry(flip=False)])
+    half = side // 2
+    reference = np.stack([cv2.resize(frame, (half, half), interpolation=cv2.INTER_LANCZOS4) for frame in crop])
+    difference = np.abs(view[0].permute(0, 2, 3, 1).numpy() * 255 - reference)
     assert difference.max() < 1 + ROUNDING and (difference > 0.5).mean() < 1e-3
 
 
 def test_a_cut_that_ends_where_the_source_does(graph: PixelPipeline, entry: Callable) -> None:
     """Torch would take 120 rows, made of 120 rows, for no resize."""
     view = entry(short_side=144, crop=(0.5, 0.5))
-    assert cut(120, 150, view, S).top + S == 120
+    assert cut(120, 150, Crop(144, 0.5, 0.5, S)).top + S == 120
     pixels, _ = differences(graph, render(np.random.default_rng(0), Extent(height=120, width=150, frames=1)), [view])
     assert pixels.mean() < 0.25
 
@@ -123,10 +125,10 @@ def test_a_cut_that_ends_where_the_source_does(graph: PixelPipeline, entry: Call
 def test_shrunk_clips_are_opencvs(entry: Callable, size: tuple[int, int], mean: float) -> None:
     """Noise, the hardest case: the same kernel where it is shrunk, another where it is enlarged."""
     frames, view = noise(2, *size), entry(short_side=140, crop=(0.3, 0.7))
-    height, width, top, left = cut(*size, view, S)
+    height, width, top, left = cut(*size, Crop(140, 0.3, 0.7, S))
     reference = np.stack([cv2.resize(f, (width, height), interpolation=cv2.INTER_CUBIC) for f in frames]).astype(int)
     (crop,) = ClipPixels(S, 2).received(frames, np.arange(2)[None], [view])
-    assert np.abs(crop - reference[:, top : top + S, left : left + S]).mean() < mean
+    assert np.abs(crop.numpy() - reference[:, top : top + S, left : left + S]).mean() < mean
 
 
 def test_clips_of_one_video_take_their_own_frames(entry: Callable) -> None:

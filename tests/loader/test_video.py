@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 
+from bevt_ds.data.cut import Box
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.video import Video, probe, write_rgb
+from bevt_ds.data.video import RgbWriter, Video, probe
 from tests.loader.media import decode_clip
 
 LIMITS = Limits()
@@ -36,9 +37,9 @@ def clips(make: SimpleNamespace) -> dict[str, bytes]:
 @pytest.mark.parametrize("wanted", [[0], [39], [21, 23, 25], [30, 5, 5, 12], list(range(40))])
 def test_any_frames_equal_those_of_a_full_decode(clips: dict[str, bytes], name: str, wanted: list) -> None:
     with av.open(io.BytesIO(clips[name])) as container:
-        everything = np.empty((40, 50, 66, 3), np.uint8)
+        everything, writer = np.empty((40, 50, 66, 3), np.uint8), RgbWriter()
         for picture, frame in zip(everything, container.decode(video=0), strict=True):
-            write_rgb(frame, picture)
+            writer.write(frame, picture, Box(0, 0, 50, 66))
     seen = []
     got = decode_clip(clips[name], lambda total: seen.append(total) or np.array(wanted), LIMITS)
     assert seen == [40]

@@ -1,0 +1,130 @@
+"""Only the part of a picture that a crop needs is converted to RGB, and the crop is none the worse for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from bevt_ds.config import DataConfig
+from bevt_ds.data.cpu_pixels import ClipPixels
+from bevt_ds.data.cut import Box, Crop, source_box
+from bevt_ds.data.decode_pool import DecodePool
+from bevt_ds.data.decode_worker import needed
+from bevt_ds.data.limits import Limits
+from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
+from bevt_ds.data.video import RgbWriter, opened
+from tests.loader.media import encode_clip, noise
+
+S = 64
+SIZES = [(90, 120), (97, 131), (150, 90), (200, 260), (64, 64)]  # enlarged, odd, upright, shrunk, as it is
+FORMATS = {  # container, codec, pixel format, size, whether frames are cut
+    "h264": ("mp4", "libx264", "yuv420p", (90, 120), True),
+    "h264, full range": ("mp4", "libx264", "yuvj420p", (90, 120), True),
+    "h264, 4:4:4": ("mp4", "libx264", "yuv444p", (90, 120), False),
+    "mpeg4": ("avi", "mpeg4", "yuv420p", (90, 120), True),
+    "vp9, odd": ("webm", "libvpx-vp9", "yuv420p", (91, 121), False),
+}
+
+
+def entries(count: int = 6) -> list[PlanEntry]:
+    """As a plan draws them, and crops in the corners."""
+    plan = StreamPlan(StreamId.VIDEO, [10], DataConfig(size=S, short_side=(100, 130), token_size=S // 2), 3, count)
+    drawn = [plan.entry(0, slot) for slot in range(count)]
+    corners = [(y, x) for y in (0.0, 1 - 2**-20) for x in (0.0, 1 - 2**-20)]
+    return drawn + [replace(drawn[0], crop=corner) for corner in corners]
+
+
+@pytest.fixture(scope="module")
+def pixels() -> ClipPixels:
+    return ClipPixels(S, 1)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_a_crop_is_made_of_its_box_alone(pixels: ClipPixels, height: int, width: int) -> None:
+    frames, place = noise(2, height, width), np.arange(2)[None]
+    for entry in entries():
+        box = source_box(height, width, *pixels.crops([entry]))
+        poisoned = np.where(np.random.default_rng(0).random(frames.shape) < 0.5, 0, 255).astype(np.uint8)
+        part = np.s_[:, box.top : box.top + box.height, box.left : box.left + box.width]
+        poisoned[part] = frames[part]
+        (crop,), same = (pixels.received(pictures, place, [entry]) for pictures in (frames, poisoned))
+        assert torch.equal(crop, *same)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_boxes_are_even_small_and_inside(height: int, width: int) -> None:
+    for entry in entries():
+        crop = Crop(entry.short_side, *entry.crop, S)
+        box = source_box(height, width, crop)
+        assert box.top % 2 == box.left % 2 == 0
+        for start, length, whole in ((box.top, box.height, height), (box.left, box.width, width)):
+            assert 0 <= start < start + length <= whole and (length % 2 == 0 or start + length == whole)
+            assert length <= S * min(height, width) / crop.short_side + 10
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_part_converts_like_the_whole(name: str) -> None:
+    """But for a line at its edges, which no crop reads."""
+    container, codec, pixel_format, size, is_cut = FORMATS[name]
+    data, numbers = encode_clip(noise(3, *size), container, codec, pixel_format), np.arange(3)
+    with opened(data, Limits()) as video:
+        whole = video.frames(numbers)
+    for box in (Box(10, 20, 40, 60), Box(0, 0, 44, 62), Box(50, 62, 40, 58)):
+        with opened(data, Limits()) as video:
+            part = video.pictures(numbers, lambda count: np.full(count, 7, np.uint8), [box] * 3)
+        np.testing.assert_array_equal(part[inside(box)], whole[inside(box)])
+        assert ((part == 7).all(-1).mean() > 0.5) == is_cut
+
+
+def inside(box: Box) -> tuple:
+    """A box but for its edge, of pictures (N,H,W,3)."""
+    return np.s_[:, box.top + 1 : box.top + box.height - 1, box.left + 1 : box.left + box.width - 1]
+
+
+def test_clips_that_share_a_picture_share_a_box() -> None:
+    a, b = Box(0, 0, 10, 10), Box(4, 6, 10, 12)
+    assert needed(np.array([[0, 1, 1], [1, 2, 3]]), [a, b]) == [a, Box(0, 0, 14, 18), b, b]
+    assert needed(np.array([[0, 1]]), []) is None
+
+
+@pytest.fixture
+def pool() -> Iterator[DecodePool]:
+    pool = DecodePool(1, 20.0, Limits())
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_workers_convert_what_the_crops_need(pool: DecodePool, pixels: ClipPixels, name: str) -> None:
+    """Four clips of one video, after another that has filled the memory."""
+    container, codec, pixel_format, size, _ = FORMATS[name]
+    data, filler = (encode_clip(noise(20, *size, seed=s), container, codec, pixel_format) for s in (0, 1))
+    group, starts = entries(4)[:4], [(0.0, 0.0), (0.1, 0.0), (0.2, 0.0), (0.9, 0.0)]
+
+    def clips(data: bytes, crops: list[Crop] | None) -> list[torch.Tensor]:
+        receive = partial(pixels.received, entries=group)
+        return pool.clips(lambda: data, starts, 6, 2, receive=receive, crops=crops).result()[1]
+
+    expected = clips(data, None)
+    clips(filler, None)
+    for one, other in zip(clips(data, pixels.crops(group)), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_writer_is_for_many_boxes() -> None:
+    """Each frame's own, in any order."""
+    data = encode_clip(noise(4, 90, 120), "mp4", "libx264")
+    boxes = [Box(0, 0, 40, 40), Box(20, 30, 50, 60), Box(0, 0, 40, 40), Box(0, 0, 90, 120)]
+    with opened(data, Limits()) as video:
+        whole = video.frames(np.arange(4))
+    writer = RgbWriter()
+    with opened(data, Limits()) as video:
+        for box, (i, frame) in zip(boxes, video.pick(np.arange(4)), strict=True):
+            picture = np.zeros((1, 90, 120, 3), np.uint8)
+            writer.write(frame, picture[0], box)
+            np.testing.assert_array_equal(picture[inside(box)], whole[i : i + 1][inside(box)])
