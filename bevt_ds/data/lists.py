@@ -82,7 +82,7 @@ def _header(path: Path, line: Line) -> _Header | None:
     if not mark and columns[1:] != ((label,) if label else ()):
         return None  # a file named `video`, say: words alone make no header of more than `path label`
     if not is_kinetics and not label and len(columns) > 1:
-        raise _error(path, line, f"names no column of labels: call it {_listed(LABELS)}, or leave the paths alone")
+        raise _error(path, line, "names no column of labels: call it label, or keep the column of paths alone")
     return _Header(mark, columns, label)
 
 
@@ -103,8 +103,8 @@ def _require_no_header(path: Path, lines: Sequence[Line]) -> None:
     """Refuse a first line of plain words above lines that are none: it would be packed as a file."""
     plain = [all(map(_WORD.fullmatch, re.split(r"[\s,]+", text))) for _, text in lines[:2]]
     if plain == [True, False]:
-        remedy = f"call the columns {_listed(PATHS)} and {_listed(LABELS)}, or remove the line"
-        raise _error(path, lines[0], f"looks like a header with unknown names: {remedy}; a file needs its extension")
+        remedy = "call the columns path and label, or remove the line; if it is a file, write its extension"
+        raise _error(path, lines[0], f"looks like a header with unknown names: {remedy}")
 
 
 def _row(path: Path, line: Line) -> Row:
@@ -185,7 +185,3 @@ def _plain(template: str) -> str:
 def _error(path: Path, line: Line, problem: str) -> UserError:
     number, text = line
     return UserError(f"{path}, line {number}: {text[:SHOWN]!r} {problem}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -77,8 +77,11 @@ def pack(
         _write_reports(writer, kind, profile, shards, rejected)
         writer.remove()
     if not shards:
-        reasons = out / f"{split}-rejected.jsonl"
-        raise UserError(f"none of the {len(items)} {kind} files of {source} is usable: {reasons} says why")
+        first, reasons = rejected[0], out / f"{split}-rejected.jsonl"
+        raise UserError(
+            f"none of the {len(items)} {kind} files of {source} is usable: {str(items[first['item']].path)!r}:"
+            f" {first['reason']}; {reasons} has all"
+        )
     return Packed(tuple(out / shard["name"] for shard in shards), sum(s["samples"] for s in shards), len(rejected))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from bevt_ds import checkpoint, run_folder
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config import ViewsConfig
-from bevt_ds.data.labelled_loader import LabelledLoader, check_labelled, test_batches
+from bevt_ds.data.labelled_loader import LabelledLoader, check_labelled
 from bevt_ds.data.labels import Classes
 from bevt_ds.data.ledger import merge_states
 from bevt_ds.downstream.config import FinetuneConfig
@@ -30,6 +30,7 @@ from bevt_ds.downstream.ema import WeightAverage
 from bevt_ds.downstream.layer_decay import learning_rate, parameter_groups
 from bevt_ds.downstream.mixing import Mixing
 from bevt_ds.downstream.scores import Scores
+from bevt_ds.downstream.videos import each_video
 from bevt_ds.engine import Engine, start_ranks
 from bevt_ds.flops import Sizes, backbone_macs, training_flops
 from bevt_ds.metrics import RunLog, SpeedMeter, StepSums
@@ -153,11 +154,9 @@ def validate(run: Run) -> dict[str, float]:
     data, train, ranks, loader = run.config.data, run.config.train, run.ranks, run.loader
     views = ViewsConfig(clips=1, crops=1, short_side=data.short_side, micro_videos=train.micro_clips)
     scores = Scores(len(loader.classes))
-    batches = test_batches(
-        data, views, ranks.rank, ranks.world, ranks.device, loader.val_shards, loader.classes, run.folder
-    )
-    with closing(batches), run.engine.evaluating():
-        for batch in tqdm(batches, desc="validation", unit="batch", leave=False, disable=not ranks.is_main):
+    batches = each_video(data, views, loader.val_shards, loader.classes, run.folder, ranks, "validation")
+    with run.engine.evaluating():
+        for batch in batches:
             logits = run.engine.forward(batch.pixels.flatten(0, 1), None)
             scores.add(logits.float().softmax(-1), batch.labels)
     return scores.summed(ranks).result()

@@ -84,8 +84,8 @@ def test_headers(name: str, text: str, row: tuple[str, str]) -> None:
             "clip_id,motion\n78687,left\n",
             "line 1: 'clip_id,motion' looks like a header with unknown names: call",
         ),
-        ("a.txt", "clip motion\na.mp4 left\n", "line 1: .*call the columns path, .* or name and label, class"),
-        ("a.csv", "path,motion\na.mp4,left\n", "line 1: 'path,motion' names no column of labels: call it label, class"),
+        ("a.txt", "clip motion\na.mp4 left\n", "line 1: .*call the columns path and label, or remove the line"),
+        ("a.csv", "path,motion\na.mp4,left\n", "line 1: 'path,motion' names no column of labels: call it label, or"),
         (
             "a.csv",
             "path,label\na.mp4,push, left\n",

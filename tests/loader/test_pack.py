@@ -161,7 +161,7 @@ def test_usage(argv: list[str], code: int, capsys: pytest.CaptureFixture) -> Non
         ("pack . out --split a/b", "'a/b' is not a name"),
         ("pack . file/out", "cannot make the folder"),
         ("pack nothing out", "is no folder, no list, and no glob"),
-        ("pack list.csv out --kind image", "none of the 1 image files of list.csv is usable: out/train-rejected.jsonl"),
+        ("pack list.csv out --kind image", "files of list.csv is usable: 'gone.jpg': cannot read it: No such"),
         ("index .", "is a folder"),
         ("index nothing.tar", "do not exist"),
         ("index clip.mp4", "clip.mp4 is not a whole tar file"),
