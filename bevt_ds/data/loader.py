@@ -57,8 +57,8 @@ class Source:
 class BatchReader:
     """Makes the micro-batches of one rank. `begin` starts reading and decoding, `finish` assembles.
 
-    rank, world: this process among those that share the global batch. device: where the pictures end up; index tensors
-    stay on the host. folder: where bad samples are listed. state: what an earlier run must pass on, see Loader.state.
+    rank, world: this process among those that share the global batch. device: where the micro-batches end up. folder:
+    where bad samples are listed. state: what an earlier run must pass on, see Loader.state.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class BatchReader:
             shared = open_resources(config.data, has_videos, self.times, resources)
             shards = {s.stream: shared.storage.shards(s.shards, s.stream.kind) for s in sources}
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
-            device = torch.device(device)
+            device = self._device = torch.device(device)
+            self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
             self.decoders = {
                 s.stream: (state or {}).get("decoder", {}).get(s.stream.name)
                 or _decoder(s, shards[s.stream], config, shared, device, self.fingerprint)
@@ -114,7 +115,16 @@ class BatchReader:
     def finish(self, tickets: dict[StreamId, Ticket]) -> Batch:
         """Wait for a micro-batch that was begun."""
         streams = {s.kind: self._readers[s].finish(ticket) for s, ticket in tickets.items()}
-        return Batch(streams.get("video"), streams.get("image"))
+        return self._delivered(Batch(streams.get("video"), streams.get("image")))
+
+    def _delivered(self, batch: Batch) -> Batch:
+        """The batch with its index tensors on the device as well, copied beside what the training step computes."""
+        if self._copies is None:
+            return batch
+        with self.times.measured("copy"), torch.cuda.stream(self._copies):
+            batch = batch.to(self._device, non_blocking=True)
+            self._copies.synchronize()
+        return batch
 
     def close(self) -> None:
         """End the decode processes and reading threads."""
@@ -264,7 +274,7 @@ class BackgroundLoader:
 class Loader(BackgroundLoader):
     """Iterates over the `Batch`es of this rank for ever.
 
-    rank, world: this process among those that share the global batch. device: where the pictures end up. folder: where
+    rank, world: this process among those that share the global batch. device: where the batches end up. folder: where
     bad samples are listed; None: nowhere. state: what the run that is resumed passed on. The rest: see
     BackgroundLoader. UserError: shards missing or unusable, or sizes that do not divide.
     """
@@ -416,9 +426,9 @@ def _pixels(source: Source, config: Config, device: torch.device, decoder: str, 
 
 
 def _use_on_current_stream(batch: Batch) -> Batch:
-    """Tell CUDA's allocator that the caller's stream uses the pictures, made on another stream."""
+    """Tell CUDA's allocator that the caller's stream uses the tensors, made on other streams."""
     for stream in (batch.video, batch.image):
         if stream is not None and stream.pixels.is_cuda:
-            for tensor in (stream.pixels, stream.view):
+            for tensor in (value for value in vars(stream).values() if isinstance(value, torch.Tensor)):
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return batch
