@@ -21,7 +21,7 @@ from bevt_ds.data.members import EXTENSIONS
 from bevt_ds.errors import UserError
 
 Row = tuple[str, str]  # a file's name, perhaps without its extension, and its label, "" where there is none
-Line = tuple[int, str]  # its number, from 1, and its text
+Line = tuple[int, str]  # its number, from 1, and its text; or those of an object in JSON
 
 PATHS = ("path", "filepath", "file_path", "file", "filename", "file_name", "video", "video_path", "video_name", "name")
 LABELS = ("label", "class", "class_name", "category", "action")
@@ -116,7 +116,7 @@ def _row(path: Path, line: Line) -> Row:
 
 
 def _checked(path: Path, line: Line, name: str, label: str) -> Row:
-    if not name.strip("./ "):
+    if not name.strip("./ ") or "\0" in name:
         raise _error(path, line, "names no file")
     if _FILE.search(label):
         raise _error(path, line, "has a file for a label: the path comes first, in quotes if it holds commas")
@@ -168,13 +168,13 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         "id": lambda row: (str(row["id"]), _plain(row.get("template", row.get("label", "")))),
         "vid_name": lambda row: (str(row["vid_name"]), str(row.get("label", ""))),
     }
-    for row in rows if isinstance(rows, list) else [rows]:
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         name = next((name for name in readers if isinstance(row, dict) and name in row), None)
         if name is None:
             raise UserError(
                 f"{path} is not a list of objects with `id` (Something-Something V2) or `vid_name` (Diving48 V2)"
             )
-        yield readers[name](row)
+        yield _checked(path, (number, str(row)), *readers[name](row))
 
 
 def _plain(template: str) -> str:
@@ -184,4 +184,5 @@ def _plain(template: str) -> str:
 
 def _error(path: Path, line: Line, problem: str) -> UserError:
     number, text = line
-    return UserError(f"{path}, line {number}: {text[:SHOWN]!r} {problem}")
+    unit = "object" if path.suffix.lower() == ".json" else "line"
+    return UserError(f"{path}, {unit} {number}: {text[:SHOWN]!r} {problem}")

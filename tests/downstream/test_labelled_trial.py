@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from bevt_ds.config import Config, DataConfig, LabelledDataConfig, OnlineProbeConfig, TrainConfig
+from bevt_ds.config import Config, DataConfig, LabelledDataConfig, OnlineProbeConfig, TrainConfig, ViewsConfig
 from bevt_ds.data.labelled_loader import LabelledLoader
 from bevt_ds.data.labelled_trial import TRIED
-from bevt_ds.downstream.config import FinetuneTrainConfig
+from bevt_ds.downstream import probing
+from bevt_ds.downstream.config import FinetuneTrainConfig, ProbeRunConfig
 from bevt_ds.downstream.online_probe import OnlineProbe
 from bevt_ds.errors import UserError
+from bevt_ds.ranks import Ranks
 from tests.downstream.worlds import on_ranks
 
 TRAIN = FinetuneTrainConfig(global_clips=2, micro_clips=2)
@@ -63,3 +66,15 @@ def test_the_online_probe_does_not_start(labelled: LabelledDataConfig, tar: Call
     config = Config("test", data=data, train=TrainConfig(steps=5, micro_clips=2), probe=probe)
     with pytest.raises(UserError, match=rf"^probe\.{field}: {DAMAGE}"):
         on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks))
+
+
+def test_the_probe_does_not_start(
+    labelled: LabelledDataConfig, tar: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it make a folder; its test set would be opened after all features of the training set."""
+    monkeypatch.setattr(probing, "start_ranks", lambda: Ranks(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(probing, "load_encoder", lambda config, ranks: None)
+    data, out = replace(labelled, val=tar(set())), tmp_path / "out"
+    with pytest.raises(UserError, match=f"^data.val: {DAMAGE}"):
+        probing.probe(ProbeRunConfig(data=data, views=ViewsConfig(1, 1, 72), output_dir=str(out)))
+    assert not out.exists()

@@ -98,6 +98,8 @@ def test_headers(name: str, text: str, row: tuple[str, str]) -> None:
         ),
         ("a.csv", "youtube_id,time_start,time_end\nx,1,inf\n", "line 2: .* times that are no seconds in time_start"),
         ("a.csv", "youtube_id,time_start,time_end\nx,1\n", "line 2: 'x,1' has 2 fields, the header 3"),
+        ("a.txt", "a.mp4 1\nb\0.mp4 1\n", r"line 2: 'b\\x00.mp4 1' names no file"),
+        ("a.json", '[{"id": "7"}, {"id": ".."}]', "a.json, object 2: .* names no file"),
         ("a.txt", "x" * (LONGEST + 1), "line 1: 'x{80}' has 10001 characters: this is no list"),
     ],
 )
