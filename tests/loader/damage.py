@@ -154,7 +154,7 @@ BAD_PICTURES: dict[str, Callable[[], bytes]] = {
     "empty": lambda: b"",
     "text": lambda: b"not a picture at all " * 100,
     "cut": lambda: encode_jpeg(picture())[:-2],
-    "no tables": lambda: encode_jpeg(picture()).replace(b"\xff\xc4", b"\xff\xe9"),  # only the decoder finds that
+    "no tables": lambda: encode_jpeg(picture()).replace(b"\xff\xdb", b"\xff\xe9"),  # only the decoder finds that
     "no payload": lambda: _until_scan(encode_jpeg(picture())) + b"\xff\xd9",
     "cut PNG": lambda: b"\x89PNG\r\n\x1a\n" + bytes(100),
 }

@@ -34,8 +34,9 @@ from bevt_ds.data import stats
 from bevt_ds.data.check import check
 from bevt_ds.data.dali_index import write_dali_index
 from bevt_ds.data.draw_worker import encode_jpeg
+from bevt_ds.data.images import check_image
 from bevt_ds.data.index import SUFFIX, index_digest, load_shard, load_shards
-from bevt_ds.data.limits import BadSample
+from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.loader import LEDGER, Loader
 from bevt_ds.data.members import read_member
 from bevt_ds.data.pack import pack
@@ -335,7 +336,7 @@ BAD_PICTURES = {
     "empty": lambda data: b"",
     "magic": lambda data: b"GIF89a" + data,
     "cut": lambda data: data[:-2],
-    "payload": lambda data: data[:400] + bytes(len(data) - 402) + b"\xff\xd9",
+    "no tables": lambda data: data.replace(b"\xff\xdb", b"\xff\xe9"),
 }
 
 
@@ -358,6 +359,7 @@ def test_d12_a_bad_picture_anywhere_in_a_batch(shards: Path, make, with_data, tm
             keys = [list(good)[plan.entry(*divmod(i, 8)).member] for i in range(24)]
             return torch.cat([batch.image.view for batch in islice(loader, 6)]), keys
 
+    check_image(BAD_PICTURES["no tables"](good["image-00"]), Limits())
     views, keys = epoch(tmp_path / "good", "", bytes)
     for place, (name, spoil) in enumerate(BAD_PICTURES.items()):
         broken = keys[4 * (place + 1) + place]  # at another place of another batch each time
