@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -88,15 +88,17 @@ def measure(folder: Path, row: str, sampling: str, seconds: float) -> dict[str, 
     next(batches)
     first = time.perf_counter() - began
     counts = [list(islice(batches, 8))[-1]]  # what was prepared ahead must not count as fast
-    began, cpu = time.perf_counter(), cpu_seconds()
+    began, cpu, decoders_cpu = time.perf_counter(), cpu_seconds(_family()), cpu_seconds(counts[0].decoders)
     while time.perf_counter() - began < seconds:
         counts.append(next(batches))
-    elapsed, cpu = time.perf_counter() - began, cpu_seconds() - cpu
-    clips, decoded = MICRO * (len(counts) - 1), counts[-1] - counts[0]
+    elapsed, cpu = time.perf_counter() - began, cpu_seconds(_family()) - cpu
+    decoders_cpu = cpu_seconds(counts[-1].decoders) - decoders_cpu
+    clips, decoded = MICRO * (len(counts) - 1), counts[-1].frames - counts[0].frames
     return {
         "clips_per_s": round(clips / elapsed, 2),
         "decoded_frames_per_s": round(decoded / elapsed) or None,
         "cpu_s_per_clip": round(cpu / clips, 5),
+        "decoding_cpu_s_per_clip": round(decoders_cpu / clips, 5) or None,
         "peak_mb": round(memory("VmHWM") / 1e6),
         "first_batch_s": round(first, 2),
         "clips": clips,
@@ -119,21 +121,27 @@ def soak(folder: Path) -> dict[str, Any]:
     return {"clips": SOAK_CLIPS, "rss_mb": megabytes, "open_files": files}
 
 
-def _batches(config: Config, backend: Backend) -> Iterator[int]:
-    """Frames decoded so far, after each batch; 0 where they are not counted."""
+class Decoded(NamedTuple):
+    """After a batch: frames decoded so far, 0 where they are not counted; and the processes that do nothing else."""
+
+    frames: int
+    decoders: list[int]
+
+
+def _batches(config: Config, backend: Backend) -> Iterator[Decoded]:
     if backend.decoder:
         from benchmarks.loader_dataset import data_loader
 
         total = 0
         for _, _, decoded in data_loader(config, backend.decoder, backend.device):
             total += int(decoded.sum())
-            yield total
+            yield Decoded(total, [])
     else:
         from bevt_ds.data.loader import Loader
 
         with Loader(config, device=backend.device) as loader:
             for _ in loader:
-                yield loader.decoded_frames
+                yield Decoded(loader.decoded_frames, loader.worker_pids)
 
 
 def _family() -> list[int]:
@@ -150,9 +158,9 @@ def _family() -> list[int]:
     return family
 
 
-def cpu_seconds() -> float:
+def cpu_seconds(pids: list[int]) -> float:
     total = 0.0
-    for pid in _family():
+    for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         total += sum(map(int, fields[11:15])) / _TICK  # user and system time, and those of children that ended
     return total
