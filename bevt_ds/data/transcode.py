@@ -39,8 +39,10 @@ def transcode(data: bytes, profile: Profile, limits: Limits) -> tuple[bytes, dic
     with opened(data, limits) as video:
         source = video.info
         rate = Fraction(profile.fps or source.fps or UNKNOWN_FPS).limit_denominator(1001)
-        numbers = nearest(video.times(), float(rate))
-        times = video.times()[numbers]
+        source_times = video.times()
+        limits.check_frames(tick_count(source_times, float(rate)))
+        numbers = nearest(source_times, float(rate))
+        times = source_times[numbers]
         buffer = io.BytesIO()
         size = _scaled(source.width, source.height, profile.short_side)
         _encode(buffer, _repeated(video, numbers), rate, size, profile)
@@ -60,14 +62,19 @@ def transcode(data: bytes, profile: Profile, limits: Limits) -> tuple[bytes, dic
 def nearest(times: np.ndarray, fps: float) -> np.ndarray:
     """For each tick of a clock of `fps`, the number of the frame that is nearest in time: int64, ascending.
 
-    times: seconds from the first frame, float (frames,). The clock stops where the last frame would end.
+    times: seconds from the first frame, float (frames,).
     """
-    step = (times[-1] - times[0]) / max(len(times) - 1, 1)
-    ticks = np.arange(max(round((times[-1] + step) * fps), 1)) / fps
+    ticks = np.arange(tick_count(times, fps)) / fps
     after = np.clip(np.searchsorted(times, ticks), 1, max(len(times) - 1, 1))
     before = after - 1
     after = np.minimum(after, len(times) - 1)
     return np.where(ticks - times[before] <= times[after] - ticks, before, after)
+
+
+def tick_count(times: np.ndarray, fps: float) -> int:
+    """Ticks of a clock of `fps` until the last frame ends; two frames may lie years apart."""
+    step = (times[-1] - times[0]) / max(len(times) - 1, 1)
+    return max(round((times[-1] + step) * fps), 1)
 
 
 def _repeated(video: Video, numbers: np.ndarray) -> Iterator[av.VideoFrame]:

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from bevt_ds.data import child
-from bevt_ds.data.limits import Limits
+from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pack import pack
 from bevt_ds.data.transcode import Profile, nearest, transcode
 from bevt_ds.data.video import opened, probe
 from bevt_ds.errors import UserError
-from tests.loader.media import decode_clip
+from tests.loader.media import decode_clip, encode_clip, shades
 
 LIMITS = Limits()
 
@@ -68,6 +68,14 @@ def test_fewer_frames_show_the_same_moments(clip: bytes) -> None:
 )
 def test_the_nearest_frame_in_time(times: list, fps: float, expected: list) -> None:
     assert nearest(np.array(times), fps).tolist() == expected
+
+
+def test_two_frames_a_year_apart_are_no_video_of_a_year() -> None:
+    """D17: refused before memory is taken for its ticks."""
+    year = 365 * 86400 * 25  # 1/25 s
+    data = encode_clip(shades(2), "matroska", "libx264", times=[0, year])
+    with pytest.raises(BadSample, match=r"it has \d{8,} frames, over data.max_frames"):
+        transcode(data, Profile(), Limits())
 
 
 def test_the_same_bytes_for_any_number_of_processes(clip: bytes, tmp_path: Path) -> None:
