@@ -16,9 +16,9 @@ import torchvision.transforms.v2.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from bevt_ds.config import Config
-from bevt_ds.data.index import load_shards
-from bevt_ds.data.members import read_member
-from bevt_ds.data.shards import expand
+from bevt_ds.data.reading.index import load_shards
+from bevt_ds.data.reading.members import read_member
+from bevt_ds.data.reading.shards import expand
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -17,11 +17,11 @@ import av
 import numpy as np
 import webdataset
 
+from bevt_ds.data.decoding.transcode import Profile, nearest
+from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import Limits
-from bevt_ds.data.pack import pack
-from bevt_ds.data.scene import Extent, render
-from bevt_ds.data.transcode import Profile, nearest
-from bevt_ds.data.video import opened
+from bevt_ds.data.packing.pack import pack
+from bevt_ds.data.packing.scene import Extent, render
 from bevt_ds.rng import Use, generator
 
 FPS, FRAMES = 30, 300

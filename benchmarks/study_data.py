@@ -12,10 +12,10 @@ from zlib import crc32
 
 from tqdm import tqdm
 
-from bevt_ds.data.draw_worker import encode_jpeg, encode_mp4
-from bevt_ds.data.motion import COURSES, render_action
-from bevt_ds.data.pack import pack
-from bevt_ds.data.scene import Extent
+from bevt_ds.data.packing.draw_worker import encode_jpeg, encode_mp4
+from bevt_ds.data.packing.motion import COURSES, render_action
+from bevt_ds.data.packing.pack import pack
+from bevt_ds.data.packing.scene import Extent
 from bevt_ds.rng import Use, generator
 
 SIZE, FRAMES = 64, 8

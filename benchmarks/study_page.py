@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study_data import CLIP
-from bevt_ds.data.motion import COURSES, render_action
+from bevt_ds.data.packing.motion import COURSES, render_action
 from bevt_ds.rng import Use, generator
 
 Row = dict[str, Any]

@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bevt_ds.data.check import check, outlook, survey
-from bevt_ds.data.dali_index import write_dali_index
-from bevt_ds.data.draw import draw, ensure_demo_shards
-from bevt_ds.data.index import load_shard, write_atomic
-from bevt_ds.data.members import EXTENSIONS
-from bevt_ds.data.pack import SHARD_BYTES, SHARD_SAMPLES, pack
-from bevt_ds.data.remote import is_remote
-from bevt_ds.data.shards import expand
-from bevt_ds.data.transcode import Profile
+from bevt_ds.data.decoding.transcode import Profile
+from bevt_ds.data.packing.check import check, outlook, survey
+from bevt_ds.data.packing.draw import draw, ensure_demo_shards
+from bevt_ds.data.packing.pack import SHARD_BYTES, SHARD_SAMPLES, pack
+from bevt_ds.data.reading.dali_index import write_dali_index
+from bevt_ds.data.reading.index import load_shard, write_atomic
+from bevt_ds.data.reading.members import EXTENSIONS
+from bevt_ds.data.reading.remote import is_remote
+from bevt_ds.data.reading.shards import expand
 from bevt_ds.errors import UserError
 from bevt_ds.recipes import RECIPES, get_recipe
 
@@ -216,7 +216,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> None:
-    from bevt_ds.data.stats import measure, plot, table, verdict  # matplotlib is slow to import
+    from bevt_ds.data.packing.stats import measure, plot, table, verdict  # matplotlib is slow to import
 
     paths = expand(arguments.shards)
     report = survey(paths, arguments.jobs, progress=True)

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from bevt_ds import checkpoint, run_folder
 from bevt_ds.batch import Batch
 from bevt_ds.config import Config
-from bevt_ds.data.draw import ensure_demo_shards
 from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import Loader, eval_batches
+from bevt_ds.data.packing.draw import ensure_demo_shards
 from bevt_ds.downstream.online_probe import OnlineProbe
 from bevt_ds.engine import Engine, start_ranks
 from bevt_ds.flops import Sizes

@@ -26,6 +26,15 @@ NEVER = {
     "model": {"deepspeed", "nvidia", "webdataset", "av"},
     "data": {"deepspeed", "timm", "triton"},
 }
+DATA_FLOORS = [  # a folder of data, or one of its own files, imports from its own floor and those before it
+    {"limits", "masks", "timing"},
+    {"plan"},
+    {"reading", "decoding"},
+    {"ledger", "pixels"},
+    {"stream", "decoder_choice"},
+    {"loader"},
+    {"labelled", "packing"},
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -66,6 +75,15 @@ def test_imports_point_one_way(path):
     assert "kernels" not in theirs
 
 
+def test_folders_of_data_stand_on_each_other():
+    floor = {name: i for i, names in enumerate(DATA_FLOORS) for name in names}
+    for path in (ROOT / "bevt_ds" / "data").rglob("*.py"):
+        own = floor.get(path.relative_to(ROOT / "bevt_ds" / "data").parts[0].removesuffix(".py"))
+        theirs = {name.split(".")[2] for name in imports(path) if name.startswith("bevt_ds.data.")}
+        assert all(floor[name] <= own for name in theirs), path
+        assert not {"labelled", "packing"} <= {path.parent.name, *theirs}, path
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 500
@@ -74,7 +92,7 @@ def test_files_stay_short(path):
 def test_cheap_imports_stay_cheap():
     """A decode worker and `--help` must not pay for torch."""
     heavy = ("torch", "deepspeed", "nvidia.dali", "triton")
-    modules = "bevt_ds, bevt_ds.rng, bevt_ds.config, bevt_ds.pretrain, bevt_ds.data.decode_worker"
+    modules = "bevt_ds, bevt_ds.rng, bevt_ds.config, bevt_ds.pretrain, bevt_ds.data.decoding.worker"
     code = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"

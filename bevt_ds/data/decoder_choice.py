@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from bevt_ds.data.index import write_atomic
+from bevt_ds.data.reading.index import write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.members import Member
 from bevt_ds.data.plan import PlanEntry, StreamId
-from bevt_ds.data.remote import redacted
+from bevt_ds.data.reading.members import Member
+from bevt_ds.data.reading.remote import redacted
 from bevt_ds.errors import UserError
 
 ALWAYS_ALLOWED = 10  # bad samples of a stream, however few have been read

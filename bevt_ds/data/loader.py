@@ -23,17 +23,17 @@ import torch
 
 from bevt_ds.batch import Batch
 from bevt_ds.config import Config, ReadingConfig
-from bevt_ds.data.cpu_pixels import ClipPixels
-from bevt_ds.data.decode_pool import DecodePool
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
-from bevt_ds.data.index import cache_home
+from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, require_few_bad
 from bevt_ds.data.limits import Limits
-from bevt_ds.data.members import Shard
-from bevt_ds.data.patience import StorageStalled
-from bevt_ds.data.pipeline import PixelPipeline
+from bevt_ds.data.pixels.cpu_pixels import ClipPixels
+from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.plan import StreamId, StreamPlan, slots_of
-from bevt_ds.data.storage import Storage
+from bevt_ds.data.reading.index import cache_home
+from bevt_ds.data.reading.members import Shard
+from bevt_ds.data.reading.patience import StorageStalled
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.stream import Pixels, Resources, StreamReader, Ticket
 from bevt_ds.data.timing import StageTimes, bottleneck
 from bevt_ds.errors import UserError

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from bevt_ds.batch import Stream
 from bevt_ds.config import DataConfig, ReadingConfig
-from bevt_ds.data.cpu_pixels import ClipPixels
-from bevt_ds.data.decode_pool import DecodePool, Load
-from bevt_ds.data.images import check_image
+from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.pool import DecodePool, Load
+from bevt_ds.data.decoding.video import fits_gpu
 from bevt_ds.data.ledger import Ledger
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.masks import row_index
-from bevt_ds.data.members import Member, Shard
-from bevt_ds.data.pipeline import PixelPipeline
+from bevt_ds.data.pixels.cpu_pixels import ClipPixels
+from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamPlan, clip_frames
-from bevt_ds.data.storage import Storage
+from bevt_ds.data.reading.members import Member, Shard
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
-from bevt_ds.data.video import fits_gpu
 
 Pixels = PixelPipeline | ClipPixels
 

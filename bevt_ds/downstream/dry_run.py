@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import torch
 
-from bevt_ds.data.labelled_loader import check_labelled
+from bevt_ds.data.labelled.loader import check_labelled
 from bevt_ds.downstream.config import FinetuneConfig
 from bevt_ds.downstream.validate import require_inputs
 from bevt_ds.errors import UserError

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bevt_ds.config import LabelledDataConfig
-from bevt_ds.data.labelled_loader import check_labelled, expected_videos
-from bevt_ds.data.labels import Classes, read_classes
-from bevt_ds.data.members import Shard
+from bevt_ds.data.labelled.labels import Classes, read_classes
+from bevt_ds.data.labelled.loader import check_labelled, expected_videos
+from bevt_ds.data.reading.members import Shard
 from bevt_ds.downstream.config import EvaluateConfig
 from bevt_ds.downstream.predictions import Classify, predict
 from bevt_ds.downstream.results import as_lines, claim_folder, without_classifier, write_results

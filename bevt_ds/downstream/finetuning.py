@@ -22,8 +22,8 @@ from tqdm import tqdm
 from bevt_ds import checkpoint, run_folder
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config import ViewsConfig
-from bevt_ds.data.labelled_loader import LabelledLoader, check_labelled
-from bevt_ds.data.labels import Classes
+from bevt_ds.data.labelled.labels import Classes
+from bevt_ds.data.labelled.loader import LabelledLoader, check_labelled
 from bevt_ds.data.ledger import merge_states
 from bevt_ds.downstream.config import FinetuneConfig
 from bevt_ds.downstream.ema import WeightAverage

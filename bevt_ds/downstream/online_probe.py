@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bevt_ds.batch import Batch
 from bevt_ds.config import Config, ViewsConfig
-from bevt_ds.data.labels import read_classes
-from bevt_ds.data.members import Shard
+from bevt_ds.data.labelled.labels import read_classes
+from bevt_ds.data.reading.members import Shard
 from bevt_ds.downstream.config import labelled_as
 from bevt_ds.downstream.features import Features, extract, feature_rank, features_of, gathered, ridge_predictions
 from bevt_ds.downstream.scores import Scores

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from bevt_ds.data.labelled_loader import check_labelled, expected_videos
-from bevt_ds.data.labels import read_classes
+from bevt_ds.data.labelled.labels import read_classes
+from bevt_ds.data.labelled.loader import check_labelled, expected_videos
 from bevt_ds.downstream.config import ProbeConfig, ProbeRunConfig
 from bevt_ds.downstream.evaluation import check_device, printing_once
 from bevt_ds.downstream.features import Features, extract, features_of, gathered

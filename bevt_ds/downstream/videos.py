@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config import LabelledDataConfig, ViewsConfig
-from bevt_ds.data.labelled_loader import test_batches
-from bevt_ds.data.labelled_trial import require_decodable
-from bevt_ds.data.labels import Classes
+from bevt_ds.data.labelled.labels import Classes
+from bevt_ds.data.labelled.loader import test_batches
+from bevt_ds.data.labelled.trial import require_decodable
 from bevt_ds.data.loader import open_resources
-from bevt_ds.data.members import Shard
-from bevt_ds.data.storage import Storage
+from bevt_ds.data.reading.members import Shard
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.ranks import Ranks
 

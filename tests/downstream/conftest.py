@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bevt_ds.config import LabelledDataConfig
-from bevt_ds.data.draw_worker import encode_mp4
-from bevt_ds.data.pack import pack
-from bevt_ds.data.scene import Extent, render
+from bevt_ds.data.packing.draw_worker import encode_mp4
+from bevt_ds.data.packing.pack import pack
+from bevt_ds.data.packing.scene import Extent, render
 from bevt_ds.rng import Use, generator
 
 CLASS_NAMES = ("run", "sit", "walk")

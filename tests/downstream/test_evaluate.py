@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bevt_ds.data.index import load_shard
+from bevt_ds.data.reading.index import load_shard
 from bevt_ds.downstream import evaluation
 from bevt_ds.downstream.config import EvaluateConfig
 from bevt_ds.downstream.recipes import finetune_demo

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from bevt_ds.data.check import check
-from bevt_ds.data.index import load_shards
-from bevt_ds.data.labels import Classes, expected_count, read_classes
-from bevt_ds.data.members import Shard
+from bevt_ds.data.labelled.labels import Classes, expected_count, read_classes
+from bevt_ds.data.packing.check import check
+from bevt_ds.data.reading.index import load_shards
+from bevt_ds.data.reading.members import Shard
 from bevt_ds.errors import UserError
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from bevt_ds.config import Config, DataConfig, LabelledDataConfig, OnlineProbeConfig, TrainConfig, ViewsConfig
-from bevt_ds.data.labelled_loader import LabelledLoader
-from bevt_ds.data.labelled_trial import TRIED
+from bevt_ds.data.labelled.loader import LabelledLoader
+from bevt_ds.data.labelled.trial import TRIED
 from bevt_ds.downstream import probing
 from bevt_ds.downstream.config import FinetuneTrainConfig, ProbeRunConfig
 from bevt_ds.downstream.online_probe import OnlineProbe

@@ -14,7 +14,7 @@ from benchmarks.study_baseline import copied
 from benchmarks.study_data import prepare
 from benchmarks.study_page import best_rate, measured, write_page
 from benchmarks.study_runs import ARMS, Scale
-from bevt_ds.data.motion import COURSES
+from bevt_ds.data.packing.motion import COURSES
 from bevt_ds.errors import UserError
 
 TINY = Scale(

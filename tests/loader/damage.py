@@ -14,9 +14,9 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from bevt_ds.data.decode_pool import DecodePool
-from bevt_ds.data.draw_worker import encode_jpeg
+from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import Limits
+from bevt_ds.data.packing.draw_worker import encode_jpeg
 from bevt_ds.data.plan import PlanEntry
 from tests.loader.media import encode_clip
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import Limits
-from bevt_ds.data.video import opened
 
 FPS = 25
 

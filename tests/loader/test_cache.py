@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from bevt_ds.config import DataConfig
-from bevt_ds.data import cache as cache_module
-from bevt_ds.data.cache import ShardCache
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.members import Shard
-from bevt_ds.data.remote import RemoteError
-from bevt_ds.data.storage import Storage
+from bevt_ds.data.reading import cache as cache_module
+from bevt_ds.data.reading.cache import ShardCache
+from bevt_ds.data.reading.members import Shard
+from bevt_ds.data.reading.remote import RemoteError
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 from tests.loader.server import Server

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bevt_ds.config import Config, DataConfig
-from bevt_ds.data.decode_pool import DecodePool
+from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.plan import StreamId, StreamPlan, clip_frames

@@ -15,12 +15,12 @@ import av
 import numpy as np
 import pytest
 
-from bevt_ds.data.check import outlook
-from bevt_ds.data.container import check_container
-from bevt_ds.data.draw_worker import encode_jpeg
-from bevt_ds.data.images import check_image
+from bevt_ds.data.decoding.container import check_container
+from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.video import opened, probe
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.video import opened, probe
+from bevt_ds.data.packing.check import outlook
+from bevt_ds.data.packing.draw_worker import encode_jpeg
 from tests.loader.media import decode_clip
 
 LIMITS = Limits()

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from bevt_ds.config import DataConfig
-from bevt_ds.data.cpu_pixels import ClipPixels
-from bevt_ds.data.cut import Box, Crop, source_box
-from bevt_ds.data.decode_pool import DecodePool
-from bevt_ds.data.decode_worker import needed
+from bevt_ds.data.decoding.cut import Box, Crop, source_box
+from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.decoding.video import RgbWriter, opened
+from bevt_ds.data.decoding.worker import needed
 from bevt_ds.data.limits import Limits
+from bevt_ds.data.pixels.cpu_pixels import ClipPixels
 from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
-from bevt_ds.data.video import RgbWriter, opened
 from tests.loader.media import encode_clip, noise
 
 S = 64

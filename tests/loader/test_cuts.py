@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bevt_ds.data.index import SUFFIX, load_shard
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.members import BLOCK, Shard, read_member
-from bevt_ds.data.tar_scan import scan
+from bevt_ds.data.reading.index import SUFFIX, load_shard
+from bevt_ds.data.reading.members import BLOCK, Shard, read_member
+from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
 
 LONG = "x" * 120  # a name that takes a PAX record before its header

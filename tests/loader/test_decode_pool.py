@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bevt_ds.data import child
-from bevt_ds.data.decode_pool import MOST_RESIDENT, DecodePool
-from bevt_ds.data.index import load_shard
+from bevt_ds.data.decoding import child
+from bevt_ds.data.decoding.pool import MOST_RESIDENT, DecodePool
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.members import read_member
 from bevt_ds.data.plan import clip_frames
+from bevt_ds.data.reading.index import load_shard
+from bevt_ds.data.reading.members import read_member
 from tests.loader.media import decode_clip
 
 Load = Callable[[], bytes]
@@ -54,7 +54,7 @@ def test_workers_decode_what_the_caller_would(pool: DecodePool, member: Load, ex
 
 def test_a_worker_loads_neither_torch_nor_dali_nor_the_entry() -> None:
     code = (
-        "import sys, json, bevt_ds.data.decode_worker; "
+        "import sys, json, bevt_ds.data.decoding.worker; "
         "print(json.dumps([m for m in ('torch', 'nvidia.dali', 'deepspeed', 'webdataset') if m in sys.modules]))"
     )
     command = [*child.command("x")[:-2], "-c", code]
@@ -112,7 +112,7 @@ def test_a_worker_that_has_grown_is_replaced(pool: DecodePool, member: Load, exp
     resident = pool.clips(member, [(0.3, 0.0)], 8, 2).result()[0]["resident"]
     pool.clips(member, [(0.3, 0.0)], 8, 2).result()
     assert 1 << 20 < resident < MOST_RESIDENT and set(pool.pids) == first
-    monkeypatch.setattr("bevt_ds.data.decode_pool.MOST_RESIDENT", 1 << 20)
+    monkeypatch.setattr("bevt_ds.data.decoding.pool.MOST_RESIDENT", 1 << 20)
     for _ in range(4):
         np.testing.assert_array_equal(pool.clips(member, [(0.3, 0.0)], 8, 2).result()[1], expected)
     assert len(pool.pids) == 2 and not first & set(pool.pids)
@@ -144,7 +144,7 @@ def test_closing_ends_every_process(member: Load, is_alive: Callable[[int], bool
 
 def test_workers_end_with_their_parent(member: Load, is_alive: Callable[[int], bool]) -> None:
     code = (
-        "import os, signal, sys; from bevt_ds.data.decode_pool import DecodePool; "
+        "import os, signal, sys; from bevt_ds.data.decoding.pool import DecodePool; "
         "from bevt_ds.data.limits import Limits; "
         "print(*DecodePool(2, 20.0, Limits()).pids, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -17,7 +17,7 @@ from bevt_ds.data import loader as loader_module
 from bevt_ds.data.decoder_choice import choose, clips_per_second
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.pipeline import PixelPipeline
+from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.timing import StageTimes
 from tests.loader.media import decode_clip
 

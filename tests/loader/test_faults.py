@@ -30,16 +30,16 @@ from nvidia.dali import fn, pipeline_def
 
 from bevt_ds import cli
 from bevt_ds.config import Config
-from bevt_ds.data import stats
-from bevt_ds.data.check import check
-from bevt_ds.data.dali_index import write_dali_index
-from bevt_ds.data.draw_worker import encode_jpeg
-from bevt_ds.data.images import check_image
-from bevt_ds.data.index import SUFFIX, index_digest, load_shard, load_shards
+from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.loader import LEDGER, Loader
-from bevt_ds.data.members import read_member
-from bevt_ds.data.pack import pack
+from bevt_ds.data.packing import stats
+from bevt_ds.data.packing.check import check
+from bevt_ds.data.packing.draw_worker import encode_jpeg
+from bevt_ds.data.packing.pack import pack
+from bevt_ds.data.reading.dali_index import write_dali_index
+from bevt_ds.data.reading.index import SUFFIX, index_digest, load_shard, load_shards
+from bevt_ds.data.reading.members import read_member
 from bevt_ds.errors import UserError
 
 
@@ -134,7 +134,7 @@ def test_a_copied_tar_keeps_its_index(copies: Path, monkeypatch: pytest.MonkeyPa
     path = copies / "image-000000.tar"
     whole = load_shard(str(path))
     os.utime(path, (5, 5))
-    monkeypatch.setattr("bevt_ds.data.index.scan", lambda *_: pytest.fail("scanned again"))
+    monkeypatch.setattr("bevt_ds.data.reading.index.scan", lambda *_: pytest.fail("scanned again"))
     assert load_shard(str(path)) == load_shard(str(path)) == whole
 
 

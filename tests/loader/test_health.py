@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from bevt_ds.config import Config
-from bevt_ds.data.decode_pool import DecodePool, DecodeWorker
+from bevt_ds.data.decoding.pool import DecodePool, DecodeWorker
 from bevt_ds.data.ledger import ALWAYS_ALLOWED, IN_A_ROW, DataLimitError, Ledger, Skips, merge_states, require_few_bad
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.members import Member
-from bevt_ds.data.patience import StorageStalled
 from bevt_ds.data.plan import PlanEntry, StreamId
+from bevt_ds.data.reading.members import Member
+from bevt_ds.data.reading.patience import StorageStalled
 from bevt_ds.data.stream import StreamReader
 from bevt_ds.data.timing import StageTimes, bottleneck
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bevt_ds.data.lists import LONGEST, read_rows
+from bevt_ds.data.packing.lists import LONGEST, read_rows
 from bevt_ds.errors import UserError
 
 

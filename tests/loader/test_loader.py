@@ -167,7 +167,7 @@ def damaged(shards: Path, tmp_path: Path, with_data: Callable) -> Callable[..., 
     def build(broken: dict[str, Callable[[bytes], bytes]], kind: str = "image") -> Config:
         import tarfile
 
-        from bevt_ds.data.members import split_name
+        from bevt_ds.data.reading.members import split_name
 
         out = tmp_path / f"{kind}-000000.tar"
         with tarfile.open(out, "w") as new:

@@ -9,9 +9,9 @@ import av
 import numpy as np
 import pytest
 
-from bevt_ds.data.draw_worker import encode_mp4
-from bevt_ds.data.motion import COURSES, FAST, SLOW, USUAL, WOBBLE, displacements, render_action
-from bevt_ds.data.scene import Extent
+from bevt_ds.data.packing.draw_worker import encode_mp4
+from bevt_ds.data.packing.motion import COURSES, FAST, SLOW, USUAL, WOBBLE, displacements, render_action
+from bevt_ds.data.packing.scene import Extent
 from bevt_ds.rng import Use, generator
 
 EXTENT = Extent(64, 64, 8)

@@ -12,11 +12,11 @@ import pytest
 import webdataset
 
 from bevt_ds import cli
-from bevt_ds.data import draw as draw_module
-from bevt_ds.data.draw import draw, ensure_demo_shards
-from bevt_ds.data.draw_worker import encode_jpeg
 from bevt_ds.data.limits import Limits
-from bevt_ds.data.pack import pack
+from bevt_ds.data.packing import draw as draw_module
+from bevt_ds.data.packing.draw import draw, ensure_demo_shards
+from bevt_ds.data.packing.draw_worker import encode_jpeg
+from bevt_ds.data.packing.pack import pack
 from bevt_ds.errors import UserError
 
 
@@ -77,7 +77,7 @@ def test_pack_overwrites_nothing_and_leaves_nothing_half_done(
     def interrupt(data: bytes, limits: Limits) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bevt_ds.data.pack.check_image", interrupt)
+    monkeypatch.setattr("bevt_ds.data.packing.pack.check_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "new", "image", "train")
     assert [p.name for p in (tmp_path / "new").iterdir()] == [".train.unfinished"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bevt_ds.data.images import check_image
+from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.pipeline import LUMA, MEAN, STD, PixelPipeline, jitter_matrix, lanczos4_taps
+from bevt_ds.data.pixels.pipeline import LUMA, MEAN, STD, PixelPipeline, jitter_matrix, lanczos4_taps
 from bevt_ds.data.plan import PlanEntry
 
 S, V = 96, 48

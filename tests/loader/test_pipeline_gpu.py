@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from bevt_ds.config import Config
-from bevt_ds.data.draw_worker import encode_jpeg, encode_mp4
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.pipeline import PixelPipeline
+from bevt_ds.data.packing.draw_worker import encode_jpeg, encode_mp4
+from bevt_ds.data.pixels.pipeline import PixelPipeline
 from tests.loader.media import decode_clip
 
 S, V = 96, 48

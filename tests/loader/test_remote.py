@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from bevt_ds.config import Config, DataConfig
-from bevt_ds.data import cache as cache_module
-from bevt_ds.data.cache import ShardCache
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.remote import RemoteError, redacted
-from bevt_ds.data.shards import expand
-from bevt_ds.data.storage import Storage
+from bevt_ds.data.reading import cache as cache_module
+from bevt_ds.data.reading.cache import ShardCache
+from bevt_ds.data.reading.remote import RemoteError, redacted
+from bevt_ds.data.reading.shards import expand
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 from tests.loader.server import Server

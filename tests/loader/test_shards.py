@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from bevt_ds.data import index as index_module
-from bevt_ds.data.index import SUFFIX, load_shard, load_shards
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.members import read_member, split_name
-from bevt_ds.data.shards import expand
-from bevt_ds.data.tar_scan import scan
+from bevt_ds.data.reading import index as index_module
+from bevt_ds.data.reading.index import SUFFIX, load_shard, load_shards
+from bevt_ds.data.reading.members import read_member, split_name
+from bevt_ds.data.reading.shards import expand
+from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
 
 

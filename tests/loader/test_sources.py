@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bevt_ds.data.sources import Item, list_items
+from bevt_ds.data.packing.sources import Item, list_items
 from bevt_ds.errors import UserError
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bevt_ds.data.decode_pool import DecodePool
-from bevt_ds.data.images import check_image
+from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.pipeline import PixelPipeline
+from bevt_ds.data.pixels.pipeline import PixelPipeline
 from tests.loader.damage import mutate, quiet
 from tests.loader.media import encode_clip, noise
 

@@ -20,15 +20,16 @@ import fsspec
 import pytest
 
 from bevt_ds.config import DataConfig
-from bevt_ds.data import child, index, patience, tar_scan
-from bevt_ds.data.check import check
-from bevt_ds.data.index import SUFFIX, load_shard
+from bevt_ds.data.decoding import child
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.members import Member, read_at
-from bevt_ds.data.patience import Patience, StorageStalled, asking
-from bevt_ds.data.remote import RemoteError, glob_remote
-from bevt_ds.data.storage import Storage
+from bevt_ds.data.packing.check import check
+from bevt_ds.data.reading import index, patience, tar_scan
+from bevt_ds.data.reading.index import SUFFIX, load_shard
+from bevt_ds.data.reading.members import Member, read_at
+from bevt_ds.data.reading.patience import Patience, StorageStalled, asking
+from bevt_ds.data.reading.remote import RemoteError, glob_remote
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 
@@ -85,8 +86,8 @@ def test_a_run_on_a_stalled_shard_ends(shards: Path, tmp_path: Path, stall, with
 ENDS = """
 import sys, threading
 from bevt_ds.config import DataConfig
-from bevt_ds.data.members import Member
-from bevt_ds.data.storage import Storage
+from bevt_ds.data.reading.members import Member
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 storage = Storage(DataConfig(read_seconds=0.3))
 storage.read(Member(sys.argv[1], "k", "jpg", 512, 10, 0), StageTimes())
@@ -134,7 +135,7 @@ def released() -> Iterator[threading.Event]:
 
 def test_a_shard_that_stalls_when_it_is_opened(shards: Path, monkeypatch, released: threading.Event) -> None:
     """At the start of a run, before any sample is asked for."""
-    monkeypatch.setattr("bevt_ds.data.index._open_tar", lambda path: released.wait(20))
+    monkeypatch.setattr("bevt_ds.data.reading.index._open_tar", lambda path: released.wait(20))
     with pytest.raises(StorageStalled, match="shard .*image-000000.tar: no answer"):
         Storage(DataConfig(read_seconds=0.2)).load_shard(str(shards / "image-000000.tar"))
 

@@ -14,11 +14,11 @@ import av
 import numpy as np
 import pytest
 
-from bevt_ds.data import child
+from bevt_ds.data.decoding import child
+from bevt_ds.data.decoding.transcode import Profile, nearest, transcode
+from bevt_ds.data.decoding.video import opened, probe
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.pack import pack
-from bevt_ds.data.transcode import Profile, nearest, transcode
-from bevt_ds.data.video import opened, probe
+from bevt_ds.data.packing.pack import pack
 from bevt_ds.errors import UserError
 from tests.loader.media import decode_clip, encode_clip, shades
 
@@ -96,8 +96,8 @@ def test_the_same_bytes_for_any_number_of_processes(clip: bytes, tmp_path: Path)
 PACK = """
 import os, signal, sys
 from pathlib import Path
-from bevt_ds.data.pack import pack
-from bevt_ds.data.shard_writer import ShardWriter
+from bevt_ds.data.packing.pack import pack
+from bevt_ds.data.packing.shard_writer import ShardWriter
 note, written = ShardWriter.note, []
 def dying(self, event):
     written.append(1) if "shard" in event else None
@@ -133,7 +133,7 @@ def test_an_unfinished_packing_of_something_else_is_not_continued(clip: bytes, t
     source.mkdir()
     (source / "a.mp4").write_bytes(clip)
     with monkeypatch.context() as patch:
-        patch.setattr("bevt_ds.data.pack._write_reports", lambda *_: 1 / 0)
+        patch.setattr("bevt_ds.data.packing.pack._write_reports", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pack(source, tmp_path / "out", "video")
     with pytest.raises(UserError, match="unfinished packing of other files or with other options"):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 
-from bevt_ds.data.cut import Box
+from bevt_ds.data.decoding.cut import Box
+from bevt_ds.data.decoding.video import RgbWriter, Video, probe
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.video import RgbWriter, Video, probe
 from tests.loader.media import decode_clip
 
 LIMITS = Limits()

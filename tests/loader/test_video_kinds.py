@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 
+from bevt_ds.data.decoding.transcode import Profile, transcode
+from bevt_ds.data.decoding.video import fits_gpu, opened, probe
 from bevt_ds.data.limits import Limits
-from bevt_ds.data.transcode import Profile, transcode
-from bevt_ds.data.video import fits_gpu, opened, probe
 from tests.loader.media import decode_clip, encode_clip, numbers_of, shades
 
 LIMITS = Limits()

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from bevt_ds.data.lists import read_rows
-from bevt_ds.data.members import EXTENSIONS
+from bevt_ds.data.packing.lists import read_rows
+from bevt_ds.data.reading.members import EXTENSIONS
 from bevt_ds.errors import UserError
 
 _SYNSET = re.compile(r"n\d{8}")  # how ImageNet names its folders

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from bevt_ds.data.members import BLOCK, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Shard, read_at, split_name
-from bevt_ds.data.patience import asking
+from bevt_ds.data.reading.members import BLOCK, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Shard, read_at, split_name
+from bevt_ds.data.reading.patience import asking
 from bevt_ds.errors import UserError
 
 _CHUNK = 1 << 20

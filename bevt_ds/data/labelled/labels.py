@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from bevt_ds.data.members import Shard
-from bevt_ds.data.remote import is_remote, redacted
+from bevt_ds.data.reading.members import Shard
+from bevt_ds.data.reading.remote import is_remote, redacted
 from bevt_ds.errors import UserError
 
 MOST_CLASSES = 1 << 14  # more are a mistake, such as a video's number or caption; their confusion matrix has 2 GiB

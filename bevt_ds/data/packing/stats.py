@@ -21,11 +21,11 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from bevt_ds.config import DataConfig  # noqa: E402
-from bevt_ds.data.decode_pool import DecodePool  # noqa: E402
+from bevt_ds.data.decoding.pool import DecodePool  # noqa: E402
 from bevt_ds.data.limits import BadSample, Limits  # noqa: E402
-from bevt_ds.data.members import Member  # noqa: E402
 from bevt_ds.data.plan import StreamId, StreamPlan  # noqa: E402
-from bevt_ds.data.storage import Storage  # noqa: E402
+from bevt_ds.data.reading.members import Member  # noqa: E402
+from bevt_ds.data.reading.storage import Storage  # noqa: E402
 from bevt_ds.data.timing import StageTimes  # noqa: E402
 from bevt_ds.errors import UserError  # noqa: E402
 

@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from itertools import chain
 
-from bevt_ds.data.patience import asking
-from bevt_ds.data.remote import PIPE, RemoteError, can_list, glob_remote, is_remote, redacted
+from bevt_ds.data.reading.patience import asking
+from bevt_ds.data.reading.remote import PIPE, RemoteError, can_list, glob_remote, is_remote, redacted
 from bevt_ds.errors import UserError
 
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")

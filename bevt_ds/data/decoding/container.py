@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bevt_ds.data.avi import check_avi, is_avi
+from bevt_ds.data.decoding.avi import check_avi, is_avi
+from bevt_ds.data.decoding.matroska import MAGIC, check_matroska
+from bevt_ds.data.decoding.mp4 import TOP_LEVEL, check_mp4
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.matroska import MAGIC, check_matroska
-from bevt_ds.data.mp4 import TOP_LEVEL, check_mp4
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import av
 import numpy as np
 
+from bevt_ds.data.decoding.video import Video, opened
 from bevt_ds.data.limits import Limits
-from bevt_ds.data.video import Video, opened
 
 # Chosen by measurement, see docs/data.md: what makes decoding dear is the deblocking filter and CABAC, which
 # `fastdecode` leaves out; one reference frame and no B-frames let a clip start at any keyframe without detours.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bevt_ds.data.scene import OUTLINES, Extent, Shape, Texture
+from bevt_ds.data.packing.scene import OUTLINES, Extent, Shape, Texture
 
 SHAPES = (2, 4)
 RADII = (0.14, 0.24)

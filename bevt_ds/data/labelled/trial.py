@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from bevt_ds.config import LabelledDataConfig, ViewsConfig
-from bevt_ds.data.decode_pool import DecodePool
-from bevt_ds.data.labelled_plan import ViewPlan
+from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.labelled.plan import ViewPlan
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.members import Shard
-from bevt_ds.data.remote import redacted
-from bevt_ds.data.storage import Storage
+from bevt_ds.data.reading.members import Shard
+from bevt_ds.data.reading.remote import redacted
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 

@@ -1,4 +1,4 @@
-"""A process that works on one video at a time: `python -m bevt_ds.data.decode_worker NUMBER`, driven by DecodePool.
+"""A process that works on one video at a time: `python -m bevt_ds.data.decoding.worker NUMBER`, driven by DecodePool.
 
 A JSON line and the file's bytes in; JSON behind its length and, where it says so, bytes out. Pixels go to the
 SharedMemory of that file NUMBER. A separate program rather than a fork: it imports neither torch nor the entry, and a
@@ -20,14 +20,14 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
-from bevt_ds.data import child
-from bevt_ds.data.cut import Box, Crop, source_box
-from bevt_ds.data.frame_choice import CHOICES
-from bevt_ds.data.images import check_image, decode_image
+from bevt_ds.data.decoding import child
+from bevt_ds.data.decoding.cut import Box, Crop, source_box
+from bevt_ds.data.decoding.frame_choice import CHOICES
+from bevt_ds.data.decoding.images import check_image, decode_image
+from bevt_ds.data.decoding.shared_memory import SharedMemory
+from bevt_ds.data.decoding.transcode import Profile, transcode
+from bevt_ds.data.decoding.video import opened, probe
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.shared_memory import SharedMemory
-from bevt_ds.data.transcode import Profile, transcode
-from bevt_ds.data.video import opened, probe
 
 Answer = tuple[dict[str, Any], bytes]
 Work = Callable[[bytes, Limits, dict[str, Any]], Answer]

@@ -22,10 +22,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bevt_ds.data.members import BLOCK, COLUMNS, EXTENSIONS, Shard, read_at
-from bevt_ds.data.patience import asking
-from bevt_ds.data.remote import redacted
-from bevt_ds.data.tar_scan import scan
+from bevt_ds.data.reading.members import BLOCK, COLUMNS, EXTENSIONS, Shard, read_at
+from bevt_ds.data.reading.patience import asking
+from bevt_ds.data.reading.remote import redacted
+from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
 
 VERSION = 3

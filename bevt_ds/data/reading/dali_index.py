@@ -5,7 +5,7 @@ from __future__ import annotations
 import tarfile
 from pathlib import Path
 
-from bevt_ds.data.index import write_atomic
+from bevt_ds.data.reading.index import write_atomic
 
 VERSION = "v1.2"
 

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 
 from bevt_ds.config import ReadingConfig
-from bevt_ds.data.cache import ShardCache
-from bevt_ds.data.index import cache_home, load_shard, load_shards, read_index, write_index
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.members import Member, Shard, read_from, read_member
-from bevt_ds.data.patience import Patience, asking
-from bevt_ds.data.remote import RemoteError, is_remote, redacted
-from bevt_ds.data.shards import expand
-from bevt_ds.data.tar_scan import scan
+from bevt_ds.data.reading.cache import ShardCache
+from bevt_ds.data.reading.index import cache_home, load_shard, load_shards, read_index, write_index
+from bevt_ds.data.reading.members import Member, Shard, read_from, read_member
+from bevt_ds.data.reading.patience import Patience, asking
+from bevt_ds.data.reading.remote import RemoteError, is_remote, redacted
+from bevt_ds.data.reading.shards import expand
+from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bevt_ds.data.decode_pool import DecodePool
-from bevt_ds.data.images import check_image
-from bevt_ds.data.index import write_atomic
+from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.decoding.transcode import Profile
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.shard_writer import Event, ShardLimits, ShardWriter
-from bevt_ds.data.sources import Item, list_items
-from bevt_ds.data.transcode import Profile
+from bevt_ds.data.packing.shard_writer import Event, ShardLimits, ShardWriter
+from bevt_ds.data.packing.sources import Item, list_items
+from bevt_ds.data.reading.index import write_atomic
 from bevt_ds.errors import UserError
 
 SHARD_BYTES = 1 << 30

@@ -19,8 +19,8 @@ import numpy as np
 from av.filter import Graph
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
-from bevt_ds.data.container import Container, check_container
-from bevt_ds.data.cut import Box
+from bevt_ds.data.decoding.container import Container, check_container
+from bevt_ds.data.decoding.cut import Box
 from bevt_ds.data.limits import BadSample, Limits
 
 # Frame numbers follow presentation times only where the container states them for every packet.

@@ -14,17 +14,17 @@ import torch
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config import LabelledDataConfig, ViewsConfig
-from bevt_ds.data.cpu_pixels import single_core_threads
-from bevt_ds.data.labelled_plan import LabelledPlan, ViewPlan
-from bevt_ds.data.labelled_reader import ClipReader, LabelledShards, ViewReader
-from bevt_ds.data.labelled_trial import require_decodable
-from bevt_ds.data.labels import Classes, expected_count, read_classes
+from bevt_ds.data.labelled.labels import Classes, expected_count, read_classes
+from bevt_ds.data.labelled.plan import LabelledPlan, ViewPlan
+from bevt_ds.data.labelled.reader import ClipReader, LabelledShards, ViewReader
+from bevt_ds.data.labelled.trial import require_decodable
 from bevt_ds.data.ledger import Ledger, Skips
 from bevt_ds.data.loader import LEDGER, BackgroundLoader, Exchange, open_resources
-from bevt_ds.data.members import Shard
+from bevt_ds.data.pixels.cpu_pixels import single_core_threads
+from bevt_ds.data.pixels.randaugment import TOP
 from bevt_ds.data.plan import StreamId, slots_of
-from bevt_ds.data.randaugment import TOP
-from bevt_ds.data.storage import Storage
+from bevt_ds.data.reading.members import Shard
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.stream import Resources, Ticket
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.validate import check_views, micro_steps_of, need

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from bevt_ds.data import child
-from bevt_ds.data.cut import Crop
+from bevt_ds.data.decoding import child
+from bevt_ds.data.decoding.cut import Crop
+from bevt_ds.data.decoding.shared_memory import SharedMemory
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.shared_memory import SharedMemory
 
 ATTEMPTS = 2  # a worker may die for reasons that are not the sample's: memory, a stray signal
 MOST_RESIDENT = 2 << 30  # bytes; a worker that holds more is replaced
@@ -47,7 +47,7 @@ class DecodeWorker:
         self._memory = SharedMemory()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            child.command("bevt_ds.data.decode_worker", str(self._memory.number)),
+            child.command("bevt_ds.data.decoding.worker", str(self._memory.number)),
             env=child.environment(),
             pass_fds=[self._memory.number],
             stdin=subprocess.PIPE,
@@ -185,9 +185,9 @@ class DecodePool:
     ) -> Future[tuple[Reply, Any]]:
         """Clips of one video, decoded together: what `receive` makes of them. The future raises BadSample.
 
-        positions: where each clip lies, as `choice` takes it: one of bevt_ds.data.frame_choice.CHOICES. receive: called
-        in a thread of the pool; without it the frames are copied, uint8 (k,F,H,W,3). crops: the part of each clip that
-        a cubic resize needs; pixels elsewhere are arbitrary.
+        positions: where each clip lies, as `choice` takes it: one of frame_choice.CHOICES. receive: called in a thread
+        of the pool; without it the frames are copied, uint8 (k,F,H,W,3). crops: the part of each clip that a cubic
+        resize needs; pixels elsewhere are arbitrary.
         """
         clip = {"choice": choice, "positions": positions, "frames": frames, "stride": stride, "crops": crops}
         return self._threads.submit(self._answer, load, {"work": "clips", **clip}, receive or _copied)
@@ -197,7 +197,7 @@ class DecodePool:
         return self.submit(load, {"work": "describe", "kind": "video"})
 
     def submit(self, load: Load, request: dict[str, Any]) -> Future[tuple[Reply, np.ndarray]]:
-        """Any work of decode_worker on the file that `load` returns."""
+        """Any work of worker.py on the file that `load` returns."""
         return self._threads.submit(self._answer, load, request)
 
     def close(self) -> None:

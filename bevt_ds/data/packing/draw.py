@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bevt_ds.data import child
-from bevt_ds.data.pack import pack
+from bevt_ds.data.decoding import child
+from bevt_ds.data.packing.pack import pack
 from bevt_ds.errors import UserError
 
 DEMO_SPLITS = {"train": (320, 1024), "eval": (48, 96)}  # clips, images
@@ -26,7 +26,9 @@ def draw(folder: Path, clips: int, images: int, seed: int = 0, jobs: int | None 
     jobs = jobs or len(os.sched_getaffinity(0))
     with _appearing(folder) as unfinished:
         commands = [
-            child.command("bevt_ds.data.draw_worker", str(unfinished), *map(str, (clips, images, seed, part, jobs)))
+            child.command(
+                "bevt_ds.data.packing.draw_worker", str(unfinished), *map(str, (clips, images, seed, part, jobs))
+            )
             for part in range(jobs)
         ]
         parts = [subprocess.Popen(command, env=child.environment()) for command in commands]

@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from bevt_ds.data.index import SUFFIX, await_turn, looks_like, read_index, write_atomic
-from bevt_ds.data.patience import asking
-from bevt_ds.data.remote import RemoteError, Source, open_source, redacted
+from bevt_ds.data.reading.index import SUFFIX, await_turn, looks_like, read_index, write_atomic
+from bevt_ds.data.reading.patience import asking
+from bevt_ds.data.reading.remote import RemoteError, Source, open_source, redacted
 from bevt_ds.errors import UserError
 
 ATTEMPTS = 5

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bevt_ds.data.cut import Crop, cut
-from bevt_ds.data.pipeline import MEAN, STD, lanczos4_taps
+from bevt_ds.data.decoding.cut import Crop, cut
+from bevt_ds.data.pixels.pipeline import MEAN, STD, lanczos4_taps
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.timing import StageTimes
 

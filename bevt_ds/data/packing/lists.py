@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bevt_ds.data.members import EXTENSIONS
+from bevt_ds.data.reading.members import EXTENSIONS
 from bevt_ds.errors import UserError
 
 Row = tuple[str, str]  # a file's name, perhaps without its extension, and its label, "" where there is none

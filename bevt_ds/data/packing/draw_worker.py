@@ -1,4 +1,4 @@
-"""A process that draws its share of the media: `python -m bevt_ds.data.draw_worker`, started by draw()."""
+"""A process that draws its share of the media: `python -m bevt_ds.data.packing.draw_worker`, started by draw()."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from bevt_ds.data.scene import Extent, render
+from bevt_ds.data.packing.scene import Extent, render
 from bevt_ds.rng import Use, generator
 
 FPS = 25

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config import LabelledDataConfig, ViewsConfig
-from bevt_ds.data.clip_pixels import (
+from bevt_ds.data.decoding.pool import Load
+from bevt_ds.data.labelled.labels import Classes
+from bevt_ds.data.labelled.plan import LabelledEntry, LabelledPlan, ViewPlan
+from bevt_ds.data.ledger import Ledger
+from bevt_ds.data.limits import BadSample
+from bevt_ds.data.pixels.clip_pixels import (
     as_frames,
     erased_box,
     normalised,
@@ -25,14 +30,9 @@ from bevt_ds.data.clip_pixels import (
     view_boxes,
     with_short_side,
 )
-from bevt_ds.data.decode_pool import Load
-from bevt_ds.data.labelled_plan import LabelledEntry, LabelledPlan, ViewPlan
-from bevt_ds.data.labels import Classes
-from bevt_ds.data.ledger import Ledger
-from bevt_ds.data.limits import BadSample
-from bevt_ds.data.members import Shard
-from bevt_ds.data.randaugment import randaugment
-from bevt_ds.data.remote import redacted
+from bevt_ds.data.pixels.randaugment import randaugment
+from bevt_ds.data.reading.members import Shard
+from bevt_ds.data.reading.remote import redacted
 from bevt_ds.data.stream import Resources, SampleReader, Ticket
 from bevt_ds.rng import Use
 

@@ -17,13 +17,13 @@ from typing import Any
 from tqdm import tqdm
 
 from bevt_ds.config import DataConfig
-from bevt_ds.data.decode_pool import DecodePool
+from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.decoding.video import fits_gpu
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.members import EXTENSIONS, Member, Shard
-from bevt_ds.data.patience import StorageStalled
-from bevt_ds.data.storage import Storage
+from bevt_ds.data.reading.members import EXTENSIONS, Member, Shard
+from bevt_ds.data.reading.patience import StorageStalled
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
-from bevt_ds.data.video import fits_gpu
 from bevt_ds.errors import UserError
 
 SECONDS_A_FILE = 600.0

@@ -1,0 +1,1 @@
+"""Labelled videos, for fine-tuning, evaluation and probes."""

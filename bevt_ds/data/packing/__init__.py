@@ -1,0 +1,1 @@
+"""Making, checking and describing shards: what `bevt shards` does."""

@@ -1,0 +1,1 @@
+"""From frames and pictures to what a network takes."""

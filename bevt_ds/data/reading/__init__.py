@@ -1,0 +1,1 @@
+"""Bytes of samples: shards and their indexes, on disks, file servers and behind URLs."""
