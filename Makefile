@@ -56,7 +56,7 @@ kernels-check: env  ## compile every kernel for sm_80 and sm_90 and compare regi
 bench-smoke: env  ## what this commit costs on a CPU beside its parent, as ratios (BASE=commit for another; 2 minutes)
 	$(BIN)/python -m benchmarks.smoke --base $(BASE)
 
-study: env  ## what joint pretraining is worth where only motion tells classes apart (an hour; SMALL=1: 10 minutes)
+study: env  ## what joint pretraining is worth where only motion tells classes apart (70 minutes; SMALL=1: 10 minutes)
 	$(BIN)/python -m benchmarks.study $(if $(SMALL),--small)
 
 lock: env  ## resolve requirements.lock anew

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import append_row, provenance, read_rows
+from benchmarks.study_baseline import copy_accuracy
 from benchmarks.study_data import prepare
 from benchmarks.study_page import best_rate, draw_classes, write_page
-from benchmarks.study_runs import ARMS, Scale, finetune, pretrain
+from benchmarks.study_runs import ARMS, Scale, finetune, masked_accuracy, pretrain
 from bevt_ds.entry import run
 from bevt_ds.errors import UserError
 
@@ -40,7 +41,7 @@ FEW = Scale(
     labels=10,
     validated=20,
     tested=80,
-    pretrain_steps=1800,
+    pretrain_steps=12_000,
     finetune_epochs=80,
     rates=(2.5e-4, 5e-4, 1e-3),
     seeds=(0, 1, 2),
@@ -123,13 +124,21 @@ class Study:
 
     def _pretraining(self, arm: str) -> Job:
         scale = self.scales[0]
-        return Job(f"pretrain {arm}", scale.pretrain_clips(), lambda: pretrain(self.folder, scale, arm))
+
+        def run() -> str:
+            said = pretrain(self.folder, scale, arm)
+            if not any(row.get("pretraining") == arm for row in self.rows()):
+                copying = {"copying": copy_accuracy()} if arm == "joint" else {}
+                self._note({"pretraining": arm, **masked_accuracy(self.folder, arm), **copying})
+            return said
+
+        return Job(f"pretrain {arm}", scale.pretrain_clips(), run)
 
     def _finetuning(self, scale: Scale, arm: str, seed: int, rate: float | None = None) -> Job:
         """Without a rate, the one that validation chose."""
 
         def run() -> str:
-            rows = [row for row in self.rows() if row["scale"]["labels"] == scale.labels]
+            rows = [row for row in self.rows() if "arm" in row and row["scale"]["labels"] == scale.labels]
             lr = rate or best_rate(rows, arm)
             done = [row for row in rows if (row["arm"], row["seed"], row["lr"]) == (arm, seed, lr)]
             row = done[0] if done else self._measure(scale, arm, seed, lr)
@@ -141,9 +150,12 @@ class Study:
         """Run the commands and append their row."""
         facts = {"arm": arm, "seed": seed, "lr": lr}
         row = {**facts, **finetune(self.folder, scale, **facts), "scale": asdict(scale)}
+        self._note(row)
+        return row
+
+    def _note(self, row: dict[str, Any]) -> None:
         with self.lock:
             append_row(self.results, row | {"provenance": machine()})
-        return row
 
 
 def machine() -> dict[str, Any]:

@@ -47,14 +47,16 @@ def by_labels(rows: Sequence[Row]) -> dict[int, list[Row]]:
 
 def write_page(rows: Sequence[Row], page: Path, picture: Path) -> str:
     """Draw both files and return the page."""
+    curves, rows = [row for row in rows if "pretraining" in row], [row for row in rows if "arm" in row]
     parts = by_labels(rows)
     lines = ["# Study: what pretraining is worth where only motion tells the classes apart", ""]
     lines += [f"Test accuracy, mean (lowest to highest seed); chance is {1 / len(COURSES):.1%}.", ""]
     for part in parts.values():
         lines += _section(part)
+    lines += _pretraining(curves) if curves else []
     text = "\n".join([*lines, *_provenance(rows)]) + "\n"
     page.write_text(text)
-    draw({count: measured(part) for count, part in parts.items()}, picture)
+    draw({count: measured(part) for count, part in parts.items()}, curves, picture)
     return text
 
 
@@ -69,6 +71,17 @@ def _section(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {TITLES[arm]} | {best_rate(rows, arm):g} | " + " | ".join(cells) + " |"
     yield ""
     yield _verdict(values)
+    yield ""
+
+
+def _pretraining(curves: Sequence[Row]) -> Iterator[str]:
+    """How often masked cells are right at the end, beside copying them from the nearest visible frame."""
+    yield from ("## Pretraining", "", "| start | steps | clips' masked cells | copying them | pictures' masked cells |")
+    yield "|---|---|---|---|---|"
+    for row in curves:
+        cells = [f"{row[kind][-1]:.1%}" if kind in row else "" for kind in ("video", "image")]
+        copying = f"{row['copying']:.1%}" if "copying" in row else ""
+        yield f"| {TITLES[row['pretraining']]} | {row['steps'][-1]:,} | {cells[0]} | {copying} | {cells[1]} |"
     yield ""
 
 
@@ -89,12 +102,13 @@ def _provenance(rows: Sequence[Row]) -> Iterator[str]:
         yield f"* {name}: {seen[0] if len(seen) == 1 else f'{seen[0]} to {seen[-1]}'}"
 
 
-def draw(parts: dict[int, dict[str, dict[str, list[float]]]], picture: Path) -> None:
-    """Bars of the mean with a dot for each seed; a panel for each number of labels."""
+def draw(parts: dict[int, dict[str, dict[str, list[float]]]], curves: Sequence[Row], picture: Path) -> None:
+    """Bars of the mean with a dot for each seed; a panel for each number of labels, and one for pretraining."""
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(len(parts), figsize=(7, 2.9 * len(parts)), layout="constrained", squeeze=False)
-    for axes, (labels, values) in zip(panels[:, 0], parts.items(), strict=True):
+    count = len(parts) + bool(curves)
+    figure, panels = pyplot.subplots(count, figsize=(7, 2.9 * count), layout="constrained", squeeze=False)
+    for axes, (labels, values) in zip(panels[: len(parts), 0], parts.items(), strict=True):
         for i, (arm, columns) in enumerate(values.items()):
             places = [j + 0.27 * (i - 1) for j in range(len(columns))]
             axes.bar(places, [mean(v) for v in columns.values()], 0.25, color=COLOURS[i], label=TITLES[arm])
@@ -106,9 +120,28 @@ def draw(parts: dict[int, dict[str, dict[str, list[float]]]], picture: Path) -> 
         axes.set_ylim(0, 1)
         axes.set_title(f"{labels} training clips a class", fontsize=9)
     panels[0, 0].legend(frameon=False, fontsize=8, ncols=4, loc="upper center")
+    if curves:
+        _draw_curves(panels[-1, 0], curves)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=100)
     pyplot.close(figure)
+
+
+def _draw_curves(axes: Any, curves: Sequence[Row]) -> None:
+    """Masked accuracy over the steps of pretraining."""
+    for row in curves:
+        colour = COLOURS[list(TITLES).index(row["pretraining"])]
+        for kind, style in (("video", "-"), ("image", "--")):
+            if kind in row:
+                label = f"{TITLES[row['pretraining']]}, {'clips' if kind == 'video' else 'pictures'}"
+                axes.plot(row["steps"], row[kind], style, color=colour, label=label)
+        if "copying" in row:
+            axes.axhline(row["copying"], color="0.3", linewidth=0.8, linestyle=":", label="copying the nearest frame")
+    axes.set_xlabel("steps of pretraining")
+    axes.set_ylabel("masked cells right")
+    axes.set_ylim(0, 1)
+    axes.set_title("pretraining", fontsize=9)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
 
 
 def draw_classes(picture: Path, seed: int = 7) -> None:

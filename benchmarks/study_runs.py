@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.common import read_rows
@@ -19,6 +20,7 @@ ARMS = ("scratch", "images", "joint")
 CLIPS, PICTURES = 16, 8  # a step of joint pretraining
 PICTURES_A_CLIP = FRAMES // 2  # pictures with as many tokens as a clip
 BATCH = 16  # clips a step of fine-tuning
+POINTS = 20  # at most, of the curve of a pretraining
 TAIL = 20  # lines of a log that a failure shows
 
 PRETRAIN = (
@@ -110,6 +112,20 @@ def pretrain(folder: Path, scale: Scale, arm: str) -> str:
         _call("pretrain", words, folder / f"{arm}.log")
     *_, last = read_rows(folder / arm / "log.jsonl")
     return ", ".join(f"{name} {last[name]:.3f}" for name in ("loss_video", "loss_image") if name in last)
+
+
+def masked_accuracy(folder: Path, arm: str) -> dict[str, list[float]]:
+    """What pretraining learned, from its log: "steps", and by then the share of masked cells it gets right.
+
+    "video" and "image" are means over all that was logged since the step before.
+    """
+    rows = list(read_rows(folder / arm / "log.jsonl"))
+    points = min(POINTS, len(rows))
+    ends = [(i + 1) * len(rows) // points for i in range(points)]
+    parts = [rows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    kinds = [kind for kind in ("video", "image") if f"acc_{kind}" in rows[-1]]
+    means = {kind: [round(mean(row[f"acc_{kind}"] for row in part), 4) for part in parts] for kind in kinds}
+    return {"steps": [part[-1]["step"] + 1 for part in parts], **means}
 
 
 def finetune(folder: Path, scale: Scale, arm: str, seed: int, lr: float) -> dict[str, Any]:

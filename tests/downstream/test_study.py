@@ -13,7 +13,7 @@ from benchmarks import study
 from benchmarks.study_baseline import copied
 from benchmarks.study_data import prepare
 from benchmarks.study_page import best_rate, measured, write_page
-from benchmarks.study_runs import ARMS, Scale
+from benchmarks.study_runs import ARMS, Scale, masked_accuracy
 from bevt_ds.data.packing.motion import COURSES
 from bevt_ds.errors import UserError
 
@@ -68,12 +68,17 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "prepare", lambda *_: None)
     monkeypatch.setattr(study, "pretrain", lambda *_: "done")
+    monkeypatch.setattr(study, "masked_accuracy", lambda folder, arm: {"steps": [1], "image": [0.1]})
+    monkeypatch.setattr(study, "copy_accuracy", lambda: 0.5)
     monkeypatch.setattr(study, "finetune", finetune)
     study.carry_out(study.Study(tmp_path, TINY))
     first = {(arm, 0, lr) for arm in ARMS for lr in TINY.rates}
     assert sorted(asked) == sorted(first | {(arm, 1, 1e-2) for arm in ARMS}), "the rate with the better validation"
     study.carry_out(study.Study(tmp_path, TINY))
     assert len(asked) == 9
+    curves = {r["pretraining"]: r.get("copying") for r in study.Study(tmp_path, TINY).rows() if "pretraining" in r}
+    assert curves == {"joint": 0.5, "images": None}
+    assert len(study.Study(tmp_path, TINY).rows()) == 9 + 2
 
 
 def test_a_folder_holds_one_scale(tmp_path):
@@ -121,6 +126,25 @@ def test_each_number_of_labels_has_its_table(tmp_path):
     assert text.index("## 2 training clips") < text.index("## 30 training clips")
 
 
+def test_the_page_shows_pretraining(tmp_path):
+    """A curve is drawn, not taken for a result."""
+    curve = {"pretraining": "joint", "steps": [600, 1200], "video": [0.3, 0.625], "image": [0.2, 0.4], "copying": 0.5}
+    rows = [{**curve, "provenance": {"cpu": "a"}}, *rows_of(dict.fromkeys(ARMS, (0.5,)))]
+    text = write_page(rows, tmp_path / "page.md", tmp_path / "plot.png")
+    assert "| joint (BEVT) | 1,200 | 62.5% | 50.0% | 40.0% |" in text
+
+
+@pytest.mark.parametrize("count", [2, 30, 45])
+def test_masked_accuracy_is_a_mean_over_the_log(tmp_path, count):
+    (tmp_path / "images").mkdir()
+    rows = [{"step": 50 * i + 49, "acc_image": i / count, "loss": 1.0} for i in range(count)]
+    (tmp_path / "images" / "log.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+    curve = masked_accuracy(tmp_path, "images")
+    assert curve["steps"][-1] == 50 * count and len(curve["steps"]) == min(count, 20) and "video" not in curve
+    lengths = np.diff([0, *curve["steps"]]) / 50
+    assert np.average(curve["image"], weights=lengths) == pytest.approx(np.mean(np.arange(count) / count), abs=1e-4)
+
+
 def test_copying_is_right_where_nothing_moves():
     ids, mask = np.zeros((4, 1, 2), int), np.zeros((4, 1, 2), bool)
     ids[2:, 0, 1], mask[1:3, 0, :] = 1, True
@@ -141,6 +165,5 @@ def test_groups_are_means_of_their_classes():
 def test_the_study_on_the_projects_own_commands(tmp_path):
     tiny = study.Study(tmp_path, replace(TINY, rates=(1e-3,), seeds=(0,)))
     study.carry_out(tiny)
-    assert [(r["arm"], r["seed"]) for r in sorted(tiny.rows(), key=lambda r: ARMS.index(r["arm"]))] == [
-        (arm, 0) for arm in ARMS
-    ]
+    assert {(r["arm"], r["seed"]) for r in tiny.rows() if "arm" in r} == {(arm, 0) for arm in ARMS}
+    assert {r["pretraining"]: r["steps"] for r in tiny.rows() if "pretraining" in r} == {"joint": [1], "images": [1]}
