@@ -16,7 +16,8 @@ from benchmarks.common import read_rows  # noqa: E402
 
 Rows = list[dict[str, Any]]
 DECODING = "decoding_cpu_s_per_clip"
-# row, the row it is compared with (None: the best DataLoader on raw shards), how many times as fast it has to be
+# row, the row it is compared with (None: the best DataLoader on raw shards), how many times as fast it has to be; the
+# factor of shards with a lower rate is that of 16x8
 TARGETS = [
     ("ours, raw", None, 1.2),
     ("ours, packed", None, 1.5),
@@ -104,21 +105,23 @@ def _spread(values: list[float | None], form: str) -> str:
 
 def _targets(rows: Rows) -> Iterator[str]:
     yield from ("## What was to be reached", "")
-    yield "Times as many clips for the same CPU time, and in the same time. Best: the DataLoader that needs least CPU"
-    yield "time on raw shards. At most: what several clips a video would give if they cost no more decoding than none;"
-    yield "the rest, from RGB to the network's pixels, each clip needs for itself."
+    yield "Times as many clips for the same CPU time, and in the same time; best: the DataLoader on raw shards that"
+    yield "needs least CPU time, or gives most clips/s. At most: what several clips a video would give if they cost no"
+    yield "more decoding than none; the rest, from RGB to the network's pixels, each clip needs for itself."
     yield from ("", "| videos | row | against | to reach | CPU | at most | clips/s |", "|---|---|---|---|---|---|---|")
     for size, sampling, group in groups(rows):
-        best = min((n for n in group if n.startswith("D") and n.endswith(", raw")), key=lambda n: _middle(group, n))
+        rivals = [n for n in group if n.startswith("D") and _middle(group, n) < float("inf") and n.endswith(", raw")]
         for name, other, factor in TARGETS:
-            other = other or best
-            if float("inf") in (_middle(group, other), _middle(group, name)):
+            leanest = other or min(rivals, key=lambda n: _middle(group, n))
+            fastest = other or max(rivals, key=lambda n: _middle(group, n, "clips_per_s"))
+            if float("inf") in (_middle(group, leanest), _middle(group, name)):
                 continue
-            cpu = _middle(group, other) / _middle(group, name)
-            speed = _middle(group, name, "clips_per_s") / _middle(group, other, "clips_per_s")
-            shown = f"best: {other}" if other == best else other
-            verdict = "" if cpu >= factor else " (not reached)"
-            reached = f"{factor}x | {cpu:.2f}x{verdict} | {_bound(group, other)} | {speed:.2f}x"
+            cpu = _middle(group, leanest) / _middle(group, name)
+            speed = _middle(group, name, "clips_per_s") / _middle(group, fastest, "clips_per_s")
+            wanted = "" if "fps=" in name and other is None and sampling != "16x8" else f"{factor}x"
+            verdict = " (not reached)" if wanted and cpu < factor else ""
+            shown = other or f"best: {' / '.join(dict.fromkeys((leanest, fastest)))}"
+            reached = f"{wanted} | {cpu:.2f}x{verdict} | {_bound(group, other) if other else ''} | {speed:.2f}x"
             yield f"| {size}, {sampling} | {name} | {shown} | {reached} |"
     yield ""
 
