@@ -84,7 +84,7 @@ OPTIONS = ProbeConfig(epochs=12, least_steps=0, batch=32, lr=3e-3)
 
 def test_attentive_probe_finds_the_token_that_the_mean_hides():
     train, test = needle(256, seed=0), needle(128, seed=1)
-    attends = trained(attentive, *train, OPTIONS)[0]
+    attends = trained(attentive, *train, replace(OPTIONS, epochs=36))[0]  # after 12 some versions of torch are at 0.85
     averages = trained(linear, pooled(train[0]), train[1], OPTIONS)[0]
     assert accuracy(attends, *test) > 0.95
     assert accuracy(averages, pooled(test[0]), test[1]) < 0.6
