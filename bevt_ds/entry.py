@@ -63,6 +63,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     """
     try:
         code = main(sys.argv[1:])
+        _leave_ranks()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
@@ -78,6 +79,13 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _leave_ranks() -> None:
+    """End the process group, if there is one: its threads can abort a process that ends around them."""
+    distributed = sys.modules.get("torch.distributed")  # only where it was needed: torch takes seconds to import
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def shipped_json(name: str) -> str:
