@@ -10,6 +10,8 @@ from bevt_ds.batch import Batch
 from bevt_ds.model.tokenizers import Tokenizer
 from bevt_ds.model.tokenizers.dalle import GAIN, GROUPS, OUTPUT, DalleTokenizer
 
+from .step_batch import all_frames
+
 
 def convolve(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
     """A convolution that keeps the size, by its name in the encoder's state dict."""
@@ -43,7 +45,8 @@ def every_id(tokenizer: Tokenizer, batch: Batch) -> list[Tensor]:
     encode = tokenizer.encode
     if isinstance(tokenizer, DalleTokenizer):
         encode = lambda frames: plain_logits(tokenizer, frames).argmax(1)  # noqa: E731
-    views = [stream.view for stream in (batch.video, batch.image) if stream is not None]
-    pictures = [view.flatten(0, -4) for view in views]
-    parts = encode(torch.cat(pictures)).split([len(p) for p in pictures])
-    return [ids.view(*view.shape[:-3], *ids.shape[1:]) for view, ids in zip(views, parts, strict=True)]
+    full = all_frames(batch)
+    streams = [stream for stream in (full.video, full.image) if stream is not None]
+    parts = encode(torch.cat([s.view for s in streams])).split([len(s.view) for s in streams])
+    shapes = [(len(s.pixels), *s.pixels[0, 0].shape[:-2]) for s in streams]
+    return [ids.unflatten(0, shape) for shape, ids in zip(shapes, parts, strict=True)]

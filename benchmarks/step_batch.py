@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bevt_ds.batch import Batch, Stream
 from bevt_ds.config import DataConfig, MaskConfig
-from bevt_ds.data.masks import row_index
+from bevt_ds.data.masks import masked_frames, row_index
 from bevt_ds.data.plan import StreamId, StreamPlan
 
 
@@ -26,14 +26,13 @@ def resident_batch(
 def _stream(kind: StreamId, data: DataConfig, count: int, draw: torch.Generator) -> Stream:
     plan = StreamPlan(kind, [count], data, seed=0, global_size=count)
     masks, time = plan.masks(0), (data.frames,) if kind.kind == "video" else ()
-    index = row_index(masks, plan.frames_per_cell)
+    index, frames = row_index(masks, plan.frames_per_cell), masked_frames(masks, plan.frames_per_cell).sum()
     return Stream(
         pixels=torch.randn(count, 3, *time, data.size, data.size, generator=draw),
-        view=torch.rand(count, *time, 3, data.token_size, data.token_size, generator=draw),
+        view=torch.rand(frames, 3, data.token_size, data.token_size, generator=draw),
         mask=torch.from_numpy(masks.copy()),
         rows=torch.from_numpy(index.rows),
         cells=torch.from_numpy(index.cells),
-        frames=torch.from_numpy(index.frames),
         token_rows=torch.from_numpy(index.token_rows),
         sample_keys=torch.tensor([plan.key(0, slot) for slot in range(count)]),
         count=plan.masked_cells(0),
@@ -41,12 +40,16 @@ def _stream(kind: StreamId, data: DataConfig, count: int, draw: torch.Generator)
 
 
 def all_frames(batch: Batch) -> Batch:
-    """The same batch, every frame of it tokenized, whether it holds a masked cell or not."""
+    """The same batch with a view of every frame, so that all are tokenized, and the same targets.
+
+    A frame without a masked cell, of which the loader makes no view, shows the one before it.
+    """
     streams = (batch.video, batch.image)
     return Batch(*(None if s is None else replace(s, **_unskipped(s)) for s in streams))
 
 
 def _unskipped(stream: Stream) -> dict[str, Tensor]:
-    frames = stream.view.shape[:-3].numel()
-    every = torch.arange(frames, device=stream.frames.device)
-    return {"frames": every, "token_rows": stream.rows.clamp_min(0)}
+    masked = stream.mask.flatten(-2).any(-1).flatten()
+    frames_per_cell = stream.pixels[0, 0].shape[:-2].numel() // stream.mask[0].shape[:-2].numel()
+    last = masked.repeat_interleave(frames_per_cell).cumsum(0).sub_(1).clamp_min_(0)
+    return {"view": stream.view.index_select(0, last), "token_rows": stream.rows.clamp_min(0)}

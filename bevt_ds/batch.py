@@ -1,8 +1,8 @@
 """What one micro-step trains on: plain tensors, made by the data side, read by the model.
 
 Shape letters: B samples, T frames, H W pixels, K masked cells of the micro-batch (padded), R their output positions
-(2K for clips, whose cells span two frames; K for images), F frames that hold a masked cell, h = H/16 and w = W/16 the
-mask grid, S the side of a square crop.
+(2K for clips, whose cells span two frames; K for images), F frames, or images, that hold a masked cell, h = H/16 and
+w = W/16 the mask grid, v = H/2 the side of the tokenizer's picture, S the side of a square crop.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ class Stream:
     """
 
     pixels: Tensor  # clips (B,3,T,H,W), images (B,3,H,W); float, normalised RGB
-    view: Tensor  # the tokenizer's picture of the same crop: clips (B,T,3,v,v), images (B,3,v,v); float RGB in [0,1]
+    view: Tensor  # (F,3,v,v): the tokenizer's pictures of the same crops, in order; float RGB in [0,1]
     mask: Tensor  # bool, True = masked: clips (B,T/2,h,w), images (B,h,w)
     rows: Tensor  # int64 (R,): masked positions in the flattened output, (B,T,h,w) or (B,h,w), cell by cell; -1 pads
     cells: Tensor  # int64 (K,): masked cells in the flattened mask; -1 pads. A cell's frames are side by side in rows
-    frames: Tensor  # int64 (F,): frames to tokenize in the flattened (B,T), or images in (B,)
     token_rows: Tensor  # int64 (R,): where each row's id lies in the flattened ids (F,h,w); 0 for padding
     sample_keys: Tensor  # int64 (B,): bevt_ds.rng.sample_key of each sample
     count: int  # masked cells of this modality in the GLOBAL batch: the loss's denominator

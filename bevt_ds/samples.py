@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bevt_ds.batch import Batch, Stream
+from bevt_ds.data.pixels.pipeline import MEAN, STD
 from bevt_ds.engine import Engine
 
 RIGHT, WRONG = np.array([0.13, 0.62, 0.30]), np.array([0.80, 0.15, 0.15])
@@ -58,16 +59,22 @@ def predict(engine: Engine, stream: Stream) -> Tensor:
 
 def stream_panels(name: str, stream: Stream, predicted: Tensor, samples: int) -> list[Panel]:
     """Panels of the first samples: a few frames of each clip, or one for each image."""
-    view = stream.view if stream.view.ndim == 5 else stream.view[:, None]
-    views = rearrange(view.float().cpu(), "b t c h w -> b t h w c").numpy()
-    marks = verdicts(stream, predicted).reshape(views.shape[0], views.shape[1], *stream.mask.shape[-2:])
+    count, frames = len(stream.pixels), stream.pixels[0, 0].shape[:-2].numel()
+    marks = verdicts(stream, predicted).reshape(count, frames, *stream.mask.shape[-2:])
     panels = []
-    for b in range(min(samples, views.shape[0])):
-        shown = np.unique(np.linspace(0, views.shape[1] - 1, FRAMES_SHOWN).round().astype(int))
+    for b in range(min(samples, count)):
+        frames_seen = pictures(stream.pixels[b])
+        shown = np.unique(np.linspace(0, frames - 1, FRAMES_SHOWN).round().astype(int))
         for t in shown:
-            title = f"{name} {b}" + (f", frame {t}" if views.shape[1] > 1 else "")
-            panels.append(make_panel(title, views[b, t], marks[b, t]))
+            title = f"{name} {b}" + (f", frame {t}" if frames > 1 else "")
+            panels.append(make_panel(title, frames_seen[t], marks[b, t]))
     return panels
+
+
+def pictures(pixels: Tensor) -> np.ndarray:
+    """What a clip (3,T,H,W) or an image (3,H,W) looked like before it was normalised: (T,H,W,3) in [0,1], T = 1."""
+    levels = rearrange(pixels.float().cpu().view(3, -1, *pixels.shape[-2:]), "c t h w -> t h w c").numpy()
+    return (levels * np.float32(STD) + np.float32(MEAN)) / 255
 
 
 def verdicts(stream: Stream, predicted: Tensor) -> np.ndarray:
@@ -80,7 +87,7 @@ def verdicts(stream: Stream, predicted: Tensor) -> np.ndarray:
 
 
 def make_panel(title: str, picture: np.ndarray, marks: np.ndarray) -> Panel:
-    """Three views of one frame from its picture (v,v,3) and its verdicts (h,w)."""
+    """Three views of one frame from its picture (H,W,3) and its verdicts (h,w)."""
     scale = picture.shape[0] // marks.shape[0]
     cells = repeat(marks, "h w -> (h a) (w b) 1", a=scale, b=scale)
     hidden = np.where(cells >= 0, HIDDEN, picture)

@@ -28,7 +28,6 @@ class RowIndex:
 
     rows: np.ndarray  # int64 (R,), -1 pads
     cells: np.ndarray  # int64 (R/frames_per_cell,), -1 pads
-    frames: np.ndarray  # int64 (F,)
     token_rows: np.ndarray  # int64 (R,), 0 for padding
 
 
@@ -63,6 +62,11 @@ def tube_mask(rng: np.random.Generator, grid: tuple[int, int, int], config: Mask
     return mask
 
 
+def masked_frames(mask: np.ndarray, frames_per_cell: int) -> np.ndarray:
+    """Which frames, or images, hold a masked cell and so are tokenized: bool (B, T) or (B,). mask: as `row_index`'s."""
+    return np.repeat(mask.any(axis=(-2, -1)), frames_per_cell, axis=-1)
+
+
 def row_index(mask: np.ndarray, frames_per_cell: int, bucket: int = ROW_BUCKET) -> RowIndex:
     """Index tensors of a micro-batch's masks.
 
@@ -74,15 +78,13 @@ def row_index(mask: np.ndarray, frames_per_cell: int, bucket: int = ROW_BUCKET) 
     first_frame = cells // plane * frames_per_cell  # in (B*T,)
     frame_of_row = (first_frame[:, None] + np.arange(frames_per_cell)).reshape(-1)
     position_of_row = np.repeat(cells % plane, frames_per_cell)
-    has_mask = np.repeat(mask.reshape(-1, plane).any(axis=1), frames_per_cell)
-    rank_of_frame = np.cumsum(has_mask) - 1
+    rank_of_frame = np.cumsum(masked_frames(mask, frames_per_cell)) - 1
     rows = frame_of_row * plane + position_of_row
     token_rows = rank_of_frame[frame_of_row] * plane + position_of_row
     padding = -len(rows) % bucket
     return RowIndex(
         rows=np.pad(rows, (0, padding), constant_values=-1),
         cells=np.pad(cells, (0, padding // frames_per_cell), constant_values=-1),
-        frames=np.flatnonzero(has_mask),
         token_rows=np.pad(token_rows, (0, padding)),
     )
 

@@ -19,7 +19,7 @@ from bevt_ds.data.decoding.pool import DecodePool, Load
 from bevt_ds.data.decoding.video import fits_gpu
 from bevt_ds.data.ledger import Ledger
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.masks import row_index
+from bevt_ds.data.masks import masked_frames, row_index
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamPlan, clip_frames
@@ -141,9 +141,9 @@ class StreamReader(SampleReader):
 
     def finish(self, ticket: Ticket) -> Stream:
         """The micro-batch: pictures on the pipeline's device, index tensors on the host."""
-        pixels, view = self._pictures(ticket)
         masks = self.plan.masks(ticket.step)[ticket.slots.start : ticket.slots.stop]
         index = row_index(masks, self.plan.frames_per_cell)
+        pixels, view = self._pictures(ticket, masked_frames(masks, self.plan.frames_per_cell))
         keys = [self.plan.key(ticket.step, slot) for slot in ticket.slots]
         return Stream(
             pixels=pixels,
@@ -151,7 +151,6 @@ class StreamReader(SampleReader):
             mask=torch.from_numpy(masks.copy()),
             rows=torch.from_numpy(index.rows),
             cells=torch.from_numpy(index.cells),
-            frames=torch.from_numpy(index.frames),
             token_rows=torch.from_numpy(index.token_rows),
             sample_keys=torch.tensor(keys, dtype=torch.int64),
             count=self.plan.masked_cells(ticket.step),
@@ -189,38 +188,39 @@ class StreamReader(SampleReader):
         frames, stride = self.config.frames, self.config.stride
         return [(data, clip_frames(e.start, reply["frames"], frames, stride, e.phase)) for e in group]
 
-    def _pictures(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
-        """Pixels and token view, with a substitute for each sample that cannot be used."""
+    def _pictures(self, ticket: Ticket, masked: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pixels and token view, with a substitute for each sample that cannot be used. masked: `masked_frames`."""
         samples = [self._settled(ticket, i) for i in range(len(ticket.payloads))]
         try:
-            pictures = self._run([clip for clips in samples for clip in clips], ticket.entries)
+            pictures = self._run([clip for clips in samples for clip in clips], ticket.entries, masked)
         except BadSample:
-            pictures = self._one_by_one(ticket)
+            pictures = self._one_by_one(ticket, masked)
         self.ledger.accept(len(ticket.payloads))
         return pictures
 
-    def _run(self, clips: list, entries: list[PlanEntry]) -> tuple[Tensor, Tensor]:
+    def _run(self, clips: list, entries: list[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
         """Through the graph; clips that arrive as frames, though DALI decodes, go through one without a decoder."""
         if not self.pixels.dali_decoder or not any(isinstance(clip, np.ndarray) for clip in clips):
-            return self.pixels.run(clips, entries)
+            return self.pixels.run(clips, entries, masked)
         pipelines = [self._frames_pixels if isinstance(clip, np.ndarray) else self.pixels for clip in clips]
-        pictures = [p.run([clip], [e]) for p, clip, e in zip(pipelines, clips, entries, strict=True)]
+        samples = zip(pipelines, clips, entries, masked, strict=True)
+        pictures = [pixels.run([clip], [entry], frames[None]) for pixels, clip, entry, frames in samples]
         return tuple(torch.cat(parts) for parts in zip(*pictures, strict=True))
 
     @cached_property
     def _frames_pixels(self) -> PixelPipeline:
         return self.pixels.without_decoder()
 
-    def _one_by_one(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
+    def _one_by_one(self, ticket: Ticket, masked: np.ndarray) -> tuple[Tensor, Tensor]:
         """DALI refused the batch without naming the culprit: run each sample alone."""
-        pictures = [self._alone(ticket, i) for i in range(len(ticket.payloads))]
+        pictures = [self._alone(ticket, i, masked[self._slots(i)]) for i in range(len(ticket.payloads))]
         return tuple(torch.cat(parts) for parts in zip(*pictures, strict=True))
 
-    def _alone(self, ticket: Ticket, i: int) -> tuple[Tensor, Tensor]:
+    def _alone(self, ticket: Ticket, i: int, masked: np.ndarray) -> tuple[Tensor, Tensor]:
         while True:
             clips = self._settled(ticket, i)
             try:
-                return self._run(clips, ticket.entries[self._slots(i)])
+                return self._run(clips, ticket.entries[self._slots(i)], masked)
             except BadSample as bad:
                 self._substitute(ticket, i, bad)
 

@@ -150,7 +150,7 @@ def test_skipped_frames_change_no_target():
     """The lever of the masked frames: fewer pictures, the same ids."""
     tokenizer, batch = RandomProjectionTokenizer(64), resident_batch(3, 2, 8, 64, seed=3)
     full = all_frames(batch)
-    assert len(batch.video.frames) < len(full.video.frames) == 24
+    assert len(batch.video.view) < len(full.video.view) == 24
     some, every = tokenize(tokenizer, batch), tokenize(tokenizer, full)
     assert some.video.targets.equal(every.video.targets)
     assert some.image.targets.equal(every.image.targets)

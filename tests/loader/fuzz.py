@@ -47,6 +47,7 @@ from tests.loader.damage import (
     quiet,
     watched,
 )
+from tests.loader.media import pictures_of
 from tests.loader.soak import slope, soak_clips, soak_loader, soak_pictures
 
 SLACK = 1.0  # seconds beyond the deadline
@@ -127,7 +128,7 @@ def run_jpegs(numbers: range, seed: int) -> Tally:
         try:
             check_image(data, LIMITS)
             with quiet():
-                pixels, _ = pipeline.run([data], [PLAIN_VIEW])
+                pixels, _ = pictures_of(pipeline, [data], [PLAIN_VIEW])
             outcome = "decoded"
             if pixels.shape != (1, 3, 32, 32) or not pixels.isfinite().all():
                 tally.faults.append(f"jpeg {number}: not a picture")

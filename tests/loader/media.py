@@ -11,9 +11,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+from torch import Tensor
 
 from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import Limits
+from bevt_ds.data.pixels.cpu_pixels import ClipPixels
+from bevt_ds.data.pixels.pipeline import PixelPipeline
 
 FPS = 25
 
@@ -82,3 +85,11 @@ def decode_clip(data: bytes, choose: Callable[[int], np.ndarray], limits: Limits
     """
     with opened(data, limits or Limits()) as video:
         return video.frames(choose(len(video.packets)))
+
+
+def pictures_of(pipeline: PixelPipeline | ClipPixels, payloads: Sequence, entries: Sequence) -> tuple[Tensor, Tensor]:
+    """A micro-batch's pixels and the views of all its frames, masked or not: (B,T,3,v,v), or of images (B,3,v,v)."""
+    clip = payloads[0][1] if isinstance(payloads[0], tuple) else payloads[0]
+    shape = (len(payloads),) if isinstance(clip, bytes) else (len(payloads), len(clip))
+    pixels, view = pipeline.run(payloads, entries, np.ones(shape, dtype=bool))
+    return pixels, view.unflatten(0, shape)

@@ -36,6 +36,7 @@ from tests.loader.damage import (
     quiet,
     watched,
 )
+from tests.loader.media import pictures_of
 
 POINTS = 20  # of the curve
 LONG = 10_000  # cases from which on the slope says something
@@ -84,7 +85,7 @@ def _picture(number: int, seed: int, good: bytes) -> bytes:
 
 def _show(pipeline: PixelPipeline, data: bytes) -> None:
     check_image(data, LIMITS)
-    pipeline.run([data], [PLAIN_VIEW])
+    pictures_of(pipeline, [data], [PLAIN_VIEW])
 
 
 def soak_loader(numbers: range, seed: int) -> Tally:

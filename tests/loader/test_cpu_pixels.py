@@ -21,7 +21,7 @@ from bevt_ds.data.packing.scene import Extent, render
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels, ReusedMemory, single_core_threads
 from bevt_ds.data.pixels.pipeline import STD, PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
-from tests.loader.media import noise
+from tests.loader.media import noise, pictures_of
 
 S, V, CLIPS = 96, 48, 8
 ROUNDING = 1e-3  # levels: single precision through normalising and back
@@ -41,13 +41,13 @@ def plan_entries(*short_side: int) -> list[PlanEntry]:
 
 def ours(frames: np.ndarray, entries: list[PlanEntry]) -> tuple[torch.Tensor, torch.Tensor]:
     pixels, places = ClipPixels(S, 2), np.arange(len(frames))[None]
-    return pixels.run([pixels.received(frames, places, [e])[0] for e in entries], entries)
+    return pictures_of(pixels, [pixels.received(frames, places, [e])[0] for e in entries], entries)
 
 
 def differences(graph: PixelPipeline, frames: np.ndarray, entries: list[PlanEntry]) -> tuple[np.ndarray, np.ndarray]:
     """How far the pixels and the views are from the graph's, in levels of 255."""
     pixels, view = ours(frames, entries)
-    graph_pixels, graph_view = graph.run([frames] * len(entries), entries)
+    graph_pixels, graph_view = pictures_of(graph, [frames] * len(entries), entries)
     return (pixels - graph_pixels).abs().numpy() * np.reshape(STD, (3, 1, 1, 1)), (
         view - graph_view
     ).abs().numpy() * 255
@@ -97,7 +97,9 @@ def test_real_clips_are_close_to_dalis(media_folder: Path, name: str) -> None:
     entries = [plan.entry(0, slot) for slot in range(CLIPS)]
     graph, mine = PixelPipeline("video", CLIPS, 224, 112, threads=1), ClipPixels(224, 2)
     crops = [mine.received(frames, np.arange(2)[None], [e])[0] for e in entries]
-    for a, b, scale in zip(mine.run(crops, entries), graph.run([frames] * CLIPS, entries), (57.0, 255.0), strict=True):
+    for a, b, scale in zip(
+        pictures_of(mine, crops, entries), pictures_of(graph, [frames] * CLIPS, entries), (57.0, 255.0), strict=True
+    ):
         difference = (a - b).abs() * scale
         assert difference.mean() < 0.35 and difference.max() < 12
 
@@ -106,11 +108,23 @@ def test_real_clips_are_close_to_dalis(media_folder: Path, name: str) -> None:
 def test_the_view_is_opencvs_lanczos4(entry: Callable, side: int) -> None:
     """The same taps; OpenCV sums them as integers, so that a half may be rounded otherwise."""
     crop = noise(6, side, side)  # more frames than are filtered at a time
-    _, view = ClipPixels(side, 1).run([torch.from_numpy(crop)], [entry(flip=False)])
+    _, view = pictures_of(ClipPixels(side, 1), [torch.from_numpy(crop)], [entry(flip=False)])
     half = side // 2
     reference = np.stack([cv2.resize(frame, (half, half), interpolation=cv2.INTER_LANCZOS4) for frame in crop])
     difference = np.abs(view[0].permute(0, 2, 3, 1).numpy() * 255 - reference)
     assert difference.max() < 1 + ROUNDING and (difference > 0.5).mean() < 1e-3
+
+
+@pytest.mark.parametrize("kind", [ClipPixels, PixelPipeline])
+def test_views_are_made_of_masked_frames(kind: type, graph: PixelPipeline) -> None:
+    """In their order, whatever their number: a run that wraps around the end, all, none, and every second frame."""
+    frames, entries = noise(10, 100, 130), plan_entries(100, 130)[:4]
+    masked = np.array([[t in (0, 1, 2, 8, 9) for t in range(10)], [True] * 10, [False] * 10, [True, False] * 5])
+    pixels = ClipPixels(S, 2) if kind is ClipPixels else graph
+    clips = [pixels.received(frames, np.arange(10)[None], [e])[0] for e in entries]
+    every, views = pictures_of(pixels, clips, entries)
+    same, some = pixels.run(clips, entries, masked)
+    assert torch.equal(every, same) and torch.equal(some, views[torch.from_numpy(masked)])
 
 
 def test_a_cut_that_ends_where_the_source_does(graph: PixelPipeline, entry: Callable) -> None:

@@ -19,7 +19,7 @@ from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.timing import StageTimes
-from tests.loader.media import decode_clip
+from tests.loader.media import decode_clip, pictures_of
 
 
 def test_the_faster_one_is_measured_once(tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_both_decoders_feed_the_same_graph(vp9: bytes, entry: Callable) -> None:
     """DALI's CPU decoder knows VP9: its pictures equal those of the workers' frames, to the bit."""
     e, numbers = entry(short_side=80, crop=(0.3, 0.7), flip=True), np.array([1, 4, 7, 10])
     frames = decode_clip(vp9, lambda total: numbers, Limits())
-    from_frames = PixelPipeline("video", 1, 64, 32, threads=1).run([frames], [e])
-    from_file = PixelPipeline("video", 1, 64, 32, threads=1, dali_decoder="cpu").run([(vp9, numbers)], [e])
+    from_frames = pictures_of(PixelPipeline("video", 1, 64, 32, threads=1), [frames], [e])
+    from_file = pictures_of(PixelPipeline("video", 1, 64, 32, threads=1, dali_decoder="cpu"), [(vp9, numbers)], [e])
     for a, b in zip(from_frames, from_file, strict=True):
         assert torch.equal(a, b)
 
@@ -104,14 +104,14 @@ def test_a_video_that_fails_in_dali_costs_only_itself(
     data = replace(config.data, videos=str(tar), frames=4, max_bad_fraction=0.9)
     real_run, failed = PixelPipeline.run, []
 
-    def run(self: PixelPipeline, payloads: list, entries: list):
+    def run(self: PixelPipeline, payloads: list, entries: list, masked: np.ndarray):
         if any((e.step, e.slot, e.attempt) == (0, 1, 0) for e in entries):
             failed.append(len(entries))
             payloads = [
                 (b"", numbers) if e.slot == 1 else (d, numbers)
                 for (d, numbers), e in zip(payloads, entries, strict=True)
             ]
-        return real_run(self, payloads, entries)
+        return real_run(self, payloads, entries, masked)
 
     through_dali(monkeypatch, "cpu")
     monkeypatch.setattr(PixelPipeline, "run", run)

@@ -16,6 +16,7 @@ from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pixels.pipeline import LUMA, MEAN, STD, PixelPipeline, jitter_matrix, lanczos4_taps
 from bevt_ds.data.plan import PlanEntry
+from tests.loader.media import pictures_of
 
 S, V = 96, 48
 ROUNDING = 1e-3  # levels: single precision through normalising and back
@@ -60,7 +61,7 @@ def test_clips_are_resized_cropped_and_flipped_as_by_opencv(
     video: PixelPipeline, make: SimpleNamespace, entry: Callable
 ) -> None:
     frames, entries = make.noise(4, 120, 150), [entry(**view) for view in VIEWS]
-    pixels, view = video.run([frames] * 3, entries)
+    pixels, view = pictures_of(video, [frames] * 3, entries)
     assert pixels.shape == (3, 3, 4, S, S) and view.shape == (3, 4, 3, V, V)
     assert pixels.dtype == view.dtype == torch.float32
     differences = []
@@ -77,7 +78,7 @@ def test_smooth_pictures_differ_little_from_opencv(video: PixelPipeline, make: S
     """Without noise, the difference that the docstring states."""
     frames = make.noise(1, 120, 150, softness=0.0)
     for view in VIEWS:
-        pixels, _ = video.run([frames], [entry(**view)])
+        pixels, _ = pictures_of(video, [frames], [entry(**view)])
         difference = np.abs(levels(pixels[0])[0] - opencv_crop(frames[0], entry(**view)).astype(float))
         assert difference.mean() < 1.0 and difference.max() < 6
 
@@ -87,10 +88,10 @@ def test_the_token_view_is_opencvs_lanczos4(kind: str, video, image, make: Simpl
     """The same taps; OpenCV sums them as integers, DALI in single precision, so that a half may round otherwise."""
     frames, views = make.noise(3, 120, 150), [entry(**view) for view in VIEWS]
     if kind == "video":
-        pixels, view = video.run([frames] * 3, views)
+        pixels, view = pictures_of(video, [frames] * 3, views)
         crops, small = pixels[:, :, 0], view[:, 0]
     else:
-        crops, small = image.run([encode(frame) for frame in frames], views)
+        crops, small = pictures_of(image, [encode(frame) for frame in frames], views)
     for crop, got in zip(crops, small, strict=True):
         exact = np.rint(levels(crop)).astype(np.uint8)
         reference = cv2.resize(exact, (V, V), interpolation=cv2.INTER_LANCZOS4)
@@ -109,7 +110,7 @@ def test_the_taps_are_a_symmetric_average() -> None:
 def test_colour_jitter(image: PixelPipeline, make: SimpleNamespace, entry: Callable, jitter: tuple) -> None:
     """Three factors in sequence in double precision, clipped once; the mean luma is the whole picture's."""
     picture = make.noise(120, 150)
-    pixels, _ = image.run([encode(picture)], [entry(short_side=120, crop=(0.3, 0.7), jitter=jitter)])
+    pixels, _ = pictures_of(image, [encode(picture)], [entry(short_side=120, crop=(0.3, 0.7), jitter=jitter)])
     x = opencv_crop(picture, entry(short_side=120, crop=(0.3, 0.7))).astype(float)
     brightness, contrast, saturation = jitter
     mean_luma = (picture.reshape(-1, 3).mean(0) * brightness) @ np.asarray(LUMA)
@@ -131,7 +132,7 @@ def test_no_jitter_is_the_identity() -> None:
 def test_other_colour_modes_become_rgb(image: PixelPipeline, make: SimpleNamespace, entry, mode, suffix) -> None:
     buffer = io.BytesIO()
     Image.fromarray(make.noise(110, 130)).convert(mode).save(buffer, suffix)
-    pixels, view = image.run([buffer.getvalue()], [entry(short_side=100)])
+    pixels, view = pictures_of(image, [buffer.getvalue()], [entry(short_side=100)])
     assert pixels.shape == (1, 3, S, S) and pixels.isfinite().all() and pixels.std() > 0.1
 
 
@@ -154,10 +155,10 @@ def test_the_graph_does_the_work_and_holds_no_state(kind: str, operators: set, v
 def test_a_broken_picture_fails_its_batch_and_no_later_one(make: SimpleNamespace, entry: Callable) -> None:
     pipeline = PixelPipeline("image", 2, S, V, threads=1)
     good = encode(make.noise(120, 150))
-    before = pipeline.run([good], [entry()])
+    before = pictures_of(pipeline, [good], [entry()])
     with pytest.raises(BadSample, match="DALI cannot decode it: nvImageCodec"):
-        pipeline.run([good, good[:60] + bytes(50)], [entry(), entry()])
-    after = pipeline.run([good], [entry()])
+        pictures_of(pipeline, [good, good[:60] + bytes(50)], [entry(), entry()])
+    after = pictures_of(pipeline, [good], [entry()])
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -165,7 +166,7 @@ def test_a_fault_of_the_graph_is_no_bad_sample(make: SimpleNamespace, entry: Cal
     """Frames of two channels are the caller's mistake: no substitute, but a traceback."""
     pipeline = PixelPipeline("video", 1, S, V, threads=1)
     with pytest.raises(RuntimeError, match="crop_mirror_normalize"):
-        pipeline.run([np.ascontiguousarray(make.noise(1, 120, 150)[..., :2])], [entry()])
+        pictures_of(pipeline, [np.ascontiguousarray(make.noise(1, 120, 150)[..., :2])], [entry()])
 
 
 def header(jpeg: bytes, width: int, height: int) -> bytes:
@@ -210,5 +211,5 @@ def test_a_picture_is_turned_as_its_exif_says(image: PixelPipeline, make: Simple
     Image.fromarray(make.noise(110, 130)).save(buffer, "JPEG", quality=95, exif=exif)
     upright = cv2.imdecode(np.frombuffer(buffer.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     assert upright.shape == (130, 110, 3)
-    pixels, _ = image.run([buffer.getvalue()], [entry(short_side=110)])
+    pixels, _ = pictures_of(image, [buffer.getvalue()], [entry(short_side=110)])
     assert np.abs(levels(pixels[0]) - opencv_crop(upright, entry(short_side=110))).mean() < 0.5

@@ -16,7 +16,7 @@ from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.packing.draw_worker import encode_jpeg, encode_mp4
 from bevt_ds.data.pixels.pipeline import PixelPipeline
-from tests.loader.media import decode_clip
+from tests.loader.media import decode_clip, pictures_of
 
 S, V = 96, 48
 LEVEL = 2 / 255  # what decoders of one file may differ by on average
@@ -32,7 +32,8 @@ def test_the_operators_give_the_same_pixels(make: SimpleNamespace, entry: Callab
     frames = make.noise(4, 120, 150)
     entries = [entry(short_side=s, crop=(0.3, 0.7), flip=s == 120) for s in (120, 150)]
     results = [
-        PixelPipeline("video", 2, S, V, threads=2, device=device).run([frames] * 2, entries) for device in (None, 0)
+        pictures_of(PixelPipeline("video", 2, S, V, threads=2, device=device), [frames] * 2, entries)
+        for device in (None, 0)
     ]
     for on_cpu, on_gpu in zip(*results, strict=True):
         assert on_gpu.is_cuda
@@ -49,8 +50,8 @@ def test_decoding_on_the_gpu(kind: str, make: SimpleNamespace, entry: Callable) 
     else:
         data = encode_jpeg(make.noise(120, 150, softness=5.0))
         payloads = [data], [data]
-    on_cpu = PixelPipeline(kind, 1, S, V, threads=2).run(payloads[0], [e])
-    on_gpu = PixelPipeline(kind, 1, S, V, threads=2, device=0, dali_decoder="mixed").run(payloads[1], [e])
+    on_cpu = pictures_of(PixelPipeline(kind, 1, S, V, threads=2), payloads[0], [e])
+    on_gpu = pictures_of(PixelPipeline(kind, 1, S, V, threads=2, device=0, dali_decoder="mixed"), payloads[1], [e])
     assert difference(on_cpu[1], on_gpu[1]).mean() < LEVEL
 
 
@@ -65,6 +66,6 @@ def test_the_loader_delivers_to_the_gpu(config: Config, decoder: str) -> None:
         for x, y in ((a.video, b.video), (a.image, b.image)):
             assert y.pixels.is_cuda and x.count == y.count
             assert difference(x.view, y.view).mean() < LEVEL
-            for name in ("mask", "rows", "cells", "frames", "token_rows", "sample_keys"):
+            for name in ("mask", "rows", "cells", "token_rows", "sample_keys"):
                 index = getattr(y, name)
                 assert index.is_cuda and torch.equal(getattr(x, name), index.cpu()), name

@@ -19,7 +19,7 @@ from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from tests.loader.damage import mutate, quiet
-from tests.loader.media import encode_clip, noise
+from tests.loader.media import encode_clip, noise, pictures_of
 
 FRAMES, HEIGHT, WIDTH = 12, 48, 64
 CASES = 80
@@ -91,7 +91,7 @@ def test_images(entry, form: str) -> None:
         try:
             check_image(data, LIMITS)
             with quiet():
-                return pipeline.run([data], [view])[0].numpy().tobytes()
+                return pictures_of(pipeline, [data], [view])[0].numpy().tobytes()
         except BadSample as bad:
             return str(bad)
 

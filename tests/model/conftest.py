@@ -60,7 +60,10 @@ def normalised() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def make_stream() -> Callable[..., Stream]:
-    """Builds a Stream as the data side does, with every masked cell's positions as rows and `pad` padding cells."""
+    """Builds a Stream as the data side does, with every masked cell's positions as rows and `pad` padding cells.
+
+    view: of every frame, (B,T,3,v,v) or (B,3,v,v).
+    """
 
     def build(
         pixels: Tensor,
@@ -76,15 +79,15 @@ def make_stream() -> Callable[..., Stream]:
         at = torch.arange(mask.numel() * frames_per_cell).view(-1, frames_per_cell, plane)
         rows = at.movedim(1, 2)[mask.view(-1, plane)].flatten()
         frames, slot = (rows // plane).unique(return_inverse=True)
+        every = torch.zeros(at.numel() // plane, 3, 0, 0) if view is None else view.flatten(0, -4)
         fill = lambda value, n, pad=pad * frames_per_cell: torch.cat([value, torch.full((pad,), n)])  # noqa: E731
         targets = None if ids is None else fill(ids.flatten()[rows].long(), IGNORE)
         return Stream(
             pixels=pixels,
-            view=torch.zeros(0) if view is None else view,
+            view=every[frames],
             mask=mask,
             rows=fill(rows, -1),
             cells=fill(mask.flatten().nonzero()[:, 0], -1, pad),
-            frames=frames,
             token_rows=fill(slot * plane + rows % plane, 0),
             sample_keys=torch.arange(len(pixels)) if keys is None else keys,
             count=len(rows) if count is None else count,

@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from threading import Barrier
 from weakref import finalize
 
@@ -101,13 +102,17 @@ class ClipPixels:
         frames = [torch.from_numpy(_chosen(pictures, rows)) for rows in places]
         return [self._crop(clip, crop) for clip, crop in zip(frames, self.crops(entries), strict=True)]
 
-    def run(self, crops: Sequence[Tensor], entries: Sequence[PlanEntry]) -> tuple[Tensor, Tensor]:
-        """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them. crops: `received`'s."""
-        batch, frames, size = len(crops), len(crops[0]), self._size
+    def run(self, crops: Sequence[Tensor], entries: Sequence[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
+
+        crops: `received`'s. masked: bool (clips,T), the frames of which a view is wanted.
+        """
+        (batch, frames), size = masked.shape, self._size
         with self._times.measured("augment"):
             pixels = self._memory.floats(batch, 3, frames, size, size)
-            view = self._memory.floats(batch, frames, 3, size // 2, size // 2)
-            for _ in self._threads.map(self._fill, pixels, view, crops, entries):
+            view = self._memory.floats(batch * frames, 3, size // 2, size // 2)[: masked.sum()]
+            views = view.split(masked.sum(axis=1).tolist())
+            for _ in self._threads.map(self._fill, pixels, views, crops, entries, masked):
                 pass
         return pixels, view
 
@@ -120,14 +125,19 @@ class ClipPixels:
         kept = self._memory.levels(len(frames), self._size, self._size, 3)
         return kept.copy_(frames[:, top:bottom, left:right])
 
-    def _fill(self, pixels: Tensor, view: Tensor, crop: Tensor, entry: PlanEntry) -> None:
-        """Write both pictures of a clip: float (3,T,S,S) and (T,3,v,v). crop: uint8 (T,S,S,3), not yet flipped."""
-        picture = crop.flip(2) if entry.flip else crop
-        parts = zip(picture.split(_CACHED), pixels.split(_CACHED, dim=1), view.split(_CACHED), strict=True)
-        for some, their_pixels, their_view in parts:
+    def _fill(self, pixels: Tensor, view: Tensor, crop: Tensor, entry: PlanEntry, masked: np.ndarray) -> None:
+        """Write both pictures of a clip: float (3,T,S,S), and (F,3,v,v) of the F frames that are `masked`, bool (T,).
+
+        crop: uint8 (T,S,S,3), not yet flipped.
+        """
+        done = 0
+        for part in _runs(masked):
+            some = crop[part].flip(2) if entry.flip else crop[part]
             levels = _levels(some, self._scratch)
-            _normalise(levels, out=their_pixels)
-            _token_view(levels, self._scratch, out=their_view)
+            _normalise(levels, out=pixels[:, part])
+            if masked[part.start]:
+                _token_view(levels, self._scratch, out=view[done : done + len(some)])
+                done += len(some)
 
 
 def single_core_threads(count: int) -> ThreadPoolExecutor:
@@ -149,6 +159,14 @@ def single_core_threads(count: int) -> ThreadPoolExecutor:
 def _use_one_core() -> None:
     torch.get_num_threads()  # at a thread's first use torch would take the setting of all threads over its own
     torch.set_num_threads(1)
+
+
+def _runs(masked: np.ndarray) -> Iterator[slice]:
+    """Frames that are neighbours and alike, not more than stay in a core's cache. masked: bool (T,)."""
+    edges = [0, *(np.flatnonzero(np.diff(masked)) + 1).tolist(), len(masked)]
+    for begin, end in pairwise(edges):
+        for first in range(begin, end, _CACHED):
+            yield slice(first, min(first + _CACHED, end))
 
 
 def _chosen(pictures: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -186,7 +204,7 @@ def _normalise(levels: Tensor, out: Tensor) -> None:
 
 
 def _token_view(levels: Tensor, scratch: Scratch, out: Tensor) -> None:
-    """Half-size picture by OpenCV's LANCZOS4: `_levels` -> float (T,3,v,v) of RGB in [0,1].
+    """Half-size pictures by OpenCV's LANCZOS4: `_levels` -> float (T,3,v,v) of RGB in [0,1].
 
     First down the columns, with a channel for each: lines stay contiguous, and oneDNN has a kernel for it. Then along
     the lines, with a channel for each of `phases` neighbouring results: for a single one oneDNN has no fast kernel.

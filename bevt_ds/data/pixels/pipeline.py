@@ -124,10 +124,11 @@ class PixelPipeline:
         """
         return list(pictures[places])
 
-    def run(self, payloads: Sequence, entries: Sequence[PlanEntry]) -> tuple[Tensor, Tensor]:
+    def run(self, payloads: Sequence, entries: Sequence[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
         """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
 
         payloads: images: file bytes; clips: uint8 (T,H,W,3), or (file bytes, frame numbers) for a dali_decoder.
+        masked: bool (B,T), of images (B,): where the view is wanted.
         BadSample: DALI cannot decode one of them; it does not say which.
         """
         with self.times.measured("augment"):
@@ -135,16 +136,16 @@ class PixelPipeline:
                 self.graph.feed_input(name, values)
             outputs = self._run_graph()
         with self.times.measured("copy"):
-            return self._copied(outputs)
+            return self._copied(outputs, np.flatnonzero(masked))
 
-    def _copied(self, outputs: tuple) -> tuple[Tensor, Tensor]:
-        """The graph's outputs as tensors of their own: DALI uses its buffers again."""
+    def _copied(self, outputs: tuple, frames: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The graph's outputs as tensors of their own, for DALI uses its buffers again; of the views only `frames`."""
         if self._stream is None:
-            return tuple(to_torch_tensor(output.as_tensor(), copy=True) for output in outputs)
+            return _own_copies(outputs, frames)
         with torch.cuda.stream(self._stream):
-            tensors = [to_torch_tensor(output.as_tensor(), copy=True) for output in outputs]
+            tensors = _own_copies(outputs, frames)
         self._stream.synchronize()
-        return tuple(tensors)
+        return tensors
 
     def _run_graph(self) -> tuple:
         try:
@@ -193,6 +194,12 @@ class PixelPipeline:
         else:
             inputs["frames"] = list(payloads)
         return inputs
+
+
+def _own_copies(outputs: tuple, frames: np.ndarray) -> tuple[Tensor, Tensor]:
+    pixels, view = (to_torch_tensor(output.as_tensor(), copy=True) for output in outputs)
+    index = torch.from_numpy(frames).to(view.device)
+    return pixels, view.flatten(0, -4).index_select(0, index)
 
 
 def _scalar(name: str, dtype: types.DALIDataType):

@@ -53,17 +53,12 @@ def load_tokenizer(name: str, weights: str | None = None, **options: Any) -> Tok
 
 @torch.no_grad()
 def tokenize(tokenizer: Tokenizer, batch: Batch) -> Batch:
-    """The batch with `targets` filled in. Only frames that hold a masked cell are encoded, both streams in one call."""
+    """The batch with `targets` filled in; both streams are encoded in one call."""
     streams = [s for s in (batch.video, batch.image) if s is not None]
-    pictures = [_pictures(stream) for stream in streams]
+    pictures = [stream.view for stream in streams]
     ids = tokenizer.encode(torch.cat(pictures)).split([len(p) for p in pictures])
     filled = iter([_with_targets(stream, part) for stream, part in zip(streams, ids, strict=True)])
     return Batch(*(None if s is None else next(filled) for s in (batch.video, batch.image)))
-
-
-def _pictures(stream: Stream) -> Tensor:
-    view = stream.view if stream.view.ndim == 4 else stream.view.flatten(0, 1)
-    return view.index_select(0, stream.frames)
 
 
 def _with_targets(stream: Stream, ids: Tensor) -> Stream:
