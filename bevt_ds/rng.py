@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 
 class Use(IntEnum):
@@ -28,6 +29,16 @@ class Use(IntEnum):
     MIXING = 15
 
 
+class _Key(ISeedSequence):
+    """Philox's key as its seed: passed as the key, numpy would ask the system for entropy that is never used."""
+
+    def __init__(self, *words: int) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        return np.array(self._words, dtype=dtype)
+
+
 def generator(seed: int, use: Use, *counters: int) -> np.random.Generator:
     """A numpy generator keyed by (seed, use) and up to three counters, such as (stream, step, slot).
 
@@ -36,7 +47,7 @@ def generator(seed: int, use: Use, *counters: int) -> np.random.Generator:
     if len(counters) > 3:
         raise ValueError(f"at most three counters, got {len(counters)}")
     words = [0, *counters, *([0] * (3 - len(counters)))]
-    return np.random.Generator(np.random.Philox(key=[seed, int(use)], counter=words))
+    return np.random.Generator(np.random.Philox(_Key(seed, use), counter=np.array(words, dtype=np.uint64)))
 
 
 def sample_key(seed: int, stream: int, step: int, slot: int) -> int:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bevt_ds.config import DataConfig
 from bevt_ds.data.plan import SampleOrder, StreamId, StreamPlan, clip_frames, slots_of
+from bevt_ds.rng import Use, generator
 
 COUNTS = (5, 1, 9, 3, 4)
 # Shard, member, short side, flip; crop and jitter; drop-path key: of slot 2 in step 3 of the images, seed 5.
@@ -37,6 +38,16 @@ def test_each_epoch_holds_each_sample_once(counts: list[int], window: int, seed:
     for epoch in range(3):
         first = epoch * order.total
         assert {order.at(p) for p in range(first, first + order.total)} == everything
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
+@pytest.mark.parametrize("counters", [(), (1,), (5, 2**63, 9)])
+def test_random_numbers_are_philoxs(seed: int, counters: tuple[int, ...]) -> None:
+    """Seed and use are the key, the counters its counter: as numpy makes them when told so in full."""
+    key = np.array([seed, Use.CROP], dtype=np.uint64)
+    counter = np.array([0, *counters, *([0] * (3 - len(counters)))], dtype=np.uint64)
+    expected = np.random.Generator(np.random.Philox(key=key, counter=counter))
+    np.testing.assert_array_equal(generator(seed, Use.CROP, *counters).random(9), expected.random(9))
 
 
 def test_a_window_holds_few_shards() -> None:
