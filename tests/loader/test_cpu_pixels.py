@@ -155,6 +155,17 @@ def test_clips_of_one_video_take_their_own_frames(entry: Callable) -> None:
         np.testing.assert_array_equal(crop, expected[rows])
 
 
+def test_frames_apart_are_cut_like_neighbours() -> None:
+    """Of frames that do not follow one another only the part that the crop needs is copied, over what was there."""
+    pictures, pixels = noise(6, 120, 150), ClipPixels(S, 2)
+    rows = np.array([5, 0, 2])
+    for e in plan_entries(100, 150):
+        (apart,), (together,) = (
+            pixels.received(p, r[None], [e]) for p, r in ((pictures, rows), (pictures[rows], np.arange(3)))
+        )
+        assert torch.equal(apart, together)
+
+
 def test_a_clip_does_not_depend_on_its_neighbours() -> None:
     frames, entries = noise(2, 120, 150), plan_entries(100, 130)
     together = ours(frames, entries)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bevt_ds.data.decoding.cut import Crop, cut
+from bevt_ds.data.decoding.cut import Box, Crop, cut, source_box
 from bevt_ds.data.pixels.pipeline import MEAN, STD, lanczos4_taps
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.timing import StageTimes
@@ -99,8 +99,11 @@ class ClipPixels:
         pictures: uint8 (n,H,W,3). places: int (clips,T), each frame's picture. Runs in the thread that waits for the
         worker, on one core.
         """
-        frames = [torch.from_numpy(_chosen(pictures, rows)) for rows in places]
-        return [self._crop(clip, crop) for clip, crop in zip(frames, self.crops(entries), strict=True)]
+        kept = []
+        for rows, crop in zip(places, self.crops(entries), strict=True):
+            frames = _chosen(pictures, rows, source_box(*pictures.shape[1:3], crop), self._scratch)
+            kept.append(self._crop(torch.from_numpy(frames), crop))
+        return kept
 
     def run(self, crops: Sequence[Tensor], entries: Sequence[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
         """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
@@ -169,11 +172,15 @@ def _runs(masked: np.ndarray) -> Iterator[slice]:
             yield slice(first, min(first + _CACHED, end))
 
 
-def _chosen(pictures: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """pictures[rows], without a copy where the rows follow one another."""
+def _chosen(pictures: np.ndarray, rows: np.ndarray, box: Box, scratch: Scratch) -> np.ndarray:
+    """pictures[rows], without a copy where the rows follow one another. Else `box` is copied; the rest is arbitrary."""
     if (np.diff(rows) == 1).all():
         return pictures[rows[0] : rows[-1] + 1]
-    return pictures[rows]
+    chosen = scratch.tensor("chosen", torch.uint8, len(rows), *pictures.shape[1:]).numpy()
+    part = (slice(box.top, box.top + box.height), slice(box.left, box.left + box.width))
+    for frame, row in zip(chosen, rows.tolist(), strict=True):
+        frame[part] = pictures[row][part]
+    return chosen
 
 
 def _resized(frames: Tensor, size: tuple[int, int], needed: tuple[int, int], scratch: Scratch) -> Tensor:
