@@ -90,7 +90,7 @@ def prepare(frames: torch.Tensor, config, rng: np.random.Generator) -> tuple[tor
 
 
 def data_loader(config: Config, decoder: str, device: str) -> DataLoader:
-    """With a worker a core; a GPU's decoder is used from this process, as torchcodec advises."""
+    """With `data.workers` processes; a GPU's decoder is used from this process, as torchcodec advises."""
     clips, batch_size = Clips(config, decoder, device), config.train.micro_clips
     if device == "cuda":
         return DataLoader(clips, batch_size)
