@@ -46,8 +46,11 @@ class Storage:
 
         StorageStalled: a local disk or file server does not answer.
         """
-        paths = self._patience.call(partial(expand, patterns, self._config.allow_pipe), "the list of shards")
-        return load_shards(paths, kind, self._config.readers, self.load_shard)
+        return load_shards(self.paths(patterns), kind, self._config.readers, self.load_shard)
+
+    def paths(self, patterns: str) -> list[str]:
+        """`expand`, which lists folders and looks files up. StorageStalled: as `shards`."""
+        return self._patience.call(partial(expand, patterns, self._config.allow_pipe), "the list of shards")
 
     def load_shard(self, path: str) -> Shard:
         """The index of a shard, made on first use. UserError: it cannot be had. StorageStalled: as `shards`."""
