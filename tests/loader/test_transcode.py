@@ -47,6 +47,27 @@ def test_the_profile(clip: bytes) -> None:
     assert facts["source"]["fps"] == 25.0 and facts["times"][25] == 1.0 and facts["duration"] == 2.4
 
 
+@pytest.mark.parametrize(
+    ("container", "codec", "pixel_format"),
+    [
+        ("mp4", "libx264", "yuv420p"),
+        ("mp4", "libx264", "yuvj420p"),
+        ("avi", "mjpeg", "yuvj420p"),
+        ("mp4", "libx264", "yuv420p10le"),
+        ("avi", "png", "rgb24"),
+    ],
+)
+@pytest.mark.parametrize("short_side", [48, 96])
+def test_levels_stay_what_they_were(container: str, codec: str, pixel_format: str, short_side: int) -> None:
+    """Of full range too, which cameras and screen recorders write: black is 0 there, and 16 in the profile's video."""
+    levels = np.stack([np.full((96, 128, 3), level, np.uint8) for level in (0, 8, 60, 128, 200, 247, 255)])
+    source = encode_clip(levels, container, codec, pixel_format)
+    packed, _ = transcode(source, Profile(short_side=short_side, crf=1), LIMITS)
+    assert probe(source, LIMITS).pixel_format == pixel_format and probe(packed, LIMITS).pixel_format == "yuv420p"
+    before, after = (decode_clip(data, np.arange, LIMITS).mean((1, 2)) for data in (source, packed))
+    assert np.abs(before - after).max() < 4
+
+
 def test_fewer_frames_show_the_same_moments(clip: bytes) -> None:
     """At a fifth of the rate a stride of 1 shows what a stride of 5 showed."""
     data, facts = transcode(clip, Profile(fps=5.0, crf=10), LIMITS)

@@ -94,6 +94,8 @@ def _scaled(width: int, height: int, short_side: int) -> tuple[int, int]:
 def _encode(
     buffer: io.BytesIO, frames: Iterator[av.VideoFrame], rate: Fraction, size: tuple[int, int], profile: Profile
 ) -> None:
+    """Levels become those of limited range, as whoever decodes plain yuv420p takes them to be."""
+    convert = {"format": "yuv420p", "interpolation": "AREA", "dst_color_range": "MPEG", "threads": 1}
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height = size
@@ -101,7 +103,7 @@ def _encode(
         stream.codec_context.thread_count = 1  # with several the bytes would depend on their number
         stream.options = {**ENCODER, "crf": str(profile.crf), "g": str(profile.keyframe_every)}
         for i, frame in enumerate(frames):
-            picture = frame.reformat(*size, format="yuv420p", interpolation="AREA", threads=1)
+            picture = frame.reformat(*size, **convert)
             picture.pts, picture.time_base = i, 1 / rate
             picture.pict_type = 0  # the source's choice of keyframes is not ours
             container.mux(stream.encode(picture))
