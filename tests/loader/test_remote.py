@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
-from itertools import islice
+from collections.abc import Iterator
+from itertools import islice, repeat
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from bevt_ds.config import Config, DataConfig
 from bevt_ds.data.loader import Loader
@@ -112,7 +116,7 @@ def test_fsspec(shards: Path, tmp_path: Path) -> None:
 def test_a_stalled_file_system_is_given_up(tmp_path: Path, monkeypatch) -> None:
     released = threading.Event()
 
-    class Stalled(fsspec.implementations.memory.MemoryFileSystem):
+    class Stalled(MemoryFileSystem):
         protocol = "stalled"
 
         def size(self, path: str) -> int:
@@ -126,6 +130,92 @@ def test_a_stalled_file_system_is_given_up(tmp_path: Path, monkeypatch) -> None:
         ShardCache(tmp_path, 1 << 30, seconds=0.2, first_pause=0.01).local("stalled://a.tar")
     assert time.monotonic() - began < 5
     released.set()
+
+
+class NotAnOSError(Exception):
+    """As aiohttp and botocore have them."""
+
+
+class Flaky(MemoryFileSystem):
+    """A file of a MiB whose first reads fail, each later in it than the one before."""
+
+    protocol, content = "flaky", bytes(range(256)) * (1 << 12)
+    failures: ClassVar[list[int]] = []  # at which byte; -1: already when asked for the size
+    read: ClassVar[list[int]] = []  # how many bytes each opening has given
+    versions: ClassVar[Iterator[str]] = repeat("1")
+
+    def size(self, path: str) -> int:
+        if self.failures and self.failures[0] < 0:
+            self.failures.pop(0)
+            raise NotAnOSError("server disconnected")
+        return len(self.content)
+
+    def ukey(self, path: str) -> str:
+        return next(self.versions)
+
+    def open(self, path: str, mode: str = "rb", **_: object) -> io.BytesIO:
+        failures, read = self.failures, self.read
+        read.append(0)
+
+        class File(io.BytesIO):
+            def read1(self, size: int = -1) -> bytes:
+                if failures and self.tell() >= failures[0]:
+                    failures.pop(0)
+                    raise NotAnOSError("payload error")
+                chunk = super().read1(1 << 16)
+                read[-1] += len(chunk)
+                return chunk
+
+        return File(self.content)
+
+
+@pytest.fixture
+def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    for name, value in (("failures", []), ("read", []), ("versions", repeat("1"))):
+        monkeypatch.setattr(Flaky, name, value)
+    return Flaky
+
+
+def test_fsspec_has_errors_of_many_kinds_and_goes_on_after_them(cache: ShardCache, flaky: type[Flaky], caplog) -> None:
+    flaky.failures += [-1, 1 << 18, 1 << 19]
+    assert cache.local("flaky://a.tar").read_bytes() == flaky.content
+    assert flaky.read == [1 << 18, 1 << 18, 1 << 19]
+    assert "cannot fetch flaky://a.tar: NotAnOSError: server disconnected; trying again" in caplog.text
+
+
+def test_fsspec_begins_anew_with_another_version(cache: ShardCache, flaky: type[Flaky]) -> None:
+    flaky.failures.append(1 << 18)
+    flaky.versions = iter("12")
+    assert cache.local("flaky://a.tar").read_bytes() == flaky.content
+    assert flaky.read == [1 << 18, 1 << 20]
+
+
+def test_an_error_that_stays_is_named_with_its_kind(tmp_path: Path, flaky: type[Flaky]) -> None:
+    flaky.failures += [-1] * cache_module.ATTEMPTS
+    storage = Storage(DataConfig(cache_dir=str(tmp_path / "cache")))
+    storage.cache.first_pause = 0.01
+    with pytest.raises(UserError, match="cannot fetch flaky://a.tar: NotAnOSError: server disconnected"):
+        storage.load_shard("flaky://a.tar")
+    assert not flaky.failures
+    storage.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://h/ä.tar?t=secret", "http://h/ä.tar is no valid URL: .*percent-encoded: http://h/%C3%A4.tar$"),
+        ("https://h/a b%20c.tar", "percent-encoded: https://h/a%20b%20c.tar$"),
+        ("http://[::1/a.tar", "host or port cannot be read"),
+        ("http://h:xx/a.tar", "host or port cannot be read"),
+        ("http:///a.tar", "it names no host"),
+        ("https://me:secret@h/a.tar", "https://h/a.tar is no valid URL: user and password are not sent"),
+    ],
+)
+def test_a_url_that_cannot_be_is_refused_at_once(url: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        expand(f"{url},http://h/b.tar")
+    assert "secret" not in str(caught.value)
 
 
 def test_pipe_runs_a_shell_only_where_that_is_allowed(shards: Path, tmp_path: Path) -> None:

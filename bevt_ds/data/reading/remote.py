@@ -23,6 +23,8 @@ PIPE = "pipe:"
 CHUNK = 1 << 20
 LISTING_SECONDS = 120.0
 T = TypeVar("T")
+_HTTP = ("http://", "https://")
+_LEFT_ALONE = "%/:?#[]@!$&'()*+,;=~"  # what has its meaning in a URL
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _WORTH_ANOTHER_TRY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -43,8 +45,28 @@ def redacted(url: str) -> str:
     """Without user, password and query, which may be secrets."""
     if not _SCHEME.match(url):
         return url
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    scheme, _, rest = url.partition("://")  # by hand: it must not fail on what is no valid URL
+    host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def fault_of_url(url: str) -> str:
+    """Why a URL can never be fetched; empty: it may be. Other schemes than http and https have rules of their own."""
+    if not url.startswith(_HTTP):
+        return ""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return "its host or port cannot be read"
+    if not host:
+        return "it names no host"
+    if "@" in parts.netloc:
+        return "user and password are not sent to a web server: give a URL that needs none, a signed one for example"
+    if re.search(r"[^!-~]", url):
+        plain = redacted(urllib.parse.quote(url, safe=_LEFT_ALONE))
+        return f"write what is no plain ASCII, and spaces, percent-encoded: {plain}"
+    return ""
 
 
 class Source:
@@ -61,9 +83,9 @@ def open_source(url: str, seconds: float, offset: int = 0, tag: str = "") -> Sou
     """
     if url.startswith(PIPE):
         return Source(_translated(url, _run(url.removeprefix(PIPE), seconds)), None)
-    if url.startswith(("http://", "https://")):
+    if url.startswith(_HTTP):
         return _open_http(url, seconds, offset, tag)
-    return _open_fsspec(url, seconds)
+    return _open_fsspec(url, seconds, offset, tag)
 
 
 def _open_http(url: str, seconds: float, offset: int, tag: str) -> Source:
@@ -74,8 +96,10 @@ def _open_http(url: str, seconds: float, offset: int, tag: str) -> Source:
         reply = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds)
     except urllib.error.HTTPError as error:
         raise RemoteError(url, f"HTTP {error.code} {error.reason}", error.code not in _WORTH_ANOTHER_TRY) from error
+    except http.client.InvalidURL as error:  # the server may have sent us there
+        raise RemoteError(url, "it leads to what is no valid URL", final=True) from error
     except (OSError, http.client.HTTPException) as error:
-        raise RemoteError(url, str(error) or type(error).__name__) from error
+        raise RemoteError(url, _reason(error)) from error
     length = reply.headers.get("Content-Length")
     resumed = reply.status == 206 and (reply.headers.get("Content-Range") or "").startswith(f"bytes {offset}-")
     begins = offset if resumed else 0
@@ -83,17 +107,23 @@ def _open_http(url: str, seconds: float, offset: int, tag: str) -> Source:
     return Source(_translated(url, _read_all(reply)), size, begins, reply.headers.get("ETag") or "")
 
 
-def _open_fsspec(url: str, seconds: float) -> Source:
-    def sized(file_system: Any, path: str) -> tuple[Any, str, int]:
-        return file_system, path, file_system.size(path)
+def _open_fsspec(url: str, seconds: float, offset: int, tag: str) -> Source:
+    def opened(file_system: Any, path: str) -> tuple[BinaryIO, int, int, str]:
+        file_system.invalidate_cache(path)  # size and version are to be today's, not those of a listing
+        size, version = file_system.size(path), file_system.ukey(path)
+        file = file_system.open(path, "rb")
+        begins = offset if version == tag and file.seekable() else 0
+        if begins:
+            file.seek(begins)
+        return file, size, begins, version
 
-    file_system, path, size = _with_file_system(url, seconds, sized)
+    file, size, begins, version = _with_file_system(url, seconds, opened)
 
     def chunks() -> Iterator[bytes]:
-        with closing(file_system.open(path, "rb")) as file:
+        with closing(file):
             yield from _read_all(file)
 
-    return Source(_translated(url, _bounded(chunks(), seconds)), size)
+    return Source(_translated(url, _bounded(chunks(), seconds)), size, begins, version)
 
 
 def glob_remote(pattern: str, seconds: float = LISTING_SECONDS) -> list[str]:
@@ -106,22 +136,29 @@ def glob_remote(pattern: str, seconds: float = LISTING_SECONDS) -> list[str]:
 
 
 def _with_file_system(url: str, seconds: float, work: Callable[[Any, str], T]) -> T:
-    """`work(file system, path)`. Connecting may block as well, so that it is bounded too. RemoteError: it fails."""
+    """`work(file system, path)`. Connecting may block as well, so that it is bounded too. RemoteError: it fails.
+
+    Each package behind fsspec has errors of its own, so that any kind of them is one of the remote file.
+    """
     import fsspec
 
     try:
-        return _within(seconds, lambda: work(*fsspec.core.url_to_fs(url)))
+        file_system, path = _within(seconds, lambda: fsspec.core.url_to_fs(url))
     except (ImportError, ValueError) as error:
         raise RemoteError(url, f"{error} (scheme {url.partition('://')[0]!r})", final=True) from error
+    except Exception as error:
+        raise RemoteError(url, _reason(error)) from error
+    try:
+        return _within(seconds, lambda: work(file_system, path))
     except FileNotFoundError as error:
         raise RemoteError(url, "there is no such file", final=True) from error
-    except OSError as error:
-        raise RemoteError(url, str(error) or type(error).__name__) from error
+    except Exception as error:
+        raise RemoteError(url, _reason(error)) from error
 
 
 def can_list(url: str) -> bool:
     """Whether files can be listed there: HTTP has no such thing."""
-    return not url.startswith(("http://", "https://", PIPE)) and importlib.util.find_spec("fsspec") is not None
+    return not url.startswith((*_HTTP, PIPE)) and importlib.util.find_spec("fsspec") is not None
 
 
 def _read_all(file: BinaryIO) -> Iterator[bytes]:
@@ -144,11 +181,17 @@ def _run(command: str, seconds: float) -> Iterator[bytes]:
 
 
 def _translated(url: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same chunks; what goes wrong on the way becomes RemoteError."""
+    """The same chunks; whatever goes wrong on the way becomes RemoteError."""
     try:
         yield from chunks
-    except (OSError, http.client.HTTPException, subprocess.TimeoutExpired) as error:
-        raise RemoteError(url, str(error) or type(error).__name__) from error
+    except Exception as error:
+        raise RemoteError(url, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, under its name where that is not one of Python's own for files and sockets."""
+    name, text = type(error).__name__, str(error)
+    return text if text and isinstance(error, OSError) else f"{name}: {text}".removesuffix(": ")
 
 
 def _bounded(chunks: Iterator[bytes], seconds: float) -> Iterator[bytes]:

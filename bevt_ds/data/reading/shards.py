@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import chain
 
 from bevt_ds.data.reading.patience import asking
-from bevt_ds.data.reading.remote import PIPE, RemoteError, can_list, glob_remote, is_remote, redacted
+from bevt_ds.data.reading.remote import PIPE, RemoteError, can_list, fault_of_url, glob_remote, is_remote, redacted
 from bevt_ds.errors import UserError
 
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
@@ -20,8 +20,8 @@ def expand(patterns: str, allow_pipe: bool = False) -> list[str]:
     """Paths of the tar files that `patterns` names, in the order given; a glob's matches are sorted.
 
     Examples: `a.tar`, `k400-*.tar`, `in1k-{000000..000127}.tar`, `a.tar,b-{x,y}.tar`, `s3://bucket/k400-*.tar`.
-    UserError: nothing matches, a local file is missing, a folder is given, a shard is named twice, or `pipe:` without
-    `allow_pipe`.
+    UserError: nothing matches, a local file is missing, a folder or a URL that cannot be is given, a shard is named
+    twice, or `pipe:` without `allow_pipe`.
     """
     paths = list(chain.from_iterable(_expand_one(p, allow_pipe) for p in _split(patterns)))
     if not paths:
@@ -78,6 +78,8 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _glob(path: str) -> list[str]:
+    if fault := fault_of_url(path):
+        raise UserError(f"{redacted(path)} is no valid URL: {fault}")
     if not glob.has_magic(path) or (is_remote(path) and not can_list(path)):
         return [path]  # a question mark in a URL is no wildcard
     asking(redacted(path))
