@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bevt_ds.data.decoding.transcode import Profile
-from bevt_ds.data.packing.check import check, outlook, survey
+from bevt_ds.data.packing.check import Report, check, outlook, survey
 from bevt_ds.data.packing.draw import draw, ensure_demo_shards
 from bevt_ds.data.packing.pack import SHARD_BYTES, SHARD_SAMPLES, pack
 from bevt_ds.data.reading.dali_index import write_dali_index
@@ -23,7 +23,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.recipes import RECIPES, get_recipe
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-FOUND_FAULTS = 1  # exit code of `check`
+FOUND_FAULTS = 1  # exit code of `check`, and of `stats` where nothing can be read
 SHOWN = 20  # findings on the screen; all of them are in the report
 LISTS = """\
 lists:
@@ -202,10 +202,7 @@ def _index(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     report = check(expand(arguments.shards), arguments.jobs, progress=True)
-    for finding in report.findings[:SHOWN]:
-        print(f"bad: {finding['key']!r} in {finding['shard']}: {finding['reason']}")
-    if len(report.findings) > SHOWN:
-        print(f"... and {len(report.findings) - SHOWN} more")
+    _print_findings(report)
     for note in outlook(report.facts):
         print(f"note: {note}")
     if arguments.report:
@@ -215,20 +212,30 @@ def _check(arguments: argparse.Namespace) -> int:
     return FOUND_FAULTS if report.findings else 0
 
 
-def _stats(arguments: argparse.Namespace) -> None:
+def _print_findings(report: Report) -> None:
+    for finding in report.findings[:SHOWN]:
+        print(f"bad: {finding['key']!r} in {finding['shard']}: {finding['reason']}")
+    if len(report.findings) > SHOWN:
+        print(f"... and {len(report.findings) - SHOWN} more")
+
+
+def _stats(arguments: argparse.Namespace) -> int:
     from bevt_ds.data.packing.stats import measure, plot, table, verdict  # matplotlib is slow to import
 
     paths = expand(arguments.shards)
     report = survey(paths, arguments.jobs, progress=True)
-    print(
-        f"{len(report.facts)} samples in {len(paths)} shards, {len(report.findings)} unreadable\n{table(report.facts)}"
-    )
+    _print_findings(report)
+    print(f"{len(report.facts)} samples in {len(report.shards)} shards, {len(report.findings)} unreadable")
+    if not report.facts:
+        return FOUND_FAULTS
+    print(table(report.facts))
     plot(report.facts, arguments.plot)
     print(f"plots: {arguments.plot}")
     if any("codec" in facts for facts in report.facts):
         recipe = get_recipe(arguments.recipe).data
         data = replace(recipe, stride=arguments.stride or recipe.stride)
-        print(verdict(measure(paths, data), arguments.recipe, data, arguments.clips_per_second))
+        print(verdict(measure(report.shards, data), arguments.recipe, data, arguments.clips_per_second))
+    return 0
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -32,9 +32,10 @@ AHEAD = 4  # samples under way for each process
 
 @dataclass
 class Report:
-    """What was found. `findings` are faults; `facts` has a row for each good sample."""
+    """What was found. `findings` are faults; `facts` has a row for each good sample of `shards`, which can be read."""
 
     samples: int = 0
+    shards: list[Shard] = field(default_factory=list)
     findings: list[dict[str, str]] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
 
@@ -45,19 +46,20 @@ class Report:
 def check(paths: Sequence[str], jobs: int | None = None, progress: bool = False) -> Report:
     """Read, hash and fully decode every sample of the shards, in parallel."""
     report = Report()
-    shards = _openable(paths, report)
-    for shard in shards:
+    report.shards = _openable(paths, report)
+    for shard in report.shards:
         _check_manifest(shard, report)
         _check_labels(shard, report)
-    _find_twins(shards, report)
-    _each_sample(shards, report, "check", jobs, progress)
+    _find_twins(report.shards, report)
+    _each_sample(report, "check", jobs, progress)
     return report
 
 
 def survey(paths: Sequence[str], jobs: int | None = None, progress: bool = False) -> Report:
     """What the headers of every sample say; only a frame of each video is decoded."""
     report = Report()
-    _each_sample(_openable(paths, report), report, "describe", jobs, progress)
+    report.shards = _openable(paths, report)
+    _each_sample(report, "describe", jobs, progress)
     return report
 
 
@@ -113,8 +115,9 @@ def _find_twins(shards: Sequence[Shard], report: Report) -> None:
                 report.add(shard.path, member.key, f"the same sample is in {other} too")
 
 
-def _each_sample(shards: Sequence[Shard], report: Report, work: str, jobs: int | None, progress: bool) -> None:
+def _each_sample(report: Report, work: str, jobs: int | None, progress: bool) -> None:
     """Send every sample to the decode workers and note what comes back."""
+    shards = report.shards
     jobs = jobs or len(os.sched_getaffinity(0))
     storage, pool = Storage(DataConfig()), DecodePool(jobs, SECONDS_A_FILE, Limits())
     labels = {(shard.path, key): label for shard in shards for key, label in zip(shard.keys, shard.labels, strict=True)}

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from bevt_ds.config import DataConfig  # noqa: E402
 from bevt_ds.data.decoding.pool import DecodePool  # noqa: E402
 from bevt_ds.data.limits import BadSample, Limits  # noqa: E402
 from bevt_ds.data.plan import StreamId, StreamPlan  # noqa: E402
-from bevt_ds.data.reading.members import Member  # noqa: E402
+from bevt_ds.data.reading.members import Member, Shard  # noqa: E402
 from bevt_ds.data.reading.storage import Storage  # noqa: E402
 from bevt_ds.data.timing import StageTimes  # noqa: E402
 from bevt_ds.errors import UserError  # noqa: E402
@@ -118,14 +119,15 @@ def _draw_panel(axis: Axes, name: str, values: np.ndarray | Counter[str]) -> Non
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def measure(paths: Sequence[str], config: DataConfig, seconds: float = 3.0) -> Supply:
+def measure(shards: Sequence[Shard], config: DataConfig, seconds: float = 3.0) -> Supply:
     """Decode clips as a recipe's plan would choose them, on all cores, for about so long. UserError: none decodes."""
+    shards = [videos for shard in shards if len(videos := shard.only("video"))]
     cores = len(os.sched_getaffinity(0))
     storage, pool = Storage(config), DecodePool(cores, config.decode_seconds, Limits.of(config))
     try:
-        shards = [storage.load_shard(path).only("video") for path in paths]
         plan = StreamPlan(StreamId.VIDEO, [len(shard) for shard in shards], config, 0, 4 * cores)
-        pool.describe(partial(storage.read, next(m for s in shards for m in s.members()), StageTimes())).result()
+        with suppress(BadSample):  # a worker starts in any case, which is what this is for
+            pool.describe(partial(storage.read, shards[0].member(0), StageTimes())).result()
         began, clips, decoded = time.monotonic(), 0, 0
         for step in range(1000):
             entries = [plan.entry(step, slot) for slot in range(plan.global_size)]
