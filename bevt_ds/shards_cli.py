@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import math
 import re
@@ -130,7 +131,9 @@ def _add_index(verbs) -> None:
     verb = verbs.add_parser("index", help="index tars, which a run otherwise does at its start")
     verb.add_argument("shards", help="path, glob, {000..099} range, or several with commas")
     verb.add_argument("--fresh", action="store_true", help="read the tars even where there is an index")
-    verb.add_argument("--dedupe", choices=("refuse", "first"), default="refuse", help="when a tar holds a key twice")
+    verb.add_argument(
+        "--dedupe", choices=("refuse", "first"), default="refuse", help="when a tar holds two of a kind under a key"
+    )
     verb.add_argument("--dali", action="store_true", help="write DALI's .idx files too")
     verb.set_defaults(run=_index)
 
@@ -196,12 +199,14 @@ def _index(arguments: argparse.Namespace) -> None:
         shard = load_shard(path, fresh=arguments.fresh or keep_first, keep_first=keep_first)
         counts = ", ".join(f"{len(shard.only(kind))} {kind}s" for kind in sorted(EXTENSIONS))
         ignored = f", {shard.ignored} members that are no regular files passed over" if shard.ignored else ""
+        dropped = f", {shard.dropped} dropped because their key came before" if shard.dropped else ""
         dali = f", {write_dali_index(path).name}" if arguments.dali else ""
-        print(f"{path}: {counts}{ignored}{dali}")
+        print(f"{path}: {counts}{ignored}{dropped}{dali}")
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    report = check(expand(arguments.shards), arguments.jobs, progress=True)
+    all_there_are = glob.has_magic(arguments.shards)
+    report = check(expand(arguments.shards), arguments.jobs, progress=True, whole=all_there_are)
     _print_findings(report)
     for note in outlook(report.facts):
         print(f"note: {note}")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from bevt_ds import cli
-from bevt_ds.data.packing import stats
+from bevt_ds.data.packing import manifest, stats
+from bevt_ds.data.packing.check import check
 from bevt_ds.data.packing.draw_worker import encode_mp4
 from bevt_ds.data.reading.index import load_shard
+from bevt_ds.data.reading.patience import Patience, StorageStalled
 
 
 @pytest.fixture
@@ -44,3 +48,59 @@ def test_stats_of_nothing_that_can_be_read(run_stats, tmp_path: Path, capsys) ->
     out = capsys.readouterr().out
     assert "a.tar is not a whole tar file" in out and "0 samples in 0 shards, 1 unreadable" in out
     assert not (tmp_path / "s.png").exists()
+
+
+@pytest.fixture
+def packed(shards: Path, tmp_path: Path) -> Path:
+    """The small shards of pictures, with their manifest."""
+    for path in [*shards.glob("image-*.tar"), shards / "image-manifest.json"]:
+        shutil.copy2(path, tmp_path / path.name)
+    return tmp_path
+
+
+def test_a_shard_that_the_manifest_names_may_be_missing(packed: Path, capsys) -> None:
+    """Which a glob cannot tell. Whoever names shards has chosen them."""
+    (packed / "image-000001.tar").unlink()
+    assert cli.main(["shards", "check", f"{packed}/image-*.tar", "--jobs", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "image-000001.tar: it is missing: image-manifest.json names it" in out and "15 samples, 1 faults" in out
+    assert check([f"{packed}/image-000002.tar"], jobs=1).findings == []
+
+
+@pytest.mark.parametrize("text", ["garbage", "[]", '{"shards": 3}', '{"shards": [{"name": "x"}]}', "[" * 100_000])
+def test_a_manifest_that_cannot_be_read_is_a_fault(packed: Path, text: str) -> None:
+    (packed / "image-manifest.json").write_text(text)
+    ((file, reason),) = manifest.compare([f"{packed}/image-000002.tar"], jobs=1)
+    assert file == f"{packed}/image-manifest.json" and "cannot read the manifest" in reason
+
+
+def test_a_shard_that_cannot_be_hashed_is_a_fault(packed: Path, monkeypatch) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(manifest, "_sha256", fail)
+    ((file, reason),) = manifest.compare([f"{packed}/image-000002.tar"], jobs=1)
+    assert file == f"{packed}/image-000002.tar" and reason == "cannot read the shard: Input/output error"
+
+
+def test_shards_are_hashed_side_by_side_and_with_a_bar(packed: Path, monkeypatch, capsys) -> None:
+    together = threading.Barrier(3, timeout=20)
+    monkeypatch.setattr(manifest, "_sha256", lambda path: str(together.wait() * 0))
+    faults = manifest.compare([str(path) for path in packed.glob("*.tar")], jobs=3, progress=True)
+    assert len(faults) == 3 and "its SHA-256 is not the one in image-manifest.json" in faults[0][1]
+    assert "hash: 100%" in capsys.readouterr().err
+
+
+@pytest.fixture
+def released() -> Iterator[threading.Event]:
+    """What a stand-in for dead storage waits for: the end of the test."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_hashing_does_not_wait_for_ever(packed: Path, monkeypatch, released: threading.Event) -> None:
+    monkeypatch.setattr(manifest, "_sha256", lambda path: released.wait(20))
+    monkeypatch.setattr(manifest, "Patience", lambda seconds: Patience(0.2))
+    with pytest.raises(StorageStalled, match="image-00000.*tar: no answer"):
+        manifest.compare([str(path) for path in packed.glob("*.tar")], jobs=2)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -20,6 +17,7 @@ from bevt_ds.config import DataConfig
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import fits_gpu
 from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.packing import manifest
 from bevt_ds.data.reading.members import EXTENSIONS, Member, Shard
 from bevt_ds.data.reading.patience import StorageStalled
 from bevt_ds.data.reading.storage import Storage
@@ -43,12 +41,16 @@ class Report:
         self.findings.append({"shard": shard, "key": key, "reason": reason})
 
 
-def check(paths: Sequence[str], jobs: int | None = None, progress: bool = False) -> Report:
-    """Read, hash and fully decode every sample of the shards, in parallel."""
-    report = Report()
+def check(paths: Sequence[str], jobs: int | None = None, progress: bool = False, whole: bool = False) -> Report:
+    """Read, hash and fully decode every sample of the shards, in parallel.
+
+    whole: `paths` are to be all shards of their manifests.
+    """
+    report, jobs = Report(), jobs or len(os.sched_getaffinity(0))
     report.shards = _openable(paths, report)
+    for path, reason in manifest.compare([shard.path for shard in report.shards], jobs, progress, whole):
+        report.add(path, "", reason)
     for shard in report.shards:
-        _check_manifest(shard, report)
         _check_labels(shard, report)
     _find_twins(report.shards, report)
     _each_sample(report, "check", jobs, progress)
@@ -57,7 +59,7 @@ def check(paths: Sequence[str], jobs: int | None = None, progress: bool = False)
 
 def survey(paths: Sequence[str], jobs: int | None = None, progress: bool = False) -> Report:
     """What the headers of every sample say; only a frame of each video is decoded."""
-    report = Report()
+    report, jobs = Report(), jobs or len(os.sched_getaffinity(0))
     report.shards = _openable(paths, report)
     _each_sample(report, "describe", jobs, progress)
     return report
@@ -87,17 +89,6 @@ def _openable(paths: Sequence[str], report: Report) -> list[Shard]:
     return shards
 
 
-def _check_manifest(shard: Shard, report: Report) -> None:
-    """Compare the tar's hash with the one that `pack` wrote down, if it did."""
-    path = Path(shard.path)
-    for manifest in path.parent.glob("*-manifest.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            entries = {entry["name"]: entry["sha256"] for entry in json.loads(manifest.read_text())["shards"]}
-            with path.open("rb") as tar:
-                if path.name in entries and hashlib.file_digest(tar, "sha256").hexdigest() != entries[path.name]:
-                    report.add(shard.path, "", f"its SHA-256 is not the one in {manifest.name}")
-
-
 def _check_labels(shard: Shard, report: Report) -> None:
     """Whoever needs labels refuses a sample with two; see labels.py."""
     for key, label, other in zip(shard.keys, shard.labels, shard.json_labels, strict=True):
@@ -115,10 +106,9 @@ def _find_twins(shards: Sequence[Shard], report: Report) -> None:
                 report.add(shard.path, member.key, f"the same sample is in {other} too")
 
 
-def _each_sample(report: Report, work: str, jobs: int | None, progress: bool) -> None:
+def _each_sample(report: Report, work: str, jobs: int, progress: bool) -> None:
     """Send every sample to the decode workers and note what comes back."""
     shards = report.shards
-    jobs = jobs or len(os.sched_getaffinity(0))
     storage, pool = Storage(DataConfig()), DecodePool(jobs, SECONDS_A_FILE, Limits())
     labels = {(shard.path, key): label for shard in shards for key, label in zip(shard.keys, shard.labels, strict=True)}
     total = sum(map(len, shards))
