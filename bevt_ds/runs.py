@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from bevt_ds import checkpoint, run_folder
-from bevt_ds.data.loader import BackgroundLoader
+from bevt_ds.data.loader import LEDGER, BackgroundLoader
 from bevt_ds.errors import UserError
 from bevt_ds.kernels import resolve
 from bevt_ds.ranks import Ranks
@@ -61,3 +63,12 @@ def report_wait(step: int, share: float, loader: BackgroundLoader) -> None:
     """Say what the data is short of, if the loop has waited for it for a good `share` of its time. On rank 0."""
     if share > LONG_WAIT:
         tqdm.write(f"step {step}: {share:.0%} of the time went into waiting; {loader.bottleneck()}")
+
+
+def report_bad(folder: Path) -> None:
+    """Say how many samples could not be used, if there were any: those of held-out shards too. On rank 0."""
+    if (path := folder / LEDGER).exists():
+        counts = Counter(json.loads(line)["stream"] for line in path.read_text(encoding="utf-8").splitlines())
+        print(
+            f"\ncould not be used: {', '.join(f'{n} of {name}' for name, n in counts.items())}; see {path}", flush=True
+        )

@@ -28,7 +28,7 @@ from bevt_ds.model.weights import load_init
 from bevt_ds.optim import learning_rate, parameter_groups
 from bevt_ds.ranks import Ranks
 from bevt_ds.recipes import get_recipe
-from bevt_ds.runs import find_start, kernel_provider, report_wait, require_finite
+from bevt_ds.runs import find_start, kernel_provider, report_bad, report_wait, require_finite
 from bevt_ds.samples import draw
 from bevt_ds.summary import as_json, as_table, evaluate, shortfall
 from bevt_ds.validate import micro_steps
@@ -89,7 +89,7 @@ def write_line(run: Run, log: RunLog, speed: SpeedMeter, sums: StepSums, step: i
     require_finite(values["loss"], step)
     values |= {"lr": run.engine.last_lr, "grad_norm": run.engine.grad_norm()}
     values["optimizer_bytes"] = run.engine.optimizer_bytes()
-    values |= speed.read(run.loader.wait_seconds())
+    values |= speed.read(run.loader.wait_seconds()) | {"bad_samples": run.loader.bad_samples}
     if probe_due(run, step):
         with speed.paused():
             values |= run.probe.measure(run.engine)
@@ -135,7 +135,7 @@ def finish(run: Run, batches: Iterator[Batch]) -> int:
     if run.ranks.is_main:
         commit = run.folder / run_folder.CHECKPOINTS / checkpoint.name_of(config.train.steps)
         run_folder.publish_weights(run.folder, commit)
-    held_out = list(eval_batches(config, device=device))
+    held_out = list(eval_batches(config, device=device, folder=run.folder if run.ranks.is_main else None))
     shown = held_out[0] if held_out else next(batches)
     draw(run.engine, tokenize(run.tokenizer, shown.to(device)), run.folder / run_folder.SAMPLES)
     summaries = evaluate(run.engine, run.tokenizer, held_out)
@@ -144,6 +144,7 @@ def finish(run: Run, batches: Iterator[Batch]) -> int:
         if summaries:
             run_folder.write_json(run.folder / run_folder.SUMMARY, as_json(summaries))
             print(f"\n{as_table(summaries)}", flush=True)
+        report_bad(run.folder)
         print(f"\nwrote {run.folder}/", flush=True)
         if problem:
             print(f"not learned: {problem}", flush=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from bevt_ds.data.reading.index import write_atomic
 
@@ -36,6 +37,14 @@ def choose(candidates: dict[str, Callable[[], float]], facts: tuple, folder: Pat
     best = max(rates, key=rates.__getitem__)
     log.info("videos are decoded on the %s: %s", best, ", ".join(f"{n} {r:.1f} clips/s" for n, r in rates.items()))
     return best
+
+
+def taken_over(state: dict[str, Any] | None, setting: str, on_gpu: bool) -> dict[str, str]:
+    """Stream -> decoder that a resumed run need not measure again. Only `auto` leaves a choice, and only on a GPU.
+
+    state: BackgroundLoader.state of the run that is resumed. setting: data.decoder.
+    """
+    return (state or {}).get("decoder", {}) if setting == "auto" and on_gpu else {}
 
 
 def _stored(place: Path, candidates: Collection[str]) -> dict[str, float] | None:

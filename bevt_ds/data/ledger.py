@@ -7,6 +7,7 @@ stop at the same step; see bevt_ds.data.loader.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from bevt_ds.data.plan import PlanEntry, StreamId
 from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.remote import redacted
 from bevt_ds.errors import UserError
+
+log = logging.getLogger(__name__)
 
 ALWAYS_ALLOWED = 10  # bad samples of a stream, however few have been read
 IN_A_ROW = 100  # bad samples with no good one between them: something systematic
@@ -80,13 +83,21 @@ class Ledger:
         self.good = self.bad = self._row = 0
 
     def accept(self, samples: int) -> None:
+        """Count good samples."""
         self.good += samples
+        self.end_row()
+
+    def end_row(self) -> None:
+        """A sample is good, as far as is known: bad ones before it and after it are not in a row."""
         self._row = 0
 
     def reject(self, entry: PlanEntry, member: Member, bad: BadSample) -> None:
-        """Record a bad sample. DataLimitError: it is one of very many in a row."""
+        """Record a bad sample; the first one is said aloud. DataLimitError: it is one of very many in a row."""
         self.bad += 1
         self._row += 1
+        if self.bad == 1:
+            rest = f"All such samples are listed in {self.path}" if self.path else "Further ones are only counted"
+            log.warning("%r in %s cannot be used: %s. %s", member.key, redacted(member.path), bad, rest)
         if bad.transient:
             self.skips.add(Skip(int(self.stream), entry.step, entry.slot, entry.attempt, str(bad)))
         self._write(entry, member, str(bad))

@@ -23,7 +23,7 @@ import torch
 
 from bevt_ds.batch import Batch
 from bevt_ds.config import Config, ReadingConfig
-from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
+from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores, taken_over
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, require_few_bad
 from bevt_ds.data.limits import Limits
@@ -73,17 +73,19 @@ class BatchReader:
     ) -> None:
         self._rank, self._world = rank, world
         self._micro_sizes = {s.stream: s.micro_size for s in sources}
+        self._max_bad_fraction = config.data.max_bad_fraction
         self.skips, self.times = Skips(state), StageTimes()
         self.ledgers = {s.stream: Ledger(s.stream, folder and folder / LEDGER, self.skips) for s in sources}
+        device = self._device = torch.device(device)
         with ExitStack() as resources:
             has_videos = any(source.stream.kind == "video" for source in sources)
             shared = open_resources(config.data, has_videos, self.times, resources)
             shards = {s.stream: shared.storage.shards(s.shards, s.stream.kind) for s in sources}
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
-            device = self._device = torch.device(device)
             self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+            known = taken_over(state, config.data.decoder, device.type == "cuda")
             self.decoders = {
-                s.stream: (state or {}).get("decoder", {}).get(s.stream.name)
+                s.stream: known.get(s.stream.name)
                 or _decoder(s, shards[s.stream], config, shared, device, self.fingerprint)
                 for s in sources
             }
@@ -99,6 +101,17 @@ class BatchReader:
                 for s in sources
             }
             self._resources = resources.pop_all()
+
+    @property
+    def decoder_choices(self) -> dict[str, str]:
+        """Where streams are decoded, by their names, for `taken_over`; without a GPU there was no choice."""
+        on_gpu = self._device.type == "cuda"
+        return {stream.name: decoder for stream, decoder in self.decoders.items()} if on_gpu else {}
+
+    def require_few_bad(self) -> None:
+        """DataLimitError: this rank's bad samples are over the budget."""
+        for stream, ledger in self.ledgers.items():
+            require_few_bad(stream.kind, ledger.good, ledger.bad, self._max_bad_fraction, ledger.path)
 
     @property
     def worker_pids(self) -> list[int]:
@@ -156,7 +169,7 @@ class BackgroundLoader:
         self._reader, self._config, self._exchange = reader, config, exchange or list
         self._ready: queue.Queue[_Prepared] = queue.Queue(config.prefetch)
         self._stopping = threading.Event()
-        self._waited, self._handed_out, self._step = 0.0, 0, start_step
+        self._waited, self._handed_out, self._step, self._bad = 0.0, 0, start_step, 0
         self._thread = threading.Thread(
             target=self._prepare, args=(start_step, config.prefetch), name="loader", daemon=True
         )
@@ -169,8 +182,8 @@ class BackgroundLoader:
 
     @property
     def bad_samples(self) -> int:
-        """Samples that this rank has had to replace."""
-        return sum(ledger.bad for ledger in self._reader.ledgers.values())
+        """Samples that all ranks have had to replace for the batches handed out; without an exchange, this rank."""
+        return self._bad
 
     @property
     def worker_pids(self) -> list[int]:
@@ -189,13 +202,15 @@ class BackgroundLoader:
         is decoded. A resumed run takes the states of all ranks: ledger.merge_states.
         """
         done, rest = divmod(self._handed_out, self.micro_steps)
-        decoders = {stream.name: decoder for stream, decoder in self._reader.decoders.items()}
-        return {**self._reader.skips.state(self._step + done + (rest > 0)), "decoder": decoders}
+        skips = self._reader.skips.state(self._step + done + (rest > 0))
+        return {**skips, "decoder": self._reader.decoder_choices}
 
     def __iter__(self) -> Iterator:
         return self
 
     def __next__(self) -> Any:
+        if self._stopping.is_set():
+            raise RuntimeError("the loader is closed")
         began = time.perf_counter()
         prepared = self._ready.get()
         self._waited += time.perf_counter() - began
@@ -247,6 +262,7 @@ class BackgroundLoader:
             raise StorageStalled("another rank's disk or file server does not answer; its output names the place")
         if limits:
             raise DataLimitError("another rank has met too many bad samples in a row; its output names the last")
+        self._bad = sum(counts[1::2])
         for (stream, ledger), good, bad in zip(self._reader.ledgers.items(), counts[::2], counts[1::2], strict=True):
             require_few_bad(stream.kind, good, bad, self._config.max_bad_fraction, ledger.path)
 
@@ -298,20 +314,27 @@ class Loader(BackgroundLoader):
         return _use_on_current_stream(super().__next__())
 
 
-def eval_batches(config: Config, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> Iterator[Batch]:
+def eval_batches(
+    config: Config,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    folder: Path | None = None,
+) -> Iterator[Batch]:
     """This rank's held-out micro-batches, the same at every call: centre crops and fixed masks.
 
     All of them, over all ranks, form one global batch: `Stream.count` is the whole evaluation's, so the sum of the
     losses is the mean over every masked cell. Nothing is yielded without held-out shards. A rank gets
-    train.eval_batches of them.
+    train.eval_batches of them. folder: where bad samples are listed. DataLimitError, at the end: too many of them.
     """
     sources = _eval_sources(config, world)
     if not sources:
         return
-    reader = BatchReader(config, sources, rank, world, device, folder=None)
+    reader = BatchReader(config, sources, rank, world, device, folder)
     try:
         for micro_step in range(config.train.eval_batches):
             yield _use_on_current_stream(reader.finish(reader.begin(0, micro_step)))
+        reader.require_few_bad()
     finally:
         reader.close()
 

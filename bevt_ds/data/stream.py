@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,12 @@ from bevt_ds.data.pixels.cpu_pixels import ClipPixels
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamPlan, clip_frames
 from bevt_ds.data.reading.members import Member, Shard
+from bevt_ds.data.reading.remote import redacted
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 
 Pixels = PixelPipeline | ClipPixels
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,13 @@ class Resources:
     """What the streams of a rank share."""
 
     storage: Storage
-    threads: ThreadPoolExecutor  # read images and, for the GPU, videos
+    threads: ThreadPoolExecutor  # data.readers of them
     pool: DecodePool | None  # decodes videos on the CPU, or looks at them before the GPU does
     times: StageTimes
+
+    def reading(self, load: Load) -> Load:
+        """`load`, begun in one of the threads that read: the pool's workers decode what has been read meanwhile."""
+        return self.threads.submit(load).result
 
 
 @dataclass
@@ -53,17 +61,47 @@ class Ticket:
     payloads: list[Future]
 
 
+class ShortVideos:
+    """Says once that there is a video shorter than a clip, whose frames are then repeated."""
+
+    def __init__(self, frames: int, stride: int) -> None:
+        self._frames, self._stride, self._said = frames, stride, False
+
+    def look_at(self, name: str, frames: int) -> None:
+        """name: of a video with that many frames."""
+        span = (self._frames - 1) * self._stride + 1
+        if frames < span and not self._said:
+            self._said = True
+            log.warning(
+                "%s has %d frames, and a clip spans %d (data.frames=%d, %d apart): frames of such videos are repeated",
+                *(name, frames, span, self._frames, self._stride),
+            )
+
+
+def sample_name(member: Member) -> str:
+    """`shard/key` of a sample."""
+    return f"{PurePosixPath(redacted(member.path)).name}/{member.key}"
+
+
 class SampleReader:
     """Reads the samples of one plan, with a substitute for each that cannot be used.
 
     `begin` starts the slow work. A subclass says in `_load` what that is, and turns the samples into a micro-batch.
+    stride: from one frame of a clip to the next.
     """
 
     def __init__(
-        self, plan: Any, shards: Sequence[Shard], config: ReadingConfig, shared: Resources, ledger: Ledger
+        self,
+        plan: Any,
+        shards: Sequence[Shard],
+        config: ReadingConfig,
+        shared: Resources,
+        ledger: Ledger,
+        stride: int,
     ) -> None:
         self.plan, self.shards, self.config = plan, shards, config
         self.shared, self.ledger, self.limits = shared, ledger, Limits.of(config)
+        self.short = ShortVideos(config.frames, stride)
         self._window: tuple[int, int] | None = None
 
     def begin(self, step: int, slots: range) -> Ticket:
@@ -94,11 +132,12 @@ class SampleReader:
         """Start on a sample; `load` reads its bytes."""
         raise NotImplementedError
 
-    def _unpacked(self, payload) -> list:
-        """A future's result as a list with an item a clip; the worker's times are noted."""
+    def _unpacked(self, payload, entry) -> list:
+        """A future's result as a list with an item a clip; what the worker says of the video is noted."""
         if isinstance(payload, list):
             return payload
         reply, clips = payload
+        self.short.look_at(sample_name(self._member(entry)), reply["total"])
         for stage in ("demux", "decode"):
             self.shared.times.add(stage, reply[stage])
         self.shared.times.add_frames(reply["decoded"])
@@ -108,7 +147,7 @@ class SampleReader:
         """Wait for sample i; while it is bad, put the plan's next substitute in its place."""
         while True:
             try:
-                return self._unpacked(ticket.payloads[i].result())
+                return self._unpacked(ticket.payloads[i].result(), ticket.entries[self._slots(i)][0])
             except BadSample as bad:
                 self._substitute(ticket, i, bad)
 
@@ -136,7 +175,7 @@ class StreamReader(SampleReader):
         shared: Resources,
         ledger: Ledger,
     ) -> None:
-        super().__init__(plan, shards, config, shared, ledger)
+        super().__init__(plan, shards, config, shared, ledger, config.stride)
         self.pixels = pixels
 
     def finish(self, ticket: Ticket) -> Stream:
@@ -162,7 +201,7 @@ class StreamReader(SampleReader):
             return self.shared.threads.submit(self._read_image, load)
         if self.pixels.dali_decoder:
             return self.shared.threads.submit(self._read_videos, load, group)
-        return self._decode(load, group)
+        return self._decode(self.shared.reading(load), group)
 
     def _decode(self, load: Load, group: list[PlanEntry]) -> Future:
         starts = [(entry.start, entry.phase) for entry in group]
@@ -190,7 +229,10 @@ class StreamReader(SampleReader):
 
     def _pictures(self, ticket: Ticket, masked: np.ndarray) -> tuple[Tensor, Tensor]:
         """Pixels and token view, with a substitute for each sample that cannot be used. masked: `masked_frames`."""
-        samples = [self._settled(ticket, i) for i in range(len(ticket.payloads))]
+        samples = []
+        for i in range(len(ticket.payloads)):
+            samples.append(self._settled(ticket, i))
+            self.ledger.end_row()
         try:
             pictures = self._run([clip for clips in samples for clip in clips], ticket.entries, masked)
         except BadSample:
@@ -220,7 +262,9 @@ class StreamReader(SampleReader):
         while True:
             clips = self._settled(ticket, i)
             try:
-                return self._run(clips, ticket.entries[self._slots(i)], masked)
+                pictures = self._run(clips, ticket.entries[self._slots(i)], masked)
+                self.ledger.end_row()
+                return pictures
             except BadSample as bad:
                 self._substitute(ticket, i, bad)
 

@@ -37,7 +37,7 @@ from bevt_ds.metrics import RunLog, SpeedMeter, StepSums
 from bevt_ds.model.presets import create_classifier
 from bevt_ds.model.weights import load_init
 from bevt_ds.ranks import Ranks
-from bevt_ds.runs import find_start, kernel_provider, report_wait, require_finite
+from bevt_ds.runs import find_start, kernel_provider, report_bad, report_wait, require_finite
 from bevt_ds.validate import micro_steps
 
 BEST_SCORES = "scores.json"
@@ -120,7 +120,7 @@ def write_line(run: Run, log: RunLog, speed: SpeedMeter, sums: StepSums, step: i
     values: dict[str, Any] = {"loss": loss, "acc": accuracy, "epoch": (step + 1) / run.loader.steps_an_epoch}
     values |= {"lr": run.engine.last_lr, "grad_norm": run.engine.grad_norm()}
     values["optimizer_bytes"] = run.engine.optimizer_bytes()
-    values |= speed.read(run.loader.wait_seconds())
+    values |= speed.read(run.loader.wait_seconds()) | {"bad_samples": run.loader.bad_samples}
     log.write(step, values)
     if run.ranks.is_main:
         report_wait(step, values["data_wait"], run.loader)
@@ -245,6 +245,7 @@ def finetune(config: FinetuneConfig, ds_values: dict[str, Any], notes: list[str]
             train(run, iter(loader), log, speed)
     if ranks.is_main:
         run_folder.publish_weights(folder, folder / run_folder.CHECKPOINTS / checkpoint.name_of(steps))
+        report_bad(folder)
         print(f"\nwrote {folder}/", flush=True)
     return 0
 

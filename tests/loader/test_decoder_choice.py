@@ -14,7 +14,7 @@ import torch
 
 from bevt_ds.config import Config
 from bevt_ds.data import loader as loader_module
-from bevt_ds.data.decoder_choice import choose, clips_per_second
+from bevt_ds.data.decoder_choice import choose, clips_per_second, taken_over
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.pixels.pipeline import PixelPipeline
@@ -121,8 +121,11 @@ def test_a_video_that_fails_in_dali_costs_only_itself(
     assert failed == [2, 1] and all(len(batch.video.pixels) == 2 for batch in batches)
 
 
-def test_a_resumed_run_keeps_its_decoder(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module, "_decoder", lambda *_: pytest.fail("measured again"))
-    state = {"decoder": {"VIDEO": "cpu", "IMAGE": "cpu"}}
+def test_a_resumed_run_keeps_its_decoder_where_there_is_a_choice(config: Config) -> None:
+    """Not where the setting says which, and not where there is no GPU, though the run before had one."""
+    state = {"decoder": {"VIDEO": "gpu", "IMAGE": "gpu"}}
+    assert taken_over(state, "auto", on_gpu=True) == state["decoder"]
+    assert taken_over(state, "cpu", on_gpu=True) == taken_over(state, "auto", on_gpu=False) == {}
+    assert taken_over(None, "auto", on_gpu=True) == taken_over({"skips": []}, "auto", on_gpu=True) == {}
     with Loader(config, state=state) as loader:
-        assert loader.state()["decoder"] == state["decoder"]
+        assert next(loader).video is not None and loader.state()["decoder"] == {}

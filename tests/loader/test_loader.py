@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import islice
@@ -15,9 +17,14 @@ import torch
 
 from bevt_ds.batch import Batch, Stream
 from bevt_ds.config import Config
+from bevt_ds.data import ledger as ledger_module
 from bevt_ds.data.ledger import DataLimitError
 from bevt_ds.data.loader import LEDGER, Loader, eval_batches
+from bevt_ds.data.reading.members import Member
+from bevt_ds.data.reading.storage import Storage
+from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
+from bevt_ds.runs import report_bad
 
 MEMBER = Callable[..., Config]
 
@@ -214,6 +221,77 @@ def test_bad_videos_are_replaced(damaged, tmp_path: Path) -> None:
     events = [json.loads(line) for line in (tmp_path / LEDGER).read_text().splitlines()]
     assert {e["key"] for e in events} == {"clip-01", "clip-04"}
     assert_same(take(config, 2, start_step=2), whole[4:])
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_bad_ones_between_good_ones_are_not_in_a_row(damaged, monkeypatch, how: str) -> None:
+    """However large the micro-batch: here it meets about as many bad pictures as good ones, never twelve in a row."""
+    monkeypatch.setattr(ledger_module, "IN_A_ROW", 12)
+    config = damaged({f"image-{i:02d}": BROKEN[how] for i in range(0, 24, 2)})
+    train = replace(config.train, global_clips=0, global_images=64, micro_images=64)
+    config = replace(config, data=replace(config.data, videos="", max_bad_fraction=0.9), train=train)
+    with Loader(config) as loader:
+        next(loader)
+        assert loader.bad_samples > 24
+
+
+def test_bad_held_out_samples_are_listed_and_limited(damaged, tmp_path: Path) -> None:
+    config = damaged({f"image-{i:02d}": BROKEN["header"] for i in range(0, 24, 2)})
+    config = replace(config, train=replace(config.train, eval_batches=6))
+
+    def held_out(max_bad_fraction: float) -> list[Batch]:
+        data = replace(config.data, eval_images=config.data.images, max_bad_fraction=max_bad_fraction)
+        return list(eval_batches(replace(config, data=data), folder=tmp_path))
+
+    assert len(held_out(0.9)) == 6
+    events = [json.loads(line) for line in (tmp_path / LEDGER).read_text().splitlines()]
+    assert {e["stream"] for e in events} == {"eval_image"} and len(events) > 10
+    with pytest.raises(DataLimitError, match="over data.max_bad_fraction=0.001"):
+        held_out(0.001)
+
+
+def test_the_first_bad_sample_is_said_aloud(damaged, tmp_path: Path, caplog, capsys) -> None:
+    """And at the end of a run their number; of all ranks, in each line of the log."""
+    config = damaged({f"clip-{i:02d}": lambda data: data[:300] for i in (1, 4)}, kind="video")
+    with Loader(config, folder=tmp_path, exchange=lambda numbers: [2 * n for n in numbers]) as loader:
+        assert all(next(loader) for _ in range(6))
+        events = (tmp_path / LEDGER).read_text().splitlines()
+        assert 2 <= loader.bad_samples <= 2 * len(events)
+    said = [message for message in caplog.messages if "cannot be used" in message]
+    assert len(said) == 1 and "'clip-0" in said[0] and "All such samples are listed in" in said[0]
+    report_bad(tmp_path)
+    assert capsys.readouterr().out == f"\ncould not be used: {len(events)} of video; see {tmp_path / LEDGER}\n"
+
+
+def test_a_video_shorter_than_a_clip_is_named(with_data: Callable, caplog) -> None:
+    with Loader(with_data(stride=9)) as loader:
+        next(loader)
+    assert len(caplog.messages) == 1
+    assert re.search(r"video-00000\d.tar/clip-\d+ has \d+ frames, and a clip spans 64", caplog.messages[0])
+
+
+def test_reads_of_videos_overlap(with_data: Callable, monkeypatch) -> None:
+    """As many at a time as data.readers says, though one worker decodes."""
+    together, read = threading.Barrier(4, timeout=20), Storage.read
+
+    def waits_for_others(self: Storage, member: Member, times: StageTimes) -> bytes:
+        together.wait()
+        return read(self, member, times)
+
+    config = with_data(images="", readers=4, workers=1, prefetch=4)
+    config = replace(config, train=replace(config.train, global_images=0))
+    monkeypatch.setattr(Storage, "read", waits_for_others)
+    with Loader(config) as loader:
+        assert all(next(loader).video is not None for _ in range(2))
+        together.abort()
+        monkeypatch.setattr(Storage, "read", read)
+
+
+def test_a_closed_loader_says_so(config: Config) -> None:
+    with Loader(config) as loader:
+        next(loader)
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        next(loader)
 
 
 def test_too_many_bad_samples_end_the_run(damaged) -> None:

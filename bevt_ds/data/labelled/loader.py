@@ -64,7 +64,7 @@ class LabelledReader:
         global_size, self._micro_size = train.streams["clips"]
         self.skips, self.times = Skips(state), StageTimes()
         ledger = Ledger(StreamId.LABELLED, folder and folder / LEDGER, self.skips)
-        self.ledgers, self.decoders = {ledger.stream: ledger}, {ledger.stream: "cpu"}
+        self.ledgers, self.decoder_choices = {ledger.stream: ledger}, {}
         with ExitStack() as resources:
             augmenters, shared = _open(config, self.times, resources)
             shards = shared.storage.shards(config.train, "video")

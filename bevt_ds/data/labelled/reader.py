@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
 
 import numpy as np
 import torch
@@ -32,13 +30,10 @@ from bevt_ds.data.pixels.clip_pixels import (
 )
 from bevt_ds.data.pixels.randaugment import randaugment
 from bevt_ds.data.reading.members import Shard
-from bevt_ds.data.reading.remote import redacted
-from bevt_ds.data.stream import Resources, SampleReader, Ticket
+from bevt_ds.data.stream import Resources, SampleReader, ShortVideos, Ticket, sample_name
 from bevt_ds.rng import Use
 
 NO_LABEL = -1
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,26 +57,12 @@ class LabelledShards:
 
     def name(self, entry: LabelledEntry) -> str:
         """`shard/key` of a sample."""
-        shard = self.shards[entry.shard]
-        return f"{PurePosixPath(redacted(shard.path)).name}/{shard.keys[entry.member]}"
+        return sample_name(self.shards[entry.shard].member(entry.member))
 
 
-class ShortVideos:
-    """Says once that there is a video shorter than a clip, whose frames are then repeated."""
-
-    def __init__(self, config: LabelledDataConfig) -> None:
-        self._config, self._said = config, False
-
-    def look_at(self, name: str, frames: int) -> None:
-        config = self._config
-        span = config.frames if config.sampling == "segments" else (config.frames - 1) * config.stride + 1
-        if frames < span and not self._said:
-            self._said = True
-            log.warning(
-                "%s has %d frames, and a clip spans %d: frames of such videos are repeated (data.frames=%d,"
-                " data.stride=%d)",
-                *(name, frames, span, config.frames, config.stride),
-            )
+def _stride(config: LabelledDataConfig) -> int:
+    """Frames from one of a clip to the next, at least: segments are as far apart as the video is long."""
+    return 1 if config.sampling == "segments" else config.stride
 
 
 class ClipReader(SampleReader):
@@ -97,9 +78,8 @@ class ClipReader(SampleReader):
         ledger: Ledger,
         device: torch.device,
     ) -> None:
-        super().__init__(plan, data.shards, config, shared, ledger)
+        super().__init__(plan, data.shards, config, shared, ledger, _stride(config))
         self.data, self.augmenters, self.device = data, augmenters, device
-        self.short = ShortVideos(config)
 
     def finish(self, ticket: Ticket) -> LabelledBatch:
         """The micro-batch: pixels on the device, the rest on the host."""
@@ -119,14 +99,13 @@ class ClipReader(SampleReader):
 
     def _load(self, load: Load, group: list[LabelledEntry]) -> Future:
         entry, config = group[0], self.config
-        decoded = self.shared.pool.clips(load, entry.positions, config.frames, config.stride, entry.choice)
+        read = self.shared.reading(load)
+        decoded = self.shared.pool.clips(read, entry.positions, config.frames, config.stride, entry.choice)
         return self.augmenters.submit(self._augmented, decoded, entry)
 
     def _augmented(self, decoded: Future, entry: LabelledEntry) -> list[Tensor]:
         """The entry's clip once it is decoded: uint8 (T,3,S,S), in a list. BadSample: it cannot be."""
-        payload = decoded.result()
-        self.short.look_at(self.data.name(entry), payload[0]["total"])
-        frames = as_frames(self._unpacked(payload)[0])
+        frames = as_frames(self._unpacked(decoded.result(), entry)[0])
         draw = partial(self.plan.generator, step=entry.step, slot=entry.slot)
         config, size = self.config, self.config.size
         with self.shared.times.measured("augment"):
@@ -164,7 +143,7 @@ class ViewReader:
     ) -> None:
         self.plan, self.data, self.config, self.views = plan, data, config, views
         self.shared, self.augmenters, self.ledger, self.device = shared, augmenters, ledger, device
-        self.short = ShortVideos(config)
+        self.short = ShortVideos(config.frames, _stride(config))
 
     def begin(self, step: int, slots: range) -> Ticket:
         entries = [entry for slot in slots if (entry := self.plan.entry(step, slot))]
@@ -202,7 +181,8 @@ class ViewReader:
     def _load(self, entry: LabelledEntry) -> Future:
         config, shared = self.config, self.shared
         load = partial(shared.storage.read, self.data.shards[entry.shard].member(entry.member), shared.times)
-        decoded = shared.pool.clips(load, entry.positions, config.frames, config.stride, entry.choice)
+        read = shared.reading(load)
+        decoded = shared.pool.clips(read, entry.positions, config.frames, config.stride, entry.choice)
         return self.augmenters.submit(self._viewed, decoded, entry)
 
     def _viewed(self, decoded: Future, entry: LabelledEntry) -> Tensor:
