@@ -138,7 +138,7 @@ def test_a_copied_tar_keeps_its_index(copies: Path, monkeypatch: pytest.MonkeyPa
     assert load_shard(str(path)) == load_shard(str(path)) == whole
 
 
-FIELDS = ["version", "tar", "keys", "extensions", "offsets", "sizes", "crcs", "heads", "labels", "ignored"]
+FIELDS = ["version", "tar", "keys", "extensions", "offsets", "sizes", "crcs", "heads", "labels", "ignored", "dropped"]
 NONSENSE = [None, [], {}, -1, "x", [None], [[1]], [1 << 70] * 9, ["a"] * 9, [1.5] * 9]
 
 
@@ -152,7 +152,7 @@ def test_d5_a_mutated_index_is_made_again(copies: Path, name: str) -> None:
         assert load_shard(str(path)) == whole
 
 
-@pytest.mark.parametrize("name", ["version", "tar", "ignored", "keys", "offsets", "sizes", "heads"])
+@pytest.mark.parametrize("name", ["version", "tar", "ignored", "keys", "extensions", "offsets", "sizes", "heads"])
 def test_d5_even_a_mutation_that_is_signed_stays_inside_the_tar(copies: Path, name: str) -> None:
     path = copies / "image-000000.tar"
     whole, place = load_shard(str(path)), Path(f"{path}{SUFFIX}")
@@ -172,13 +172,25 @@ def sign(place: Path, stored: dict) -> None:
     place.write_text(json.dumps({**rest, "digest": index_digest(rest)}))
 
 
-def test_d6_duplicate_keys(tmp_path: Path, make: SimpleNamespace) -> None:
-    tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1", "b.jpg": b"2", "a.png": b"3"})
-    with pytest.raises(UserError, match="two samples named 'a'.*--dedupe first"):
+def test_d6_duplicate_keys(tmp_path: Path, make: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
+    tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1", "b.jpg": b"2", "a.png": b"3", "a.JPG": b"4"})
+    with pytest.raises(UserError, match=r"two images under the key 'a' \(.jpg and .png\).*--dedupe first"):
         load_shard(str(tar))
     assert cli.main(["shards", "index", "--dedupe", "first", str(tar)]) == 0
+    assert "2 images, 0 videos, 2 dropped because their key came before" in capsys.readouterr().out
     (shard,) = load_shards([str(tar)], "image")
-    assert shard.keys == ("a", "b") and read_member(shard.member(0)) == b"1"
+    assert shard.keys == ("a", "b") and read_member(shard.member(0)) == b"1" and shard.dropped == 2
+
+
+def test_d6_a_video_and_its_thumbnail_are_two_samples(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Of two streams; the label is that of both. The index says the same as the first reading."""
+    tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1", "a.mp4": b"22", "a.cls": b"7", "b.mp4": b"3"})
+    for _ in range(2):
+        (images,), (videos,) = load_shards([str(tar)], "image"), load_shards([str(tar)], "video")
+        assert (images.keys, images.labels, videos.keys, videos.labels) == (("a",), ("7",), ("a", "b"), ("7", ""))
+        assert [read_member(shard.member(0)) for shard in (images, videos)] == [b"1", b"22"]
+    with pytest.raises(UserError, match=r"two videos under the key 'a' \(.mp4 and .webm\)"):
+        load_shard(str(make.tar(tmp_path / "s.tar", {"a.mp4": b"1", "a.jpg": b"1", "a.webm": b"1"})))
 
 
 def test_d6_twins_in_two_shards_are_found_by_check(tmp_path: Path, make: SimpleNamespace) -> None:

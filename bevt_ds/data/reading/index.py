@@ -22,13 +22,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bevt_ds.data.reading.members import BLOCK, COLUMNS, EXTENSIONS, Shard, read_at
+from bevt_ds.data.reading.members import BLOCK, COLUMNS, COUNTS, EXTENSIONS, KINDS, Shard, read_at
 from bevt_ds.data.reading.patience import asking
 from bevt_ds.data.reading.remote import redacted
 from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
 
-VERSION = 3
+VERSION = 4
 SUFFIX = ".index.json"
 SPOT_CHECKS = 16  # headers that are compared at each start, when size and time of the tar are the indexed ones
 LONGEST_TURN = 1800.0  # seconds to wait for another process
@@ -41,8 +41,8 @@ def load_shards(
 ) -> list[Shard]:
     """The shards' members of `kind`, indexing on first use.
 
-    load: how to index one; None: `load_shard`, for local paths. UserError: not a readable tar, the same key twice in a
-    tar, a tar without a usable sample.
+    load: how to index one; None: `load_shard`, for local paths. UserError: not a readable tar, two samples of one kind
+    and key in a tar, a tar without a usable sample.
     """
     with ThreadPoolExecutor(threads) as pool:
         shards = [shard.only(kind) for shard in pool.map(load or load_shard, paths)]
@@ -56,8 +56,8 @@ def load_shards(
 def load_shard(path: str, fresh: bool = False, keep_first: bool = False) -> Shard:
     """One local tar's members, from its index if that describes it, else by reading it once.
 
-    fresh: read it in any case. keep_first: of two samples with one key take the first, instead of refusing the tar.
-    UserError: not a readable tar, the same key twice, a tar that somebody is writing.
+    fresh: read it in any case. keep_first: of two samples of one kind and key take the first, instead of refusing the
+    tar. UserError: not a readable tar, two samples of one kind and key, a tar that somebody is writing.
     """
     with _open_tar(path) as tar:
         with suppress(OSError):  # a file system without locks costs repeated work only
@@ -179,8 +179,8 @@ def read_index(place: Path, path: str) -> tuple[Shard, dict[str, Any]] | None:
         if stored["version"] != VERSION or stored.pop("digest") != index_digest(stored):
             return None
         del stored["version"]
-        identity, ignored = stored.pop("tar"), stored.pop("ignored")
-        shard = Shard(path=path, ignored=ignored, **{name: tuple(column) for name, column in stored.items()})
+        identity, counts = stored.pop("tar"), {name: stored.pop(name) for name in COUNTS}
+        shard = Shard(path=path, **counts, **{name: tuple(column) for name, column in stored.items()})
         _check_columns(shard, identity["size"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         return None
@@ -196,22 +196,22 @@ def _check_columns(shard: Shard, tar_size: int) -> None:
     """Refuse what no tar of that size can hold; the message is not shown, the index is made again."""
     if any(len(getattr(shard, name)) != len(shard.keys) for name in COLUMNS):
         raise ValueError("columns of different lengths")
-    if type(tar_size) is not int or type(shard.ignored) is not int or shard.ignored < 0:
-        raise ValueError("no size of the tar, or no count of what is ignored")
+    if any(type(count) is not int or count < 0 for count in (tar_size, shard.ignored, shard.dropped)):
+        raise ValueError("no size of the tar, or no count of what is passed over")
     texts = (*shard.keys, *shard.extensions, *shard.labels, *shard.json_labels)
     numbers = (*shard.offsets, *shard.sizes, *shard.crcs, *shard.heads)
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         raise ValueError("a column of another type")
     if any(o < BLOCK or s < 0 or o + s > tar_size for o, s in zip(shard.offsets, shard.sizes, strict=True)):
         raise ValueError("a member outside the tar")
-    if len(set(shard.keys)) != len(shard.keys):
+    kinds = [KINDS[extension] for extension in shard.extensions]
+    if len(set(zip(shard.keys, kinds, strict=True))) != len(shard.keys):
         raise ValueError("a key twice")
 
 
 def write_index(places: Sequence[Path], identity: dict[str, Any], shard: Shard) -> None:
     """Store an index at the first place that can be written; that none can costs time at the next start only."""
-    columns = {name: getattr(shard, name) for name in COLUMNS}
-    stored = {"version": VERSION, "tar": identity, "ignored": shard.ignored, **columns}
+    stored = {"version": VERSION, "tar": identity, **{name: getattr(shard, name) for name in (*COUNTS, *COLUMNS)}}
     text = json.dumps({**stored, "digest": index_digest(stored)})
     for place in places:
         asking(f"index {place}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import BinaryIO
 
 from bevt_ds.data.limits import BadSample
@@ -13,6 +13,7 @@ from bevt_ds.data.limits import BadSample
 VIDEO_EXTENSIONS = frozenset({"mp4", "avi", "mkv", "webm"})
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png"})
 EXTENSIONS = {"video": VIDEO_EXTENSIONS, "image": IMAGE_EXTENSIONS}
+KINDS = {extension: kind for kind, extensions in EXTENSIONS.items() for extension in extensions}
 BLOCK = 512  # bytes of a tar header
 
 
@@ -30,7 +31,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Shard:
-    """The media members of one tar, in columns: a million samples should cost megabytes."""
+    """The media members of one tar, in columns: a million samples should cost megabytes.
+
+    A video and a picture may have the same key: each is a sample of its kind.
+    """
 
     path: str
     keys: tuple[str, ...]
@@ -42,6 +46,7 @@ class Shard:
     labels: tuple[str, ...]  # from `<key>.cls`, or else "label" in `<key>.json`; empty: none
     json_labels: tuple[str, ...]  # the latter where it is another than the former; else empty
     ignored: int  # members named like media that are no regular file
+    dropped: int = 0  # samples left out because one of the same key and kind came before
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -55,12 +60,12 @@ class Shard:
 
     def only(self, kind: str) -> Shard:
         """The members of one kind, "video" or "image"."""
-        keep = [i for i, extension in enumerate(self.extensions) if extension in EXTENSIONS[kind]]
-        columns = {name: tuple(getattr(self, name)[i] for i in keep) for name in COLUMNS}
-        return Shard(path=self.path, ignored=self.ignored, **columns)
+        keep = [i for i, extension in enumerate(self.extensions) if KINDS[extension] == kind]
+        return replace(self, **{name: tuple(getattr(self, name)[i] for i in keep) for name in COLUMNS})
 
 
-COLUMNS = tuple(f.name for f in fields(Shard) if f.name not in ("path", "ignored"))
+COUNTS = ("ignored", "dropped")
+COLUMNS = tuple(f.name for f in fields(Shard) if f.name not in ("path", *COUNTS))
 
 
 def read_member(member: Member, verify: bool = True) -> bytes:

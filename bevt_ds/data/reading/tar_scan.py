@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from bevt_ds.data.reading.members import BLOCK, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Shard, read_at, split_name
+from bevt_ds.data.reading.members import BLOCK, KINDS, Shard, read_at, split_name
 from bevt_ds.data.reading.patience import asking
 from bevt_ds.errors import UserError
 
@@ -28,16 +28,17 @@ log = logging.getLogger(__name__)
 class _Found:
     """What the walk has met so far."""
 
-    rows: dict[str, tuple] = field(default_factory=dict)  # key -> extension, offset, size, crc, head
+    rows: dict[tuple[str, str], tuple] = field(default_factory=dict)  # key, kind -> extension, offset, size, crc, head
     labels: dict[str, dict[str, str]] = field(default_factory=dict)  # key -> "cls" or "json" -> label
     ignored: int = 0
+    dropped: int = 0
 
 
 def scan(path: str, tar: BinaryIO, keep_first: bool = False) -> Shard:
     """The media members of a tar; what is not a regular file is passed over and counted.
 
-    UserError: it is no tar, is cut or damaged, or holds a key twice and `keep_first` is off. A tar that can be read
-    only in part is refused, because an index of that part would pass for the whole.
+    UserError: it is no tar, is cut or damaged, or holds two samples of one kind and key and `keep_first` is off. A tar
+    that can be read only in part is refused, because an index of that part would pass for the whole.
     """
     found = _Found()
     try:
@@ -47,9 +48,11 @@ def scan(path: str, tar: BinaryIO, keep_first: bool = False) -> Shard:
         raise UserError(f"{path} is {_what_is_wrong(tar, error, len(found.rows))}") from error
     columns = zip(*found.rows.values(), strict=True) if found.rows else ((), (), (), (), ())
     extensions, offsets, sizes, crcs, heads = map(tuple, columns)
-    pairs = [_chosen(found.labels.get(key, {})) for key in found.rows]
+    keys = tuple(key for key, _ in found.rows)
+    pairs = [_chosen(found.labels.get(key, {})) for key in keys]
     labels, json_labels = (tuple(pair[i] for pair in pairs) for i in (0, 1))
-    return Shard(path, tuple(found.rows), extensions, offsets, sizes, crcs, heads, labels, json_labels, found.ignored)
+    counts = found.ignored, found.dropped
+    return Shard(path, keys, extensions, offsets, sizes, crcs, heads, labels, json_labels, *counts)
 
 
 class _Headers:
@@ -98,18 +101,20 @@ def _note(found: _Found, path: str, tar: BinaryIO, info: tarfile.TarInfo, keep_f
         if label := _label(extension, _read(path, tar, info.size, info.offset_data)):
             found.labels.setdefault(key, {}).setdefault(extension, label)
         return
-    if extension not in VIDEO_EXTENSIONS | IMAGE_EXTENSIONS:
+    if (kind := KINDS.get(extension)) is None:
         return
     if not info.isreg() or info.sparse is not None:
         found.ignored += 1
-    elif key not in found.rows:
+    elif (first := found.rows.get((key, kind))) is None:
         head = zlib.crc32(_read(path, tar, BLOCK, info.offset_data - BLOCK))
         crc = _checksum(path, tar, info.offset_data, info.size)
-        found.rows[key] = (extension, info.offset_data, info.size, crc, head)
-    elif not keep_first:
+        found.rows[key, kind] = (extension, info.offset_data, info.size, crc, head)
+    elif keep_first:
+        found.dropped += 1
+    else:
         raise UserError(
-            f"{path} holds two samples named {key!r}: rename or remove one, or take the first of them with"
-            " `bevt shards index --dedupe first`"
+            f"{path} holds two {kind}s under the key {key!r} (.{first[0]} and .{extension}): rename or remove one, or"
+            f" take the first {kind} of each key with `bevt shards index --dedupe first`"
         )
 
 
