@@ -84,8 +84,12 @@ def draw_clip(number: int, size: str) -> bytes:
 
 
 def quality(place: Path) -> dict[str, dict[str, float]]:
-    """Of each shard set: megabytes, and PSNR (dB, of 8-bit RGB) against the source scaled to the same size."""
-    facts = {"raw": {"megabytes": _megabytes(place, "raw")}}
+    """Of each shard set: megabytes, and PSNR (dB, of 8-bit RGB) against the source scaled to the same size.
+
+    Of the raw one: how many videos, and how many of them are real.
+    """
+    videos, real = (len(list((place / "media").glob(f"{prefix}*.mp4"))) for prefix in ("", "real-"))
+    facts = {"raw": {"megabytes": _megabytes(place, "raw"), "videos": videos, "real_videos": real}}
     for name, profile in profiles().items():
         raw, packed = _samples(place, "raw"), _samples(place, name)
         pairs = islice(zip(raw, packed, strict=True), COMPARED)

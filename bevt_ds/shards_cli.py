@@ -8,9 +8,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from bevt_ds.config import DataConfig
 from bevt_ds.data.decoding.transcode import Profile
 from bevt_ds.data.packing.check import Report, check, outlook, survey
 from bevt_ds.data.packing.draw import draw, ensure_demo_shards
@@ -18,8 +21,9 @@ from bevt_ds.data.packing.pack import SHARD_BYTES, SHARD_SAMPLES, pack
 from bevt_ds.data.reading.dali_index import write_dali_index
 from bevt_ds.data.reading.index import load_shard, write_atomic
 from bevt_ds.data.reading.members import EXTENSIONS
+from bevt_ds.data.reading.patience import Patience
 from bevt_ds.data.reading.remote import is_remote
-from bevt_ds.data.reading.shards import expand
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.errors import UserError
 from bevt_ds.recipes import RECIPES, get_recipe
 
@@ -198,7 +202,7 @@ def _index(arguments: argparse.Namespace) -> None:
         keep_first = arguments.dedupe == "first"
         shard = load_shard(path, fresh=arguments.fresh or keep_first, keep_first=keep_first)
         counts = ", ".join(f"{len(shard.only(kind))} {kind}s" for kind in sorted(EXTENSIONS))
-        ignored = f", {shard.ignored} members that are no regular files passed over" if shard.ignored else ""
+        ignored = f", {shard.ignored} passed over (no regular files, or macOS's '._')" if shard.ignored else ""
         dropped = f", {shard.dropped} dropped because their key came before" if shard.dropped else ""
         dali = f", {write_dali_index(path).name}" if arguments.dali else ""
         print(f"{path}: {counts}{ignored}{dropped}{dali}")
@@ -206,7 +210,7 @@ def _index(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     all_there_are = glob.has_magic(arguments.shards)
-    report = check(expand(arguments.shards), arguments.jobs, progress=True, whole=all_there_are)
+    report = check(_paths(arguments.shards), arguments.jobs, progress=True, whole=all_there_are)
     _print_findings(report)
     for note in outlook(report.facts):
         print(f"note: {note}")
@@ -227,8 +231,7 @@ def _print_findings(report: Report) -> None:
 def _stats(arguments: argparse.Namespace) -> int:
     from bevt_ds.data.packing.stats import measure, plot, table, verdict  # matplotlib is slow to import
 
-    paths = expand(arguments.shards)
-    report = survey(paths, arguments.jobs, progress=True)
+    report = survey(_paths(arguments.shards), arguments.jobs, progress=True)
     _print_findings(report)
     print(f"{len(report.facts)} samples in {len(report.shards)} shards, {len(report.findings)} unreadable")
     if not report.facts:

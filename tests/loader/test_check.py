@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bevt_ds import cli
+from bevt_ds import cli, shards_cli
+from bevt_ds.config import DataConfig
 from bevt_ds.data.packing import manifest, stats
 from bevt_ds.data.packing.check import check
 from bevt_ds.data.packing.draw_worker import encode_mp4
@@ -104,3 +106,25 @@ def test_hashing_does_not_wait_for_ever(packed: Path, monkeypatch, released: thr
     monkeypatch.setattr(manifest, "Patience", lambda seconds: Patience(0.2))
     with pytest.raises(StorageStalled, match="image-00000.*tar: no answer"):
         manifest.compare([str(path) for path in packed.glob("*.tar")], jobs=2)
+
+
+@pytest.mark.parametrize("verb", ["index", "check", "stats"])
+@pytest.mark.parametrize(("call", "pattern"), [("stat", "a.tar"), ("scandir", "*.tar")])
+def test_looking_for_shards_does_not_wait_for_ever(
+    verb: str, call: str, pattern: str, tmp_path: Path, monkeypatch, released: threading.Event, capsys
+) -> None:
+    real, folder = getattr(os, call), tmp_path / "dead"
+    folder.mkdir()
+    monkeypatch.setattr(
+        os, call, lambda path=".", **kw: released.wait(20) if str(folder) in str(path) else real(path, **kw)
+    )
+    monkeypatch.setattr(shards_cli, "DataConfig", lambda: DataConfig(read_seconds=0.2))
+    assert cli.main(["shards", verb, f"{folder}/{pattern}"]) == 5
+    assert "no answer for data.read_seconds=0.2 s" in capsys.readouterr().err
+
+
+def test_indexing_does_not_wait_for_ever(packed: Path, monkeypatch, released: threading.Event, capsys) -> None:
+    monkeypatch.setattr("bevt_ds.data.reading.index._open_tar", lambda path: released.wait(20))
+    monkeypatch.setattr(shards_cli, "DataConfig", lambda: DataConfig(read_seconds=0.2))
+    assert cli.main(["shards", "index", f"{packed}/*.tar"]) == 5
+    assert "image-000000.tar: no answer" in capsys.readouterr().err

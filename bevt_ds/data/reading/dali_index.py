@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 from bevt_ds.data.reading.index import write_atomic
+from bevt_ds.data.reading.patience import asking
 
 VERSION = "v1.2"
 
@@ -18,6 +19,7 @@ def write_dali_index(path: str) -> Path:
     samples: list[tuple[str, list[str]]] = []
     with tarfile.open(path, "r:") as archive:
         for info in archive:
+            asking(f"shard {path} at byte {info.offset_data}")
             folder, slash, name = info.name.rpartition("/")
             stem, dot, extension = name.partition(".")
             if not (info.isreg() and dot and stem):

@@ -45,7 +45,7 @@ class Shard:
     heads: tuple[int, ...]  # CRC-32 of the header block before the data
     labels: tuple[str, ...]  # from `<key>.cls`, or else "label" in `<key>.json`; empty: none
     json_labels: tuple[str, ...]  # the latter where it is another than the former; else empty
-    ignored: int  # members named like media that are no regular file
+    ignored: int  # members named like media that are no regular file, or AppleDouble
     dropped: int = 0  # samples left out because one of the same key and kind came before
 
     def __len__(self) -> int:
@@ -96,6 +96,11 @@ def read_at(tar: BinaryIO, offset: int, size: int) -> bytes:
     while len(data) < size and (more := os.pread(tar.fileno(), size - len(data), offset + len(data))):
         data += more
     return data
+
+
+def is_apple_double(name: str) -> bool:
+    """Whether macOS made that file: `._NAME` holds what its file systems know of NAME, and looks like media by name."""
+    return name.rpartition("/")[2].startswith("._")
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from bevt_ds.data.reading.members import BLOCK, KINDS, Shard, read_at, split_name
+from bevt_ds.data.reading.members import BLOCK, KINDS, Shard, is_apple_double, read_at, split_name
 from bevt_ds.data.reading.patience import asking
 from bevt_ds.errors import UserError
 
@@ -35,7 +35,7 @@ class _Found:
 
 
 def scan(path: str, tar: BinaryIO, keep_first: bool = False) -> Shard:
-    """The media members of a tar; what is not a regular file is passed over and counted.
+    """The media members of a tar; what is not a regular file, or macOS's own, is passed over and counted.
 
     UserError: it is no tar, is cut or damaged, or holds two samples of one kind and key and `keep_first` is off. A tar
     that can be read only in part is refused, because an index of that part would pass for the whole.
@@ -103,7 +103,7 @@ def _note(found: _Found, path: str, tar: BinaryIO, info: tarfile.TarInfo, keep_f
         return
     if (kind := KINDS.get(extension)) is None:
         return
-    if not info.isreg() or info.sparse is not None:
+    if not info.isreg() or info.sparse is not None or is_apple_double(info.name):
         found.ignored += 1
     elif (first := found.rows.get((key, kind))) is None:
         head = zlib.crc32(_read(path, tar, BLOCK, info.offset_data - BLOCK))
