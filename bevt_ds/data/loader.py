@@ -25,6 +25,7 @@ from bevt_ds.batch import Batch
 from bevt_ds.config import Config, ReadingConfig
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
 from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.delivery import Aside, used_here
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, require_few_bad
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels
@@ -81,7 +82,7 @@ class BatchReader:
             shards = {s.stream: shared.storage.shards(s.shards, s.stream.kind) for s in sources}
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
             device = self._device = torch.device(device)
-            self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+            self._aside = Aside(device)
             self.decoders = {
                 s.stream: (state or {}).get("decoder", {}).get(s.stream.name)
                 or _decoder(s, shards[s.stream], config, shared, device, self.fingerprint)
@@ -114,17 +115,16 @@ class BatchReader:
 
     def finish(self, tickets: dict[StreamId, Ticket]) -> Batch:
         """Wait for a micro-batch that was begun."""
-        streams = {s.kind: self._readers[s].finish(ticket) for s, ticket in tickets.items()}
-        return self._delivered(Batch(streams.get("video"), streams.get("image")))
+        with self._aside.making():
+            streams = {s.kind: self._readers[s].finish(ticket) for s, ticket in tickets.items()}
+            return self._delivered(Batch(streams.get("video"), streams.get("image")))
 
     def _delivered(self, batch: Batch) -> Batch:
-        """The batch with its index tensors on the device as well, copied beside what the training step computes."""
-        if self._copies is None:
+        """The batch with its index tensors on the device as well."""
+        if self._device.type == "cpu":
             return batch
-        with self.times.measured("copy"), torch.cuda.stream(self._copies):
-            batch = batch.to(self._device, non_blocking=True)
-            self._copies.synchronize()
-        return batch
+        with self.times.measured("copy"):
+            return batch.to(self._device, non_blocking=True)
 
     def close(self) -> None:
         """End the decode processes and reading threads."""
@@ -295,7 +295,7 @@ class Loader(BackgroundLoader):
         super().__init__(reader, parts, config.data, start_step, exchange)
 
     def __next__(self) -> Batch:
-        return _use_on_current_stream(super().__next__())
+        return _used_here(super().__next__())
 
 
 def eval_batches(config: Config, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> Iterator[Batch]:
@@ -311,7 +311,7 @@ def eval_batches(config: Config, rank: int = 0, world: int = 1, device: torch.de
     reader = BatchReader(config, sources, rank, world, device, folder=None)
     try:
         for micro_step in range(config.train.eval_batches):
-            yield _use_on_current_stream(reader.finish(reader.begin(0, micro_step)))
+            yield _used_here(reader.finish(reader.begin(0, micro_step)))
     finally:
         reader.close()
 
@@ -425,10 +425,6 @@ def _pixels(source: Source, config: Config, device: torch.device, decoder: str, 
     )
 
 
-def _use_on_current_stream(batch: Batch) -> Batch:
-    """Tell CUDA's allocator that the caller's stream uses the tensors, made on other streams."""
-    for stream in (batch.video, batch.image):
-        if stream is not None and stream.pixels.is_cuda:
-            for tensor in (value for value in vars(stream).values() if isinstance(value, torch.Tensor)):
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+def _used_here(batch: Batch) -> Batch:
+    used_here(batch.video, batch.image)
     return batch
