@@ -19,13 +19,12 @@ from pathlib import Path
 import torch
 
 from . import kernels_masked, kernels_providers, kernels_report
-from .common import append_row, ceilings, measure, peak_megabytes, provenance, read_rows
+from .common import append_row, ceilings, measure, peak_megabytes, provenance, read_rows, reason
 from .kernels_cases import Case, default_cases, further_cases, small_cases, soak_cases
 from .kernels_providers import Job
 
 RESULTS = Path(__file__).parent / "results"
 DIRECTIONS = ("forward", "backward", "both")
-FAILURES = (RuntimeError, NotImplementedError, ValueError, AssertionError)  # what a competitor may fail with
 
 
 def time_direction(job: Job, direction: str, device: str) -> dict:
@@ -51,12 +50,11 @@ def time_job(make: Callable[..., Job], device: str, dtype: torch.dtype, ours: bo
         job = make(*case, device, dtype)
         for direction in DIRECTIONS:
             results[direction] = time_direction(job, direction, device)
-    except FAILURES as error:
+    except Exception as error:  # compilers raise whatever they like
         if ours:
             raise
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
         for direction in DIRECTIONS:
-            results.setdefault(direction, {"error": reason})
+            results.setdefault(direction, {"error": reason(error)})
     return results
 
 

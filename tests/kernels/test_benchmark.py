@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import kernels as kernels_benchmark
 from benchmarks import kernels_cases, kernels_masked, kernels_providers, kernels_report
+from benchmarks.common import commit
 from bevt_ds import kernels
 from bevt_ds.kernels.reference import partition
 
@@ -72,6 +73,27 @@ def test_failed_competitor_voids_the_best():
     partial = kernels_report.weighted([*rows, failed])
     assert (partial[goal_eager], partial[goal_best]) == (6.0, None)
     assert "failed: RuntimeError: no" in kernels_report.markdown([*rows, failed])
+
+
+class Odd(Exception):
+    """What no compiler is known to raise."""
+
+
+def test_a_competitor_may_fail_with_anything():
+    """And leaves its reason; a failure of ours ends the benchmark."""
+
+    def make(*_):
+        raise Odd
+
+    results = kernels_benchmark.time_job(make, "cpu", torch.float32, False, "case")
+    assert {result["error"] for result in results.values()} == {"Odd: no message"}
+    with pytest.raises(Odd):
+        kernels_benchmark.time_job(make, "cpu", torch.float32, True, "case")
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("BEVT_COMMIT", "of-which-it-is-a-copy")
+    assert commit() == "of-which-it-is-a-copy"
 
 
 def test_nothing_measured_is_nothing_written():
