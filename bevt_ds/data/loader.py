@@ -391,9 +391,9 @@ def _decoder(
     candidates = {
         name: partial(_clips_per_second, source, shards, config, shared, device, name) for name in ("gpu", "cpu")
     }
-    data = config.data
-    facts = (fingerprint, torch.cuda.get_device_name(device), cores(), data.workers, data.frames, data.stride)
-    return choose(candidates, (*facts, data.clips_per_video), cache_home() / "decoder")
+    data, machine = config.data, (torch.cuda.get_device_name(device), cores())
+    clip = (data.frames, data.stride, data.size, data.clips_per_video, source.micro_size)
+    return choose(candidates, (fingerprint, machine, data.workers, data.threads, clip), cache_home() / "decoder")
 
 
 def _clips_per_second(
