@@ -156,7 +156,9 @@ def main() -> None:
     parser.add_argument("--part", help="i/n of the shapes beyond the default ones")
     parser.add_argument("--only", default="", help="only the shapes whose name contains this; not the masked ops")
     parser.add_argument("--providers", nargs="+", choices=NAMES, default=NAMES, help="default: all")
-    parser.add_argument("--soak", action="store_true", help="repeat instead of timing")
+    parser.add_argument(
+        "--soak", nargs="?", type=int, const=1000, help="repeat, 1000 times or so many, instead of timing"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,7 +169,7 @@ def main() -> None:
             parser.error("--part is for a GPU: the other shapes would take a CPU hours")
         print("No GPU: small shapes on the CPU. These numbers say nothing about the Triton kernels.")
     if arguments.soak:
-        return soak(device, 1000 if device == "cuda" else 3)
+        return soak(device, arguments.soak if device == "cuda" else 3)
     slug = re.sub(r"[^a-z0-9]+", "-", provenance(device)["device"].lower()).strip("-")
     cases = small_cases() if device == "cpu" else default_cases()
     cases = part_of(further_cases(), arguments.part) if arguments.part else cases
