@@ -26,14 +26,17 @@ demo: env  ## draw shards, pretrain on them, and see it learn (under 3 minutes o
 	$(BIN)/bevt shards demo demo-data
 	PATH=$(BIN):$$PATH deepspeed bevt_ds/pretrain.py --deepspeed_config ds_configs/zero2.json
 
+test test-all test-matrix golden: export CUDA_VISIBLE_DEVICES =  # on any machine what a CPU computes
+
 test: env  ## every test that needs no GPU
 	$(PYTEST) -m "not gpu and not slow"
 
 test-all: env  ## the long ones too
 	$(PYTEST) -m "not gpu"
 
-test-gpu: env  ## those that need a GPU
+test-gpu: env  ## those that need a GPU, and the kernels' tests on it
 	$(PYTEST) -m gpu
+	$(PYTEST) tests/kernels
 
 test-matrix: env  ## the same tests on Python 3.12 with torch 2.11 (needs python3.12)
 	tests/matrix.sh

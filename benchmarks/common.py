@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+SPIN = 4_000_000  # clocks, about 2 ms: longer than a host takes to enqueue forward and backward of any competitor
 EXPS_PER_CLOCK = 16  # exp2 of a streaming multiprocessor per clock, compute capability 8.0 and 9.0
 
 
@@ -41,7 +43,7 @@ def time_on_gpu(run: Callable[[], Any], budget_ms: float) -> Timing:
     while len(times) < 10 or (spent < budget_ms and time.perf_counter() - start < 10 * budget_ms / 1000):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
-        torch.cuda._sleep(1_000_000)
+        torch.cuda._sleep(SPIN)
         begin.record()
         run()
         end.record()
@@ -80,6 +82,11 @@ def peak_megabytes(run: Callable[[], Any], device: str) -> float | None:
     return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
 
 
+def reason(error: Exception) -> str:
+    """Why a competitor could not run, in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:160]}"
+
+
 @cache
 def ceilings(device: str) -> dict[str, float | None]:
     """Measured copy rate (read + write) and matrix product rate, and the exp2 rate by clock and unit count."""
@@ -102,7 +109,12 @@ def exp_rate() -> float:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked where a tracked file other than a result differs from it."""
+    """The commit of this checkout, marked where a tracked file other than a result differs from it.
+
+    A copy of the tree without its history is told: the variable BEVT_COMMIT says what it is a copy of.
+    """
+    if told := os.environ.get("BEVT_COMMIT"):
+        return told
 
     def git(*command: str) -> str:
         root = Path(__file__).parents[1]

@@ -1,6 +1,7 @@
 """Times the kernels against other ways to do the same, after checking that they are right.
 
-    python -m benchmarks.kernels               # Swin-B, 8 clips and 64 images: minutes
+    python -m benchmarks.kernels               # Swin-B, 8 clips and 64 images; most of it is compiling
+    python -m benchmarks.kernels --only "8 video" --providers eager sdpa bevt_ds    # the quick ones of its clips
     python -m benchmarks.kernels --part 1/6    # the first sixth of all other shapes; may be interrupted and resumed
     python -m benchmarks.kernels --soak        # every configuration 1,000 times, results bitwise equal
 
@@ -13,19 +14,19 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import torch
 
 from . import kernels_masked, kernels_providers, kernels_report
-from .common import append_row, ceilings, measure, peak_megabytes, provenance, read_rows
+from .common import append_row, ceilings, measure, peak_megabytes, provenance, read_rows, reason
 from .kernels_cases import Case, default_cases, further_cases, small_cases, soak_cases
 from .kernels_providers import Job
 
 RESULTS = Path(__file__).parent / "results"
 DIRECTIONS = ("forward", "backward", "both")
-FAILURES = (RuntimeError, NotImplementedError, ValueError, AssertionError)  # what a competitor may fail with
+NAMES = tuple(kernels_providers.GPU_PROVIDERS) + ("eager_gather_first",)  # the last is of the masked head alone
 
 
 def time_direction(job: Job, direction: str, device: str) -> dict:
@@ -51,12 +52,11 @@ def time_job(make: Callable[..., Job], device: str, dtype: torch.dtype, ours: bo
         job = make(*case, device, dtype)
         for direction in DIRECTIONS:
             results[direction] = time_direction(job, direction, device)
-    except FAILURES as error:
+    except Exception as error:  # compilers raise whatever they like
         if ours:
             raise
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
         for direction in DIRECTIONS:
-            results.setdefault(direction, {"error": reason})
+            results.setdefault(direction, {"error": reason(error)})
     return results
 
 
@@ -75,8 +75,9 @@ def attention_row(case: Case, direction: str, limits: dict, dtype: torch.dtype) 
 class Run:
     """One device, one file of rows."""
 
-    def __init__(self, device: str, path: Path) -> None:
-        self.device, self.path = device, path
+    def __init__(self, device: str, path: Path, names: Container[str]) -> None:
+        """names: the providers that are wanted."""
+        self.device, self.path, self.names = device, path, names
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.ours = "triton" if device == "cuda" else "torch"
         self.source, self.limits = provenance(device), ceilings(device)
@@ -96,7 +97,8 @@ class Run:
     def attention(self, case: Case) -> None:
         """Correctness, then every provider."""
         providers = kernels_providers.GPU_PROVIDERS if self.device == "cuda" else kernels_providers.CPU_PROVIDERS
-        todo = {name for name in providers if ("window_attention", case.name, name) not in self.done}
+        wanted = [name for name in providers if name in self.names]
+        todo = {name for name in wanted if ("window_attention", case.name, name) not in self.done}
         if not todo:
             return
         kernels_providers.check_correct(case, self.device, self.dtype, self.ours)
@@ -110,7 +112,7 @@ class Run:
     def masked(self) -> None:
         """Mask tokens and the masked head."""
         for op, case, name, make in kernels_masked.masked_jobs(self.device):
-            if (op, case.name, name) not in self.done:
+            if name in self.names and (op, case.name, name) not in self.done:
                 kernels_masked.check_masked(case, self.device, self.dtype, self.ours)
                 results = time_job(make, self.device, self.dtype, name == "bevt_ds", case)
                 for direction, result in results.items():
@@ -152,7 +154,11 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--part", help="i/n of the shapes beyond the default ones")
-    parser.add_argument("--soak", action="store_true", help="repeat instead of timing")
+    parser.add_argument("--only", default="", help="only the shapes whose name contains this; not the masked ops")
+    parser.add_argument("--providers", nargs="+", choices=NAMES, default=NAMES, help="default: all")
+    parser.add_argument(
+        "--soak", nargs="?", type=int, const=1000, help="repeat, 1000 times or so many, instead of timing"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,13 +169,16 @@ def main() -> None:
             parser.error("--part is for a GPU: the other shapes would take a CPU hours")
         print("No GPU: small shapes on the CPU. These numbers say nothing about the Triton kernels.")
     if arguments.soak:
-        return soak(device, 1000 if device == "cuda" else 3)
+        return soak(device, arguments.soak if device == "cuda" else 3)
     slug = re.sub(r"[^a-z0-9]+", "-", provenance(device)["device"].lower()).strip("-")
-    run = Run(device, arguments.out / f"kernels-{slug}.jsonl")
     cases = small_cases() if device == "cpu" else default_cases()
-    for case in part_of(further_cases(), arguments.part) if arguments.part else cases:
+    cases = part_of(further_cases(), arguments.part) if arguments.part else cases
+    if not (chosen := [case for case in cases if arguments.only in case.name]):
+        parser.error(f"--only {arguments.only!r} is in no name: {', '.join(case.name for case in cases)}")
+    run = Run(device, arguments.out / f"kernels-{slug}.jsonl", arguments.providers)
+    for case in chosen:
         run.attention(case)
-    if not arguments.part:
+    if not arguments.part and not arguments.only:
         run.masked()
     rows = list(read_rows(run.path))
     run.path.with_suffix(".md").write_text(kernels_report.markdown(rows))

@@ -27,7 +27,7 @@ NEVER = {
     "data": {"deepspeed", "timm", "triton"},
 }
 DATA_FLOORS = [  # a folder of data, or one of its own files, imports from its own floor and those before it
-    {"limits", "masks", "timing"},
+    {"limits", "masks", "timing", "delivery"},
     {"plan"},
     {"reading", "decoding"},
     {"ledger", "pixels"},

@@ -25,6 +25,7 @@ from bevt_ds.batch import Batch
 from bevt_ds.config import Config, ReadingConfig
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores, taken_over
 from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.delivery import Aside, used_here
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, require_few_bad
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels
@@ -82,7 +83,7 @@ class BatchReader:
             shared = open_resources(config.data, has_videos, self.times, resources)
             shards = {s.stream: shared.storage.shards(s.shards, s.stream.kind) for s in sources}
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
-            self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+            self._aside = Aside(device)
             known = taken_over(state, config.data.decoder, device.type == "cuda")
             self.decoders = {
                 s.stream: known.get(s.stream.name)
@@ -127,17 +128,16 @@ class BatchReader:
 
     def finish(self, tickets: dict[StreamId, Ticket]) -> Batch:
         """Wait for a micro-batch that was begun."""
-        streams = {s.kind: self._readers[s].finish(ticket) for s, ticket in tickets.items()}
-        return self._delivered(Batch(streams.get("video"), streams.get("image")))
+        with self._aside.making():
+            streams = {s.kind: self._readers[s].finish(ticket) for s, ticket in tickets.items()}
+            return self._delivered(Batch(streams.get("video"), streams.get("image")))
 
     def _delivered(self, batch: Batch) -> Batch:
-        """The batch with its index tensors on the device as well, copied beside what the training step computes."""
-        if self._copies is None:
+        """The batch with its index tensors on the device as well."""
+        if self._device.type == "cpu":
             return batch
-        with self.times.measured("copy"), torch.cuda.stream(self._copies):
-            batch = batch.to(self._device, non_blocking=True)
-            self._copies.synchronize()
-        return batch
+        with self.times.measured("copy"):
+            return batch.to(self._device, non_blocking=True)
 
     def close(self) -> None:
         """End the decode processes and reading threads."""
@@ -311,7 +311,7 @@ class Loader(BackgroundLoader):
         super().__init__(reader, parts, config.data, start_step, exchange)
 
     def __next__(self) -> Batch:
-        return _use_on_current_stream(super().__next__())
+        return _used_here(super().__next__())
 
 
 def eval_batches(
@@ -333,7 +333,7 @@ def eval_batches(
     reader = BatchReader(config, sources, rank, world, device, folder)
     try:
         for micro_step in range(config.train.eval_batches):
-            yield _use_on_current_stream(reader.finish(reader.begin(0, micro_step)))
+            yield _used_here(reader.finish(reader.begin(0, micro_step)))
         reader.require_few_bad()
     finally:
         reader.close()
@@ -414,9 +414,9 @@ def _decoder(
     candidates = {
         name: partial(_clips_per_second, source, shards, config, shared, device, name) for name in ("gpu", "cpu")
     }
-    data = config.data
-    facts = (fingerprint, torch.cuda.get_device_name(device), cores(), data.workers, data.frames, data.stride)
-    return choose(candidates, (*facts, data.clips_per_video), cache_home() / "decoder")
+    data, machine = config.data, (torch.cuda.get_device_name(device), cores())
+    clip = (data.frames, data.stride, data.size, data.clips_per_video, source.micro_size)
+    return choose(candidates, (fingerprint, machine, data.workers, data.threads, clip), cache_home() / "decoder")
 
 
 def _clips_per_second(
@@ -448,10 +448,6 @@ def _pixels(source: Source, config: Config, device: torch.device, decoder: str, 
     )
 
 
-def _use_on_current_stream(batch: Batch) -> Batch:
-    """Tell CUDA's allocator that the caller's stream uses the tensors, made on other streams."""
-    for stream in (batch.video, batch.image):
-        if stream is not None and stream.pixels.is_cuda:
-            for tensor in (value for value in vars(stream).values() if isinstance(value, torch.Tensor)):
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+def _used_here(batch: Batch) -> Batch:
+    used_here(batch.video, batch.image)
     return batch

@@ -77,6 +77,15 @@ def test_shapes_types_and_count(labelled: LabelledDataConfig) -> None:
     assert batch.cast(torch.bfloat16).to("cpu").pixels.dtype == torch.bfloat16
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_batches_arrive_on_a_gpu(labelled: LabelledDataConfig, batches: list[LabelledBatch]) -> None:
+    for on_cpu, on_gpu in zip(batches, take(labelled, 12, device="cuda:0"), strict=True):
+        assert {on_gpu.pixels.device, on_gpu.labels.device, on_gpu.sample_keys.device} == {torch.device("cuda", 0)}
+        torch.testing.assert_close(on_gpu.pixels.cpu(), on_cpu.pixels)
+        assert torch.equal(on_gpu.labels.cpu(), on_cpu.labels) and on_gpu.keys == on_cpu.keys
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_out_what_one_rank_sees(
     labelled: LabelledDataConfig, batches: list[LabelledBatch], world: int

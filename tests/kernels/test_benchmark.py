@@ -1,13 +1,17 @@
 """The kernel benchmark: the competitors compute the same thing, and the page says only what was measured."""
 
+import sys
+
 import pytest
 import torch
 
 from benchmarks import kernels as kernels_benchmark
 from benchmarks import kernels_cases, kernels_masked, kernels_providers, kernels_report
+from benchmarks.common import Timing, commit, read_rows
 from bevt_ds import kernels
 from bevt_ds.kernels.reference import partition
 
+LIMITS = {"copy_bytes_s": 1e10, "matmul_flop_s": 1e11, "exp_s": None}
 CASES = [case for case in kernels_cases.small_cases() if case.stream == "image"]
 
 
@@ -72,6 +76,53 @@ def test_failed_competitor_voids_the_best():
     partial = kernels_report.weighted([*rows, failed])
     assert (partial[goal_eager], partial[goal_best]) == (6.0, None)
     assert "failed: RuntimeError: no" in kernels_report.markdown([*rows, failed])
+
+
+@pytest.fixture
+def same_precision():
+    """A benchmark lets a GPU multiply in TF32; other tests must not."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_some_shapes_and_providers_alone(tmp_path, monkeypatch, same_precision):
+    """What is left out is measured by another call, which adds to the same file."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernels_benchmark, "measure", lambda run, device: Timing(1.0, 1.0, 1.0))
+    monkeypatch.setattr(kernels_benchmark, "ceilings", lambda device: LIMITS)
+    command = ["kernels", "--out", str(tmp_path), "--only", CASES[0].name, "--providers"]
+    for names in (["sdpa"], ["sdpa", "bevt_ds"]):
+        monkeypatch.setattr(sys, "argv", [*command, *names])
+        kernels_benchmark.main()
+    (path,) = tmp_path.glob("*.jsonl")
+    rows = [(row["case"], row["provider"], row["direction"]) for row in read_rows(path)]
+    directions = kernels_benchmark.DIRECTIONS
+    assert rows == [(CASES[0].name, name, direction) for name in ("sdpa", "bevt_ds") for direction in directions]
+    monkeypatch.setattr(sys, "argv", [*command[:4], "no such shape"])
+    with pytest.raises(SystemExit):
+        kernels_benchmark.main()
+
+
+class Odd(Exception):
+    """What no compiler is known to raise."""
+
+
+def test_a_competitor_may_fail_with_anything():
+    """And leaves its reason; a failure of ours ends the benchmark."""
+
+    def make(*_):
+        raise Odd
+
+    results = kernels_benchmark.time_job(make, "cpu", torch.float32, False, "case")
+    assert {result["error"] for result in results.values()} == {"Odd: no message"}
+    with pytest.raises(Odd):
+        kernels_benchmark.time_job(make, "cpu", torch.float32, True, "case")
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("BEVT_COMMIT", "of-which-it-is-a-copy")
+    assert commit() == "of-which-it-is-a-copy"
 
 
 def test_nothing_measured_is_nothing_written():

@@ -16,8 +16,9 @@ from bevt_ds.config import Config
 from bevt_ds.data import loader as loader_module
 from bevt_ds.data.decoder_choice import choose, clips_per_second, taken_over
 from bevt_ds.data.limits import Limits
-from bevt_ds.data.loader import Loader
+from bevt_ds.data.loader import Loader, Source
 from bevt_ds.data.pixels.pipeline import PixelPipeline
+from bevt_ds.data.plan import StreamId
 from bevt_ds.data.timing import StageTimes
 from tests.loader.media import decode_clip, pictures_of
 
@@ -49,6 +50,20 @@ def test_the_first_batch_is_not_counted() -> None:
     seen = []
     assert clips_per_second(seen.append(i) or 4 for i in range(4)) > 0
     assert seen == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("changed", ["workers", "threads", "frames", "stride", "size", "clips_per_video"])
+def test_what_the_rates_depend_on_is_measured_anew(
+    config: Config, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(loader_module, "choose", lambda candidates, facts, folder: asked.append(facts) or "gpu")
+    source = Source(StreamId.VIDEO, config.data.videos, 4, 2)
+    for more in (0, 0, 2):
+        data = replace(config.data, decoder="auto", **{changed: getattr(config.data, changed) + more})
+        loader_module._decoder(source, [], replace(config, data=data), None, torch.device("cuda"), "the same shards")
+    assert asked[0] == asked[1] != asked[2]
 
 
 @pytest.fixture

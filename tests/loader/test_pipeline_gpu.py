@@ -20,6 +20,9 @@ from tests.loader.media import decode_clip, pictures_of
 
 S, V = 96, 48
 LEVEL = 2 / 255  # what decoders of one file may differ by on average
+# The same for drawn videos: DALI's GPU decoder takes chroma from the middle of two pixels, FFmpeg from the left one.
+# That is half a level in real videos, and 2 to 3 at edges that are as colourful as those of drawn shapes.
+DRAWN = 4 / 255
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -52,7 +55,7 @@ def test_decoding_on_the_gpu(kind: str, make: SimpleNamespace, entry: Callable) 
         payloads = [data], [data]
     on_cpu = pictures_of(PixelPipeline(kind, 1, S, V, threads=2), payloads[0], [e])
     on_gpu = pictures_of(PixelPipeline(kind, 1, S, V, threads=2, device=0, dali_decoder="mixed"), payloads[1], [e])
-    assert difference(on_cpu[1], on_gpu[1]).mean() < LEVEL
+    assert difference(on_cpu[1], on_gpu[1]).mean() < (DRAWN if kind == "video" else LEVEL)
 
 
 @pytest.mark.parametrize("decoder", ["cpu", "gpu"])
@@ -63,9 +66,9 @@ def test_the_loader_delivers_to_the_gpu(config: Config, decoder: str) -> None:
     with Loader(replace(config, data=replace(config.data, decoder="cpu"))) as loader:
         on_cpu = list(islice(loader, 3))
     for a, b in zip(on_cpu, on_gpu, strict=True):
-        for x, y in ((a.video, b.video), (a.image, b.image)):
+        for x, y, most in ((a.video, b.video, DRAWN), (a.image, b.image, LEVEL)):
             assert y.pixels.is_cuda and x.count == y.count
-            assert difference(x.view, y.view).mean() < LEVEL
+            assert difference(x.view, y.view).mean() < most
             for name in ("mask", "rows", "cells", "token_rows", "sample_keys"):
                 index = getattr(y, name)
                 assert index.is_cuda and torch.equal(getattr(x, name), index.cpu()), name

@@ -67,6 +67,16 @@ def test_an_edit_list_hides_frames_that_others_refer_to(plain: dict[str, bytes],
     assert fits_gpu(vars(info)) == (info.hidden == 0)
 
 
+@pytest.mark.parametrize(("height", "width"), [(48, 63), (47, 64), (47, 63)])
+def test_odd_sizes_are_not_for_a_gpu(height: int, width: int) -> None:
+    """VP9 has them, Something-Something's 427x240 among others. The CPU decodes them whole."""
+    data = encode_clip(shades(4, height, width), "webm", "libvpx-vp9", **VP9)
+    info = probe(data, LIMITS)
+    assert (info.height, info.width) == (height, width)
+    assert not fits_gpu(vars(info)) and fits_gpu({**vars(info), "width": 64, "height": 48})
+    assert decode_clip(data, np.arange).shape == (4, height, width, 3)
+
+
 def test_dalis_decoder_counts_the_same_frames(plain: dict[str, bytes]) -> None:
     """VP9 is what DALI decodes on a CPU."""
 

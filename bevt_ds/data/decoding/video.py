@@ -56,6 +56,8 @@ def fits_gpu(facts: Mapping[str, Any]) -> bool:
     """Whether a GPU's decoder can be expected to take a video: `facts` are the fields of its VideoInfo."""
     if facts["container"] == "avi" or facts["hidden"]:
         return False
+    if facts["width"] % 2 or facts["height"] % 2:  # DALI's kernel writes two by two pixels, also past an odd edge
+        return False
     return facts["codec"] in GPU_CODECS and facts["pixel_format"] in GPU_FORMATS
 
 

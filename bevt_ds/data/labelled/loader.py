@@ -14,6 +14,7 @@ import torch
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config import LabelledDataConfig, ViewsConfig
+from bevt_ds.data.delivery import Aside, used_here
 from bevt_ds.data.labelled.labels import Classes, expected_count, read_classes
 from bevt_ds.data.labelled.plan import LabelledPlan, ViewPlan
 from bevt_ds.data.labelled.reader import ClipReader, LabelledShards, ViewReader
@@ -60,7 +61,7 @@ class LabelledReader:
             f"data.short_side={config.short_side}: a side below data.size={config.size} cannot hold the crop of"
             " validation.",
         )
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._device = rank, world, torch.device(device)
         global_size, self._micro_size = train.streams["clips"]
         self.skips, self.times = Skips(state), StageTimes()
         ledger = Ledger(StreamId.LABELLED, folder and folder / LEDGER, self.skips)
@@ -74,7 +75,8 @@ class LabelledReader:
             require_decodable({"data.train": shards, "data.val": self.val_shards}, config, shared.storage, shared.pool)
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
             plan = LabelledPlan(data.counts, config, train.seed, global_size)
-            self._clips = ClipReader(plan, data, config, shared, augmenters, ledger, torch.device(device))
+            self._clips = ClipReader(plan, data, config, shared, augmenters, ledger, self._device)
+            self._aside = Aside(self._device)
             self._resources = resources.pop_all()
 
     @property
@@ -92,7 +94,8 @@ class LabelledReader:
 
     def finish(self, ticket: Ticket) -> LabelledBatch:
         """Wait for a micro-batch that was begun."""
-        return self._clips.finish(ticket)
+        with self._aside.making():
+            return self._clips.finish(ticket).to(self._device, non_blocking=True)
 
     def close(self) -> None:
         """End the decode processes and threads."""
@@ -126,6 +129,11 @@ class LabelledLoader(BackgroundLoader):
         self.classes, self.videos, self.val_shards = reader.classes, reader.videos, reader.val_shards
         self.steps_an_epoch = max(self.videos // train.streams["clips"][0], 1)
         super().__init__(reader, parts, data, start_step, exchange)
+
+    def __next__(self) -> LabelledBatch:
+        batch = super().__next__()
+        used_here(batch)
+        return batch
 
     def _lanes(self) -> dict[str, int]:
         return {**super()._lanes(), "augment": self._config.threads}

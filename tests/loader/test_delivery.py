@@ -1,0 +1,42 @@
+"""Where batches for a GPU are made, as far as a machine without one can tell."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bevt_ds.data.delivery import Aside
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens, in order; streams do nothing but write it down."""
+    log: list[str] = []
+
+    @contextmanager
+    def entered(stream: SimpleNamespace):
+        log.append("enter")
+        yield
+        log.append("leave")
+
+    stream = SimpleNamespace(synchronize=lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: log.append(f"stream of {device}") or stream)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    return log
+
+
+def test_a_gpus_batch_is_made_on_a_stream_of_its_own_and_waited_for(log: list[str]) -> None:
+    aside = Aside(torch.device("cuda", 1))
+    for _ in range(2):
+        with aside.making():
+            log.append("work")
+    assert log == ["stream of cuda:1", *["enter", "work", "wait", "leave"] * 2]
+
+
+def test_on_a_cpu_there_is_no_stream(log: list[str]) -> None:
+    with Aside(torch.device("cpu")).making():
+        log.append("work")
+    assert log == ["work"]
