@@ -195,17 +195,29 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    paths = expand(arguments.shards)
+    paths = _paths(arguments.shards)
     if remote := [path for path in paths if is_remote(path)]:
         raise UserError(f"{remote[0]} is remote: it is indexed by the run that reads it")
-    for path in paths:
-        keep_first = arguments.dedupe == "first"
-        shard = load_shard(path, fresh=arguments.fresh or keep_first, keep_first=keep_first)
-        counts = ", ".join(f"{len(shard.only(kind))} {kind}s" for kind in sorted(EXTENSIONS))
-        ignored = f", {shard.ignored} passed over (no regular files, or macOS's '._')" if shard.ignored else ""
-        dropped = f", {shard.dropped} dropped because their key came before" if shard.dropped else ""
-        dali = f", {write_dali_index(path).name}" if arguments.dali else ""
-        print(f"{path}: {counts}{ignored}{dropped}{dali}")
+    with closing(Patience(DataConfig().read_seconds)) as patience:
+        for path in paths:
+            print(f"{path}: {patience.call(partial(_index_one, path, arguments), f'shard {path}')}")
+
+
+def _index_one(path: str, arguments: argparse.Namespace) -> str:
+    """What there is to say of it."""
+    keep_first = arguments.dedupe == "first"
+    shard = load_shard(path, fresh=arguments.fresh or keep_first, keep_first=keep_first)
+    counts = ", ".join(f"{len(shard.only(kind))} {kind}s" for kind in sorted(EXTENSIONS))
+    ignored = f", {shard.ignored} passed over (no regular files, or macOS's '._')" if shard.ignored else ""
+    dropped = f", {shard.dropped} dropped because their key came before" if shard.dropped else ""
+    dali = f", {write_dali_index(path).name}" if arguments.dali else ""
+    return counts + ignored + dropped + dali
+
+
+def _paths(patterns: str) -> list[str]:
+    """The shards that they name. StorageStalled: a disk or file server does not answer."""
+    with closing(Storage(DataConfig())) as storage:
+        return storage.paths(patterns)
 
 
 def _check(arguments: argparse.Namespace) -> int:
