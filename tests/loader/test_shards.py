@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bevt_ds import cli
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.reading import index as index_module
 from bevt_ds.data.reading.index import SUFFIX, load_shard, load_shards
@@ -227,3 +228,19 @@ def test_a_member_that_is_damaged_or_gone(tmp_path: Path, make: SimpleNamespace)
     tar.unlink()
     with pytest.raises(BadSample, match="No such file"):
         read_member(member)
+
+
+def test_an_index_for_dali_of_a_cut_tar(tmp_path: Path, make: SimpleNamespace, capsys) -> None:
+    """Its own index still says what is left; DALI would read the tar to its end."""
+    tar = make.tar(tmp_path / "s.tar", MEMBERS)
+    load_shard(str(tar))
+    tar.write_bytes(tar.read_bytes()[:6000])
+    assert cli.main(["shards", "index", str(tar), "--dali"]) == 2
+    assert "s.tar is not a whole tar file" in capsys.readouterr().err
+    assert not tar.with_suffix(".idx").exists()
+
+
+def test_an_index_for_dali_has_no_spaces(tmp_path: Path, make: SimpleNamespace, capsys) -> None:
+    tar = make.tar(tmp_path / "s.tar", {"READ ME": b"no sample", "clip 7.mp4": b"x"})
+    assert cli.main(["shards", "index", str(tar), "--dali"]) == 2
+    assert "s.tar holds 'clip 7.mp4': names in DALI's index have no spaces" in capsys.readouterr().err

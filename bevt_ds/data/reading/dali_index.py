@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bevt_ds.data.reading.index import write_atomic
 from bevt_ds.data.reading.patience import asking
+from bevt_ds.errors import UserError
 
 VERSION = "v1.2"
 
@@ -15,20 +16,36 @@ def write_dali_index(path: str) -> Path:
     """Write `NAME.idx` beside a local tar: a line a sample, `extension offset size name` for each component.
 
     To DALI's reader a sample is a run of neighbours whose names are equal up to the first dot of the last part.
+    UserError: the tar has been cut, or holds a name that the format cannot express.
     """
-    samples: list[tuple[str, list[str]]] = []
-    with tarfile.open(path, "r:") as archive:
-        for info in archive:
-            asking(f"shard {path} at byte {info.offset_data}")
-            folder, slash, name = info.name.rpartition("/")
-            stem, dot, extension = name.partition(".")
-            if not (info.isreg() and dot and stem):
-                continue
-            key = folder + slash + stem
-            if not samples or samples[-1][0] != key:
-                samples.append((key, []))
-            samples[-1][1].append(f"{extension} {info.offset_data} {info.size} {info.name}")
+    samples = _samples(path)
     place = Path(path).with_suffix(".idx")
     lines = [f"{VERSION} {len(samples)}", *(" ".join(components) for _, components in samples)]
     write_atomic(place, ("\n".join(lines) + "\n").encode())
     return place
+
+
+def _samples(path: str) -> list[tuple[str, list[str]]]:
+    """The key and the components of each sample."""
+    samples: list[tuple[str, list[str]]] = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for info in archive:
+                asking(f"shard {path} at byte {info.offset_data}")
+                _note(samples, path, info)
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is not a whole tar file ({error}): write or copy it again") from error
+    return samples
+
+
+def _note(samples: list[tuple[str, list[str]]], path: str, info: tarfile.TarInfo) -> None:
+    folder, slash, name = info.name.rpartition("/")
+    stem, dot, extension = name.partition(".")
+    if not (info.isreg() and dot and stem):
+        return
+    if any(char.isspace() for char in info.name):
+        raise UserError(f"{path} holds {info.name!r}: names in DALI's index have no spaces, so rename it")
+    key = folder + slash + stem
+    if not samples or samples[-1][0] != key:
+        samples.append((key, []))
+    samples[-1][1].append(f"{extension} {info.offset_data} {info.size} {info.name}")
