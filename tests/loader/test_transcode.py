@@ -157,8 +157,9 @@ def test_an_unfinished_packing_of_something_else_is_not_continued(clip: bytes, t
         patch.setattr("bevt_ds.data.packing.pack._write_reports", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pack(source, tmp_path / "out", "video")
-    with pytest.raises(UserError, match="unfinished packing of other files or with other options"):
-        pack(source, tmp_path / "out", "video", profile=Profile())
+    for other in ({"profile": Profile()}, {"shard_samples": 5}, {"shard_bytes": 1 << 20}):
+        with pytest.raises(UserError, match="unfinished packing of other files or with other options"):
+            pack(source, tmp_path / "out", "video", **other)
     assert pack(source, tmp_path / "out", "video").samples == 1  # killed while it gave the shards their names
 
 

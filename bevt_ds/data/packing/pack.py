@@ -66,11 +66,9 @@ def pack(
     if profile and kind != "video":
         raise UserError("only videos can be rewritten: leave out the profile for images")
     items = list_items(str(source), kind, root, class_folders)
-    jobs = jobs or len(os.sched_getaffinity(0))
+    jobs, full = jobs or len(os.sched_getaffinity(0)), ShardLimits(shard_bytes, shard_samples)
     with ExitStack() as closing:
-        writer = closing.enter_context(
-            ShardWriter(out, split, ShardLimits(shard_bytes, shard_samples), _digest(items, kind, profile))
-        )
+        writer = closing.enter_context(ShardWriter(out, split, full, _digest(items, kind, profile, full)))
         _write_all(items, writer, kind, profile, jobs, progress, closing)
         shards = writer.publish()
         rejected = [event for event in writer.events if "reason" in event]
@@ -197,9 +195,9 @@ def _write_reports(
     write_atomic(writer.out / f"{writer.split}-manifest.json", text.encode())
 
 
-def _digest(items: Sequence[Item], kind: str, profile: Profile | None) -> str:
-    """What the shards depend on: names, labels, sizes and times of the files, and how they are rewritten."""
-    digest = hashlib.sha256(repr((kind, profile)).encode())
+def _digest(items: Sequence[Item], kind: str, profile: Profile | None, full: ShardLimits) -> str:
+    """What the shards depend on: names, labels, sizes and times of the files, how they are rewritten, and parted."""
+    digest = hashlib.sha256(repr((kind, profile, full)).encode())
     for item in items:
         try:
             facts = item.path.stat()
