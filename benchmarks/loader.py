@@ -95,6 +95,8 @@ def measure(folder: Path, row: str, sampling: str, seconds: float) -> dict[str, 
     began, cpu, decoders_cpu = time.perf_counter(), cpu_seconds(_family()), cpu_seconds(counts[0].decoders)
     while time.perf_counter() - began < seconds:
         counts.append(next(batches))
+    if backend.device == "cuda":
+        torch.cuda.synchronize()
     elapsed, cpu = time.perf_counter() - began, cpu_seconds(_family()) - cpu
     decoders_cpu = cpu_seconds(counts[-1].decoders) - decoders_cpu
     clips, decoded = MICRO * (len(counts) - 1), counts[-1].frames - counts[0].frames

@@ -41,6 +41,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.validate import micro_steps
 
 LEDGER = "bad_samples.jsonl"
+NVDECS = 8  # DALI decodes as many videos at a time as it has threads; an H100 has seven decoders
 
 Exchange = Callable[[list[int]], list[int]]  # the sums of the numbers over all ranks; every rank calls it
 
@@ -441,7 +442,7 @@ def _pixels(source: Source, config: Config, device: torch.device, decoder: str, 
         source.micro_size,
         data.size,
         data.token_size,
-        data.threads,
+        max(data.threads, NVDECS) if decoder == "gpu" and source.stream.kind == "video" else data.threads,
         device=(device.index or 0) if device.type == "cuda" else None,
         dali_decoder="mixed" if decoder == "gpu" else None,
         times=times,

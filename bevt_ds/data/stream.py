@@ -242,12 +242,14 @@ class StreamReader(SampleReader):
 
     def _run(self, clips: list, entries: list[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
         """Through the graph; clips that arrive as frames, though DALI decodes, go through one without a decoder."""
-        if not self.pixels.dali_decoder or not any(isinstance(clip, np.ndarray) for clip in clips):
-            return self.pixels.run(clips, entries, masked)
-        pipelines = [self._frames_pixels if isinstance(clip, np.ndarray) else self.pixels for clip in clips]
+        pipelines = [self._pipeline(clip) for clip in clips]
+        if all(pipeline is pipelines[0] for pipeline in pipelines):
+            return pipelines[0].run(clips, entries, masked)
         samples = zip(pipelines, clips, entries, masked, strict=True)
-        pictures = [pixels.run([clip], [entry], frames[None]) for pixels, clip, entry, frames in samples]
-        return tuple(torch.cat(parts) for parts in zip(*pictures, strict=True))
+        return _joined([pixels.run([clip], [entry], frames[None]) for pixels, clip, entry, frames in samples])
+
+    def _pipeline(self, clip: Any) -> Pixels:
+        return self._frames_pixels if self.pixels.dali_decoder and isinstance(clip, np.ndarray) else self.pixels
 
     @cached_property
     def _frames_pixels(self) -> PixelPipeline:
@@ -255,8 +257,7 @@ class StreamReader(SampleReader):
 
     def _one_by_one(self, ticket: Ticket, masked: np.ndarray) -> tuple[Tensor, Tensor]:
         """DALI refused the batch without naming the culprit: run each sample alone."""
-        pictures = [self._alone(ticket, i, masked[self._slots(i)]) for i in range(len(ticket.payloads))]
-        return tuple(torch.cat(parts) for parts in zip(*pictures, strict=True))
+        return _joined([self._alone(ticket, i, masked[self._slots(i)]) for i in range(len(ticket.payloads))])
 
     def _alone(self, ticket: Ticket, i: int, masked: np.ndarray) -> tuple[Tensor, Tensor]:
         while True:
@@ -266,7 +267,19 @@ class StreamReader(SampleReader):
                 self.ledger.end_row()
                 return pictures
             except BadSample as bad:
-                self._substitute(ticket, i, bad)
+                if isinstance(clips[0], tuple):  # a file: what DALI's decoder does not take, a worker's may
+                    (data, _), group = clips[0], ticket.entries[self._slots(i)]
+                    ticket.payloads[i] = self._decode(lambda data=data: data, group)
+                else:
+                    self._substitute(ticket, i, bad)
+
+
+def _joined(pictures: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One micro-batch of several. On a GPU it is made when this returns, for the parts' memory is free then."""
+    joined = tuple(torch.cat(parts) for parts in zip(*pictures, strict=True))
+    if joined[0].is_cuda:
+        torch.cuda.current_stream(joined[0].device).synchronize()
+    return joined
 
 
 def _failed(error: BadSample) -> Future:

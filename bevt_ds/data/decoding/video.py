@@ -28,8 +28,8 @@ TIMED_CONTAINERS = frozenset({"mp4", "matroska"})
 # With these flags swscale's pixels equal those of DALI's CPU decoder, which knows BT.601 only.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
-# What NVDEC decodes; anything else is left to the CPU.
-GPU_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
+# What NVDEC decodes; anything else is left to the CPU, Motion JPEG too, whose range of levels it may not know.
+GPU_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"})
 GPU_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 CUT_FORMATS = GPU_FORMATS  # of which a part at even pixels converts like the whole
 

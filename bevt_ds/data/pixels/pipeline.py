@@ -88,9 +88,9 @@ class PixelPipeline:
         self.rebuild()
 
     def without_decoder(self) -> PixelPipeline:
-        """The same for single clips that arrive as frames."""
-        _, size, threads, device = self._settings
-        return PixelPipeline(self.kind, 1, size, size // 2, threads, device, times=self.times)
+        """The same for clips that arrive as frames."""
+        batch_size, size, threads, device = self._settings
+        return PixelPipeline(self.kind, batch_size, size, size // 2, threads, device, times=self.times)
 
     def rebuild(self) -> None:
         """A fresh graph: after an error DALI does not promise that the old one still works."""
@@ -156,20 +156,26 @@ class PixelPipeline:
                 raise
             self._replace_graph()
             reason = str(error).partition("encountered:")[2].split("Current pipeline")[0].strip()
-            raise BadSample(f"DALI cannot decode it: {reason}") from error
+            out_of_memory = "MEMORY" in reason.upper()  # which is not the sample's fault
+            raise BadSample(f"DALI cannot decode it: {reason}", transient=out_of_memory) from error
 
     def _replace_graph(self) -> None:
-        """Rebuild. A graph refers to itself: its 15 KB are free only when Python looks for such cycles."""
+        """Rebuild. A graph refers to itself: it is free only when Python looks for such cycles.
+
+        On a CPU that is 15 KB, on a GPU DALI's decoders keep tens of MB for each of their threads.
+        """
         self.rebuild()
         self._replaced += 1
-        if self._replaced % COLLECT_EVERY == 0:
+        if self._stream is not None or self._replaced % COLLECT_EVERY == 0:
             gc.collect()
 
     def _decoded(self):
         """The graph's input as pictures: HWC, or FHWC for a clip."""
         if self.kind == "image":
             encoded = fn.external_source(name="encoded", dtype=types.UINT8)
-            return fn.decoders.image(encoded, device=self.dali_decoder, output_type=types.RGB)
+            # Without it a GPU repeats chroma where a CPU interpolates: 4 levels apart at edges between colours.
+            smooth = {"jpeg_fancy_upsampling": True}
+            return fn.decoders.image(encoded, device=self.dali_decoder, output_type=types.RGB, **smooth)
         if self.dali_decoder:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8)
             numbers = fn.external_source(name="frame_numbers", dtype=types.INT32)
