@@ -236,7 +236,7 @@ def test_d9_members_that_are_no_files_are_counted(tmp_path: Path) -> None:
 
 def test_d9_what_macos_adds_is_no_sample(tmp_path: Path, make: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
     names = ["._a.jpg", "a.jpg", "d/._b.mp4", "d/b.mp4", "._.jpg", "._d/c.jpg", "._a.json"]
-    tar = make.tar(tmp_path / "s.tar", {name: b"{}" for name in names})
+    tar = make.tar(tmp_path / "s.tar", dict.fromkeys(names, b"{}"))
     assert cli.main(["shards", "index", str(tar)]) == 0
     assert "2 images, 1 videos, 3 passed over" in capsys.readouterr().out
     assert load_shard(str(tar)).keys == ("a", "d/b", "._d/c")
