@@ -14,9 +14,11 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+from nvidia.dali import fn, pipeline_def
+from PIL import Image
 
 from bevt_ds.data.decoding.container import check_container
-from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.images import check_image, decode_image
 from bevt_ds.data.decoding.video import opened, probe
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.packing.check import outlook
@@ -73,6 +75,89 @@ def test_what_is_sound_passes(videos: dict[str, bytes], name: str) -> None:
         assert video.decode_all() == FRAMES
 
 
+def u32(*values: int) -> bytes:
+    return struct.pack(f">{len(values)}I", *values)
+
+
+def box(name: bytes, content: bytes = b"") -> bytes:
+    return struct.pack(">I4s", 8 + len(content), name) + content
+
+
+# what cameras, downloaders and editors leave behind a file
+BEHIND = {
+    "mfra": box(b"mfra"),
+    "ID32": box(b"ID32", b"x" * 20),
+    "private": box(b"abcd", b"x" * 20) + box(b"efgh"),
+    "bytes": b"xyz",
+    "text": b"GPRO" * 10,
+    "a few zeros": bytes(4),
+    "zeros": bytes(1000),
+    "half a box": u32(100) + b"free",
+}
+
+
+@pytest.mark.parametrize("what", BEHIND)
+def test_what_is_no_part_of_the_video_is_passed_over(videos: dict[str, bytes], what: str) -> None:
+    """ISO/IEC 14496-12 says so of boxes that are not known; the frames are the same."""
+    for name in ("mp4", "faststart", "mov"):
+        longer = videos[name] + BEHIND[what]
+        assert check_container(longer, LIMITS) == check_container(videos[name], LIMITS)
+        np.testing.assert_array_equal(decode_clip(longer, np.arange), decode_clip(videos[name], np.arange))
+        if len(BEHIND[what]) >= 8:
+            moov = longer.index(b"moov")
+            with pytest.raises(BadSample):  # the video's own bytes are still looked for
+                check_container(videos[name][: moov + 200] + BEHIND[what], LIMITS)
+
+
+def test_a_box_that_nobody_knows_in_front(videos: dict[str, bytes]) -> None:
+    """Between `ftyp` and the rest, the offsets moved by as much."""
+    data, start = videos["mp4"], struct.unpack(">I", videos["mp4"][:4])[0]
+    table = data.index(b"stco") + 4
+    moved = np.frombuffer(data, ">u4", *struct.unpack_from(">I", data, table + 4), table + 8) + 16
+    data = data[: table + 8] + moved.astype(">u4").tobytes() + data[table + 8 + 4 * len(moved) :]
+    assert decode_clip(data[:start] + box(b"prft", bytes(8)) + data[start:], np.arange).shape[0] == FRAMES
+
+
+@pytest.mark.parametrize("encoding", ["JPEG", "PNG"])
+def test_bytes_behind_a_picture_are_passed_over(make: SimpleNamespace, encoding: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(make.noise(30, 40)).save(buffer, encoding)
+    data = buffer.getvalue()
+    whole, *longer = [data, *(data + tail for tail in (b"\n" * 40, bytes(1000), b"SEFT" * 99))]
+    for each in longer:
+        assert decode_image(each, LIMITS) == (40, 30)
+    pictures = by_dali(fn.decoders.image, [whole, *longer])
+    for other in pictures[1:]:
+        np.testing.assert_array_equal(other, pictures[0])
+    for cut in (data[:-20], data[:-20] + bytes(1000)):
+        with pytest.raises(BadSample, match="cut"):
+            check_image(cut, LIMITS)
+
+
+def test_dali_passes_over_what_is_no_part_of_the_video(make: SimpleNamespace) -> None:
+    """VP9 is what it decodes on a CPU."""
+    frames = make.noise(6, HEIGHT, WIDTH, softness=5.0)
+    data = make.clip(frames, "mp4", "libvpx-vp9", deadline="realtime")
+    clips = by_dali(fn.decoders.video, [data, *(data + behind for behind in BEHIND.values())])
+    assert len(clips[0]) == len(frames)
+    for other in clips[1:]:
+        np.testing.assert_array_equal(other, clips[0])
+
+
+def by_dali(decoder: Callable, files: list[bytes]) -> list[np.ndarray]:
+    """What a CPU decoder of DALI makes of each file."""
+
+    @pipeline_def(batch_size=len(files), num_threads=1, device_id=None)
+    def graph():
+        return decoder(fn.external_source(name="encoded"), device="cpu")
+
+    pipe = graph()
+    pipe.build()
+    pipe.feed_input("encoded", [np.frombuffer(file, np.uint8) for file in files])
+    (decoded,) = pipe.run()
+    return [np.asarray(decoded[i]) for i in range(len(files))]
+
+
 def test_real_clips_pass(media_folder: Path) -> None:
     for path in media_folder.iterdir():
         if path.suffix in (".mp4", ".avi"):
@@ -112,10 +197,6 @@ def put(data: bytes, box: bytes, offset: int, value: bytes, nth: int = 0) -> byt
     return data[:at] + value + data[at + len(value) :]
 
 
-def u32(*values: int) -> bytes:
-    return struct.pack(f">{len(values)}I", *values)
-
-
 LIES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "D14 width": ("mp4", lambda d: put(d, b"avc1", 24, struct.pack(">H", 640), nth=1), "640x48.*its stream 64x48"),
     "D14 no width": ("mp4", lambda d: put(d, b"avc1", 24, bytes(2), nth=1), "0x48 pixels"),
@@ -136,7 +217,11 @@ LIES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "D15 webm size": ("webm", lambda d: d.replace(b"\xae\x01", b"\xae\x08", 1), "cut|damaged|impossible"),
     "D18 sound only": ("sound", lambda d: d.replace(b"vide", b"soun"), "no video stream"),
     "fragmented": ("mp4", lambda d: d + u32(8) + b"moof", "fragmented"),
-    "top": ("mp4", lambda d: d + u32(8) + b"evil", "unknown box 'evil'"),
+    "fragments, cut": ("mp4", lambda d: d + u32(99) + b"moof", "fragmented"),
+    "second track": ("mp4", lambda d: d + d[d.index(b"trak") - 4 :], "box 'trak' outside 'moov'"),
+    "second track, cut": ("mp4", lambda d: d + d[d.index(b"trak") - 4 : -20], "box 'trak' outside 'moov'"),
+    "second moov, cut": ("mp4", lambda d: d + d[d.index(b"moov") - 4 : -20], "2 boxes 'moov'"),
+    "stray bytes before the tables": ("mp4", lambda d: d[: d.index(b"moov") - 4] + b"abc", "stray bytes"),
     "text": ("mp4", lambda d: b"not a video" * 20, "neither MP4"),
     "empty": ("mp4", lambda d: b"", "empty"),
     "avi size": ("avi", lambda d: d[:4] + struct.pack("<I", len(d) + 10) + d[8:], "cut"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bevt_ds.data.decoding.avi import check_avi, is_avi
 from bevt_ds.data.decoding.matroska import MAGIC, check_matroska
-from bevt_ds.data.decoding.mp4 import TOP_LEVEL, check_mp4
+from bevt_ds.data.decoding.mp4 import FIRST, check_mp4
 from bevt_ds.data.limits import BadSample, Limits
 
 
@@ -30,7 +30,7 @@ def check_container(data: bytes, limits: Limits) -> Container:
         return Container("matroska", *check_matroska(data, limits))
     if is_avi(data):
         return Container("avi", *check_avi(data, limits), frames=None)
-    if data[4:8].decode("latin-1") in TOP_LEVEL:
+    if data[4:8].decode("latin-1") in FIRST:
         track = check_mp4(data, limits)
         return Container("mp4", track.width, track.height, None if track.edited else track.frames)
     raise BadSample("it is neither MP4, WebM, Matroska nor AVI")

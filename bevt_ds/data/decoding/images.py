@@ -79,9 +79,9 @@ def _require_end(data: bytes, scan: int, size: tuple[int, int] | None) -> tuple[
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
-    """Size from the IHDR chunk, which the standard puts first; IEND must close the file."""
+    """Size from the IHDR chunk, which the standard puts first; behind IEND anything may follow."""
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise BadSample("the PNG has no header chunk")
-    if b"IEND" not in data[-16:]:
+    if data.find(b"IEND", 33) < 0:
         raise BadSample("the PNG is cut: it has no end chunk")
     return struct.unpack_from(">II", data, 16)

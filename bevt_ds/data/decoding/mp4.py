@@ -2,13 +2,14 @@
 
 A header that contradicts the file can crash a decoder. What is checked: every box lies inside its parent, and of each
 video track the size of the picture and that every sample the tables point at lies inside the file. Other tracks, such
-as sound, are nobody's business here.
+as sound, are nobody's business here. Boxes that nobody knows are passed over, as the standard says, but none that is
+checked in its place may stand elsewhere: a demuxer reads it there too.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +18,15 @@ from bevt_ds.data.limits import BadSample, Limits
 
 Box = tuple[str, int, int]  # name, first and last + 1 byte of its content
 
-TOP_LEVEL = frozenset(
+FIRST = frozenset(  # what an MP4 is known by
     {"ftyp", "styp", "moov", "mdat", "free", "skip", "wide", "pnot", "uuid", "meta", "sidx", "pdin", "udta", "junk"}
 )
+_ESSENTIAL = frozenset({"moov", "mdat"})
+_WITHIN_MOOV = frozenset(
+    {"trak", "mdia", "minf", "stbl", "hdlr", "edts", "elst", "mvex", "cmov", "hoov"}
+    | {"stsd", "stsz", "stz2", "stco", "co64", "stsc", "stts", "ctts", "stss", "stps"}
+)
+_OF_FRAGMENTS = frozenset({"moof", "traf", "tfhd", "tfdt", "trun"})
 CODECS = frozenset(
     {"avc1", "avc3", "hvc1", "hev1", "mp4v", "vp08", "vp09", "av01", "mjpa", "mjpb", "jpeg", "s263", "h263", "H263"}
 )
@@ -38,12 +45,12 @@ class Track:
 
 def check_mp4(data: bytes, limits: Limits) -> Track:
     """The first video track. BadSample: the boxes do not describe a video that lies inside `data`."""
-    top = list(_boxes(data, 0, len(data)))
+    top = list(_boxes(data, 0, len(data), _ESSENTIAL))
     for name, _, _ in top:
-        if name == "moof":
+        if name in _OF_FRAGMENTS:
             raise BadSample("it is a fragmented MP4: rewrite it with `ffmpeg -i IN -c copy OUT.mp4`")
-        if name not in TOP_LEVEL:
-            raise BadSample(f"its MP4 has an unknown box {name!r} at the top")
+        if name in _WITHIN_MOOV:
+            raise BadSample(f"its MP4 has a box {name!r} outside 'moov'")
     moov = _only(top, "moov")
     tracks = [_track(data, box, limits) for box in _boxes(data, *moov[1:]) if box[0] == "trak"]
     videos = [track for track in tracks if track is not None]
@@ -52,11 +59,16 @@ def check_mp4(data: bytes, limits: Limits) -> Track:
     return videos[0]
 
 
-def _boxes(data: bytes, start: int, end: int) -> Iterator[Box]:
-    """The boxes of data[start:end], each inside it."""
+def _boxes(data: bytes, start: int, end: int, essential: Iterable[str] = ("",)) -> Iterator[Box]:
+    """The boxes of data[start:end], each inside it.
+
+    essential: once all of these were there, what is no whole box counts as one that ends at `end`, and fewer than 8
+    bytes as nothing. By default that is never, since no box has that name.
+    """
+    lacking = set(essential)
     for _ in range(_MAX_BOXES):
         if end - start < 8:
-            if any(data[start:end]):
+            if any(data[start:end]) and lacking:
                 raise BadSample(f"its MP4 has stray bytes at {start}")
             return
         size, name = struct.unpack_from(">I4s", data, start)
@@ -66,8 +78,12 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[Box]:
         elif size == 0:
             size = end - start  # up to the end of the file
         if size < header or size > end - start:
+            if not lacking:
+                yield _readable(name), start + 8, end
+                return
             raise BadSample(f"its MP4 is cut or damaged: box {_readable(name)!r} at byte {start} says {size} bytes")
         yield _readable(name), start + header, start + size
+        lacking.discard(_readable(name))
         start += size
     raise BadSample(f"its MP4 has more than {_MAX_BOXES} boxes in one place")
 
