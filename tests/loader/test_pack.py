@@ -12,11 +12,14 @@ import pytest
 import webdataset
 
 from bevt_ds import cli
-from bevt_ds.data.limits import Limits
+from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.packing import draw as draw_module
 from bevt_ds.data.packing.draw import draw, ensure_demo_shards
 from bevt_ds.data.packing.draw_worker import encode_jpeg
 from bevt_ds.data.packing.pack import pack
+from bevt_ds.data.reading import index as index_module
+from bevt_ds.data.reading.index import load_shard
+from bevt_ds.data.reading.members import read_member
 from bevt_ds.errors import UserError
 
 
@@ -66,6 +69,24 @@ def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> No
     assert [p.read_bytes() for p in first.shards] == [p.read_bytes() for p in again.shards]
 
 
+def test_each_tar_has_its_index_from_the_beginning(source: Path, tmp_path: Path, monkeypatch) -> None:
+    """So that what changes between packing and the first run is found, and by whoever has a copy of both."""
+    packed = pack(source, tmp_path / "out", "image", shard_samples=3)
+    first = load_shard(str(packed.shards[0])).member(0)
+    moved = shutil.copytree(tmp_path / "out", tmp_path / "moved", copy_function=shutil.copyfile)
+    (tmp_path / "out").rename(tmp_path / "gone")
+    with (moved / packed.shards[0].name).open("r+b") as tar:
+        tar.seek(first.offset + 7)
+        tar.write(b"\x55")
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "scan", lambda *_: pytest.fail("there was no index"))
+        shards = [load_shard(str(moved / path.name)) for path in packed.shards]
+    with pytest.raises(BadSample, match="not those that were indexed"):
+        read_member(shards[0].member(0))
+    assert read_member(shards[1].member(0)) == (source / "z.jpg").read_bytes()
+    assert shards[1] == load_shard(str(moved / packed.shards[1].name), fresh=True)
+
+
 def test_pack_overwrites_nothing_and_leaves_nothing_half_done(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +133,9 @@ def test_demo_shards_appear_whole_and_once(tmp_path: Path, monkeypatch: pytest.M
     ensure_demo_shards(folder)
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     splits = [f"{s}-{k}" for s in ("train", "eval") for k in ("video", "image")]
-    assert set(before) == {f"{split}-{end}" for split in splits for end in ("000000.tar", "manifest.json")}
+    assert set(before) == {
+        f"{split}-{end}" for split in splits for end in ("000000.tar", "000000.tar.index.json", "manifest.json")
+    }
     ensure_demo_shards(folder)
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     (folder / "eval-image-000000.tar").unlink()

@@ -1,7 +1,7 @@
 """Write WebDataset shards so that a process that is killed can go on where it was, and the bytes come out the same.
 
 Samples are appended one by one, each followed by a line in a journal. What lies behind the last line is dropped at the
-next start. Finished shards wait in a hidden folder and take their names together at the end.
+next start. Finished shards, each with its index, wait in a hidden folder and take their names together at the end.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from webdataset import TarWriter
 
+from bevt_ds.data.reading.index import SUFFIX, load_shard
 from bevt_ds.errors import UserError
 
 _RECORD = 10240  # bytes; a tar is padded to a multiple
@@ -89,8 +90,9 @@ class ShardWriter:
             self._close_shard()
         closed = [event for event in self.events if "closed" in event]
         for event in closed:
-            with suppress(FileNotFoundError):  # moved by the process that was killed while doing this
-                os.rename(self._path(event["closed"]), self.out / event["name"])
+            for name in (event["name"] + SUFFIX, event["name"]):
+                with suppress(FileNotFoundError):  # moved by the process that was killed while doing this
+                    os.rename(self.folder / name, self.out / name)
         return [{name: event[name] for name in ("name", "samples", "bytes", "sha256")} for event in closed]
 
     def remove(self) -> None:
@@ -146,6 +148,7 @@ class ShardWriter:
         path = self._path(self._number)
         with path.open("rb") as tar:
             checksum = hashlib.file_digest(tar, "sha256").hexdigest()
+        load_shard(str(path), fresh=True)  # indexed now: from here on a flipped bit is found, whoever copies the tar
         closed = {"closed": self._number, "name": path.name, "samples": self._samples}
         self.note({**closed, "bytes": path.stat().st_size, "sha256": checksum})
         self._tar, self._number, self._samples, self._size = None, self._number + 1, 0, 0
