@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from bevt_ds.data.decoding.cut import Crop
 from bevt_ds.data.decoding.shared_memory import SharedMemory
 from bevt_ds.data.limits import BadSample, Limits
 
-ATTEMPTS = 2  # a worker may die for reasons that are not the sample's: memory, a stray signal
+ATTEMPTS = 2  # a worker may hang or die for reasons that are not the sample's: memory, a stray signal
 MOST_RESIDENT = 2 << 30  # bytes; a worker that holds more is replaced
 READ_AHEAD = 2  # threads that may read a file while all workers are busy
 _PIPE_BYTES = 1 << 20
@@ -155,10 +155,17 @@ def _wait(poll: select.poll, deadline: float) -> None:
         raise TimeoutError
 
 
+@dataclass
+class _Place:
+    """One of the pool's places, and who works there now."""
+
+    worker: DecodeWorker
+
+
 class DecodePool:
     """`workers` decoder processes behind a queue. Results are futures, so their order is the caller's.
 
-    seconds: the deadline for one sample, from the moment its bytes are there.
+    seconds: the deadline for one attempt at a sample, from the moment its bytes are there.
     """
 
     def __init__(self, workers: int, seconds: float, limits: Limits) -> None:
@@ -211,42 +218,49 @@ class DecodePool:
             worker.close()
 
     def _answer(self, load: Load, request: dict[str, Any], receive: Receive | None = None) -> tuple[Reply, Any]:
-        """The reply, and what `receive` makes of the pictures; without it, the bytes that came with the reply."""
-        data = load()
-        last_words = ""
-        for _ in range(ATTEMPTS):
-            try:
-                with self._borrowed() as worker:
-                    reply, payload = worker.ask({**request, "limits": self._limits}, data, self._seconds)
-                    if receive and "bad" not in reply:
-                        payload = receive(worker.pictures(reply["shape"]), np.asarray(reply["places"]))
-                    if reply["resident"] > MOST_RESIDENT:
-                        worker.kill()
-            except TimeoutError:
-                raise BadSample(f"not decoded within {self._seconds:g} s", transient=True) from None
-            except WorkerDied as death:
-                if self._closed:
-                    raise
-                last_words = str(death)
-                continue
-            if "bad" in reply:
-                raise BadSample(reply["bad"])
-            return reply, payload
-        raise BadSample(f"the decoder died {ATTEMPTS} times: {last_words or 'no message'}", transient=True)
+        """The reply, and what `receive` makes of the pictures; without it, the bytes that came with the reply.
+
+        Where a worker hangs or dies, the same sample goes to a fresh one.
+        """
+        data, why = load(), ""
+        with self._borrowed() as place:
+            for _ in range(ATTEMPTS):
+                try:
+                    reply, payload = self._ask(place.worker, request, data, receive)
+                except TimeoutError:
+                    why = f"not decoded within {self._seconds:g} s"
+                except WorkerDied as death:
+                    if self._closed:
+                        raise
+                    why = f"the decoder died: {death or 'no message'}"
+                else:
+                    if "bad" in reply:
+                        raise BadSample(reply["bad"])
+                    return reply, payload
+                place.worker = self._replaced(place.worker)
+        raise BadSample(f"{why} ({ATTEMPTS} attempts)", transient=True)
+
+    def _ask(
+        self, worker: DecodeWorker, request: dict[str, Any], data: bytes, receive: Receive | None
+    ) -> tuple[Reply, Any]:
+        """One attempt. A worker that has grown too large ends behind it; whoever comes next replaces it."""
+        reply, payload = worker.ask({**request, "limits": self._limits}, data, self._seconds)
+        if receive and "bad" not in reply:
+            payload = receive(worker.pictures(reply["shape"]), np.asarray(reply["places"]))
+        if reply["resident"] > MOST_RESIDENT:
+            worker.kill()
+        return reply, payload
 
     @contextmanager
-    def _borrowed(self) -> Iterator[DecodeWorker]:
-        """An idle worker. One that hangs or dies is replaced before its place is given back."""
-        worker = self._idle.get()
+    def _borrowed(self) -> Iterator[_Place]:
+        """The place of an idle worker, given back with whichever worker is in it then."""
+        place = _Place(self._idle.get())
         try:
-            if not worker.alive:  # it died between samples: not this one's doing
-                worker = self._replaced(worker)
-            yield worker
-        except (TimeoutError, WorkerDied):
-            worker = self._replaced(worker)
-            raise
+            if not place.worker.alive:  # it died between samples: not this one's doing
+                place.worker = self._replaced(place.worker)
+            yield place
         finally:
-            self._idle.put(worker)
+            self._idle.put(place.worker)
 
     def _replaced(self, worker: DecodeWorker) -> DecodeWorker:
         if self._closed:
