@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -59,6 +60,16 @@ def test_unusable_files_are_listed_with_the_reason(source: Path, tmp_path: Path)
     reasons = {event["path"]: event["reason"] for event in map(json.loads, lines)}
     assert set(reasons) == {"broken.jpg", "z.png"}
     assert "cut" in reasons["broken.jpg"] and "key 'z'" in reasons["z.png"]
+
+
+def test_what_is_no_file_is_not_waited_for(source: Path, tmp_path: Path) -> None:
+    """A pipe has a reader's name and nothing to read; a list may name folders too."""
+    os.mkfifo(source / "pipe.jpg")
+    (source / "folder.jpg").mkdir()
+    (source / "list.txt").write_text("pipe.jpg\nfolder.jpg\na.jpg\n")
+    assert pack(source / "list.txt", tmp_path / "out", "image").samples == 1
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "train-rejected.jsonl").open()]
+    assert reasons == ["it is no regular file"] * 2
 
 
 def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:

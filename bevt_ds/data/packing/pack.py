@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -151,7 +152,10 @@ def _prepare_video(item: Item, pool: DecodePool, work: Event, limits: Limits) ->
 
 def _read(item: Item, limits: Limits) -> bytes:
     try:
-        if item.path.stat().st_size > limits.file_bytes:
+        facts = item.path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise BadSample("it is no regular file")  # a pipe would be waited for, for ever
+        if facts.st_size > limits.file_bytes:
             raise BadSample(f"it is larger than {limits.file_bytes} bytes")
         return item.path.read_bytes()
     except OSError as error:
