@@ -7,6 +7,7 @@ import glob
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -37,13 +38,20 @@ lists:
     "clip 7" "push left"                  quotes where a path has no extension, a path a comma, a label commas in a .csv
     path,label                            first line, if you like: names of columns, in any order and beside others
 """
+LEAST_FPS, MOST_FPS = 0.01, 1000.0
+INTERRUPTED = 130  # exit code, as of any program that Ctrl-C has ended
 CLIPS_A_GPU = 100.0  # a second: what a Swin-B on one H200 takes at about 30 % of its peak
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one verb; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    return arguments.run(arguments) or 0
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        remedy = ": the same command goes on where this one was" if arguments.run is _pack else ""
+        print(f"bevt: interrupted{remedy}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,7 +128,7 @@ def _add_profile(verb: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--fps",
-        type=_positive,
+        type=_rate,
         default=profile.fps,
         help="frames a second, so that a recipe's stride becomes 1 or 2: 30 fps at stride 8 is 3.75 fps at stride 1;"
         " default: the source's",
@@ -278,6 +286,14 @@ def _positive(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return number
+
+
+def _rate(text: str) -> float:
+    """Frames a second that a video may have."""
+    rate = _positive(text)
+    if not LEAST_FPS <= rate <= MOST_FPS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate from {LEAST_FPS:g} to {MOST_FPS:g} frames a second")
+    return rate
 
 
 def _name(text: str) -> str:

@@ -100,6 +100,15 @@ def test_headers(name: str, text: str, row: tuple[str, str]) -> None:
         ("a.csv", "youtube_id,time_start,time_end\nx,1\n", "line 2: 'x,1' has 2 fields, the header 3"),
         ("a.txt", "a.mp4 1\nb\0.mp4 1\n", r"line 2: 'b\\x00.mp4 1' names no file"),
         ("a.json", '[{"id": "7"}, {"id": ".."}]', "a.json, object 2: .* names no file"),
+        (
+            "a.json",
+            '[{"id": 7, "label": {}}]',
+            "object 1: .* has a name or a label that is neither text nor a whole number",
+        ),
+        ("a.json", '[{"vid_name": true}]', "object 1: .* has a name or a label that is neither text"),
+        ("a.json", '[{"id": "7", "label": "\\ud800"}]', "object 1: .* has a name or a label that is neither text"),
+        ("a.json", '[{"id": null}]', "object 1: .* names no file"),
+        ("a.json", "[" * 100_000, "a.json is no JSON"),
         ("a.txt", "x" * (LONGEST + 1), "line 1: 'x{80}' has 10001 characters: this is no list"),
     ],
 )
@@ -111,3 +120,8 @@ def test_lines_that_need_another_hand(name: str, text: str, message: str) -> Non
 def test_words_alone_are_data() -> None:
     """A name without an extension is no header where the other lines look like it."""
     assert read_rows(Path("a.txt"), "jump left\nrun right\n") == [("jump", "left"), ("run", "right")]
+
+
+def test_a_label_may_be_null() -> None:
+    text = '[{"id": "1", "label": null}, {"id": 2, "template": null}, {"vid_name": "3", "label": null}]'
+    assert read_rows(Path("a.json"), text) == [("1", ""), ("2", ""), ("3", "")]

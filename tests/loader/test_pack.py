@@ -175,6 +175,19 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "train-000000.tar exists" in capsys.readouterr().err
 
 
+def test_ctrl_c_is_one_line(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupt(data: bytes, limits: Limits) -> None:
+        raise KeyboardInterrupt
+
+    command = ["shards", "pack", str(source), str(tmp_path / "out"), "--kind", "image"]
+    with monkeypatch.context() as patch:
+        patch.setattr("bevt_ds.data.packing.pack.check_image", interrupt)
+        assert cli.main(command) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "bevt: interrupted: the same command goes on where this one was"
+    assert cli.main(command) == 0
+
+
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["nonsense"], 2)])
 def test_usage(argv: list[str], code: int, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(argv) == code
@@ -191,6 +204,7 @@ def test_usage(argv: list[str], code: int, capsys: pytest.CaptureFixture) -> Non
         ("pack . out --crf 99", "'99' is not a whole number from 0 to 51"),
         ("pack . out --fps -3", "'-3' is not a positive number"),
         ("pack . out --fps nan", "'nan' is not a positive number"),
+        ("pack . out --fps 0.0001", "'0.0001' is not a rate from 0.01 to 1000 frames a second"),
         ("pack . out --fps 5", "--fps need --profile train"),
         ("pack . out --split a/b", "'a/b' is not a name"),
         ("pack . file/out", "cannot make the folder"),

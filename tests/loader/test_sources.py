@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,23 @@ def test_folders_may_be_classes(media: Path, tmp_path_factory: pytest.TempPathFa
         list_items(str(media), "video", class_folders=True)
     with pytest.raises(UserError, match="is no folder of class folders"):
         list_items(f"{media}/*.mp4", "video", class_folders=True)
+
+
+def test_a_class_folder_has_a_name_that_can_be_a_label(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "a.mp4").touch()
+    with pytest.raises(UserError, match=r"'caf\\udce9' in .* is not in UTF-8, and a label is: rename it"):
+        list_items(str(tmp_path), "video", class_folders=True)
+    assert len(list_items(str(tmp_path), "video")) == 1
+
+
+def test_names_that_no_file_system_has(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("x" * 300 + ".mp4 1\n")
+    (item,) = list_items(str(tmp_path / "list.txt"), "video")  # packing it is what fails
+    assert item.name == "x" * 300 + ".mp4"
+    with pytest.raises(UserError, match="is no folder, no list, and no glob"):
+        list_items("x" * 300, "video")
 
 
 def test_globs(media: Path) -> None:

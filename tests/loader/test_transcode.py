@@ -99,6 +99,13 @@ def test_two_frames_a_year_apart_are_no_video_of_a_year() -> None:
         transcode(data, Profile(), Limits())
 
 
+def test_a_time_lapse_has_frames_enough() -> None:
+    """Of a frame in an hour the rate would be rounded to none."""
+    data = encode_clip(shades(3), "mp4", "libx264", times=[0, 90_000, 180_000])
+    _, facts = transcode(data, Profile(), LIMITS)
+    assert facts["frames"] == 11 and facts["times"] == [0.0] * 2 + [3600.0] * 4 + [7200.0] * 5
+
+
 def test_the_same_bytes_for_any_number_of_processes(clip: bytes, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -17,6 +17,7 @@ from bevt_ds.data.limits import Limits
 # Chosen by measurement, see docs/data.md: what makes decoding dear is the deblocking filter and CABAC, which
 # `fastdecode` leaves out; one reference frame and no B-frames let a clip start at any keyframe without detours.
 UNKNOWN_FPS = 25  # where a container states none
+SLOWEST = Fraction(1, 1001)  # frames a second; of a time lapse that is slower, frames are repeated
 ENCODER = {"preset": "veryfast", "tune": "fastdecode", "bf": "0", "refs": "1", "sc_threshold": "0"}
 
 
@@ -38,7 +39,7 @@ def transcode(data: bytes, profile: Profile, limits: Limits) -> tuple[bytes, dic
     """
     with opened(data, limits) as video:
         source = video.info
-        rate = Fraction(profile.fps or source.fps or UNKNOWN_FPS).limit_denominator(1001)
+        rate = max(Fraction(profile.fps or source.fps or UNKNOWN_FPS).limit_denominator(1001), SLOWEST)
         source_times = video.times()
         limits.check_frames(tick_count(source_times, float(rate)))
         numbers = nearest(source_times, float(rate))

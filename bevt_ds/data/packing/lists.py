@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bevt_ds.data.reading.members import EXTENSIONS
 from bevt_ds.errors import UserError
@@ -36,6 +37,7 @@ _PLAIN = re.compile(  # a line whose path shows where it ends: by its quotes, or
 )
 _INTEGER = re.compile(r"-?[0-9]+")
 _INTEGERS = re.compile(r"-?[0-9]+(\s+-?[0-9]+)+")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # which JSON can write and UTF-8 cannot
 _WORD = re.compile(r"[A-Za-z][A-Za-z_-]*")
 
 
@@ -162,11 +164,11 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
     """Something-Something V2 (`id`, `template`) or Diving48 V2 (`vid_name`, `label`): a list of objects."""
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}") from error
-    readers: dict[str, Callable[[dict], Row]] = {
-        "id": lambda row: (str(row["id"]), _plain(row.get("template", row.get("label", "")))),
-        "vid_name": lambda row: (str(row["vid_name"]), str(row.get("label", ""))),
+    readers: dict[str, Callable[[dict], tuple[Any, Any]]] = {
+        "id": lambda row: (row["id"], row["template"] if "template" in row else row.get("label")),
+        "vid_name": lambda row: (row["vid_name"], row.get("label")),
     }
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         name = next((name for name in readers if isinstance(row, dict) and name in row), None)
@@ -174,7 +176,18 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
             raise UserError(
                 f"{path} is not a list of objects with `id` (Something-Something V2) or `vid_name` (Diving48 V2)"
             )
-        yield _checked(path, (number, str(row)), *readers[name](row))
+        line = (number, str(row))
+        file, label = (_text(path, line, value) for value in readers[name](row))
+        yield _checked(path, line, file, _plain(label) if name == "id" else label)
+
+
+def _text(path: Path, line: Line, value: object) -> str:
+    """A name or a label as text. UserError: it is neither that nor a number."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int) or _SURROGATE.search(str(value)):
+        raise _error(path, line, "has a name or a label that is neither text nor a whole number")
+    return str(value)
 
 
 def _plain(template: str) -> str:

@@ -43,12 +43,12 @@ def list_items(source: str, kind: str, root: Path | None = None, class_folders: 
     class_folders: a file's label is the name of the source's folder that it lies in.
     UserError: there is nothing to pack, the list cannot be read, or a file lies in no class's folder.
     """
-    path = Path(source)
-    if class_folders and not path.is_dir():
+    path, is_folder = Path(source), os.path.isdir(source)  # whereas Path's own raises where a name is too long
+    if class_folders and not is_folder:
         raise UserError(f"{source} is no folder of class folders: leave out --class-folders, or name one")
-    if path.is_dir():
+    if is_folder:
         items = _from_folder(path, kind, class_folders)
-    elif path.is_file() and path.suffix[1:].lower() not in EXTENSIONS[kind]:
+    elif os.path.isfile(source) and path.suffix[1:].lower() not in EXTENSIONS[kind]:
         items = _from_list(path, root or path.parent, kind)
     else:
         items = _from_glob(source, kind)
@@ -64,10 +64,17 @@ def _from_folder(folder: Path, kind: str, class_folders: bool) -> list[Item]:
     if class_folders:
         if loose := [p for p in files if p.parent == folder]:
             raise UserError(f"{loose[0]} lies in no folder of {folder}: with --class-folders that would be its class")
+        if odd := [name for name in sorted(classes) if not _is_utf8(name)]:
+            raise UserError(f"the name of the folder {odd[0]!r} in {folder} is not in UTF-8, and a label is: rename it")
         labels = {name: name for name in classes}
     elif classes and all(_SYNSET.fullmatch(name) for name in classes):
         labels = {name: str(i) for i, name in enumerate(sorted(classes))}
     return [Item(p, str(p.relative_to(folder)), labels.get(p.relative_to(folder).parts[0], "")) for p in files]
+
+
+def _is_utf8(name: str) -> bool:
+    """Python reads other bytes of a file's name as surrogates."""
+    return name.encode(errors="ignore").decode() == name
 
 
 def _from_glob(pattern: str, kind: str) -> list[Item]:
@@ -92,6 +99,6 @@ def _listed(root: Path, name: str, label: str, kind: str) -> Item:
     is_whole = Path(name).suffix[1:].lower() in EXTENSIONS[kind]
     names = [name] if is_whole else [f"{name}.{extension}" for extension in sorted(EXTENSIONS[kind])]
     folders = [root, root / label] if label else [root]
-    found = ((folder / choice, choice) for choice in names for folder in folders if (folder / choice).is_file())
+    found = ((folder / choice, choice) for choice in names for folder in folders if os.path.isfile(folder / choice))
     path, chosen = next(found, (root / names[0], names[0]))
     return Item(path, chosen, label)
