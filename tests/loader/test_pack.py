@@ -72,6 +72,14 @@ def test_what_is_no_file_is_not_waited_for(source: Path, tmp_path: Path) -> None
     assert reasons == ["it is no regular file"] * 2
 
 
+def test_a_listed_file_is_named_as_it_was_listed(source: Path, tmp_path: Path) -> None:
+    (source / "list.txt").write_text("gone.tif\nnotes.txt\na 3\n")
+    assert pack(source / "list.txt", tmp_path / "out", "image").samples == 1
+    events = [json.loads(line) for line in (tmp_path / "out" / "train-rejected.jsonl").open()]
+    assert [event["path"] for event in events] == ["gone.tif", "notes.txt"]
+    assert "No such file" in events[0]["reason"] and "it is no image by its name" in events[1]["reason"]
+
+
 def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(source, tmp_path / "elsewhere" / "source")
     first = pack(source, tmp_path / "1", "image", shard_bytes=4000)

@@ -35,11 +35,12 @@ def listed(items: list[Item]) -> list[tuple[str, str, str]]:
             "label,youtube_id,time_start,time_end,split\nabseiling,0wR5jVB-WPk,417,427,train\nx,gone,0,10,train\n",
             [
                 ("0wR5jVB-WPk_000417_000427.mp4", "0wR5jVB-WPk_000417_000427", "abseiling"),
-                ("gone_000000_000010.avi", "gone_000000_000010", "x"),  # packing it is what fails
+                ("gone_000000_000010", "gone_000000_000010", "x"),  # packing it is what fails
             ],
         ),
         ("list.txt", "78687.webm 3\nwith space.mp4 4\n\n", [("78687.webm", "78687", "3"), ("with space.mp4",) * 2]),
         ("train.csv", "78687.webm,3\nwith space.mp4 4\n", [("78687.webm", "78687", "3"), ("with space.mp4",) * 2]),
+        ("missing.txt", "gone.wmv\n", [("gone.wmv", "gone", "")]),
         ("bare.txt", "78687\n", [("78687.webm", "78687", "")]),
         (
             "ssv2.json",
@@ -106,6 +107,15 @@ def test_names_that_no_file_system_has(tmp_path: Path) -> None:
     assert item.name == "x" * 300 + ".mp4"
     with pytest.raises(UserError, match="is no folder, no list, and no glob"):
         list_items("x" * 300, "video")
+
+
+def test_quicktime_is_mp4_by_another_name(tmp_path: Path) -> None:
+    for name in ("a.MOV", "b.m4v", "c d.mov", "._a.MOV"):
+        (tmp_path / name).touch()
+    expected = [("a.MOV", "mp4"), ("b.m4v", "mp4"), ("c d.mov", "mp4")]
+    (tmp_path / "list.txt").write_text("a.MOV 1\nb 1\nc d.mov 1\n")
+    for source in (tmp_path, tmp_path / "*", tmp_path / "list.txt"):
+        assert [(item.name, item.extension) for item in list_items(str(source), "video")] == expected
 
 
 def test_globs(media: Path) -> None:

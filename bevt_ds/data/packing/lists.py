@@ -30,7 +30,10 @@ KINETICS = {"youtube_id", "time_start", "time_end"}
 LONGEST = 10_000  # characters of a line
 SHOWN = 80  # of them in a message
 
-_EXTENSION = rf"\.(?:{'|'.join(sorted(set().union(*EXTENSIONS.values())))})"
+QUICKTIME = ("m4v", "mov")  # files that are MP4 under another name, which they get in a tar
+FILES = {"video": (*sorted(EXTENSIONS["video"]), *QUICKTIME), "image": tuple(sorted(EXTENSIONS["image"]))}
+
+_EXTENSION = rf"\.(?:{'|'.join([*FILES['video'], *FILES['image']])})"
 _FILE = re.compile(rf"{_EXTENSION}(?:\s|$)", re.IGNORECASE)
 _PLAIN = re.compile(  # a line whose path shows where it ends: by its quotes, or its extension
     rf'(?P<name>"(?:[^"]|"")+"|.*{_EXTENSION})(?:\s*(?P<comma>,)\s*|\s+|$)(?P<label>.*)', re.IGNORECASE

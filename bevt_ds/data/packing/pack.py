@@ -20,9 +20,11 @@ from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.transcode import Profile
 from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.packing.lists import FILES
 from bevt_ds.data.packing.shard_writer import Event, ShardLimits, ShardWriter
 from bevt_ds.data.packing.sources import Item, list_items
 from bevt_ds.data.reading.index import write_atomic
+from bevt_ds.data.reading.members import EXTENSIONS
 from bevt_ds.errors import UserError
 
 SHARD_BYTES = 1 << 30
@@ -138,23 +140,25 @@ def _preparer(kind: str, profile: Profile | None, jobs: int, closing: ExitStack)
 
 
 def _prepare_image(item: Item, limits: Limits) -> tuple[bytes, Event]:
-    data = _read(item, limits)
+    data = _read(item, "image", limits)
     width, height = check_image(data, limits)
     return data, {"width": width, "height": height}
 
 
 def _prepare_video(item: Item, pool: DecodePool, work: Event, limits: Limits) -> tuple[bytes, Event]:
-    data = _read(item, limits)
+    data = _read(item, "video", limits)
     facts, rewritten = pool.submit(lambda: data, work).result()
     facts = {name: value for name, value in facts.items() if name not in ("size", "resident")}
     return (rewritten.tobytes() if work["work"] == "rewrite" else data), facts
 
 
-def _read(item: Item, limits: Limits) -> bytes:
+def _read(item: Item, kind: str, limits: Limits) -> bytes:
     try:
         facts = item.path.stat()
         if not stat.S_ISREG(facts.st_mode):
             raise BadSample("it is no regular file")  # a pipe would be waited for, for ever
+        if item.extension not in EXTENSIONS[kind]:  # as a member of that name it would be no sample
+            raise BadSample(f"it is no {kind} by its name, which ends with none of {', '.join(FILES[kind])}")
         if facts.st_size > limits.file_bytes:
             raise BadSample(f"it is larger than {limits.file_bytes} bytes")
         return item.path.read_bytes()

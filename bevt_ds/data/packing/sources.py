@@ -8,8 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from bevt_ds.data.packing.lists import read_rows
-from bevt_ds.data.reading.members import EXTENSIONS
+from bevt_ds.data.packing.lists import FILES, QUICKTIME, read_rows
 from bevt_ds.errors import UserError
 
 _SYNSET = re.compile(r"n\d{8}")  # how ImageNet names its folders
@@ -31,7 +30,9 @@ class Item:
 
     @property
     def extension(self) -> str:
-        return self.path.suffix[1:].lower()
+        """Of its member in the shards."""
+        extension = self.path.suffix[1:].lower()
+        return "mp4" if extension in QUICKTIME else extension
 
 
 def list_items(source: str, kind: str, root: Path | None = None, class_folders: bool = False) -> list[Item]:
@@ -48,17 +49,22 @@ def list_items(source: str, kind: str, root: Path | None = None, class_folders: 
         raise UserError(f"{source} is no folder of class folders: leave out --class-folders, or name one")
     if is_folder:
         items = _from_folder(path, kind, class_folders)
-    elif os.path.isfile(source) and path.suffix[1:].lower() not in EXTENSIONS[kind]:
+    elif os.path.isfile(source) and not _is_media(path, kind):
         items = _from_list(path, root or path.parent, kind)
     else:
         items = _from_glob(source, kind)
     if not items:
-        raise UserError(f"no {kind} file in {source} (looked for {', '.join(sorted(EXTENSIONS[kind]))})")
+        raise UserError(f"no {kind} file in {source} (looked for {', '.join(FILES[kind])})")
     return items
 
 
+def _is_media(path: Path, kind: str) -> bool:
+    """By its name; macOS puts a `._name` beside files on foreign disks, which holds none of their data."""
+    return path.suffix[1:].lower() in FILES[kind] and not path.name.startswith("._")
+
+
 def _from_folder(folder: Path, kind: str, class_folders: bool) -> list[Item]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in EXTENSIONS[kind] and p.is_file())
+    files = sorted(p for p in folder.rglob("*") if _is_media(p, kind) and p.is_file())
     classes = {p.relative_to(folder).parts[0] for p in files}
     labels: dict[str, str] = {}
     if class_folders:
@@ -79,7 +85,7 @@ def _is_utf8(name: str) -> bool:
 
 def _from_glob(pattern: str, kind: str) -> list[Item]:
     files = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-    files = [p for p in files if p.suffix[1:].lower() in EXTENSIONS[kind] and p.is_file()]
+    files = [p for p in files if _is_media(p, kind) and p.is_file()]
     if not files:
         raise UserError(f"{pattern} is no folder, no list, and no glob that matches a {kind} file")
     common = Path(os.path.commonpath([p.parent for p in files]))
@@ -96,9 +102,9 @@ def _from_list(path: Path, root: Path, kind: str) -> list[Item]:
 
 def _listed(root: Path, name: str, label: str, kind: str) -> Item:
     """A list may leave out the extension, and Kinetics puts videos into a folder for each class."""
-    is_whole = Path(name).suffix[1:].lower() in EXTENSIONS[kind]
-    names = [name] if is_whole else [f"{name}.{extension}" for extension in sorted(EXTENSIONS[kind])]
+    is_whole = Path(name).suffix[1:].lower() in FILES[kind]
+    names = [name] if is_whole else [f"{name}.{extension}" for extension in FILES[kind]]
     folders = [root, root / label] if label else [root]
     found = ((folder / choice, choice) for choice in names for folder in folders if os.path.isfile(folder / choice))
-    path, chosen = next(found, (root / names[0], names[0]))
+    path, chosen = next(found, (root / name, name))
     return Item(path, chosen, label)
