@@ -112,7 +112,8 @@ def test_pack_overwrites_nothing_and_leaves_nothing_half_done(
     pack(source, tmp_path / "out", "image", "train")
     with pytest.raises(UserError, match="train-000000.tar exists"):
         pack(source, tmp_path / "out", "image", "train")
-    pack(source, tmp_path / "out", "image", "eval")
+    pack(source, tmp_path / "out", "image", "eval-2024")
+    pack(source, tmp_path / "out", "image", "eval")  # the others' names begin with its name
 
     def interrupt(data: bytes, limits: Limits) -> None:
         raise KeyboardInterrupt

@@ -110,7 +110,7 @@ class ShardWriter:
 
     def _require_same(self, digest: str) -> None:
         if not self.events:
-            present = sorted(self.out.glob(f"{self.split}-[0-9]*.tar"))
+            present = sorted(self.out.glob(f"{self.split}-{'[0-9]' * 6}.tar"))
             if present:
                 self.__exit__()
                 self.remove()
