@@ -92,7 +92,7 @@ def test_files_stay_short(path):
 def test_cheap_imports_stay_cheap():
     """A decode worker and `--help` must not pay for torch."""
     heavy = ("torch", "deepspeed", "nvidia.dali", "triton")
-    modules = "bevt_ds, bevt_ds.rng, bevt_ds.config, bevt_ds.pretrain, bevt_ds.data.decoding.worker"
+    modules = "bevt_ds, bevt_ds.rng, bevt_ds.config, bevt_ds.pretrain, bevt_ds.shards_cli, bevt_ds.data.decoding.worker"
     code = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from webdataset import TarWriter
-
 from bevt_ds.data.reading.index import SUFFIX, load_shard
 from bevt_ds.errors import UserError
 
@@ -159,6 +157,8 @@ def sample_records(sample: dict[str, Any]) -> bytes:
 
     Nothing of the time, the user or the machine is in the headers.
     """
+    from webdataset import TarWriter  # which imports torch: a second, that `bevt shards --help` need not wait
+
     buffer = io.BytesIO()
     writer = TarWriter(buffer, user="root", group="root", mtime=0)
     writer.write(sample)
