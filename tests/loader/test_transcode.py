@@ -44,7 +44,7 @@ def test_the_profile(clip: bytes) -> None:
     assert len({b.pts - a.pts for a, b in zip(packets, packets[1:], strict=False)}) == 1  # constant rate
     info = probe(data, LIMITS)
     assert (info.width, info.height, info.frames, info.fps) == (96, 64, 60, 25.0)
-    assert facts["source"]["fps"] == 25.0 and facts["times"][25] == 1.0 and facts["duration"] == 2.4
+    assert facts["original"]["fps"] == 25.0 and facts["times"][25] == 1.0 and facts["duration"] == 2.4
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,8 @@ def test_the_same_bytes_for_any_number_of_processes(clip: bytes, tmp_path: Path)
     assert outputs[0][0].read_bytes() == outputs[1][0].read_bytes()
     with tarfile.open(outputs[0][0]) as tar:
         facts = json.loads(tar.extractfile("2.json").read())
-    assert facts["source"]["codec"] == "h264" and facts["fps"] == 25.0 and len(facts["times"]) == 60
+    assert facts["source"] == "2.mp4" and facts["original"]["codec"] == "h264"
+    assert facts["fps"] == 25.0 and len(facts["times"]) == 60
     manifest = json.loads((tmp_path / "1" / "train-manifest.json").read_text())
     assert manifest["codecs"] == {"h264": 4} and manifest["seconds"] == 9.6 and manifest["frames"] == 240
 

@@ -54,7 +54,7 @@ def transcode(data: bytes, profile: Profile, limits: Limits) -> tuple[bytes, dic
         "fps": float(rate),
         "codec": "h264",
         "duration": len(numbers) / float(rate),
-        "source": asdict(source),
+        "original": asdict(source),
         "times": [round(t, 4) for t in times.tolist()],
     }
     return buffer.getvalue(), facts
