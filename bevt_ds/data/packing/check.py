@@ -18,13 +18,13 @@ from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import fits_gpu
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.packing import manifest
+from bevt_ds.data.packing.pack import SECONDS_A_FILE
 from bevt_ds.data.reading.members import EXTENSIONS, Member, Shard
 from bevt_ds.data.reading.patience import StorageStalled
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 
-SECONDS_A_FILE = 600.0
 AHEAD = 4  # samples under way for each process
 
 

@@ -29,7 +29,7 @@ from bevt_ds.errors import UserError
 
 SHARD_BYTES = 1 << 30
 SHARD_SAMPLES = 10_000
-SECONDS_A_FILE = 600.0  # a video that takes longer to rewrite is rejected
+SECONDS_A_FILE = 600.0  # a video that takes longer to rewrite, or to check, is rejected
 AHEAD = 3  # files under way for each process
 
 Prepare = Callable[[Item], "Future[tuple[bytes, Event]]"]
