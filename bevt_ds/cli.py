@@ -9,11 +9,12 @@ from importlib import import_module
 from bevt_ds.errors import UserError
 
 USAGE_ERROR = 2
+INTERRUPTED = 130  # as of any program that Ctrl-C has ended
 GROUPS = {"shards": ("bevt_ds.shards_cli", "draw, pack, index, check and survey shards of videos and images")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. A user's mistake is one line on standard error."""
+    """Run one command; returns the exit code. A user's mistake, and Ctrl-C, is one line on standard error."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -25,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"bevt: {error}", file=sys.stderr)
         return getattr(error, "exit_code", USAGE_ERROR)
+    except KeyboardInterrupt as interrupt:
+        print("bevt: interrupted", *interrupt.args, sep=": ", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _usage() -> str:

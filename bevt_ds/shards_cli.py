@@ -7,7 +7,6 @@ import glob
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -39,19 +38,13 @@ lists:
     path,label                            first line, if you like: names of columns, in any order and beside others
 """
 LEAST_FPS, MOST_FPS = 0.01, 1000.0
-INTERRUPTED = 130  # exit code, as of any program that Ctrl-C has ended
 CLIPS_A_GPU = 100.0  # a second: what a Swin-B on one H200 takes at about 30 % of its peak
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one verb; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        return arguments.run(arguments) or 0
-    except KeyboardInterrupt:
-        remedy = ": the same command goes on where this one was" if arguments.run is _pack else ""
-        print(f"bevt: interrupted{remedy}", file=sys.stderr)
-        return INTERRUPTED
+    return arguments.run(arguments) or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,19 +178,22 @@ def _pack(arguments: argparse.Namespace) -> None:
         if profile != Profile():
             raise UserError("--short-side, --keyframe-every, --crf and --fps need --profile train")
         profile = None
-    packed = pack(
-        arguments.source,
-        arguments.out,
-        arguments.kind,
-        arguments.split,
-        arguments.shard_size,
-        arguments.shard_samples,
-        progress=True,
-        profile=profile,
-        root=arguments.root,
-        jobs=arguments.jobs,
-        class_folders=arguments.class_folders,
-    )
+    try:
+        packed = pack(
+            arguments.source,
+            arguments.out,
+            arguments.kind,
+            arguments.split,
+            arguments.shard_size,
+            arguments.shard_samples,
+            progress=True,
+            profile=profile,
+            root=arguments.root,
+            jobs=arguments.jobs,
+            class_folders=arguments.class_folders,
+        )
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("the same command goes on where this one was") from interrupt
     rejected = f", {packed.rejected} rejected (see {arguments.split}-rejected.jsonl)" if packed.rejected else ""
     print(f"{arguments.out}: {packed.samples} samples in {len(packed.shards)} shards{rejected}")
 
