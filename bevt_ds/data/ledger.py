@@ -91,8 +91,11 @@ class Ledger:
         """A sample is good, as far as is known: bad ones before it and after it are not in a row."""
         self._row = 0
 
-    def reject(self, entry: PlanEntry, member: Member, bad: BadSample) -> None:
-        """Record a bad sample; the first one is said aloud. DataLimitError: it is one of very many in a row."""
+    def reject(self, entry: PlanEntry, member: Member, bad: BadSample, substitute: Member | None = None) -> None:
+        """Record a bad sample; the first one is said aloud. DataLimitError: it is one of very many in a row.
+
+        substitute: what takes its place, and so may be seen more often than once in an epoch; None: nothing does.
+        """
         self.bad += 1
         self._row += 1
         if self.bad == 1:
@@ -100,14 +103,14 @@ class Ledger:
             log.warning("%r in %s cannot be used: %s. %s", member.key, redacted(member.path), bad, rest)
         if bad.transient:
             self.skips.add(Skip(int(self.stream), entry.step, entry.slot, entry.attempt, str(bad)))
-        self._write(entry, member, str(bad))
+        self._write(entry, member, str(bad), substitute)
         if self._row >= IN_A_ROW:
             raise DataLimitError(
                 f"{self._row} bad {self.stream.kind} samples in a row. The last: {member.key!r} in"
                 f" {redacted(member.path)}: {bad}. {_hint(self.path)}"
             )
 
-    def _write(self, entry: PlanEntry, member: Member, reason: str) -> None:
+    def _write(self, entry: PlanEntry, member: Member, reason: str, substitute: Member | None) -> None:
         if self.path is None:
             return
         event = {
@@ -119,6 +122,8 @@ class Ledger:
             "key": member.key,
             "reason": reason,
         }
+        if substitute is not None:
+            event |= {"substitute_shard": redacted(substitute.path), "substitute": substitute.key}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:  # one write a line: ranks may share it
             file.write(json.dumps(event) + "\n")

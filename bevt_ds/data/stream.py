@@ -156,9 +156,9 @@ class SampleReader:
         return slice(i * k, (i + 1) * k)
 
     def _substitute(self, ticket: Ticket, i: int, bad: BadSample) -> None:
-        group = ticket.entries[self._slots(i)]
-        self.ledger.reject(group[0], self._member(group[0]), bad)
-        group = [self.plan.entry(e.step, e.slot, e.attempt + 1) for e in group]
+        rejected = ticket.entries[self._slots(i)]
+        group = [self.plan.entry(e.step, e.slot, e.attempt + 1) for e in rejected]
+        self.ledger.reject(rejected[0], self._member(rejected[0]), bad, self._member(group[0]))
         ticket.entries[self._slots(i)] = group
         ticket.payloads[i] = self._fetch(group)
 

@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +220,11 @@ def test_bad_videos_are_replaced(damaged, tmp_path: Path) -> None:
         whole = list(islice(loader, 6))
     events = [json.loads(line) for line in (tmp_path / LEDGER).read_text().splitlines()]
     assert {e["key"] for e in events} == {"clip-01", "clip-04"}
+    for e, following in pairwise(events):  # a substitute that is bad too is the next to be replaced
+        if e["substitute"] in ("clip-01", "clip-04") and following["slot"] == e["slot"]:
+            assert (following["key"], following["attempt"]) == (e["substitute"], e["attempt"] + 1)
+    final = [e for e in events if e["substitute"] not in ("clip-01", "clip-04")]
+    assert final and all(e["substitute"].startswith("clip-") and e["substitute_shard"] for e in final)
     assert_same(take(config, 2, start_step=2), whole[4:])
 
 
