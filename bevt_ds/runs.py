@@ -61,8 +61,9 @@ def kernel_provider(config: Any, ranks: Ranks) -> str:
 
 def report_wait(step: int, share: float, loader: BackgroundLoader) -> None:
     """Say what the data is short of, if the loop has waited for it for a good `share` of its time. On rank 0."""
+    cause = loader.bottleneck()  # also where nothing is said: the next line's cause is of its own stretch of time
     if share > LONG_WAIT:
-        tqdm.write(f"step {step}: {share:.0%} of the time went into waiting; {loader.bottleneck()}")
+        tqdm.write(f"step {step}: {share:.0%} of the time went into waiting; {cause}")
 
 
 def report_bad(folder: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import fields, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import cv2
@@ -98,6 +98,15 @@ def test_a_loader_started_later_continues_exactly(labelled: LabelledDataConfig, 
     assert_same(take(replace(labelled, workers=2, threads=2, prefetch=1), 6, start_step=1), batches[6:])
 
 
+def test_each_epoch_has_an_order_of_its_own(labelled: LabelledDataConfig) -> None:
+    """Shard by shard, where data.shuffle_window is 1."""
+    plan = LabelledPlan([4, 4, 3], replace(labelled, shuffle_window=1), TRAIN.seed, 1)
+    epochs = [[plan.entry(step, 0) for step in range(first, first + 11)] for first in (0, 11, 22)]
+    orders = {tuple((e.shard, e.member) for e in epoch) for epoch in epochs}
+    assert len(orders) == 3 and all(len(set(order)) == 11 for order in orders)
+    assert all(sum(a.shard != b.shard for a, b in pairwise(epoch)) == 2 for epoch in epochs)
+
+
 def test_each_epoch_shows_every_video_once_with_its_label(batches: list[LabelledBatch]) -> None:
     keys = [batch.keys[0] for batch in batches[:11]]
     assert len(set(keys)) == 11
@@ -132,11 +141,12 @@ def decoded(video: bytes) -> np.ndarray:
         return file.frames(np.arange(20))
 
 
+@pytest.mark.parametrize(("flip", "least", "most"), [(0.0, 0, 0), (0.5, 1, 5), (1.0, 6, 6)])
 def test_training_pixels_are_the_originals_steps_with_opencv(
-    labelled: LabelledDataConfig, labelled_videos: dict[str, bytes]
+    labelled: LabelledDataConfig, labelled_videos: dict[str, bytes], flip: float, least: int, most: int
 ) -> None:
-    """Two resizes, each within a level; see clip_pixels.py."""
-    plain = replace(labelled, randaugment=(0, 0), erasing=0.0)
+    """Two resizes, each within a level; see clip_pixels.py. Never a flip where direction is the label."""
+    plain = replace(labelled, randaugment=(0, 0), erasing=0.0, flip=flip)
     plan = LabelledPlan([4, 4, 3], plain, TRAIN.seed, TRAIN.global_clips)
     flips = 0
     for slot, batch in enumerate(take(plain, 6)):
@@ -146,11 +156,11 @@ def test_training_pixels_are_the_originals_steps_with_opencv(
         box = random_box(plan.generator(Use.CROP, 0, slot), 72, 96, plain.crop_area, plain.crop_aspect)
         crops = [f[box.top : box.top + box.height, box.left : box.left + box.width] for f in frames]
         expected = np.stack([cv2.resize(crop, (64, 64)) for crop in crops]).astype(float)
-        flipped = plan.generator(Use.FLIP, 0, slot).random() < 0.5
+        flipped = plan.generator(Use.FLIP, 0, slot).random() < flip
         difference = np.abs(levels(batch.pixels[0]) - (expected[:, :, ::-1] if flipped else expected))
         assert difference.max() < 2.01 and difference.mean() < 0.5
         flips += flipped
-    assert 0 < flips < 6
+    assert least <= flips <= most
 
 
 def test_views_are_the_originals_with_opencv(labelled: LabelledDataConfig, labelled_videos: dict[str, bytes]) -> None:

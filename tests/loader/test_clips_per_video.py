@@ -31,6 +31,8 @@ def test_one_clip_a_video_is_the_plan_as_it_always_was() -> None:
     assert once.phase == 0.0
     others = StreamPlan(StreamId.IMAGE, COUNTS, DataConfig(clips_per_video=2), 0, 6)
     assert others.clips_per_sample == 1  # of images there is nothing to decode twice
+    held_out = StreamPlan(StreamId.EVAL_VIDEO, COUNTS, DataConfig(clips_per_video=2), 0, 6)
+    assert held_out.clips_per_sample == 1  # each held-out video counts once
 
 
 def test_a_group_shares_a_video_and_differs_in_all_else() -> None:
@@ -49,6 +51,7 @@ def test_a_group_shares_a_video_and_differs_in_all_else() -> None:
 def test_phases_stay_in_the_span() -> None:
     for phase in np.linspace(0, 0.999, 7):
         numbers = clip_frames(0.9999, 100, 8, 4, phase)
+        assert numbers[0] - clip_frames(0.9999, 100, 8, 4)[0] == int(4 * phase)
         assert (np.diff(numbers) == 4).all() and numbers.max() < 100
 
 

@@ -52,6 +52,16 @@ def test_workers_decode_what_the_caller_would(pool: DecodePool, member: Load, ex
     assert pool.describe(member).result()[0]["frames"] == 20
 
 
+def test_clips_of_one_decode_are_those_of_their_positions(pool: DecodePool, member: Load) -> None:
+    """The phase too: what tells the clips of a video apart."""
+    positions = [(0.3, 0.0), (0.3, 0.9), (0.8, 0.6)]
+    clips = pool.clips(member, positions, 8, 2).result()[1]
+    for clip, (start, phase) in zip(clips, positions, strict=True):
+        alone = decode_clip(member(), lambda total, s=start, p=phase: clip_frames(s, total, 8, 2, p))
+        np.testing.assert_array_equal(clip, alone)
+    assert not np.array_equal(clips[0], clips[1])
+
+
 def test_a_worker_loads_neither_torch_nor_dali_nor_the_entry() -> None:
     code = (
         "import sys, json, bevt_ds.data.decoding.worker; "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -31,10 +34,34 @@ def test_the_faster_one_is_measured_once(tmp_path: Path) -> None:
     assert calls == ["gpu", "slower", "c"]
     choose(candidates, ("other shards",), tmp_path)
     assert len(calls) == 6
-    for place in tmp_path.glob("*.json"):
-        place.write_text("[]")
-    choose(candidates, ("these shards",), tmp_path)
-    assert len(calls) == 9
+    for number, nonsense in enumerate(("[]", '{"npu": 9.0}', '{"gpu": "fast"}'), 3):
+        for place in tmp_path.glob("*.json"):
+            place.write_text(nonsense)
+        choose(candidates, ("these shards",), tmp_path)
+        assert len(calls) == 3 * number
+
+
+def test_the_choice_is_logged_with_the_rates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        choose({"gpu": lambda: 12.34, "cpu": lambda: 5.0}, (), tmp_path)
+    assert "videos are decoded on the gpu: gpu 12.3 clips/s, cpu 5.0 clips/s" in caplog.text
+
+
+def test_ranks_of_a_node_measure_one_after_the_other(tmp_path: Path) -> None:
+    """The second finds what the first has measured."""
+    calls = []
+
+    def measure() -> float:
+        calls.append(1)
+        time.sleep(0.2)
+        return 1.0
+
+    ranks = [threading.Thread(target=choose, args=({"cpu": measure}, (), tmp_path)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert len(calls) == 1
 
 
 def test_one_that_does_not_work_is_not_chosen(tmp_path: Path) -> None:
@@ -46,10 +73,17 @@ def test_one_that_does_not_work_is_not_chosen(tmp_path: Path) -> None:
         choose({"gpu": absent}, (1,), tmp_path)
 
 
-def test_the_first_batch_is_not_counted() -> None:
-    seen = []
-    assert clips_per_second(seen.append(i) or 4 for i in range(4)) > 0
-    assert seen == [0, 1, 2, 3]
+def test_the_first_batch_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its clips nor its time: by a clock that the batches set."""
+    clock = [0.0]
+    monkeypatch.setattr("bevt_ds.data.decoder_choice.time.perf_counter", lambda: clock[0])
+
+    def batches(seconds: tuple[float, ...]) -> Iterator[int]:
+        for each in seconds:
+            clock[0] += each
+            yield 4
+
+    assert clips_per_second(batches((100.0, 1.0, 2.0, 1.0))) == 3.0
 
 
 @pytest.mark.parametrize("changed", ["workers", "threads", "frames", "stride", "size", "clips_per_video"])
@@ -91,14 +125,22 @@ def through_dali(monkeypatch: pytest.MonkeyPatch, decoder: str | None) -> None:
     monkeypatch.setattr(loader_module, "ClipPixels", pixels)
 
 
+@pytest.mark.parametrize("clips_per_video", [1, 2])
 def test_clips_that_dali_cannot_decode_go_to_the_workers(
-    tmp_path: Path, make: SimpleNamespace, vp9: bytes, config: Config, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    make: SimpleNamespace,
+    vp9: bytes,
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    clips_per_video: int,
 ) -> None:
     """VP9 by DALI, H.264 in 4:4:4 by a worker, in one batch: the same pictures as by workers alone."""
     other = make.clip(make.noise(12, 72, 96, seed=1), "mp4", "libx264", pixel_format="yuv444p")
     tar = make.tar(tmp_path / "s.tar", {"a.webm": vp9, "b.mp4": other, "c.webm": vp9, "d.mp4": other})
     train = replace(config.train, global_images=0, micro_images=0)
-    mixed = replace(config, data=replace(config.data, videos=str(tar), frames=4), train=train)
+    mixed = replace(
+        config, data=replace(config.data, videos=str(tar), frames=4, clips_per_video=clips_per_video), train=train
+    )
     through_dali(monkeypatch, None)
     with Loader(mixed) as loader:
         expected = list(islice(loader, 4))
@@ -138,6 +180,25 @@ def test_a_video_that_fails_in_dali_is_decoded_by_a_worker(
         assert loader.bad_samples == 0
     assert all(torch.equal(a.video.pixels, b.video.pixels) for a, b in zip(batches, expected, strict=True))
     assert failed == [2, 1] and all(len(batch.video.pixels) == 2 for batch in batches)
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
+    """What `choose` would be asked for clips of a configuration on a GPU; else where they are decoded."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(loader_module, "choose", lambda candidates, facts, folder: (tuple(candidates), facts))
+
+    def ask(config: Config, stream: StreamId = StreamId.VIDEO, fingerprint: str = "these shards"):
+        source = loader_module.Source(stream, "s.tar", 4, 2)
+        return loader_module._decoder(source, [], config, None, torch.device("cuda"), fingerprint)
+
+    return ask
+
+
+def test_auto_measures_videos_on_a_gpu_only(with_data: Callable[..., Config], chosen: Callable) -> None:
+    assert chosen(with_data())[0] == ("gpu", "cpu")
+    assert chosen(with_data(), StreamId.IMAGE) == "gpu"
+    assert [chosen(with_data(decoder=name)) for name in ("gpu", "cpu")] == ["gpu", "cpu"]
 
 
 def test_a_resumed_run_keeps_its_decoder_where_there_is_a_choice(config: Config) -> None:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+from bevt_ds import training
 from bevt_ds.config import Config
 from bevt_ds.data.decoding.pool import DecodePool, DecodeWorker
 from bevt_ds.data.ledger import ALWAYS_ALLOWED, IN_A_ROW, DataLimitError, Ledger, Skips, merge_states, require_few_bad
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.loader import Loader
+from bevt_ds.data.loader import BackgroundLoader, Loader
 from bevt_ds.data.plan import PlanEntry, StreamId
 from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.patience import StorageStalled
 from bevt_ds.data.stream import StreamReader
 from bevt_ds.data.timing import StageTimes, bottleneck
+from bevt_ds.downstream import finetuning
+from bevt_ds.metrics import SpeedMeter
+from bevt_ds.runs import report_wait
 
 MEMBER = Member("/data/s.tar", "k\x1b[31m", "mp4", 512, 10, 0)
 
@@ -140,6 +147,15 @@ def test_the_budget(good: int, bad: int, fraction: float, stops: bool) -> None:
         require_few_bad("clip", good, bad, fraction, None)
 
 
+@pytest.mark.parametrize(("clips_per_video", "videos"), [(1, 2), (2, 1)])
+def test_ranks_are_told_of_every_sample(with_data: Callable[..., Config], clips_per_video: int, videos: int) -> None:
+    """No stall, no failure; good and bad videos, good and bad images, up to the micro-batch that is handed out."""
+    told = []
+    with Loader(with_data(clips_per_video=clips_per_video), exchange=lambda n: told.append(n) or n) as loader:
+        list(islice(loader, 3))
+    assert told == [[0, 0, 0, videos * i, 0, 4 * i, 0] for i in (1, 2, 3)]
+
+
 def entry(step: int, slot: int = 0, attempt: int = 0) -> PlanEntry:
     return PlanEntry(step, slot, attempt, 0, 0, 0.0, 0.0, 64, (0.5, 0.5), False, (1.0, 1.0, 1.0))
 
@@ -252,7 +268,103 @@ def test_the_bottleneck_is_the_busiest_stage() -> None:
     assert sum(times.take().values()) == 0
 
 
-def test_the_loader_knows_its_bottleneck(config: Config) -> None:
-    with Loader(config) as loader:
+def test_the_loader_knows_its_bottleneck(with_data: Callable[..., Config]) -> None:
+    """A stage's seconds are shared by those who do its work."""
+    with Loader(with_data(workers=3, readers=2)) as loader:
         list(islice(loader, 3))
-        assert "the data's bottleneck is" in loader.bottleneck()
+        busy = {stage: float(s) for stage, s in re.findall(r"(\w+) ([\d.]+) s", loader.bottleneck())}
+        assert busy.keys() == {"storage", "demux", "decode", "augment", "copy"} and busy["decode"] > 0
+        assert loader.decoded_frames >= 3 * 2 * 8
+        for stage in busy:
+            loader._reader.times.add(stage, 6000.0)
+        assert re.search(
+            r"bottleneck is (augment|copy) .*storage 300\d.* s, demux 200\d.* s, decode 200\d.* s", loader.bottleneck()
+        )
+
+
+def test_the_share_of_waiting(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the time since the last reading."""
+    clock = iter((100.0, 110.0, 114.0))
+    monkeypatch.setattr("bevt_ds.metrics.time.perf_counter", clock.__next__)
+    speed = SpeedMeter(config.train, 1.0, 1, torch.device("cpu"))
+    speed.steps = 5
+    first = speed.read(2.0)
+    assert (first["data_wait"], first["clips_per_s"], first["images_per_s"]) == (0.2, 2.0, 4.0)
+    assert speed.read(1.0)["data_wait"] == 0.25
+
+
+LANES = {"storage": 4, "demux": 2, "decode": 2, "augment": 1, "copy": 1}
+
+
+def test_a_long_wait_is_reported_with_its_cause(capsys: pytest.CaptureFixture) -> None:
+    """Over 5 % of the time; the cause is what was busy since the last look, whether or not that was reported."""
+    times = StageTimes()
+    loader = SimpleNamespace(bottleneck=lambda: bottleneck(times.take(), LANES))
+    times.add("decode", 1000.0)
+    report_wait(7, 0.05, loader)
+    assert capsys.readouterr().out == ""
+    times.add("storage", 8.0)
+    report_wait(8, 0.051, loader)
+    line = capsys.readouterr().out
+    assert line.startswith(
+        "step 8: 5% of the time went into waiting; the data's bottleneck is storage (busy: storage 2.00"
+    )
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+@pytest.mark.parametrize("loop", [training, finetuning])
+def test_the_loops_lines_report_it(loop: ModuleType, is_main: bool, capsys: pytest.CaptureFixture) -> None:
+    """On the main rank alone, from what the loop has waited since its last line."""
+    none = lambda *_: None  # noqa: E731
+    run = SimpleNamespace(
+        ranks=SimpleNamespace(is_main=is_main),
+        loader=SimpleNamespace(
+            wait_seconds=lambda: 3.0, bottleneck=lambda: "it is decode", steps_an_epoch=9, bad_samples=0
+        ),
+        engine=SimpleNamespace(last_lr=0.1, grad_norm=none, optimizer_bytes=none),
+        probe=None,
+    )
+    totals = {"loss": 2.0, "clips": 1.0, "hits": 1.0}
+    speed = SimpleNamespace(read=lambda waited: {"data_wait": waited / 10})
+    loop.write_line(run, SimpleNamespace(write=none), speed, SimpleNamespace(totals=lambda ranks: totals), 4)
+    assert capsys.readouterr().out == ("step 4: 30% of the time went into waiting; it is decode\n" if is_main else "")
+
+
+class NoReader:
+    """Serves as a BatchReader whose batches are nothing but their place; counts them."""
+
+    ledgers, decoders = {}, {}
+
+    def __init__(self) -> None:
+        self.begun = self.finished = 0
+
+    def begin(self, step: int, micro_step: int) -> tuple[int, int]:
+        self.begun += 1
+        return step, micro_step
+
+    def finish(self, ticket: tuple[int, int]) -> tuple[int, int]:
+        self.finished += 1
+        return ticket
+
+    def close(self) -> None:
+        pass
+
+
+def test_waits_add_up(with_data: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a second at each look."""
+    with BackgroundLoader(NoReader(), 1, with_data().data, 0, None) as loader:
+        monkeypatch.setattr("bevt_ds.data.loader.time.perf_counter", count().__next__)
+        assert list(islice(loader, 4)) == [(step, 0) for step in range(4)]
+        assert loader.wait_seconds() == 4 and loader.wait_seconds() == 0
+
+
+def test_batches_are_prepared_before_anyone_asks(with_data: Callable[..., Config]) -> None:
+    """`prefetch` ready, one that waits for its place, and `prefetch` more being decoded; then it stops."""
+    reader = NoReader()
+    with BackgroundLoader(reader, 2, with_data(prefetch=3).data, 5, None) as loader:
+        until = time.monotonic() + 10
+        while reader.finished < 4 and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert (reader.finished, reader.begun) == (4, 7)
+        assert list(islice(loader, 3)) == [(5, 0), (5, 1), (6, 0)]

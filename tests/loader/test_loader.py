@@ -20,6 +20,7 @@ from bevt_ds.config import Config
 from bevt_ds.data import ledger as ledger_module
 from bevt_ds.data.ledger import DataLimitError
 from bevt_ds.data.loader import LEDGER, Loader, eval_batches
+from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
@@ -80,6 +81,12 @@ def test_the_count_is_the_global_batchs(batches: list[Batch]) -> None:
             cells = sum(int(s.mask.sum()) for s in streams) * frames
             assert [s.count for s in streams] == [cells] * 2
             assert sum(int((s.rows >= 0).sum()) for s in streams) == cells
+
+
+def test_no_two_samples_share_a_key(batches: list[Batch]) -> None:
+    """It decides on a sample's drop-path."""
+    keys = torch.cat([stream.sample_keys for b in batches for stream in (b.video, b.image)])
+    assert len(keys.unique()) == len(keys) == 6 * (2 + 4)
 
 
 def test_view_and_pixels_show_the_same_crop(batches: list[Batch]) -> None:
@@ -161,11 +168,17 @@ def test_the_fingerprint_tells_data_apart_not_places(
         shutil.copy(shard, tmp_path / shard.name)
     moved = with_data(videos=f"{tmp_path}/video-*.tar", images=f"{tmp_path}/image-*.tar")
     fewer = with_data(videos=f"{shards}/video-00000{{0..1}}.tar")
+    other = shutil.copy(shards / "video-000000.tar", tmp_path / "other-000000.tar")
+    member = load_shard(str(shards / "video-000000.tar")).member(0)
+    with open(other, "r+b") as tar:
+        tar.seek(member.offset + member.size // 2)
+        tar.write(bytes(8))
+    changed = with_data(videos=f"{other},{shards}/video-00000{{1..2}}.tar")
     prints = []
-    for c in (config, moved, fewer):
+    for c in (config, moved, fewer, changed):
         with Loader(c) as loader:
             prints.append(loader.fingerprint)
-    assert prints[0] == prints[1] != prints[2]
+    assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
 @pytest.fixture
@@ -317,6 +330,17 @@ def test_too_many_bad_samples_end_the_run(damaged) -> None:
 def test_mistakes_are_named_before_the_first_batch(with_data: Callable, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Loader(with_data(**changes))
+
+
+@pytest.mark.parametrize(
+    "cap", [{"max_pixels": 6911}, {"max_frames": 19}, {"max_file_bytes": 500}, {"max_clip_bytes": 165_887}]
+)
+def test_caps_of_the_configuration_hold(config: Config, cap: dict) -> None:
+    """D17: for videos of 20 frames of 96x72; each cap is one below what a clip of 8 frames needs, or far below."""
+    ((name, value),) = cap.items()
+    few = replace(config, data=replace(config.data, **cap), train=replace(config.train, global_images=0))
+    with pytest.raises(DataLimitError, match=f"over data.{name}={value}"):
+        take(few, 1)
 
 
 def test_batches_that_do_not_divide(config: Config) -> None:

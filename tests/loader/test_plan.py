@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -63,6 +64,27 @@ def test_what_is_read_next_is_known_ahead() -> None:
         assert order.at(position)[0] in now and order.at(position + 10)[0] in now
 
 
+def test_each_epoch_shuffles_shards_and_samples_anew() -> None:
+    def epochs(counts: list[int], window: int) -> list[tuple]:
+        order, n = SampleOrder(counts, 0, StreamId.VIDEO, window), sum(counts)
+        return [tuple(order.at(p) for p in range(e * n, e * n + n)) for e in range(4)]
+
+    assert len(set(epochs([1] * 9, 1))) == 4  # the order of the shards alone
+    assert len(set(epochs([9], 1))) == 4  # that of a shard's samples alone
+    windows = [tuple(m for s, m in epochs([9] * 4, 1)[0] if s == shard) for shard in range(4)]
+    assert len(set(windows)) == 4
+
+
+def test_a_plan_reads_within_its_window() -> None:
+    """data.shuffle_window shards at a time, and storage hears of those in which a step begins."""
+    for k in (1, 2):
+        narrow = plan(shuffle_window=1, clips_per_video=k)
+        shards = [narrow.entry(*divmod(i, 6)).shard for i in range(0, 22 * k, k)]
+        assert sum(a != b for a, b in pairwise(shards)) == len(COUNTS) - 1
+        windows = [narrow.order.shards_in(*narrow.window_at(step))[0] for step in range(12)]
+        assert windows == [narrow.entry(step, 0).shard for step in range(12)]
+
+
 def test_epochs_and_streams_differ() -> None:
     sequences = {
         tuple(SampleOrder(COUNTS, seed, stream, 2).at(p) for p in range(first, first + 22))
@@ -108,6 +130,12 @@ def test_random_views_cover_their_ranges() -> None:
     assert crops.min() >= 0 and crops.max() < 1  # in single precision too
 
 
+def test_strong_jitter_stays_positive() -> None:
+    factors = [plan(StreamId.IMAGE, image_jitter=(0.0, 1.5, 3.0)).entry(s, 0).jitter for s in range(200)]
+    low, high = np.min(factors, axis=0), np.max(factors, axis=0)
+    assert low.min() >= 0 and (low[0], high[0]) == (1, 1) and 2 < high[1] <= 2.5 and 3 < high[2] <= 4
+
+
 def test_clips_are_not_jittered_and_held_out_samples_are_left_alone() -> None:
     assert plan(StreamId.VIDEO).entry(0, 0).jitter == (1.0, 1.0, 1.0)
     held_out = plan(StreamId.EVAL_IMAGE).entry(0, 1)
@@ -120,6 +148,8 @@ def test_substitutes_are_other_samples_with_the_same_treatment() -> None:
     substitutes = [plan().entry(2, 1, attempt) for attempt in range(1, 30)]
     assert len({(e.shard, e.member) for e in substitutes}) > 10
     assert substitutes == [plan().entry(2, 1, attempt) for attempt in range(1, 30)]
+    others = {(e.shard, e.member) for e in (plan().entry(s, slot, 1) for s in range(9) for slot in (0, 5))}
+    assert len(others) > 10  # two bad samples do not share theirs
     for e in substitutes:
         assert 0 <= e.member < COUNTS[e.shard]
         same = replace(e, attempt=0, shard=original.shard, member=original.member)
@@ -132,6 +162,7 @@ def test_masked_cells_counts_output_positions(stream: int, shape: tuple, frames:
     assert masks.shape == shape
     assert plan(StreamId(stream)).masked_cells(4) == masks.sum() * frames
     assert (masks != plan(StreamId(stream)).masks(5)).any()
+    assert (masks != plan(StreamId(stream + 2)).masks(4)).any()  # the held-out stream's
 
 
 @settings(max_examples=200, deadline=None)

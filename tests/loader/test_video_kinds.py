@@ -124,6 +124,33 @@ def test_packing_makes_a_variable_rate_constant() -> None:
     assert shown[:67] == expected and facts["times"][:67] == [round(UNEVEN[i] / 25, 4) for i in expected]
 
 
+def test_two_frames_at_one_time() -> None:
+    """Of a thousand and more a second Matroska cannot tell the times: the frames are counted."""
+    data = encode_clip(shades(8), "webm", "libvpx-vp9", **VP9)
+    second = b"\x81\x00\x28\x00"  # track 1, 40 ms, no keyframe
+    assert data.count(second) == 1
+    same = data.replace(second, b"\x81\x00\x00\x00")
+    assert numbers_of(decode_clip(same, np.arange)) == list(range(8))
+
+
+FOR_A_GPU = {"container": "mp4", "hidden": 0, "codec": "h264", "pixel_format": "yuv420p", "width": 64, "height": 48}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"container": "avi"},
+        {"hidden": 2},
+        {"codec": "mjpeg"},
+        {"pixel_format": "yuv420p10le"},
+        {"width": 63},
+        {"height": 47},
+    ],
+)
+def test_what_is_left_to_the_cpu(change: dict) -> None:
+    assert fits_gpu(FOR_A_GPU) and not fits_gpu(FOR_A_GPU | change)
+
+
 def test_a_rotation_is_not_applied(plain: dict[str, bytes]) -> None:
     """The frames are the stream's, as every decoder gives them: a quarter turn changes neither size nor pixels."""
     data = plain["h264"]
