@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,20 @@ def report_wait(step: int, share: float, loader: BackgroundLoader) -> None:
         tqdm.write(f"step {step}: {share:.0%} of the time went into waiting; {cause}")
 
 
-def report_bad(folder: Path) -> None:
-    """Say how many samples could not be used, if there were any: those of held-out shards too. On rank 0."""
-    if (path := folder / LEDGER).exists():
-        counts = Counter(json.loads(line)["stream"] for line in path.read_text(encoding="utf-8").splitlines())
-        print(
-            f"\ncould not be used: {', '.join(f'{n} of {name}' for name, n in counts.items())}; see {path}", flush=True
-        )
+def report_bad(folder: Path, steps: int) -> None:
+    """Say how many samples of the first `steps` could not be used, if there were any. On rank 0.
+
+    Each counts once, though the list is of all that was read: ahead of the last step, or again after a resume. A line
+    that a crash cut short is passed over.
+    """
+    if not (path := folder / LEDGER).exists():
+        return
+    places = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            event = json.loads(line)
+            places.add(tuple(event[name] for name in ("stream", "step", "slot", "attempt")))
+    counts = Counter(stream for stream, step, *_ in places if step < steps)
+    if counts:
+        named = ", ".join(f"{n} of {stream}" for stream, n in sorted(counts.items()))
+        print(f"\ncould not be used: {named}; see {path}", flush=True)

@@ -144,7 +144,7 @@ def finish(run: Run, batches: Iterator[Batch]) -> int:
         if summaries:
             run_folder.write_json(run.folder / run_folder.SUMMARY, as_json(summaries))
             print(f"\n{as_table(summaries)}", flush=True)
-        report_bad(run.folder)
+        report_bad(run.folder, config.train.steps)
         print(f"\nwrote {run.folder}/", flush=True)
         if problem:
             print(f"not learned: {problem}", flush=True)
@@ -170,7 +170,7 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
     provider = kernel_provider(config, ranks)
     tokenizer = make_tokenizer(config, ranks)
     probe = OnlineProbe(config, tokenizer.vocab_size, ranks) if config.probe.every else None
-    with closing(eval_batches(config)) as held_out:
+    with closing(eval_batches(config, folder=folder if ranks.is_main else None)) as held_out:
         next(held_out, None)  # shards that cannot be evaluated are to be known now, not after the last step
     start = find_start(config, folder, ranks)
     first_step = start[1].step if start else 0

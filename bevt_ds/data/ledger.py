@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,15 +93,16 @@ class Ledger:
         self._row = 0
 
     def reject(self, entry: PlanEntry, member: Member, bad: BadSample, substitute: Member | None = None) -> None:
-        """Record a bad sample; the first one is said aloud. DataLimitError: it is one of very many in a row.
+        """Record a bad sample; the first that is listed is also said aloud.
 
         substitute: what takes its place, and so may be seen more often than once in an epoch; None: nothing does.
+        DataLimitError: it is one of very many in a row.
         """
         self.bad += 1
         self._row += 1
-        if self.bad == 1:
-            rest = f"All such samples are listed in {self.path}" if self.path else "Further ones are only counted"
-            log.warning("%r in %s cannot be used: %s. %s", member.key, redacted(member.path), bad, rest)
+        if self.bad == 1 and self.path is not None:
+            place = member.key, redacted(member.path)
+            log.warning("%r in %s cannot be used: %s. All such samples are listed in %s", *place, bad, self.path)
         if bad.transient:
             self.skips.add(Skip(int(self.stream), entry.step, entry.slot, entry.attempt, str(bad)))
         self._write(entry, member, str(bad), substitute)
@@ -125,8 +127,9 @@ class Ledger:
         if substitute is not None:
             event |= {"substitute_shard": redacted(substitute.path), "substitute": substitute.key}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:  # one write a line: ranks may share it
-            file.write(json.dumps(event) + "\n")
+        with self.path.open("ab+") as file:  # one write a line: ranks may share it
+            whole = file.tell() == 0 or os.pread(file.fileno(), 1, file.tell() - 1) == b"\n"
+            file.write(("" if whole else "\n").encode() + json.dumps(event).encode() + b"\n")
 
 
 def require_few_bad(kind: str, good: int, bad: int, max_fraction: float, path: Path | None) -> None:

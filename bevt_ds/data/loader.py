@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -210,10 +210,8 @@ class BackgroundLoader:
         return self
 
     def __next__(self) -> Any:
-        if self._stopping.is_set():
-            raise RuntimeError("the loader is closed")
         began = time.perf_counter()
-        prepared = self._ready.get()
+        prepared = self._next_prepared()
         self._waited += time.perf_counter() - began
         try:
             self._judge(prepared)
@@ -222,6 +220,12 @@ class BackgroundLoader:
             raise
         self._handed_out += 1
         return prepared.item
+
+    def _next_prepared(self) -> _Prepared:
+        while not self._stopping.is_set():
+            with suppress(queue.Empty):
+                return self._ready.get(timeout=1.0)
+        raise RuntimeError("the loader is closed")
 
     def wait_seconds(self) -> float:
         """Seconds that `next` has blocked since the last call: what the data cost the step."""

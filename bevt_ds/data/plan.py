@@ -140,7 +140,7 @@ class StreamPlan:
         self.masks = lru_cache(maxsize=2)(self._masks)
 
     def entry(self, step: int, slot: int, attempt: int = 0) -> PlanEntry:
-        """The sample of (step, slot), or with `attempt` j > 0 its j-th substitute: another sample, treated alike.
+        """The sample of (step, slot), or with `attempt` j > 0 its j-th substitute: a sample drawn anew, treated alike.
 
         Slots come in groups of `clips_per_sample` that share a sample and a window of its time, so that one decode
         serves them all; clips, crops and masks are each slot's own.

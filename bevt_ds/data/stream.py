@@ -222,6 +222,7 @@ class StreamReader(SampleReader):
         """
         data = load()
         reply, _ = self.shared.pool.describe(lambda: data).result()
+        self.short.look_at(sample_name(self._member(group[0])), reply["frames"])
         if not fits_gpu(reply):
             return self._decode(lambda: data, group).result()
         frames, stride = self.config.frames, self.config.stride
@@ -269,6 +270,7 @@ class StreamReader(SampleReader):
             except BadSample as bad:
                 if isinstance(clips[0], tuple):  # a file: what DALI's decoder does not take, a worker's may
                     (data, _), group = clips[0], ticket.entries[self._slots(i)]
+                    log.warning("%s goes to a worker: %s", sample_name(self._member(group[0])), bad)
                     ticket.payloads[i] = self._decode(lambda data=data: data, group)
                 else:
                     self._substitute(ticket, i, bad)

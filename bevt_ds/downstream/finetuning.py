@@ -245,7 +245,7 @@ def finetune(config: FinetuneConfig, ds_values: dict[str, Any], notes: list[str]
             train(run, iter(loader), log, speed)
     if ranks.is_main:
         run_folder.publish_weights(folder, folder / run_folder.CHECKPOINTS / checkpoint.name_of(steps))
-        report_bad(folder)
+        report_bad(folder, steps)
         print(f"\nwrote {folder}/", flush=True)
     return 0
 

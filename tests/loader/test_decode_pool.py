@@ -123,7 +123,8 @@ def test_the_sample_of_a_worker_that_hangs_goes_to_a_fresh_one(
 
 
 def test_a_sample_that_always_hangs_costs_two_deadlines(member: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    program = f"import os, time; os.write(1, {child.READY!r}); time.sleep(60)"
+    monkeypatch.setattr(child, "command", lambda *_: [sys.executable, "-c", program])
     pool = DecodePool(workers=1, seconds=0.3, limits=Limits())
     began = time.monotonic()
     with pytest.raises(BadSample, match=r"not decoded within 0.3 s \(2 attempts\)") as caught:

@@ -6,10 +6,12 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +20,12 @@ import torch
 from bevt_ds.batch import Batch, Stream
 from bevt_ds.config import Config
 from bevt_ds.data import ledger as ledger_module
-from bevt_ds.data.ledger import DataLimitError
+from bevt_ds.data.decoding import pool as pool_module
+from bevt_ds.data.decoding.pool import DecodeWorker
+from bevt_ds.data.ledger import DataLimitError, Ledger, Skips
+from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import LEDGER, Loader, eval_batches
+from bevt_ds.data.plan import StreamId
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.storage import Storage
@@ -277,8 +283,36 @@ def test_the_first_bad_sample_is_said_aloud(damaged, tmp_path: Path, caplog, cap
         assert 2 <= loader.bad_samples <= 2 * len(events)
     said = [message for message in caplog.messages if "cannot be used" in message]
     assert len(said) == 1 and "'clip-0" in said[0] and "All such samples are listed in" in said[0]
-    report_bad(tmp_path)
+    report_bad(tmp_path, steps=100)
     assert capsys.readouterr().out == f"\ncould not be used: {len(events)} of video; see {tmp_path / LEDGER}\n"
+
+
+def test_bad_samples_are_counted_once_and_up_to_the_last_step(tmp_path: Path, capsys) -> None:
+    """What a run has read ahead, or again after a crash that cut a line short, is in the list and not in the count."""
+    ledger, member = Ledger(StreamId.VIDEO, tmp_path / LEDGER, Skips()), SimpleNamespace(key="a", path="s.tar")
+    for step, slot in ((0, 1), (0, 2), (0, 1), (4, 0)):
+        ledger.reject(SimpleNamespace(step=step, slot=slot, attempt=0), member, BadSample("cut"))
+    with (tmp_path / LEDGER).open("a") as file:
+        file.write('{"stream": "vid')
+    ledger.reject(SimpleNamespace(step=3, slot=0, attempt=1), member, BadSample("cut"))
+    report_bad(tmp_path, steps=4)
+    assert capsys.readouterr().out == f"\ncould not be used: 3 of video; see {tmp_path / LEDGER}\n"
+    report_bad(tmp_path / "clean", steps=4)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_worker_that_starts_slowly_is_no_fault_of_a_sample(with_data: Callable, monkeypatch) -> None:
+    """A sample's deadline begins when the worker runs; one that never does ends the run and is not blamed on data."""
+    config = with_data(images="", decode_seconds=0.3)
+    config = replace(config, train=replace(config.train, global_images=0))
+    real = DecodeWorker._await_start
+    monkeypatch.setattr(DecodeWorker, "_await_start", lambda self, deadline: (time.sleep(0.5), real(self, deadline)))
+    with Loader(config) as loader:
+        assert next(loader).video is not None and loader.bad_samples == 0
+    monkeypatch.setattr(DecodeWorker, "_await_start", real)
+    monkeypatch.setattr(pool_module, "START_SECONDS", 0.0)
+    with Loader(config) as loader, pytest.raises(RuntimeError, match="decode workers cannot start: not ready within"):
+        next(loader)
 
 
 def test_a_video_shorter_than_a_clip_is_named(with_data: Callable, caplog) -> None:

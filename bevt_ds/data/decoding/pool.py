@@ -26,7 +26,8 @@ from bevt_ds.data.limits import BadSample, Limits
 
 ATTEMPTS = 2  # a worker may hang or die for reasons that are not the sample's: memory, a stray signal
 MOST_RESIDENT = 2 << 30  # bytes; a worker that holds more is replaced
-READ_AHEAD = 2  # threads that may read a file while all workers are busy
+READ_AHEAD = 2  # threads that may hold a file while all workers are busy
+START_SECONDS = 120.0  # for a process to begin, with its imports: no fault of a sample, however slow the disk
 _PIPE_BYTES = 1 << 20
 
 Load = Callable[[], bytes]
@@ -80,10 +81,11 @@ class DecodeWorker:
     def ask(self, request: dict[str, Any], data: bytes, seconds: float) -> tuple[Reply, np.ndarray]:
         """The answer to a request about the file `data`, and the bytes that came with it: uint8 (n,).
 
-        TimeoutError: no answer within `seconds`. WorkerDied: there will be none. RuntimeError: no worker can start.
+        TimeoutError: once started, no answer within `seconds`. WorkerDied: there will be none. RuntimeError: no worker
+        can start.
         """
+        self._await_start(time.monotonic() + START_SECONDS)
         deadline = time.monotonic() + seconds
-        self._await_start(deadline)
         line = json.dumps({**request, "size": len(data), "seconds": seconds}).encode() + b"\n"
         try:
             self._write(memoryview(line), deadline)
@@ -112,6 +114,8 @@ class DecodeWorker:
             return
         try:
             self._read(len(child.READY), deadline)
+        except TimeoutError as error:
+            raise RuntimeError(f"decode workers cannot start: not ready within {START_SECONDS:g} s") from error
         except WorkerDied as death:
             if self._process.wait() > 0:  # it exited by itself; a signal may have come from anywhere
                 raise RuntimeError(f"decode workers cannot start: {death}") from death

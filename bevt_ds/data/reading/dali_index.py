@@ -43,8 +43,8 @@ def _note(samples: list[tuple[str, list[str]]], path: str, info: tarfile.TarInfo
     stem, dot, extension = name.partition(".")
     if not (info.isreg() and dot and stem):
         return
-    if any(char.isspace() for char in info.name):
-        raise UserError(f"{path} holds {info.name!r}: names in DALI's index have no spaces, so rename it")
+    if any(char.isspace() or "\ud800" <= char <= "\udfff" for char in info.name):  # the latter: not in UTF-8
+        raise UserError(f"{path} holds {info.name!r}: names in DALI's index are UTF-8 without spaces, so rename it")
     key = folder + slash + stem
     if not samples or samples[-1][0] != key:
         samples.append((key, []))

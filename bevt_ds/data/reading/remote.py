@@ -52,7 +52,7 @@ def redacted(url: str) -> str:
 
 def fault_of_url(url: str) -> str:
     """Why a URL can never be fetched; empty: it may be. Other schemes than http and https have rules of their own."""
-    if not url.startswith(_HTTP):
+    if not url.lower().startswith(_HTTP):
         return ""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -83,7 +83,7 @@ def open_source(url: str, seconds: float, offset: int = 0, tag: str = "") -> Sou
     """
     if url.startswith(PIPE):
         return Source(_translated(url, _run(url.removeprefix(PIPE), seconds)), None)
-    if url.startswith(_HTTP):
+    if url.lower().startswith(_HTTP):
         return _open_http(url, seconds, offset, tag)
     return _open_fsspec(url, seconds, offset, tag)
 
@@ -96,7 +96,7 @@ def _open_http(url: str, seconds: float, offset: int, tag: str) -> Source:
         reply = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds)
     except urllib.error.HTTPError as error:
         raise RemoteError(url, f"HTTP {error.code} {error.reason}", error.code not in _WORTH_ANOTHER_TRY) from error
-    except http.client.InvalidURL as error:  # the server may have sent us there
+    except (http.client.InvalidURL, ValueError) as error:  # the server may have sent us there
         raise RemoteError(url, "it leads to what is no valid URL", final=True) from error
     except (OSError, http.client.HTTPException) as error:
         raise RemoteError(url, _reason(error)) from error
@@ -158,7 +158,7 @@ def _with_file_system(url: str, seconds: float, work: Callable[[Any, str], T]) -
 
 def can_list(url: str) -> bool:
     """Whether files can be listed there: HTTP has no such thing."""
-    return not url.startswith((*_HTTP, PIPE)) and importlib.util.find_spec("fsspec") is not None
+    return not url.lower().startswith((*_HTTP, PIPE)) and importlib.util.find_spec("fsspec") is not None
 
 
 def _read_all(file: BinaryIO) -> Iterator[bytes]:
