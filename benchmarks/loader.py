@@ -26,7 +26,7 @@ import torch
 from benchmarks.common import append_row, provenance
 from benchmarks.loader_media import SIZES, STRIDES, prepare, quality
 from benchmarks.loader_page import write_page
-from bevt_ds.config import Config, DataConfig, TrainConfig
+from bevt_ds.config.schema import Config, DataConfig, TrainConfig
 
 RESULTS = Path(__file__).parent / "results" / "loader.jsonl"
 MICRO = 4  # clips a batch

@@ -15,7 +15,7 @@ import torch
 import torchvision.transforms.v2.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from bevt_ds.config import Config
+from bevt_ds.config.schema import Config
 from bevt_ds.data.reading.index import load_shards
 from bevt_ds.data.reading.members import read_member
 from bevt_ds.data.reading.shards import expand

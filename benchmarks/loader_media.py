@@ -20,9 +20,9 @@ import webdataset
 from bevt_ds.data.decoding.transcode import Profile, nearest
 from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import Limits
-from bevt_ds.data.packing.pack import pack
-from bevt_ds.data.packing.scene import Extent, render
 from bevt_ds.rng import Use, generator
+from bevt_ds.shards.pack import pack
+from bevt_ds.shards.synthetic.scene import Extent, render
 
 FPS, FRAMES = 30, 300
 SIZES = {"340x256": (256, 340), "1280x720": (720, 1280)}  # height, width

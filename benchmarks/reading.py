@@ -18,15 +18,15 @@ from tqdm import trange
 from benchmarks.common import append_row, provenance, quantiles, read_rows
 from benchmarks.loader import machine
 from benchmarks.loader_media import SIZES, draw_clip
-from bevt_ds.config import DataConfig
+from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import Limits
-from bevt_ds.data.packing.shard_writer import sample_records
 from bevt_ds.data.plan import clip_frames
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import Member, read_member
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
+from bevt_ds.shards.writer import sample_records
 
 RESULTS = Path(__file__).parent / "results" / "reading.jsonl"
 KIB = (20, 160, 2000)  # a picture, a clip of ten seconds at 340x256, one at 1280x720

@@ -12,13 +12,13 @@ from statistics import median
 import torch
 
 from bevt_ds.batch import Batch
-from bevt_ds.config import Config, TokenizerConfig
-from bevt_ds.ds_config import read_json
-from bevt_ds.engine import start_ranks
-from bevt_ds.entry import shipped_json
-from bevt_ds.recipes import demo, joint_swin_b
-from bevt_ds.training import Run, make_engine, make_tokenizer, train_step
-from bevt_ds.validate import validate
+from bevt_ds.config.command_line import shipped_json
+from bevt_ds.config.deepspeed import read_json
+from bevt_ds.config.recipes import demo, joint_swin_b
+from bevt_ds.config.schema import Config, TokenizerConfig
+from bevt_ds.config.validate import validate
+from bevt_ds.runtime.engine import start_ranks
+from bevt_ds.train.pretraining import Run, make_engine, make_tokenizer, train_step
 
 from .common import provenance, quantiles
 from .scaling_traffic import Traffic, expected_bytes, sent_bytes

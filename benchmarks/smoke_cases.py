@@ -65,7 +65,7 @@ def tokenizer() -> Run:
 def step() -> Run:
     """The training program's step: tokenizer, forward, backward, update under DeepSpeed, tiny model."""
     from benchmarks.scaling_worker import Job, set_up
-    from bevt_ds.training import train_step
+    from bevt_ds.train.pretraining import train_step
 
     run, batch = set_up(Job(ranks=1, zero=2, micro_steps=1, model="tiny", micro_clips=1, micro_images=2, steps=1))
     return lambda: train_step(run, iter([batch]), 0)
@@ -75,8 +75,8 @@ def loader() -> Run:
     """A loader from its start to its end, over the committed shards."""
     from dataclasses import replace
 
+    from bevt_ds.config.recipes import demo
     from bevt_ds.data.loader import Loader
-    from bevt_ds.recipes import demo
 
     folder = tempfile.mkdtemp()  # copied, so that the index written beside them is not committed
     for tar in SHARDS.glob("*.tar"):

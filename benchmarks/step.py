@@ -31,11 +31,11 @@ import torch
 from tqdm import tqdm
 
 from bevt_ds.batch import Batch
-from bevt_ds.config import Config
+from bevt_ds.config.schema import Config
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.packing.draw import ensure_demo_shards
-from bevt_ds.engine import start_ranks
-from bevt_ds.flops import clip_macs, image_macs, peak_flops, training_flops
+from bevt_ds.runtime.engine import start_ranks
+from bevt_ds.runtime.flops import clip_macs, image_macs, peak_flops, training_flops
+from bevt_ds.shards.synthetic.draw import ensure_demo_shards
 
 from . import step_report
 from .common import append_row, ceilings, provenance, quantiles, reason

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bevt_ds.batch import Batch, Stream
-from bevt_ds.config import DataConfig, MaskConfig
+from bevt_ds.config.schema import DataConfig, MaskConfig
 from bevt_ds.data.masks import masked_frames, row_index
 from bevt_ds.data.plan import StreamId, StreamPlan
 

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
-from bevt_ds.config import Config, TokenizerConfig
-from bevt_ds.ds_config import read_json
-from bevt_ds.engine import DTYPES
-from bevt_ds.entry import shipped_json
-from bevt_ds.flops import Sizes
+from bevt_ds.config.command_line import shipped_json
+from bevt_ds.config.deepspeed import read_json
+from bevt_ds.config.recipes import demo, joint_swin_b
+from bevt_ds.config.schema import Config, TokenizerConfig
+from bevt_ds.config.validate import validate
 from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import DalleTokenizer, RandomProjectionTokenizer, Tokenizer
-from bevt_ds.optim import parameter_groups
-from bevt_ds.ranks import Ranks
-from bevt_ds.recipes import demo, joint_swin_b
-from bevt_ds.training import Run, make_engine, train_step
-from bevt_ds.validate import validate
+from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.engine import DTYPES
+from bevt_ds.runtime.flops import Sizes
+from bevt_ds.runtime.optim import parameter_groups
+from bevt_ds.train.pretraining import Run, make_engine, train_step
 
 from .eager_model import EagerBEVT, TorchvisionEncoder
 from .eager_tokenizer import every_id
@@ -166,7 +166,7 @@ class Eager:
 
 
 class Ours:
-    """`bevt_ds.training.train_step` under DeepSpeed's ZeRO-2, some levers taken back or switches of the model set."""
+    """`bevt_ds.train.pretraining.train_step` under ZeRO-2, some levers taken back or switches set."""
 
     def __init__(self, setting: Setting, levers: Levers, **switches: bool):
         precision = {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]

@@ -29,7 +29,7 @@ from benchmarks.study_baseline import copy_accuracy
 from benchmarks.study_data import prepare
 from benchmarks.study_page import best_rate, draw_classes, write_page
 from benchmarks.study_runs import ARMS, Scale, finetune, masked_accuracy, pretrain
-from bevt_ds.entry import run
+from bevt_ds.config.command_line import run
 from bevt_ds.errors import UserError
 
 ROOT = Path(__file__).parents[1]

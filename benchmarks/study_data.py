@@ -12,11 +12,11 @@ from zlib import crc32
 
 from tqdm import tqdm
 
-from bevt_ds.data.packing.draw_worker import encode_jpeg, encode_mp4
-from bevt_ds.data.packing.motion import COURSES, render_action
-from bevt_ds.data.packing.pack import pack
-from bevt_ds.data.packing.scene import Extent
 from bevt_ds.rng import Use, generator
+from bevt_ds.shards.pack import pack
+from bevt_ds.shards.synthetic.draw_worker import encode_jpeg, encode_mp4
+from bevt_ds.shards.synthetic.motion import COURSES, render_action
+from bevt_ds.shards.synthetic.scene import Extent
 
 SIZE, FRAMES = 64, 8
 CLIP = Extent(SIZE, SIZE, FRAMES)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study_data import CLIP
-from bevt_ds.data.packing.motion import COURSES, render_action
 from bevt_ds.rng import Use, generator
+from bevt_ds.shards.synthetic.motion import COURSES, render_action
 
 Row = dict[str, Any]
 

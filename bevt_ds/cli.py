@@ -10,7 +10,7 @@ from bevt_ds.errors import UserError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as of any program that Ctrl-C has ended
-GROUPS = {"shards": ("bevt_ds.shards_cli", "draw, pack, index, check and survey shards of videos and images")}
+GROUPS = {"shards": ("bevt_ds.shards.cli", "draw, pack, index, check and survey shards of videos and images")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Test a classifier: `deepspeed bevt_ds/evaluate.py weights=RUN_OR_WEIGHTS [data.val=...] [key=value ...]`.
 
-This file turns a command line into a configuration; the work is in downstream/evaluation.py.
+This file turns a command line into a configuration; the work is in eval/multi_view.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 try:
-    from bevt_ds.script import require_own_package
+    from bevt_ds.config.command_line import require_own_package
 except ImportError as error:
     sys.exit(f"error: {error}. Run `pip install -e .` in the checkout with {sys.executable}, or `make env`.")
 require_own_package(__file__)
@@ -16,14 +16,14 @@ require_own_package(__file__)
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from bevt_ds.config import Config  # noqa: E402
-from bevt_ds.downstream.config import EvaluateConfig  # noqa: E402
-from bevt_ds.downstream.recipes import RECIPES, get_recipe  # noqa: E402
-from bevt_ds.downstream.validate import AT_LEAST_ONE, POSITIVE  # noqa: E402
-from bevt_ds.entry import parse_arguments, run  # noqa: E402
-from bevt_ds.help_text import page  # noqa: E402
-from bevt_ds.overrides import apply_overrides, parse_overrides  # noqa: E402
-from bevt_ds.validate import check_bounds, need  # noqa: E402
+from bevt_ds.config.command_line import parse_arguments, run  # noqa: E402
+from bevt_ds.config.help import page  # noqa: E402
+from bevt_ds.config.parse import apply_overrides, parse_overrides  # noqa: E402
+from bevt_ds.config.recipes_downstream import RECIPES, get_recipe  # noqa: E402
+from bevt_ds.config.schema import Config  # noqa: E402
+from bevt_ds.config.schema_downstream import EvaluateConfig  # noqa: E402
+from bevt_ds.config.validate import check_bounds, need  # noqa: E402
+from bevt_ds.config.validate_downstream import AT_LEAST_ONE, POSITIVE  # noqa: E402
 
 USAGE = """\
 usage: deepspeed bevt_ds/evaluate.py weights=RUN_OR_WEIGHTS [data.val=SHARDS] [recipe=NAME] [key=value ...]
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     overrides = parse_overrides(arguments.overrides, EvaluateConfig)
     config = apply_overrides(starting_point(overrides.get("weights", ""), arguments.recipe), overrides)
     require(config)
-    from bevt_ds.downstream.evaluation import evaluate
+    from bevt_ds.eval.multi_view import evaluate
 
     return evaluate(config)
 
@@ -60,7 +60,7 @@ def starting_point(weights: str, recipe: str) -> EvaluateConfig:
     Raises:
         UserError: no such recipe, or a run without a classifier.
     """
-    from bevt_ds.downstream.results import run_config, without_classifier
+    from bevt_ds.eval.results import run_config, without_classifier
 
     saved = run_config(weights) if weights and not recipe else None
     if isinstance(saved, Config):

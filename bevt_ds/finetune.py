@@ -1,6 +1,6 @@
 """Fine-tune a classifier: `deepspeed bevt_ds/finetune.py recipe=NAME data.train=SHARDS [key=value ...]`.
 
-This file turns a command line into a configuration; the loop is in downstream/finetuning.py. Neither torch nor
+This file turns a command line into a configuration; the set-up is in train/finetuning.py. Neither torch nor
 deepspeed is imported before the command line has proved right.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 try:
-    from bevt_ds.script import require_own_package
+    from bevt_ds.config.command_line import require_own_package
 except ImportError as error:
     sys.exit(f"error: {error}. Run `pip install -e .` in the checkout with {sys.executable}, or `make env`.")
 require_own_package(__file__)
@@ -18,14 +18,14 @@ import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
-from bevt_ds.downstream.config import FinetuneConfig  # noqa: E402
-from bevt_ds.downstream.recipes import RECIPES, get_recipe  # noqa: E402
-from bevt_ds.downstream.validate import require_inputs, validate  # noqa: E402
-from bevt_ds.ds_config import merge, read_json  # noqa: E402
-from bevt_ds.entry import Arguments, parse_arguments, run, shipped_json  # noqa: E402
-from bevt_ds.help_text import page  # noqa: E402
-from bevt_ds.overrides import apply_overrides, parse_overrides  # noqa: E402
-from bevt_ds.validate import micro_steps  # noqa: E402
+from bevt_ds.config.command_line import Arguments, parse_arguments, run, shipped_json  # noqa: E402
+from bevt_ds.config.deepspeed import merge, read_json  # noqa: E402
+from bevt_ds.config.help import page  # noqa: E402
+from bevt_ds.config.parse import apply_overrides, parse_overrides  # noqa: E402
+from bevt_ds.config.recipes_downstream import RECIPES, get_recipe  # noqa: E402
+from bevt_ds.config.schema_downstream import FinetuneConfig  # noqa: E402
+from bevt_ds.config.validate import micro_steps  # noqa: E402
+from bevt_ds.config.validate_downstream import require_inputs, validate  # noqa: E402
 
 USAGE = """\
 usage: deepspeed bevt_ds/finetune.py [--deepspeed_config FILE] recipe=NAME data.train=SHARDS [key=value ...]
@@ -52,13 +52,13 @@ def main(argv: Sequence[str]) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config, values, notes = resolve_config(arguments, world)
     if config.dry_run:
-        from bevt_ds.downstream.dry_run import report
+        from bevt_ds.train.dry_run_downstream import report
 
         if os.environ.get("RANK", "0") == "0":
             print(report(config, notes, world))
         return 0
     require_inputs(config)
-    from bevt_ds.downstream.finetuning import finetune
+    from bevt_ds.train.finetuning import finetune
 
     return finetune(config, values, notes)
 

@@ -1,6 +1,6 @@
 """Probe an encoder: `deepspeed bevt_ds/probe.py weights=RUN data.train=... data.val=... [key=value ...]`.
 
-This file turns a command line into a configuration; the work is in downstream/probing.py.
+This file turns a command line into a configuration; the work is in eval/probe_run.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 try:
-    from bevt_ds.script import require_own_package
+    from bevt_ds.config.command_line import require_own_package
 except ImportError as error:
     sys.exit(f"error: {error}. Run `pip install -e .` in the checkout with {sys.executable}, or `make env`.")
 require_own_package(__file__)
@@ -16,15 +16,15 @@ require_own_package(__file__)
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from bevt_ds.config import Config, ViewsConfig  # noqa: E402
-from bevt_ds.downstream import validate  # noqa: E402
-from bevt_ds.downstream.config import ProbeRunConfig, labelled_as  # noqa: E402
-from bevt_ds.entry import parse_arguments, run  # noqa: E402
+from bevt_ds.config import validate_downstream as validate  # noqa: E402
+from bevt_ds.config.command_line import parse_arguments, run  # noqa: E402
+from bevt_ds.config.help import field_lines  # noqa: E402
+from bevt_ds.config.parse import apply_overrides, parse_overrides  # noqa: E402
+from bevt_ds.config.recipes import joint_swin_b  # noqa: E402
+from bevt_ds.config.schema import Config, ViewsConfig  # noqa: E402
+from bevt_ds.config.schema_downstream import ProbeRunConfig, labelled_as  # noqa: E402
+from bevt_ds.config.validate import check_bounds, need  # noqa: E402
 from bevt_ds.errors import UserError  # noqa: E402
-from bevt_ds.help_text import field_lines  # noqa: E402
-from bevt_ds.overrides import apply_overrides, parse_overrides  # noqa: E402
-from bevt_ds.recipes import joint_swin_b  # noqa: E402
-from bevt_ds.validate import check_bounds, need  # noqa: E402
 
 USAGE = """\
 usage: deepspeed bevt_ds/probe.py weights=RUN_OR_WEIGHTS data.train=SHARDS data.val=SHARDS [key=value ...]
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     overrides = parse_overrides(arguments.overrides, ProbeRunConfig)
     config = apply_overrides(starting_point(overrides.get("weights", "")), overrides)
     require(config)
-    from bevt_ds.downstream.probing import probe
+    from bevt_ds.eval.probe_run import probe
 
     return probe(config)
 
@@ -63,7 +63,7 @@ def starting_point(weights: str) -> ProbeRunConfig:
     Raises:
         UserError: another version of this project wrote the run.
     """
-    from bevt_ds.downstream.results import run_config
+    from bevt_ds.eval.results import run_config
 
     run = (run_config(weights) if weights else None) or joint_swin_b()
     data = labelled_as(run.data) if isinstance(run, Config) else run.data

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import bevt_ds
-from bevt_ds import evaluate, finetune, help_text, pretrain, probe
-from bevt_ds.downstream.config import EvaluateConfig, ProbeRunConfig
-from bevt_ds.downstream.recipes import get_recipe
-from bevt_ds.entry import parse_arguments
+from bevt_ds import evaluate, finetune, pretrain, probe
+from bevt_ds.config import help as help_text
+from bevt_ds.config.command_line import parse_arguments
+from bevt_ds.config.parse import apply_overrides, parse_overrides
+from bevt_ds.config.recipes_downstream import get_recipe
+from bevt_ds.config.schema_downstream import EvaluateConfig, ProbeRunConfig
 from bevt_ds.model.presets import create_classifier
-from bevt_ds.overrides import apply_overrides, parse_overrides
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/pretraining.md", "docs/finetuning.md", "docs/evaluation.md")

@@ -22,7 +22,8 @@ from typing import Any, Self
 import torch
 
 from bevt_ds.batch import Batch
-from bevt_ds.config import Config, ReadingConfig
+from bevt_ds.config.schema import Config, ReadingConfig
+from bevt_ds.config.validate import micro_steps
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores, taken_over
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.delivery import Aside, used_here
@@ -38,7 +39,6 @@ from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.stream import Pixels, Resources, StreamReader, Ticket
 from bevt_ds.data.timing import StageTimes, bottleneck
 from bevt_ds.errors import UserError
-from bevt_ds.validate import micro_steps
 
 LEDGER = "bad_samples.jsonl"
 NVDECS = 8  # DALI decodes as many videos at a time as it has threads; an H100 has seven decoders

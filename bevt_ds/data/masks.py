@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bevt_ds.config import MaskConfig
+from bevt_ds.config.schema import MaskConfig
 
 ATTEMPTS = 10  # draws for one block before the mask is left as it is
 REFERENCE_CELLS = 14 * 14  # the grid that MaskConfig.min_block is given for

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bevt_ds.batch import Stream
-from bevt_ds.config import DataConfig, ReadingConfig
+from bevt_ds.config.schema import DataConfig, ReadingConfig
 from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.decoding.pool import DecodePool, Load
 from bevt_ds.data.decoding.video import fits_gpu

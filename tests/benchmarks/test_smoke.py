@@ -109,7 +109,7 @@ def test_built_package_is_whole_and_its_own(tmp_path):
     """The sub-packages that lie elsewhere in the tree are found in the built copy, not in the one that is installed."""
     smoke.extract(ROOT, smoke.find_commit(ROOT, "HEAD"), tmp_path / "tree")
     site = smoke.build(tmp_path / "tree", tmp_path / "site")
-    code = "import bevt_ds.kernels.geometry as g, bevt_ds.recipes as r; print(g.__file__, r.__file__)"
+    code = "import bevt_ds.kernels.geometry as g, bevt_ds.config.recipes as r; print(g.__file__, r.__file__)"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], env={"PYTHONPATH": str(site)}, capture_output=True, text=True, check=True
     )

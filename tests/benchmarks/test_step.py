@@ -17,9 +17,9 @@ from benchmarks.step_levers import LADDER, Levers, every_position
 from benchmarks.step_parts import PARTS, count_operators, marked, part, profile_step
 from benchmarks.step_providers import CPU_PROVIDERS, Ours, Setting, configuration
 from bevt_ds import BEVT
-from bevt_ds.engine import start_ranks
 from bevt_ds.model.tokenizers import RandomProjectionTokenizer, tokenize
-from bevt_ds.training import train_step
+from bevt_ds.runtime.engine import start_ranks
+from bevt_ds.train.pretraining import train_step
 
 SIZES = {"embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window": (2, 2, 2), "vocab_size": 16}
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bevt_ds.config import LabelledDataConfig
-from bevt_ds.data.packing.draw_worker import encode_mp4
-from bevt_ds.data.packing.pack import pack
-from bevt_ds.data.packing.scene import Extent, render
+from bevt_ds.config.schema import LabelledDataConfig
 from bevt_ds.rng import Use, generator
+from bevt_ds.shards.pack import pack
+from bevt_ds.shards.synthetic.draw_worker import encode_mp4
+from bevt_ds.shards.synthetic.scene import Extent, render
 
 CLASS_NAMES = ("run", "sit", "walk")
 VIDEOS = 11

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from bevt_ds.checkpoint import name_of
 from bevt_ds.errors import UserError
 from bevt_ds.finetune import main
+from bevt_ds.runtime.checkpoint import name_of
 from tests.training.processes import ROOT, launch
 
 RESULTS = "results.json"

@@ -14,16 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
+from bevt_ds.config.parse import config_fields, to_dict
+from bevt_ds.config.recipes import demo
+from bevt_ds.config.recipes_downstream import finetune_demo
+from bevt_ds.config.schema_downstream import EvaluateConfig
 from bevt_ds.data.reading.index import load_shard
-from bevt_ds.downstream import evaluation
-from bevt_ds.downstream.config import EvaluateConfig
-from bevt_ds.downstream.recipes import finetune_demo
 from bevt_ds.errors import UserError
+from bevt_ds.eval import multi_view as evaluation
 from bevt_ds.evaluate import main, starting_point
 from bevt_ds.model.classifier import VideoClassifier
 from bevt_ds.model.presets import SIZES, create_model
-from bevt_ds.overrides import config_fields, to_dict
-from bevt_ds.recipes import demo
 from tests.downstream.programs import run_program
 from tests.downstream.worlds import on_ranks
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from bevt_ds.batch import LabelledBatch
-from bevt_ds.downstream.confusion import draw_confusion, mistakes, row_shares, shortened
-from bevt_ds.downstream.predictions import Predictions, predict, write_parquet
 from bevt_ds.errors import UserError
+from bevt_ds.eval.confusion import draw_confusion, mistakes, row_shares, shortened
+from bevt_ds.eval.predictions import Predictions, predict, write_parquet
 from tests.downstream.worlds import on_ranks
 
 CLASSES, VIEWS, VIDEOS = 7, 3, 11

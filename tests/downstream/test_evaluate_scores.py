@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bevt_ds.downstream.scores import Scores, rank_classes
 from bevt_ds.errors import UserError
-from bevt_ds.ranks import Ranks
+from bevt_ds.eval.metrics import Scores, rank_classes
+from bevt_ds.runtime.distributed import Ranks
 
 
 class World(Ranks):

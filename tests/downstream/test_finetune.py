@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from bevt_ds import BEVT, VideoClassifier
-from bevt_ds.downstream.config import FinetuneConfig
-from bevt_ds.run_folder import read_config, weights_of
+from bevt_ds.config.schema_downstream import FinetuneConfig
+from bevt_ds.runtime.run_dir import read_config, weights_of
 from tests.downstream.finetune_jobs import run_jobs, words
 from tests.training.processes import start_python
 from tests.training.test_runs import wait_for_step

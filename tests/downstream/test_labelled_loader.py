@@ -18,16 +18,16 @@ import pytest
 import torch
 
 from bevt_ds.batch import LabelledBatch
-from bevt_ds.config import LabelledDataConfig, ViewsConfig
+from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
+from bevt_ds.config.schema_downstream import FinetuneTrainConfig
+from bevt_ds.data import labelled_loader
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import opened
-from bevt_ds.data.labelled import loader as labelled_loader
-from bevt_ds.data.labelled.loader import LabelledLoader
-from bevt_ds.data.labelled.plan import LabelledPlan
+from bevt_ds.data.labelled_loader import LabelledLoader
+from bevt_ds.data.labelled_plan import LabelledPlan
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.loader import LEDGER
 from bevt_ds.data.pixels.clip_pixels import random_box
-from bevt_ds.downstream.config import FinetuneTrainConfig
 from bevt_ds.errors import UserError
 from bevt_ds.rng import Use
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bevt_ds.config import Config, DataConfig, LabelledDataConfig, OnlineProbeConfig, TrainConfig, ViewsConfig
-from bevt_ds.data.labelled.loader import LabelledLoader
-from bevt_ds.data.labelled.trial import TRIED
-from bevt_ds.downstream import probing
-from bevt_ds.downstream.config import FinetuneTrainConfig, ProbeRunConfig
-from bevt_ds.downstream.online_probe import OnlineProbe
+from bevt_ds.config.schema import Config, DataConfig, LabelledDataConfig, OnlineProbeConfig, TrainConfig, ViewsConfig
+from bevt_ds.config.schema_downstream import FinetuneTrainConfig, ProbeRunConfig
+from bevt_ds.data.labelled_loader import LabelledLoader
+from bevt_ds.data.labelled_trial import TRIED
 from bevt_ds.errors import UserError
-from bevt_ds.ranks import Ranks
+from bevt_ds.eval import probe_run as probing
+from bevt_ds.eval.online_probe import OnlineProbe
+from bevt_ds.runtime.distributed import Ranks
 from tests.downstream.worlds import on_ranks
 
 TRAIN = FinetuneTrainConfig(global_clips=2, micro_clips=2)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bevt_ds.downstream.config import FinetuneOptimConfig
-from bevt_ds.downstream.layer_decay import learning_rate, parameter_groups
-from bevt_ds.downstream.recipes import get_recipe
+from bevt_ds.config.recipes_downstream import get_recipe
+from bevt_ds.config.schema_downstream import FinetuneOptimConfig
 from bevt_ds.model.presets import create_classifier
+from bevt_ds.runtime.layer_decay import learning_rate, parameter_groups
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden" / "layer_decay.json").read_text())
 RECIPES = {"k400": ("finetune_k400", 400), "ssv2": ("finetune_ssv2", 174)}

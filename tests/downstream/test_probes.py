@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from bevt_ds.batch import LabelledBatch
-from bevt_ds.downstream.config import ProbeConfig
-from bevt_ds.downstream.features import Features, extract, feature_rank, gathered, pooled, ridge_predictions
-from bevt_ds.downstream.probes import (
+from bevt_ds.config.schema_downstream import ProbeConfig
+from bevt_ds.errors import UserError
+from bevt_ds.eval.features import Features, extract, feature_rank, gathered, pooled, ridge_predictions
+from bevt_ds.eval.probes import (
     AttentiveProbe,
     LinearProbe,
     NearestNeighbours,
@@ -21,7 +22,6 @@ from bevt_ds.downstream.probes import (
     moments,
     train_probe,
 )
-from bevt_ds.errors import UserError
 from tests.downstream.worlds import on_ranks
 
 CLASSES, DIM, TOKENS = 4, 16, 6

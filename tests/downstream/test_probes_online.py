@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from bevt_ds.batch import Batch
-from bevt_ds.config import Config, DataConfig, OnlineProbeConfig, TrainConfig
-from bevt_ds.downstream.online_probe import OnlineProbe, codebook_use
+from bevt_ds.config.recipes import demo
+from bevt_ds.config.schema import Config, DataConfig, OnlineProbeConfig, TrainConfig
+from bevt_ds.config.validate import validate
 from bevt_ds.errors import UserError
+from bevt_ds.eval.online_probe import OnlineProbe, codebook_use
 from bevt_ds.model.presets import create_model
-from bevt_ds.recipes import demo
-from bevt_ds.validate import validate
 from tests.downstream.worlds import on_ranks
 from tests.training.conftest import shards, small  # noqa: F401 - fixtures
 from tests.training.processes import run_ranks

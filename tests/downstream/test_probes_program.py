@@ -12,15 +12,15 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from bevt_ds.config import ReadingConfig
-from bevt_ds.downstream import probing
-from bevt_ds.downstream.config import ProbeRunConfig
-from bevt_ds.downstream.recipes import finetune_demo
+from bevt_ds.config.parse import config_fields, to_dict
+from bevt_ds.config.recipes import demo
+from bevt_ds.config.recipes_downstream import finetune_demo
+from bevt_ds.config.schema import ReadingConfig
+from bevt_ds.config.schema_downstream import ProbeRunConfig
 from bevt_ds.errors import UserError
+from bevt_ds.eval import probe_run as probing
 from bevt_ds.model.presets import create_model
-from bevt_ds.overrides import config_fields, to_dict
 from bevt_ds.probe import main, starting_point
-from bevt_ds.recipes import demo
 from tests.downstream.worlds import on_ranks
 
 SIZE = ["data.size=64", "views.short_side=72", "views.micro_videos=2", "probe.least_steps=10", "probe.batch=4"]

@@ -10,25 +10,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bevt_ds.checkpoint import check_same
-from bevt_ds.downstream import recipes
-from bevt_ds.downstream.config import FinetuneConfig
-from bevt_ds.downstream.dry_run import report
-from bevt_ds.downstream.ema import WeightAverage
-from bevt_ds.downstream.finetuning import classification_loss
-from bevt_ds.downstream.mixing import Mixing
-from bevt_ds.downstream.recipes import RECIPES, get_recipe
-from bevt_ds.downstream.validate import require_inputs, validate
-from bevt_ds.ds_config import resolve
-from bevt_ds.entry import parse_arguments
+from bevt_ds.config import recipes_downstream as recipes
+from bevt_ds.config.command_line import parse_arguments
+from bevt_ds.config.deepspeed import resolve
+from bevt_ds.config.help import page
+from bevt_ds.config.parse import config_fields, from_dict, to_dict
+from bevt_ds.config.recipes import get_recipe as pretraining_recipe
+from bevt_ds.config.recipes_downstream import RECIPES, get_recipe
+from bevt_ds.config.schema_downstream import FinetuneConfig
+from bevt_ds.config.validate import micro_steps
+from bevt_ds.config.validate_downstream import require_inputs, validate
 from bevt_ds.errors import UserError
 from bevt_ds.finetune import USAGE, resolve_config
-from bevt_ds.help_text import page
-from bevt_ds.overrides import config_fields, from_dict, to_dict
-from bevt_ds.ranks import Ranks
-from bevt_ds.recipes import get_recipe as pretraining_recipe
-from bevt_ds.run_folder import choose_folder, write_config
-from bevt_ds.validate import micro_steps
+from bevt_ds.runtime.checkpoint import check_same
+from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.ema import WeightAverage
+from bevt_ds.runtime.run_dir import choose_folder, write_config
+from bevt_ds.train.dry_run_downstream import report
+from bevt_ds.train.finetuning import classification_loss
+from bevt_ds.train.mixup import Mixing
 from tests.training.processes import ROOT
 
 

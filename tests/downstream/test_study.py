@@ -14,8 +14,8 @@ from benchmarks.study_baseline import copied
 from benchmarks.study_data import prepare
 from benchmarks.study_page import best_rate, measured, write_page
 from benchmarks.study_runs import ARMS, Scale, masked_accuracy
-from bevt_ds.data.packing.motion import COURSES
 from bevt_ds.errors import UserError
+from bevt_ds.shards.synthetic.motion import COURSES
 
 TINY = Scale(
     unlabelled=16,

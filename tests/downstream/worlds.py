@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevt_ds.ranks import Ranks
+from bevt_ds.runtime.distributed import Ranks
 
 SECONDS = 60  # before a rank that waits for the others gives up
 

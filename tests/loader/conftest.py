@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bevt_ds.config import Config, DataConfig, MaskConfig, TrainConfig
-from bevt_ds.data.packing.draw_worker import encode_jpeg, encode_mp4
-from bevt_ds.data.packing.pack import pack
-from bevt_ds.data.packing.scene import Extent, render
+from bevt_ds.config.schema import Config, DataConfig, MaskConfig, TrainConfig
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.reading.cache import ShardCache
 from bevt_ds.rng import Use, generator
+from bevt_ds.shards.pack import pack
+from bevt_ds.shards.synthetic.draw_worker import encode_jpeg, encode_mp4
+from bevt_ds.shards.synthetic.scene import Extent, render
 from tests.loader.media import encode_clip, noise, write_tar
 from tests.loader.server import Server
 

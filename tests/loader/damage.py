@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import Limits
-from bevt_ds.data.packing.draw_worker import encode_jpeg
 from bevt_ds.data.plan import PlanEntry
+from bevt_ds.shards.synthetic.draw_worker import encode_jpeg
 from tests.loader.media import encode_clip
 
 DEADLINE = 5.0  # seconds a video may take; a hundred times what one of these does

@@ -28,13 +28,13 @@ from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import probe
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.packing.draw_worker import encode_jpeg
-from bevt_ds.data.packing.shard_writer import sample_records
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import Shard, read_member
 from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
+from bevt_ds.shards.synthetic.draw_worker import encode_jpeg
+from bevt_ds.shards.writer import sample_records
 from tests.loader.damage import (
     DEADLINE,
     LIMITS,

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bevt_ds.config import Config, DataConfig, MaskConfig, TrainConfig
+from bevt_ds.config.schema import Config, DataConfig, MaskConfig, TrainConfig
 from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.packing.draw_worker import encode_jpeg
-from bevt_ds.data.packing.pack import pack
 from bevt_ds.data.pixels.pipeline import PixelPipeline
+from bevt_ds.shards.pack import pack
+from bevt_ds.shards.synthetic.draw_worker import encode_jpeg
 from tests.loader.damage import (
     BAD_CLIPS,
     BAD_PICTURES,

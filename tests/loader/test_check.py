@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from bevt_ds import cli, shards_cli
-from bevt_ds.config import DataConfig
-from bevt_ds.data.packing import manifest, stats
-from bevt_ds.data.packing.check import check
-from bevt_ds.data.packing.draw_worker import encode_mp4
+from bevt_ds import cli
+from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.patience import Patience, StorageStalled
+from bevt_ds.shards import cli as shards_cli
+from bevt_ds.shards import manifest, stats
+from bevt_ds.shards.check import check
+from bevt_ds.shards.synthetic.draw_worker import encode_mp4
 
 
 @pytest.fixture

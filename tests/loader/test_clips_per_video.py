@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from bevt_ds.config import Config, DataConfig
+from bevt_ds.config.schema import Config, DataConfig
+from bevt_ds.config.validate import validate
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.plan import StreamId, StreamPlan, clip_frames
 from bevt_ds.errors import UserError
-from bevt_ds.validate import validate
 
 COUNTS = (5, 3, 4)
 

@@ -23,8 +23,8 @@ from bevt_ds.data.decoding.images import check_image, decode_image
 from bevt_ds.data.decoding.matroska import CLUSTER, SIMPLE_BLOCK, _elements
 from bevt_ds.data.decoding.video import opened, probe
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.packing.check import outlook
-from bevt_ds.data.packing.draw_worker import encode_jpeg
+from bevt_ds.shards.check import outlook
+from bevt_ds.shards.synthetic.draw_worker import encode_jpeg
 from tests.loader.media import decode_clip
 
 LIMITS = Limits()

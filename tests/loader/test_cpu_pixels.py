@@ -15,12 +15,12 @@ import pytest
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from bevt_ds.config import DataConfig
+from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.decoding.cut import Crop, cut
-from bevt_ds.data.packing.scene import Extent, render
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels, ReusedMemory, single_core_threads
 from bevt_ds.data.pixels.pipeline import STD, PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
+from bevt_ds.shards.synthetic.scene import Extent, render
 from tests.loader.media import noise, pictures_of
 
 S, V, CLIPS = 96, 48, 8

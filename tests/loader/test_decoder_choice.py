@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bevt_ds.config import Config
+from bevt_ds.config.schema import Config
 from bevt_ds.data import loader as loader_module
 from bevt_ds.data.decoder_choice import choose, clips_per_second, taken_over
 from bevt_ds.data.limits import Limits

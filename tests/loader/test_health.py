@@ -17,8 +17,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from bevt_ds import training
-from bevt_ds.config import Config
+from bevt_ds.config.schema import Config
 from bevt_ds.data.decoding.pool import DecodePool, DecodeWorker
 from bevt_ds.data.ledger import ALWAYS_ALLOWED, IN_A_ROW, DataLimitError, Ledger, Skips, merge_states, require_few_bad
 from bevt_ds.data.limits import BadSample
@@ -28,9 +27,10 @@ from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.patience import StorageStalled
 from bevt_ds.data.stream import StreamReader
 from bevt_ds.data.timing import StageTimes, bottleneck
-from bevt_ds.downstream import finetuning
-from bevt_ds.metrics import SpeedMeter
-from bevt_ds.runs import report_wait
+from bevt_ds.runtime.logging import SpeedMeter
+from bevt_ds.runtime.runs import report_wait
+from bevt_ds.train import finetuning
+from bevt_ds.train import pretraining as training
 
 MEMBER = Member("/data/s.tar", "k\x1b[31m", "mp4", 512, 10, 0)
 
@@ -285,7 +285,7 @@ def test_the_loader_knows_its_bottleneck(with_data: Callable[..., Config]) -> No
 def test_the_share_of_waiting(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the time since the last reading."""
     clock = iter((100.0, 110.0, 114.0))
-    monkeypatch.setattr("bevt_ds.metrics.time.perf_counter", clock.__next__)
+    monkeypatch.setattr("bevt_ds.runtime.logging.time.perf_counter", clock.__next__)
     speed = SpeedMeter(config.train, 1.0, 1, torch.device("cpu"))
     speed.steps = 5
     first = speed.read(2.0)

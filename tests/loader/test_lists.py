@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bevt_ds.data.packing.lists import LONGEST, read_rows
 from bevt_ds.errors import UserError
+from bevt_ds.shards.file_lists import LONGEST, read_rows
 
 
 @pytest.mark.parametrize(

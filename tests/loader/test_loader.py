@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bevt_ds.batch import Batch, Stream
-from bevt_ds.config import Config
+from bevt_ds.config.schema import Config
 from bevt_ds.data import ledger as ledger_module
 from bevt_ds.data.decoding import pool as pool_module
 from bevt_ds.data.decoding.pool import DecodeWorker
@@ -31,7 +31,7 @@ from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
-from bevt_ds.runs import report_bad
+from bevt_ds.runtime.runs import report_bad
 
 MEMBER = Callable[..., Config]
 

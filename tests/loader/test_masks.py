@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bevt_ds.config import MaskConfig
+from bevt_ds.config.schema import MaskConfig
 from bevt_ds.data.masks import block_mask, masked_frames, row_index, tube_mask
 from bevt_ds.rng import Use, generator
 

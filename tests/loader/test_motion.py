@@ -9,10 +9,10 @@ import av
 import numpy as np
 import pytest
 
-from bevt_ds.data.packing.draw_worker import encode_mp4
-from bevt_ds.data.packing.motion import COURSES, FAST, SLOW, USUAL, WOBBLE, displacements, render_action
-from bevt_ds.data.packing.scene import Extent
 from bevt_ds.rng import Use, generator
+from bevt_ds.shards.synthetic.draw_worker import encode_mp4
+from bevt_ds.shards.synthetic.motion import COURSES, FAST, SLOW, USUAL, WOBBLE, displacements, render_action
+from bevt_ds.shards.synthetic.scene import Extent
 
 EXTENT = Extent(64, 64, 8)
 NAMES = tuple(COURSES)

@@ -14,14 +14,14 @@ import webdataset
 
 from bevt_ds import cli
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.packing import draw as draw_module
-from bevt_ds.data.packing.draw import draw, ensure_demo_shards
-from bevt_ds.data.packing.draw_worker import encode_jpeg
-from bevt_ds.data.packing.pack import pack
 from bevt_ds.data.reading import index as index_module
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import read_member
 from bevt_ds.errors import UserError
+from bevt_ds.shards.pack import pack
+from bevt_ds.shards.synthetic import draw as draw_module
+from bevt_ds.shards.synthetic.draw import draw, ensure_demo_shards
+from bevt_ds.shards.synthetic.draw_worker import encode_jpeg
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_pack_overwrites_nothing_and_leaves_nothing_half_done(
     def interrupt(data: bytes, limits: Limits) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bevt_ds.data.packing.pack.check_image", interrupt)
+    monkeypatch.setattr("bevt_ds.shards.pack.check_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "new", "image", "train")
     assert [p.name for p in (tmp_path / "new").iterdir()] == [".train.unfinished"]
@@ -190,7 +190,7 @@ def test_ctrl_c_is_one_line(source: Path, tmp_path: Path, monkeypatch, capsys) -
 
     command = ["shards", "pack", str(source), str(tmp_path / "out"), "--kind", "image"]
     with monkeypatch.context() as patch:
-        patch.setattr("bevt_ds.data.packing.pack.check_image", interrupt)
+        patch.setattr("bevt_ds.shards.pack.check_image", interrupt)
         assert cli.main(command) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "bevt: interrupted: the same command goes on where this one was"

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from bevt_ds.config import Config
+from bevt_ds.config.schema import Config
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.packing.draw_worker import encode_jpeg, encode_mp4
 from bevt_ds.data.pixels.pipeline import PixelPipeline
+from bevt_ds.shards.synthetic.draw_worker import encode_jpeg, encode_mp4
 from tests.loader.media import decode_clip, pictures_of
 
 S, V = 96, 48

@@ -6,9 +6,9 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from bevt_ds.config import Config, DataConfig, MaskConfig, TrainConfig
+from bevt_ds.config.schema import Config, DataConfig, MaskConfig, TrainConfig
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.packing.pack import pack
+from bevt_ds.shards.pack import pack
 
 
 def test_real_media_from_files_to_batches(media_folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from bevt_ds.config import Config, DataConfig
+from bevt_ds.config.schema import Config, DataConfig
 from bevt_ds.data.loader import BatchReader, Loader, Source
 from bevt_ds.data.plan import StreamId
 from bevt_ds.data.reading import cache as cache_module

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bevt_ds.data.packing.sources import Item, list_items
 from bevt_ds.errors import UserError
+from bevt_ds.shards.sources import Item, list_items
 
 
 @pytest.fixture

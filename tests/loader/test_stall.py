@@ -19,11 +19,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from bevt_ds.config import DataConfig
+from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.decoding import child
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.packing.check import check
 from bevt_ds.data.reading import index, patience, tar_scan
 from bevt_ds.data.reading.index import SUFFIX, load_shard
 from bevt_ds.data.reading.members import Member, read_at
@@ -32,6 +31,7 @@ from bevt_ds.data.reading.remote import RemoteError, glob_remote
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
+from bevt_ds.shards.check import check
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_run_on_a_stalled_shard_ends(shards: Path, tmp_path: Path, stall, with
 
 ENDS = """
 import sys, threading
-from bevt_ds.config import DataConfig
+from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes

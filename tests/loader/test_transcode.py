@@ -18,8 +18,8 @@ from bevt_ds.data.decoding import child
 from bevt_ds.data.decoding.transcode import Profile, nearest, transcode
 from bevt_ds.data.decoding.video import opened, probe
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.packing.pack import pack
 from bevt_ds.errors import UserError
+from bevt_ds.shards.pack import pack
 from tests.loader.media import decode_clip, encode_clip, shades
 
 LIMITS = Limits()
@@ -125,8 +125,8 @@ def test_the_same_bytes_for_any_number_of_processes(clip: bytes, tmp_path: Path)
 PACK = """
 import os, signal, sys
 from pathlib import Path
-from bevt_ds.data.packing.pack import pack
-from bevt_ds.data.packing.shard_writer import ShardWriter
+from bevt_ds.shards.pack import pack
+from bevt_ds.shards.writer import ShardWriter
 note, written = ShardWriter.note, []
 def dying(self, event):
     written.append(1) if "shard" in event else None
@@ -162,7 +162,7 @@ def test_an_unfinished_packing_of_something_else_is_not_continued(clip: bytes, t
     source.mkdir()
     (source / "a.mp4").write_bytes(clip)
     with monkeypatch.context() as patch:
-        patch.setattr("bevt_ds.data.packing.pack._write_reports", lambda *_: 1 / 0)
+        patch.setattr("bevt_ds.shards.pack._write_reports", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pack(source, tmp_path / "out", "video")
     for other in ({"profile": Profile()}, {"shard_samples": 5}, {"shard_bytes": 1 << 20}):

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bevt_ds import checkpoint
-from bevt_ds.checkpoint import Facts, check_continues, checkpoints, find_damage, newest_valid, save
+from bevt_ds.config.parse import set_value
+from bevt_ds.config.recipes import get_recipe
 from bevt_ds.errors import UserError
-from bevt_ds.overrides import set_value
-from bevt_ds.ranks import Ranks
-from bevt_ds.recipes import get_recipe
-from bevt_ds.run_folder import CHECKPOINTS, choose_folder, write_config
+from bevt_ds.runtime import checkpoint
+from bevt_ds.runtime.checkpoint import Facts, check_continues, checkpoints, find_damage, newest_valid, save
+from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.run_dir import CHECKPOINTS, choose_folder, write_config
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 FACTS = Facts(step=1, world=1, stage=2, config=get_recipe("demo"), data="abc", skips={"skips": []})

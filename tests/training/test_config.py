@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from bevt_ds.ds_config import merge, read_json, resolve
-from bevt_ds.entry import parse_arguments
-from bevt_ds.errors import UserError
-from bevt_ds.help_text import help_text
-from bevt_ds.overrides import (
+from bevt_ds.config.command_line import parse_arguments
+from bevt_ds.config.deepspeed import merge, read_json, resolve
+from bevt_ds.config.help import help_text
+from bevt_ds.config.parse import (
     apply_overrides,
     config_fields,
     from_dict,
@@ -17,8 +16,9 @@ from bevt_ds.overrides import (
     parse_overrides,
     to_dict,
 )
-from bevt_ds.recipes import RECIPES, get_recipe
-from bevt_ds.validate import micro_steps, require_inputs, validate
+from bevt_ds.config.recipes import RECIPES, get_recipe
+from bevt_ds.config.validate import micro_steps, require_inputs, validate
+from bevt_ds.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))

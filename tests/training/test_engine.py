@@ -15,12 +15,12 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
-from bevt_ds.engine import Engine, SafeCheckpointEngine
-from bevt_ds.entry import shipped_json
+from bevt_ds.config.command_line import shipped_json
+from bevt_ds.config.recipes import demo
 from bevt_ds.errors import UserError
-from bevt_ds.ranks import Ranks
-from bevt_ds.recipes import demo
-from bevt_ds.training import make_tokenizer
+from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.engine import Engine, SafeCheckpointEngine
+from bevt_ds.train.pretraining import make_tokenizer
 from tests.training.processes import ROOT
 
 
@@ -75,7 +75,7 @@ def test_what_deepspeed_stores_is_read(tmp_path):
 FAULTS = """
 import resource
 import torch
-from bevt_ds.engine import _keep_freed_memory
+from bevt_ds.runtime.engine import _keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bevt_ds.flops import Sizes, backbone_macs, clip_macs, peak_flops
+from bevt_ds.runtime.flops import Sizes, backbone_macs, clip_macs, peak_flops
 
 PUBLISHED = {  # 32x224x224, window (8,7,7): GMACs
     "T": ((96, (2, 2, 6, 2)), 87.9),

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from bevt_ds.config import OptimConfig
+from bevt_ds.config.schema import OptimConfig
 from bevt_ds.model.presets import create_model
-from bevt_ds.optim import learning_rate, parameter_groups
+from bevt_ds.runtime.optim import learning_rate, parameter_groups
 
 
 def test_schedule_is_mmcv_cosine_times_linear_warmup():

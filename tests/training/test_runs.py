@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import bevt_ds
-from bevt_ds.data.packing.pack import pack
-from bevt_ds.overrides import from_dict
+from bevt_ds.config.parse import from_dict
+from bevt_ds.shards.pack import pack
 from tests.training.golden_curve import FILE, curve_run
 from tests.training.processes import ROOT, SECONDS, command, environment, run_ranks, start_ranks
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from bevt_ds.config import ReadingConfig
+from bevt_ds.config.schema import ReadingConfig
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.reading.cache import ShardCache
 from bevt_ds.data.reading.index import cache_home, load_shard, load_shards, read_index, write_index

@@ -1,0 +1,149 @@
+"""`key=value` on the command line: from text to a changed `Config`, with messages that name the mistake."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from bevt_ds.config.schema import Config
+from bevt_ds.errors import UserError
+
+T = TypeVar("T")  # a config dataclass
+
+
+@dataclass(frozen=True)
+class Field:
+    """One leaf of the config: its dotted key, its type, and the text that explains it."""
+
+    key: str
+    type: Any
+    help: str
+
+
+def config_fields(cls: type = Config, prefix: str = "") -> Iterator[Field]:
+    """Every leaf field of a config dataclass, depth first."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for f in fields(cls):
+        hint = hints[f.name]
+        if is_dataclass(hint):
+            yield from config_fields(hint, f"{prefix}{f.name}.")
+        else:
+            base, text = get_args(hint)
+            yield Field(prefix + f.name, base, text)
+
+
+def get_value(config: Any, key: str) -> Any:
+    """The value at a dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def set_value(config: Any, key: str, value: Any) -> Any:
+    """A copy of the config with the value at a dotted key replaced."""
+    head, _, rest = key.partition(".")
+    return replace(config, **{head: set_value(getattr(config, head), rest, value) if rest else value})
+
+
+def parse_overrides(arguments: Iterable[str], kind: type = Config) -> dict[str, str]:
+    """`key=value` words to a dict of texts; the keys are those of the config dataclass `kind`.
+
+    Raises:
+        UserError: a word without `=`, an unknown key, or a key given twice.
+    """
+    known = {f.key for f in config_fields(kind)}
+    found: dict[str, str] = {}
+    for word in arguments:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not key=value. Write for example train.steps=100; --help lists the keys.")
+        if key not in known:
+            raise UserError(f"unknown key {key!r}. {_near(key, known)}")
+        if key in found:
+            raise UserError(
+                f"{key} is given twice: {found[key]!r} and {text!r}. If the shell expanded braces, put quotes around"
+                f" the whole word: '{key}=name-{{000000..000099}}.tar'."
+            )
+        found[key] = text
+    return found
+
+
+def apply_overrides(config: T, overrides: dict[str, str]) -> T:
+    """The config with each override parsed to its field's type.
+
+    Raises:
+        UserError: a text that is not a value of the field's type.
+    """
+    types_by_key = {f.key: f.type for f in config_fields(type(config))}
+    for key, text in overrides.items():
+        config = set_value(config, key, parse_value(key, types_by_key[key], text))
+    return config
+
+
+def parse_value(key: str, kind: Any, text: str) -> Any:
+    """One text as a value of `kind`: bool, int, float, str, a Literal, or a tuple of these."""
+    if get_origin(kind) is tuple:
+        items = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
+        kinds = get_args(kind)
+        if len(items) != len(kinds):
+            raise UserError(f"{key}={text}: expected {len(kinds)} values with commas between, got {len(items)}.")
+        return tuple(parse_value(key, k, item) for k, item in zip(kinds, items, strict=True))
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            raise UserError(f"{key}={text}: expected one of {', '.join(get_args(kind))}.")
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{key}={text}: expected true or false.")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"{key}={text}: expected {type_name(kind)}.") from None
+
+
+def type_name(kind: Any) -> str:
+    """A type as `--help` shows it: int, a|b, (int, int)."""
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return "(" + ", ".join(type_name(k) for k in get_args(kind)) + ")"
+    return kind.__name__
+
+
+def to_dict(config: Any) -> Any:
+    """A config as plain dicts and lists, for JSON."""
+    if is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
+    return list(config) if isinstance(config, tuple) else config
+
+
+def from_dict(values: dict[str, Any], kind: type[T] = Config) -> T:
+    """The inverse of `to_dict`, for the config dataclass `kind`.
+
+    Raises:
+        UserError: it was saved by another version, or by a program with another configuration.
+    """
+    return _build(kind, values)
+
+
+def _build(kind: Any, value: Any) -> Any:
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise UserError(
+                f"the saved config has fields that {kind.__name__} does not know: {', '.join(sorted(unknown))}. Another"
+                " version, or another program, wrote it."
+            )
+        return kind(**{name: _build(hints[name], item) for name, item in value.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _near(key: str, known: set[str]) -> str:
+    matches = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    matches += [k for k in sorted(known) if k.rpartition(".")[2] == key.rpartition(".")[2] and k not in matches]
+    return f"Near: {', '.join(matches)}." if matches else "--help lists the keys."

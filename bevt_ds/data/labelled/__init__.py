@@ -1,1 +1,0 @@
-"""Labelled videos, for fine-tuning, evaluation and probes."""

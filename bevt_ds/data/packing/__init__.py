@@ -1,1 +1,0 @@
-"""Making, checking and describing shards: what `bevt shards` does."""

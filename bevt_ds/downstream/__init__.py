@@ -1,1 +1,0 @@
-"""What follows pretraining: fine-tuning, multi-view evaluation, probes of frozen features."""

@@ -1,0 +1,88 @@
+"""The closing summary: held-out losses beside what one could score without looking at the picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bevt_ds.batch import Batch
+from bevt_ds.model.tokenizers import Tokenizer, tokenize
+from bevt_ds.runtime.engine import Engine
+from bevt_ds.runtime.logging import STREAMS
+
+
+@dataclass(frozen=True)
+class StreamSummary:
+    """Held-out figures of one stream; losses and entropies in nats per masked cell."""
+
+    loss: float
+    accuracy: float
+    unigram_entropy: float  # of the same token ids: the loss of the best guess that ignores the input
+    commonest_rate: float  # of the same token ids: the accuracy of always naming the commonest
+    cells: int
+
+    @property
+    def gain(self) -> float:
+        """Nats below the unigram entropy."""
+        return self.unigram_entropy - self.loss
+
+
+def unigram(counts: Tensor) -> tuple[float, float]:
+    """Entropy in nats and the largest share, of ids counted in `counts` (V,)."""
+    shares = counts.double() / counts.sum()
+    present = shares[shares > 0]
+    return float(-(present * present.log()).sum()), float(shares.max())
+
+
+def evaluate(engine: Engine, tokenizer: Tokenizer, batches: Iterable[Batch]) -> dict[str, StreamSummary]:
+    """Summaries by stream over held-out micro-batches. Collective: every rank evaluates the same batches."""
+    sums = {s: [0.0, 0, 0] for s in STREAMS}  # loss sum, hits, cells
+    counts = {s: torch.zeros(tokenizer.vocab_size, dtype=torch.int64) for s in STREAMS}
+    with engine.evaluating():
+        for batch in batches:
+            batch = tokenize(tokenizer, batch.to(engine.ranks.device))
+            metrics = engine.forward(batch).metrics
+            for name in STREAMS:
+                stream = getattr(batch, name)
+                if stream is not None:
+                    ids = stream.targets[stream.targets >= 0].cpu()
+                    counts[name] += torch.bincount(ids, minlength=tokenizer.vocab_size)
+                    sums[name][0] += float(metrics[f"loss_{name}"])
+                    sums[name][1] += int(metrics[f"hits_{name}"])
+                    sums[name][2] += int(metrics[f"rows_{name}"])
+    return {
+        name: StreamSummary(loss / cells, hits / cells, *unigram(counts[name]), cells)
+        for name, (loss, hits, cells) in sums.items()
+        if cells
+    }
+
+
+def as_table(summaries: dict[str, StreamSummary]) -> str:
+    """The summary as people read it."""
+    lines = [
+        "held-out        loss   unigram entropy     gain   masked accuracy   commonest id   perplexity",
+    ]
+    for name, s in summaries.items():
+        lines.append(
+            f"{name:<10}{s.loss:10.3f}{s.unigram_entropy:18.3f}{s.gain:9.3f}{s.accuracy:18.1%}{s.commonest_rate:15.1%}"
+            f"{math.exp(s.loss):13.1f}"
+        )
+    return "\n".join(lines)
+
+
+def as_json(summaries: dict[str, StreamSummary]) -> dict[str, Any]:
+    """The summary as summary.json holds it."""
+    return {name: {**asdict(s), "gain": s.gain} for name, s in summaries.items()}
+
+
+def shortfall(summaries: dict[str, StreamSummary], min_gain: float) -> str | None:
+    """Why the run did not learn enough, or None. A gain that is not a number falls short."""
+    low = [f"{name} by {s.gain:.3f}" for name, s in summaries.items() if not s.gain >= min_gain]
+    if min_gain <= 0 or not low:
+        return None
+    return f"the loss must end {min_gain} nats below the unigram entropy; it is below for {', '.join(low)}"

@@ -1,0 +1,5 @@
+"""What a run needs while it runs, whatever it trains: engine, ranks, run folder, checkpoints, log, optimizer groups.
+
+engine.py is the only file that imports DeepSpeed; checkpoint.py commits and verifies; run_dir.py owns the names in a
+run's folder; distributed.py the ranks; logging.py the log lines. Start with engine.py.
+"""

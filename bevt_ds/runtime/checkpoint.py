@@ -1,0 +1,260 @@
+"""Checkpoints that are either whole or absent: written aside, hashed, renamed; verified before they are read.
+
+A checkpoint is `checkpoints/step-00000100/`: DeepSpeed's shards under `state/`, and `manifest.json` with the size and
+SHA-256 of every file. The position in the data is the step itself. Every rank sees the same file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bevt_ds.config.parse import config_fields, from_dict, get_value, to_dict
+from bevt_ds.config.schema import Config
+from bevt_ds.errors import UserError
+from bevt_ds.runtime.distributed import Ranks
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{8})")
+# Fields that may differ between a run and its continuation: they do not change what is computed. Where the shards and
+# the list of classes lie is free, because `Facts.data` says what is in them.
+FREE = {
+    "output_dir", "init_from", "resume", "dry_run", "data.workers", "data.threads", "data.readers", "data.prefetch",
+    "data.videos", "data.images", "data.cache_dir", "data.cache_bytes", "data.remote_seconds", "data.allow_pipe",
+    "data.decode_seconds", "data.max_bad_fraction", "data.eval_videos", "data.eval_images", "data.decoder",
+    "data.read_seconds", "data.verify",
+    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_batches", "train.min_gain",
+    "model.checkpointing",
+    "data.train", "data.val", "data.classes", "data.expected_val", "views.clips", "views.crops", "views.short_side",
+    "views.micro_videos", "train.val_every", "probe.every", "probe.train", "probe.val",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says about the run that wrote it."""
+
+    step: int  # updates done
+    world: int
+    stage: int  # ZeRO
+    config: Any  # of the run: a Config, or that of another kind of run
+    data: str  # fingerprint of the shards
+    skips: dict[str, Any]  # what the loader must know beside the step
+
+
+def save(root: Path, facts: Facts, write: Callable[[Path], None], ranks: Ranks, keep: int) -> Path:
+    """Commit one checkpoint: all ranks write aside, then one rename makes it exist. Collective.
+
+    Args:
+        root: the folder of all checkpoints.
+        write: writes this rank's files under the folder it is given; collective.
+        keep: older checkpoints beyond this number are removed, after the new one is in place.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    final = root / name_of(facts.step)
+    aside = root / f".tmp-{final.name}"
+    if ranks.is_main:
+        for torn in root.glob(".tmp-*"):  # left by a kill
+            shutil.rmtree(torn)
+        make_folder(aside)
+    ranks.barrier()
+    write(aside)
+    ranks.barrier()
+    if ranks.is_main:
+        _seal(aside, facts)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        _sync(root)
+        _write_text(root / "latest", final.name)
+        for old in checkpoints(root)[keep:]:
+            shutil.rmtree(old)
+    ranks.barrier()
+    return final
+
+
+def name_of(step: int) -> str:
+    """The folder of the checkpoint after `step` updates."""
+    return f"step-{step:08d}"
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Committed checkpoints, the newest first. Order is by step: clocks and `latest` are not trusted."""
+    found = [p for p in root.glob("step-*") if NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda p: p.name, reverse=True)
+
+
+def newest_valid(root: Path, ranks: Ranks, kind: type = Config) -> tuple[Path, Facts] | None:
+    """The newest checkpoint whose every byte is as written; damaged ones are named and passed over. Collective.
+
+    `kind` is the config dataclass of the runs that write here.
+
+    Raises:
+        UserError: checkpoints exist and none is whole.
+    """
+    candidates = ranks.broadcast([str(p) for p in checkpoints(root)] if ranks.is_main else None)
+    for candidate in map(Path, candidates):
+        problem = find_damage(candidate, ranks)
+        if problem is None:
+            return candidate, read_facts(candidate, kind)
+        if ranks.is_main:
+            print(f"checkpoint {candidate} is damaged ({problem}); trying the one before", flush=True)
+    if candidates:
+        raise UserError(f"{root}: no checkpoint is whole. Move the folder away to start again from step 0.")
+    return None
+
+
+def find_damage(folder: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a checkpoint's files, or None. Ranks share the hashing. Collective."""
+    problem = None
+    try:
+        files = sorted(_read_manifest(folder)["files"].items())
+    except UserError as error:
+        files, problem = [], str(error)
+    for name, entry in files[ranks.rank :: ranks.world]:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            problem = f"{name} is missing or cut"
+        elif _digest(path) != entry["sha256"]:
+            problem = f"{name} has changed since it was written"
+    if ranks.all_hold(problem is None):
+        return None
+    return problem or "another rank found damage"
+
+
+def read_facts(folder: Path, kind: type = Config) -> Facts:
+    """The facts in a checkpoint's manifest, its configuration as `kind`.
+
+    Raises:
+        UserError: not a checkpoint of such a run, or of a newer version of this project.
+    """
+    manifest = _read_manifest(folder)
+    plain = {name: manifest[name] for name in ("step", "world", "stage", "data", "skips")}
+    return Facts(config=from_dict(manifest["config"], kind), **plain)
+
+
+def check_continues(saved: Facts, now: Facts, folder: Path) -> None:
+    """Refuse to continue a different run.
+
+    Raises:
+        UserError: another world size, ZeRO stage, data or configuration.
+    """
+    if saved.world != now.world:
+        raise UserError(
+            f"{folder} was written by {saved.world} ranks and this run has {now.world}: start {saved.world}, or begin a"
+            f" new run from its weights with init_from={folder.parent.parent}."
+        )
+    if saved.stage != now.stage:
+        raise UserError(f"{folder} was written with ZeRO stage {saved.stage} and this run uses {now.stage}.")
+    check_same(saved.config, now.config, folder)
+    if saved.data != now.data:
+        raise UserError(f"{folder} was trained on other shards than these: their sample lists or their classes differ.")
+
+
+def check_same(saved: Any, now: Any, folder: Path) -> None:
+    """Refuse a configuration that would compute something else than the one which `folder` was begun with.
+
+    Raises:
+        UserError: the fields that differ.
+    """
+    changed = [
+        f"{f.key}: {get_value(saved, f.key)} -> {get_value(now, f.key)}"
+        for f in config_fields(type(now))
+        if f.key not in FREE and get_value(saved, f.key) != get_value(now, f.key)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} belongs to a run with another configuration ({'; '.join(changed)}). Continue it unchanged, or"
+            " begin a new run from its weights with init_from and another output_dir."
+        )
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder that can be written to.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".write-test"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}): choose another output_dir.") from None
+
+
+def _seal(folder: Path, facts: Facts) -> None:
+    """Flush every file to disk and write the manifest, which carries a digest of itself."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _sync(path)
+        files[str(path.relative_to(folder))] = {
+            "size": path.stat().st_size,
+            "sha256": _digest(path),
+        }
+    manifest = {
+        "schema": SCHEMA,
+        "step": facts.step,
+        "world": facts.world,
+        "stage": facts.stage,
+        "data": facts.data,
+        "skips": facts.skips,
+        "config": to_dict(facts.config),
+        "files": files,
+    }
+    manifest["digest"] = _self_digest(manifest)
+    _write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+    _sync(folder)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}.") from None
+    except ValueError:
+        raise UserError(f"{folder}/{MANIFEST} is not JSON.") from None
+    if not isinstance(manifest, dict) or manifest.get("digest") != _self_digest(manifest):
+        raise UserError(f"{folder}/{MANIFEST} has changed since it was written.")
+    if manifest["schema"] > SCHEMA:
+        raise UserError(
+            f"{folder} was written by a newer bevt_ds (schema {manifest['schema']}, this one reads {SCHEMA})."
+        )
+    return manifest
+
+
+def _self_digest(manifest: dict[str, Any]) -> str:
+    body = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    _sync(aside)
+    os.replace(aside, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,236 @@
+"""The only file that imports deepspeed: ranks, the training engine, and what is saved of it.
+
+Loss scaling: the model returns this micro-batch's share of a loss whose denominator counts the GLOBAL batch (masked
+cells, or clips), so gradients must be summed over ranks and micro-steps. DeepSpeed averages over ranks, hence the
+factor `world` in `backward`; its division by the accumulation steps is switched off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor, nn
+
+from bevt_ds.batch import Batch
+from bevt_ds.config.deepspeed import resolve
+from bevt_ds.errors import UserError
+from bevt_ds.runtime.distributed import Ranks
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# All that DeepSpeed's shards of stages 0-3 need beyond tensors and plain containers.
+SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+TAG = "state"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+# DeepSpeed calls collectives by names that newer torch wants replaced; nobody who trains can do anything about it.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's reader, except that a pickle in a shard cannot run code: weights-only, with an allow-list."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(SAFE_CLASSES):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def start_ranks() -> Ranks:
+    """Join the process group, under `deepspeed`, `torchrun` or plain `python` (which becomes rank 0 of 1)."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # Its shared-memory all-reduce compiles for over a minute at the first start; gloo needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _keep_freed_memory()
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    device = torch.device(accelerator.current_device_name())
+    host = torch.distributed.new_group(backend="gloo")
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, host)
+
+
+class Engine:
+    """A model under DeepSpeed, stepped by this project's schedule."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        values: dict[str, Any],
+        ranks: Ranks,
+        width: int,
+        groups: list[dict[str, Any]],
+        schedule: Callable[[int], float],
+    ):
+        """Wrap `model` according to the run's configuration, of any kind, and the DeepSpeed JSON `values`.
+
+        Args:
+            width: channels of the model's last stage.
+            groups: the optimizer's parameter groups, see optim.py; none is empty.
+            schedule: the learning rate of update number n, from 0.
+
+        Raises:
+            UserError: a precision that the device cannot do, or compiled blocks under ZeRO-3.
+        """
+        if config.train.precision == "fp16" and ranks.device.type == "cpu":
+            raise UserError("train.precision=fp16: DeepSpeed has no fp16 on a CPU. Use bf16 or fp32.")
+        sizes = [p.numel() for p in model.parameters()]
+        settings = resolve(values, config, ranks.world, max(sizes), sum(sizes), width)
+        if config.model.compile and settings.get("zero_optimization", {}).get("stage") == 3:
+            raise UserError(
+                "model.compile=true: ZeRO-3 fetches parameters in hooks that torch.compile does not see."
+                " Use ds_configs/zero2.json or model.compile=false."
+            )
+        self.ranks, self._schedule = ranks, schedule
+        self._lr_scales = [group.pop("lr_scale", 1.0) for group in groups]
+        self.dtype = DTYPES[config.train.precision]
+        self.last_lr = 0.0
+        self.ds, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_optimizer(groups, config.optim, settings),
+            config=settings,
+            dist_init_required=False,
+        )
+        self.ds.checkpoint_engine = SafeCheckpointEngine()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        return self.ds.module
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return int(self.ds.zero_optimization_stage())
+
+    def forward(self, *inputs: Batch | Tensor | None) -> Any:
+        """The model's output for one micro-batch, pixels in the compute dtype."""
+        return self.ds(*(_cast(value, self.dtype) for value in inputs))
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of this micro-batch's share of the global loss."""
+        self.ds.backward(loss * self.ranks.world, scale_wrt_gas=False)
+
+    def step(self, step: int) -> None:
+        """After every micro-step; the last one of step number `step` updates the weights."""
+        self.last_lr = self._schedule(step)
+        for group, scale in zip(self.ds.optimizer.param_groups, self._lr_scales, strict=True):
+            group["lr"] = self.last_lr * scale
+        self.ds.step()
+
+    def grad_norm(self) -> float | None:
+        """The gradient's global L2 norm before clipping; None where DeepSpeed keeps none (stage 0)."""
+        norm = self.ds.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients, inside the block."""
+        self.ds.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.ds.train()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The fp32 master weights by name, on the CPU; complete on rank 0, empty elsewhere. Collective."""
+        result = {}
+        for name, parameter in self.module.named_parameters():
+            full = self._full(parameter)
+            if self.ranks.is_main:
+                result[name] = full.float().cpu().clone()
+        if self.ranks.is_main:
+            result |= {name: buffer.cpu().clone() for name, buffer in self.module.named_buffers()}
+        return result
+
+    def masters(self) -> list[Tensor]:
+        """This rank's part of the fp32 master weights, which each step changes in place (ZeRO stages 0 to 2)."""
+        return [part.data for group in self.ds.optimizer.param_groups for part in group["params"]]
+
+    @contextmanager
+    def holding(self, masters: list[Tensor]) -> Iterator[None]:
+        """Other master weights, and the model made from them, inside the block. Collective (ZeRO stages 0 to 2)."""
+        parameters = list(self.module.parameters())
+        ours, shown = ([t.detach().clone() for t in tensors] for tensors in (self.masters(), parameters))
+        try:
+            _assign(self.masters(), masters)
+            for parameter in parameters:
+                parameter.data.copy_(self._full(parameter))
+            yield
+        finally:
+            _assign(self.masters(), ours)
+            _assign(parameters, shown)
+
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        """One whole fp32 master weight. Collective."""
+        full = safe_get_full_fp32_param(parameter)
+        return parameter.detach() if full is None else full  # without ZeRO, in fp32, a parameter is its own master
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimizer state that this rank holds."""
+        states = self.ds.optimizer.state.values()
+        return sum(t.numel() * t.element_size() for s in states for t in s.values() if isinstance(t, Tensor))
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shards under `folder`. Collective."""
+        self.ds.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, with the same world size and stage. Collective."""
+        loaded, _ = self.ds.load_checkpoint(str(folder), tag=TAG)
+        if loaded is None:
+            raise UserError(f"{folder}: DeepSpeed found no state to load there.")
+
+
+def _assign(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.data.copy_(source)
+
+
+def _cast(value: Batch | Tensor | None, dtype: torch.dtype) -> Batch | Tensor | None:
+    if isinstance(value, Batch):
+        return value.cast(dtype)
+    return value.to(dtype) if value is not None and value.is_floating_point() else value
+
+
+def _keep_freed_memory() -> None:
+    """Stop glibc from handing large buffers back to the system: a step would fetch the same pages anew every time.
+
+    On 2 cores page faults were 6 to 12 % of a small step; the peak of the memory stays the same.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # other C libraries have none
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _optimizer(groups: list[dict[str, Any]], optim: Any, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload != "none":
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

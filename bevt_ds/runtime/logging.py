@@ -1,0 +1,131 @@
+"""What a run reports: sums kept on the device until a log line needs them, then JSON lines and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from bevt_ds.config.schema import Config
+from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.flops import Sizes, clip_macs, image_macs, peak_flops, training_flops
+from bevt_ds.runtime.run_dir import LOG
+
+STREAMS = ("video", "image")
+
+
+class StepSums:
+    """Metrics of one step, added over its micro-steps without a host sync."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add a micro-step's device scalars: sums over its masked cells, or clips, such as BEVTOutput's metrics."""
+        for name, value in metrics.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def totals(self, ranks: Ranks) -> dict[str, float]:
+        """The sums over the whole global batch, as floats. Collective; the one host sync of a log line."""
+        names = sorted(self.sums)
+        totals = ranks.sum(torch.stack([self.sums[n] for n in names])).tolist()
+        return dict(zip(names, totals, strict=True))
+
+
+def step_metrics(totals: Mapping[str, float]) -> dict[str, float]:
+    """loss, and per stream its loss and masked accuracy, from sums over the global batch."""
+    result = {"loss": 0.0}
+    for stream in (s for s in STREAMS if f"rows_{s}" in totals):
+        result[f"loss_{stream}"] = totals[f"loss_{stream}"] / totals[f"rows_{stream}"]
+        result[f"acc_{stream}"] = totals[f"hits_{stream}"] / totals[f"rows_{stream}"]
+        result["loss"] += result[f"loss_{stream}"]
+    return result
+
+
+class SpeedMeter:
+    """Clock of the training loop of a run whose TrainConfig is `train`."""
+
+    def __init__(self, train: Any, step_flops: float, world: int, device: torch.device):
+        self.streams, self.step_flops = train.streams, step_flops
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        peak = peak_flops(name)
+        self.peak = peak * world if peak and train.precision != "fp32" else None
+        self.started, self.steps = time.perf_counter(), 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time that the block takes does not count."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def read(self, waited: float) -> dict[str, float | None]:
+        """The throughput since the last reading, in which the loop `waited` so many seconds for data.
+
+        clips_per_s and the like; data_wait, the share of the time that went into waiting; mfu, the model FLOPs
+        utilisation of the bf16 peak, None where the peak is not known.
+        """
+        now = time.perf_counter()
+        seconds = max(now - self.started, 1e-9)
+        rate, wait = self.steps / seconds, waited / seconds
+        self.started, self.steps = now, 0
+        rates = {f"{name}_per_s": rate * total for name, (total, _) in self.streams.items()}
+        return {**rates, "data_wait": wait, "mfu": rate * self.step_flops / self.peak if self.peak else None}
+
+
+def expected_step_flops(config: Config, sizes: Sizes) -> float:
+    """Training FLOPs of one step with the expected number of masked cells (means of the mask generators)."""
+    data, train = config.data, config.train
+    cells = (data.size // 16) ** 2 * data.mask.ratio
+    tube = sum(data.mask.tube) / 2
+    macs = train.global_clips * clip_macs(sizes, data.frames, data.size, cells * data.frames * tube)
+    macs += train.global_images * image_macs(sizes, data.size, cells)
+    return float(training_flops(macs))
+
+
+class RunLog:
+    """log.jsonl and TensorBoard events of one run; does nothing on other ranks than 0."""
+
+    def __init__(self, folder: Path, ranks: Ranks, first_step: int):
+        self.file, self.board = None, None
+        if ranks.is_main:
+            path = folder / LOG
+            keep_before(path, first_step)
+            self.file = path.open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line for update number `step`."""
+        if self.file is None or self.board is None:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if value is not None:
+                self.board.add_scalar(name, value, step)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.file is not None and self.board is not None:
+            self.file.close()
+            self.board.close()
+
+
+def keep_before(path: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run is about to repeat; a line cut by a kill goes too."""
+    if not path.exists():
+        return
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["step"] < step]
+    path.write_text("".join(kept), encoding="utf-8")

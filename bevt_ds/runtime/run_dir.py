@@ -1,0 +1,167 @@
+"""The folder that a run writes, and where its weights are read from.
+
+runs/joint/
+  config.json       the resolved configuration
+  log.jsonl         a line every train.log_every steps
+  tensorboard/      the same numbers
+  checkpoints/      step-00001000/ ... : everything that a continuation needs
+  weights/          config.json + model.safetensors: the fp32 weights, for init_from and from_pretrained
+  samples.png       input, mask, and where the prediction was right
+  summary.json      held-out losses beside their baselines; of fine-tuning, the validation of best/ and of weights/
+  best/             of fine-tuning: the weights that did best on the validation videos
+  bad_samples.jsonl what could not be decoded, if anything
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bevt_ds.config.parse import from_dict, to_dict
+from bevt_ds.config.schema import Config
+from bevt_ds.errors import UserError
+from bevt_ds.runtime.checkpoint import check_same, checkpoints, make_folder
+from bevt_ds.runtime.distributed import Ranks
+
+T = TypeVar("T")  # a run's config dataclass
+
+CONFIG = "config.json"
+LOG = "log.jsonl"
+SUMMARY = "summary.json"
+SAMPLES = "samples.png"
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "weights"
+BEST = "best"
+WRITTEN = (CONFIG, LOG, SUMMARY, SAMPLES, CHECKPOINTS, WEIGHTS, BEST, "tensorboard", "bad_samples.jsonl")
+
+
+def choose_folder(config: Any, ranks: Ranks) -> Path:
+    """The output folder of a run of any kind, created on rank 0 and the same on every rank. Collective.
+
+    Raises:
+        UserError: it holds another run already, or cannot be written.
+    """
+    problem, name = None, ""
+    if ranks.is_main:
+        try:
+            name = str(_claim(config))
+        except UserError as error:
+            problem = str(error)
+    problem, name = ranks.broadcast((problem, name))
+    if problem:
+        raise UserError(problem)
+    return Path(name)
+
+
+def _claim(config: Any) -> Path:
+    """The folder, made or checked. On rank 0."""
+    if not config.output_dir:
+        return _claim_free_name(Path("runs") / config.recipe, config)
+    folder = Path(config.output_dir)
+    if config.resume == "auto" and (folder / CONFIG).is_file():
+        check_same(read_config(folder, type(config)), config, folder)
+    elif config.resume not in ("never", "auto") and Path(config.resume).resolve().parent == _commits(folder).resolve():
+        _require_newest(Path(config.resume), folder)
+    else:
+        _require_unused(folder)
+    make_folder(folder)
+    return folder
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """Save the resolved configuration. From then on the folder is this run's.
+
+    Raises:
+        UserError: another run has taken the folder in the meantime.
+    """
+    if config.resume == "never" and (folder / CONFIG).exists():
+        raise UserError(f"output_dir={folder} was taken by another run that started at the same time.")
+    write_json(folder / CONFIG, to_dict(config))
+
+
+def _claim_free_name(first: Path, config: Any) -> Path:
+    """runs/demo, or runs/demo-2, ...; resume=auto without a name means the newest of them that has a checkpoint."""
+    taken, number, candidate = [], 1, first
+    while any((candidate / name).exists() for name in WRITTEN):
+        taken.append(candidate)
+        number += 1
+        candidate = first.with_name(f"{first.name}-{number}")
+    resumable = [folder for folder in taken if checkpoints(_commits(folder))]
+    chosen = resumable[-1] if config.resume == "auto" and resumable else candidate
+    return _claim(replace(config, output_dir=str(chosen)))
+
+
+def _require_unused(folder: Path) -> None:
+    found = sorted(name for name in WRITTEN if (folder / name).exists())
+    if found:
+        raise UserError(
+            f"output_dir={folder} holds {', '.join(found)}, which a new run would overwrite: name another output_dir,"
+            " or continue the run that is there with resume=auto."
+        )
+
+
+def _require_newest(checkpoint: Path, folder: Path) -> None:
+    newest = checkpoints(_commits(folder))[:1]
+    if newest and newest[0].name != checkpoint.name:
+        raise UserError(
+            f"resume={checkpoint}: {folder} has gone on to {newest[0].name}. Name another output_dir to branch off"
+            " here, or use resume=auto to continue."
+        )
+
+
+def _commits(folder: Path) -> Path:
+    return folder / CHECKPOINTS
+
+
+def read_config(folder: Path, kind: type[T] = Config) -> T:
+    """The configuration that a run's folder was begun with.
+
+    Raises:
+        UserError: a run of another kind, or of another version, wrote the folder.
+    """
+    try:
+        return from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")), kind)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def write_json(path: Path, values: object) -> None:
+    """A JSON file that people read too."""
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def weights_of(path: str, key: str = "init_from") -> Path:
+    """Where `init_from`, or another `key` of a configuration, finds weights: inside a run's folder, or the path itself.
+
+    Raises:
+        UserError: no such path.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise UserError(f"{key}={path}: no such file or folder.")
+    if (given / WEIGHTS).is_dir():
+        return given / WEIGHTS
+    if (given / LOG).is_file():
+        commits = checkpoints(given / CHECKPOINTS)
+        if not commits:
+            raise UserError(f"{key}={path}: this run has not written a checkpoint yet.")
+        return commits[0] / WEIGHTS
+    return given
+
+
+def publish_weights(folder: Path, checkpoint: Path) -> None:
+    """Put a checkpoint's weights where people look for them: weights/ of the run."""
+    replace_folder(folder / WEIGHTS, lambda aside: shutil.copytree(checkpoint / WEIGHTS, aside))
+
+
+def replace_folder(final: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a folder anew, aside, and put it in the place of the one that is there."""
+    aside = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    write(aside)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)

@@ -1,0 +1,86 @@
+"""What runs of every kind share: where they start, and what they say on the way."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bevt_ds.data.loader import LEDGER, BackgroundLoader
+from bevt_ds.errors import UserError
+from bevt_ds.kernels import resolve
+from bevt_ds.runtime import checkpoint, run_dir
+from bevt_ds.runtime.distributed import Ranks
+
+LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Stop a run that has diverged.
+
+    Raises:
+        UserError: the loss is not a finite number.
+    """
+    if not abs(loss) < float("inf"):
+        raise UserError(
+            f"the loss of step {step} is {loss}. Resume from the checkpoint before it with a lower optim.lr,"
+            " or with train.precision=bf16 or fp32 if it was fp16."
+        )
+
+
+def find_start(config: Any, folder: Path, ranks: Ranks) -> tuple[Path, checkpoint.Facts] | None:
+    """The checkpoint to continue from, verified, or None for a new run of any kind. Collective.
+
+    Raises:
+        UserError: the one that was asked for is missing or damaged.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return checkpoint.newest_valid(folder / run_dir.CHECKPOINTS, ranks, type(config))
+    given = Path(config.resume)
+    if damage := checkpoint.find_damage(given, ranks):
+        raise UserError(f"resume={given}: {damage}")
+    return given, checkpoint.read_facts(given, type(config))
+
+
+def kernel_provider(config: Any, ranks: Ranks) -> str:
+    """What `model.kernels` comes to on this device: triton or torch.
+
+    Raises:
+        UserError: triton was asked for and cannot run.
+    """
+    try:
+        return resolve(config.model.kernels, ranks.device)
+    except RuntimeError as error:
+        raise UserError(f"model.{error}") from error
+
+
+def report_wait(step: int, share: float, loader: BackgroundLoader) -> None:
+    """Say what the data is short of, if the loop has waited for it for a good `share` of its time. On rank 0."""
+    cause = loader.bottleneck()  # also where nothing is said: the next line's cause is of its own stretch of time
+    if share > LONG_WAIT:
+        tqdm.write(f"step {step}: {share:.0%} of the time went into waiting; {cause}")
+
+
+def report_bad(folder: Path, steps: int) -> None:
+    """Say how many samples of the first `steps` could not be used, if there were any. On rank 0.
+
+    Each counts once, though the list is of all that was read: ahead of the last step, or again after a resume. A line
+    that a crash cut short is passed over.
+    """
+    if not (path := folder / LEDGER).exists():
+        return
+    places = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            event = json.loads(line)
+            places.add(tuple(event[name] for name in ("stream", "step", "slot", "attempt")))
+    counts = Counter(stream for stream, step, *_ in places if step < steps)
+    if counts:
+        named = ", ".join(f"{n} of {stream}" for stream, n in sorted(counts.items()))
+        print(f"\ncould not be used: {named}; see {path}", flush=True)

@@ -1,0 +1,216 @@
+"""Media files -> WebDataset shards: `{split}-{number:06d}.tar` with `<key>.mp4|jpg|...`, `<key>.json`, `<key>.cls`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.decoding.transcode import Profile
+from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.reading.index import write_atomic
+from bevt_ds.data.reading.members import EXTENSIONS
+from bevt_ds.errors import UserError
+from bevt_ds.shards.file_lists import FILES
+from bevt_ds.shards.sources import Item, list_items
+from bevt_ds.shards.writer import Event, ShardLimits, ShardWriter
+
+SHARD_BYTES = 1 << 30
+SHARD_SAMPLES = 10_000
+SECONDS_A_FILE = 600.0  # a video that takes longer to rewrite, or to check, is rejected
+AHEAD = 3  # files under way for each process
+
+Prepare = Callable[[Item], "Future[tuple[bytes, Event]]"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `pack` wrote."""
+
+    shards: tuple[Path, ...]
+    samples: int
+    rejected: int
+
+
+def pack(
+    source: Path | str,
+    out: Path,
+    kind: str,
+    split: str = "train",
+    shard_bytes: int = SHARD_BYTES,
+    shard_samples: int = SHARD_SAMPLES,
+    progress: bool = False,
+    profile: Profile | None = None,
+    root: Path | None = None,
+    jobs: int | None = None,
+    class_folders: bool = False,
+) -> Packed:
+    """Pack the media of `kind` ("video" or "image") that a source names, in its order; see `list_items`.
+
+    A shard is closed before it would pass `shard_bytes` or `shard_samples`. The same input gives the same tars, however
+    many `jobs` (default: one a core) and however often it was killed and started again. What cannot be read is listed
+    in `{split}-rejected.jsonl` with the reason; `{split}-manifest.json` says what is in the shards.
+
+    profile: rewrite the videos; None: their bytes as they are. UserError: nothing to pack, or shards of this split are
+    already in `out`.
+    """
+    if profile and kind != "video":
+        raise UserError("only videos can be rewritten: leave out the profile for images")
+    items = list_items(str(source), kind, root, class_folders)
+    jobs, full = jobs or len(os.sched_getaffinity(0)), ShardLimits(shard_bytes, shard_samples)
+    with ExitStack() as closing:
+        writer = closing.enter_context(ShardWriter(out, split, full, _digest(items, kind, profile, full)))
+        _write_all(items, writer, kind, profile, jobs, progress, closing)
+        shards = writer.publish()
+        rejected = [event for event in writer.events if "reason" in event]
+        _write_reports(writer, kind, profile, shards, rejected)
+        writer.remove()
+    if not shards:
+        first, reasons = rejected[0], out / f"{split}-rejected.jsonl"
+        raise UserError(
+            f"none of the {len(items)} {kind} files of {source} is usable: {str(items[first['item']].path)!r}:"
+            f" {first['reason']}; {reasons} has all"
+        )
+    return Packed(tuple(out / shard["name"] for shard in shards), sum(s["samples"] for s in shards), len(rejected))
+
+
+def _write_all(
+    items: Sequence[Item],
+    writer: ShardWriter,
+    kind: str,
+    profile: Profile | None,
+    jobs: int,
+    progress: bool,
+    closing: ExitStack,
+) -> None:
+    """Prepare the files in parallel and write them in order, after those that are written already."""
+    done = sum("item" in event for event in writer.events)
+    keys = {event["key"] for event in writer.events if "key" in event}
+    if done == len(items):
+        return
+    prepare = _preparer(kind, profile, jobs, closing)
+    under_way = _ahead(items[done:], prepare, AHEAD * jobs)
+    bar = tqdm(under_way, initial=done, total=len(items), disable=not progress, unit="file")
+    for i, (item, prepared) in enumerate(bar, start=done):
+        note = {"item": i, "path": item.name}
+        try:
+            if item.key in keys:
+                raise BadSample(f"another file has the key {item.key!r} too")
+            data, facts = prepared.result()
+        except BadSample as bad:
+            writer.note({**note, "reason": str(bad)})
+            continue
+        keys.add(item.key)
+        extension = "mp4" if profile else item.extension
+        writer.add(_sample(item, extension, data, facts), {**note, "key": item.key, **_summary(item, facts)})
+
+
+def _ahead(items: Sequence[Item], prepare: Prepare, count: int) -> Iterator[tuple[Item, Future]]:
+    """Each item with its future, `count` of them under way."""
+    under_way: deque[tuple[Item, Future]] = deque()
+    for item in items:
+        under_way.append((item, prepare(item)))
+        if len(under_way) > count:
+            yield under_way.popleft()
+    yield from under_way
+
+
+def _preparer(kind: str, profile: Profile | None, jobs: int, closing: ExitStack) -> Prepare:
+    """A function Item -> future of (bytes, facts); the future raises BadSample."""
+    limits = Limits()
+    threads = closing.enter_context(ThreadPoolExecutor(jobs + 2))
+    if kind == "image":
+        return lambda item: threads.submit(_prepare_image, item, limits)
+    pool = DecodePool(jobs, SECONDS_A_FILE, limits)
+    closing.callback(pool.close)
+    work = {"work": "rewrite", "profile": asdict(profile)} if profile else {"work": "describe", "kind": "video"}
+    return lambda item: threads.submit(_prepare_video, item, pool, work, limits)
+
+
+def _prepare_image(item: Item, limits: Limits) -> tuple[bytes, Event]:
+    data = _read(item, "image", limits)
+    width, height = check_image(data, limits)
+    return data, {"width": width, "height": height}
+
+
+def _prepare_video(item: Item, pool: DecodePool, work: Event, limits: Limits) -> tuple[bytes, Event]:
+    data = _read(item, "video", limits)
+    facts, rewritten = pool.submit(lambda: data, work).result()
+    facts = {name: value for name, value in facts.items() if name not in ("size", "resident")}
+    return (rewritten.tobytes() if work["work"] == "rewrite" else data), facts
+
+
+def _read(item: Item, kind: str, limits: Limits) -> bytes:
+    try:
+        facts = item.path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise BadSample("it is no regular file")  # a pipe would be waited for, for ever
+        if item.extension not in EXTENSIONS[kind]:  # as a member of that name it would be no sample
+            raise BadSample(f"it is no {kind} by its name, which ends with none of {', '.join(FILES[kind])}")
+        if facts.st_size > limits.file_bytes:
+            raise BadSample(f"it is larger than {limits.file_bytes} bytes")
+        return item.path.read_bytes()
+    except OSError as error:
+        raise BadSample(f"cannot read it: {error.strerror}") from error
+
+
+def _sample(item: Item, extension: str, data: bytes, facts: Event) -> dict[str, Any]:
+    """A webdataset sample."""
+    facts = {"source": item.name, **({"label": item.label} if item.label else {}), **facts}
+    sample = {"__key__": item.key, extension: data, "json": json.dumps(facts, sort_keys=True).encode()}
+    return sample | ({"cls": item.label.encode()} if item.label else {})
+
+
+def _summary(item: Item, facts: Event) -> Event:
+    """What the manifest adds up."""
+    return {name: facts[name] for name in ("codec", "duration", "frames") if name in facts} | {"label": item.label}
+
+
+def _write_reports(
+    writer: ShardWriter, kind: str, profile: Profile | None, shards: list[Event], rejected: list[Event]
+) -> None:
+    samples = [event for event in writer.events if "shard" in event]
+    manifest = {
+        "version": 1,
+        "kind": kind,
+        "profile": profile and asdict(profile),
+        "samples": len(samples),
+        "rejected": len(rejected),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "shards": shards,
+        "labels": dict(sorted(Counter(event["label"] for event in samples if event["label"]).items())),
+    }
+    if kind == "video":
+        manifest["seconds"] = round(sum(event["duration"] for event in samples), 3)
+        manifest["frames"] = sum(event["frames"] for event in samples)
+        manifest["codecs"] = dict(sorted(Counter(event["codec"] for event in samples).items()))
+    lines = [json.dumps({"path": event["path"], "reason": event["reason"]}) + "\n" for event in rejected]
+    if lines:
+        write_atomic(writer.out / f"{writer.split}-rejected.jsonl", "".join(lines).encode())
+    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    write_atomic(writer.out / f"{writer.split}-manifest.json", text.encode())
+
+
+def _digest(items: Sequence[Item], kind: str, profile: Profile | None, full: ShardLimits) -> str:
+    """What the shards depend on: names, labels, sizes and times of the files, how they are rewritten, and parted."""
+    digest = hashlib.sha256(repr((kind, profile, full)).encode())
+    for item in items:
+        try:
+            facts = item.path.stat()
+            state = (facts.st_size, facts.st_mtime_ns)
+        except OSError:
+            state = (-1, -1)
+        digest.update(repr((item.name, item.label, state)).encode())
+    return digest.hexdigest()

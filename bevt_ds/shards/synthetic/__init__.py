@@ -1,0 +1,4 @@
+"""Drawn clips and images with motion to predict: the shards of the demo and of the study.
+
+scene.py and motion.py say what is in a clip, draw.py writes shards with draw_worker.py's processes. Start with draw.py.
+"""

@@ -1,0 +1,77 @@
+"""Draw media where there are none: MP4 clips and JPEG images of scenes, and the demo's shards made of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bevt_ds.data.decoding import child
+from bevt_ds.errors import UserError
+from bevt_ds.shards.pack import pack
+
+DEMO_SPLITS = {"train": (320, 1024), "eval": (48, 96)}  # clips, images
+
+
+def draw(folder: Path, clips: int, images: int, seed: int = 0, jobs: int | None = None) -> None:
+    """Draw `clips` MP4 files and `images` JPEG files into a new folder, with one process a core.
+
+    The same seed draws the same scenes. UserError: the folder exists and is not empty.
+    """
+    _require_absent(folder)
+    jobs = jobs or len(os.sched_getaffinity(0))
+    with _appearing(folder) as unfinished:
+        commands = [
+            child.command(
+                "bevt_ds.shards.synthetic.draw_worker", str(unfinished), *map(str, (clips, images, seed, part, jobs))
+            )
+            for part in range(jobs)
+        ]
+        parts = [subprocess.Popen(command, env=child.environment()) for command in commands]
+        try:
+            codes = [part.wait() for part in parts]
+        finally:
+            for part in parts:
+                part.kill()
+        if any(codes):
+            raise RuntimeError(f"drawing failed, exit codes {codes}")
+
+
+def ensure_demo_shards(folder: Path) -> None:
+    """Draw and pack the demo's training and held-out shards into `folder`, unless it is there.
+
+    The folder appears whole or not at all. UserError: it exists and holds something else.
+    """
+    splits = [f"{split}-{kind}" for split in DEMO_SPLITS for kind in ("video", "image")]
+    if all((folder / f"{split}-000000.tar").exists() for split in splits):
+        return
+    _require_absent(folder)
+    with _appearing(folder) as unfinished:
+        for seed, (split, (clips, images)) in enumerate(DEMO_SPLITS.items()):
+            media = unfinished / split
+            draw(media, clips, images, seed)
+            for kind in ("video", "image"):
+                pack(media, unfinished, kind, split=f"{split}-{kind}")
+            shutil.rmtree(media)
+
+
+def _require_absent(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder: remove it or choose another")
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` that takes its name once the block has ended well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
