@@ -1,4 +1,4 @@
-"""The `bevt` command: `bevt GROUP VERB ...`. Each group's module is loaded only when it is named."""
+"""The `bevt` command: `bevt COMMAND ...`. Each command's module is loaded only when it is named."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+import bevt_ds
 from bevt_ds.errors import UserError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as of any program that Ctrl-C has ended
-GROUPS = {"shards": ("bevt_ds.shards.cli", "draw, pack, index, check and survey shards of videos and images")}
+GROUPS = {
+    "shards": ("bevt_ds.shards.cli", "draw, pack, index, check and survey shards of videos and images"),
+    "compare": ("bevt_ds.eval.compare", "settings in which runs differ, and their last losses side by side"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0 if words else USAGE_ERROR
+    if words[0] == "--version":
+        print(f"bevt_ds {bevt_ds.__version__}")
+        return 0
     try:
         if words[0] not in GROUPS:
             raise UserError(f"no command {words[0]!r}; there are: {', '.join(GROUPS)}")
@@ -33,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = [f"  {name:<10}{text}" for name, (_, text) in GROUPS.items()]
-    return "\n".join(["usage: bevt GROUP VERB [options]   (--help after any of them)", "", *lines])
+    return "\n".join(["usage: bevt COMMAND [options]   (--help after any of them; --version)", "", *lines])
 
 
 if __name__ == "__main__":
