@@ -19,7 +19,7 @@ from bevt_ds.data.decoding.transcode import Profile
 from bevt_ds.data.reading.index import load_shard, write_atomic
 from bevt_ds.data.reading.members import EXTENSIONS
 from bevt_ds.data.reading.patience import Patience
-from bevt_ds.data.reading.remote import is_remote
+from bevt_ds.data.reading.remote import is_remote, redacted
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.errors import UserError
 from bevt_ds.shards.check import Report, check, outlook, survey
@@ -212,7 +212,7 @@ def _index_one(path: str, arguments: argparse.Namespace) -> str:
     keep_first = arguments.dedupe == "first"
     shard = load_shard(path, fresh=arguments.fresh or keep_first, keep_first=keep_first)
     counts = ", ".join(f"{len(shard.only(kind))} {kind}s" for kind in sorted(EXTENSIONS))
-    ignored = f", {shard.ignored} passed over (no regular files, or macOS's '._')" if shard.ignored else ""
+    ignored = f", {note}" if (note := shard.ignored_note()) else ""
     dropped = f", {shard.dropped} dropped because their key came before" if shard.dropped else ""
     dali = f", {write_dali_index(path).name}" if arguments.dali else ""
     return counts + ignored + dropped + dali
@@ -238,6 +238,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _print_findings(report: Report) -> None:
+    """The faults, and the members that are no samples though they look like some."""
+    for shard in report.shards:
+        if note := shard.ignored_note():
+            print(f"note: {redacted(shard.path)}: {note}")
     for finding in report.findings[:SHOWN]:
         print(f"bad: {finding['key']!r} in {finding['shard']}: {finding['reason']}")
     if len(report.findings) > SHOWN:

@@ -139,6 +139,7 @@ def test_a_copied_tar_keeps_its_index(copies: Path, monkeypatch: pytest.MonkeyPa
 
 
 FIELDS = ["version", "tar", "keys", "extensions", "offsets", "sizes", "crcs", "heads", "labels", "ignored", "dropped"]
+FIELDS += ["ignored_names"]
 NONSENSE = [None, [], {}, -1, "x", [None], [[1]], [1 << 70] * 9, ["a"] * 9, [1.5] * 9]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,7 +195,11 @@ def test_a_folder_that_is_not_writable_is_indexed_in_the_cache(
         (lambda data: b"", r"is empty \(0 bytes\)"),
         (lambda data: data[:2000], "not a whole tar"),
         (lambda data: data[:6000], "not a whole tar file .member '3.mp4' ends after the file; 2 samples before that"),
-        (gzip.compress, "compressed"),
+        (gzip.compress, r"compressed \(gzip\): unpack it to a plain tar"),
+        (bz2.compress, r"compressed \(bzip2\): unpack"),
+        (lzma.compress, r"compressed \(xz\): unpack"),
+        (partial(lzma.compress, format=lzma.FORMAT_ALONE), r"compressed \(lzma\): unpack"),
+        (lambda data: b"\x28\xb5\x2f\xfd" + data, r"compressed \(zstd\): unpack"),
         (lambda data: b"this is no tar at all" * 100, "not a whole tar"),
         (lambda data: data[:100] + b"\xff" + data[101:], "not a whole tar"),
     ],

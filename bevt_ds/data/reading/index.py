@@ -28,7 +28,7 @@ from bevt_ds.data.reading.remote import redacted
 from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
 
-VERSION = 4
+VERSION = 5
 SUFFIX = ".index.json"
 SPOT_CHECKS = 16  # headers that are compared at each start, when size and time of the tar are the indexed ones
 LONGEST_TURN = 1800.0  # seconds to wait for another process
@@ -47,6 +47,8 @@ def load_shards(
     with ThreadPoolExecutor(threads) as pool:
         shards = [shard.only(kind) for shard in pool.map(load or load_shard, paths)]
     for shard in shards:
+        if note := shard.ignored_note():
+            log.warning("%s: %s", redacted(shard.path), note)
         if not len(shard):
             wanted = ", ".join(sorted(EXTENSIONS[kind]))
             raise UserError(f"{shard.path} holds no {kind} sample (members named *.{wanted})")
@@ -198,7 +200,9 @@ def _check_columns(shard: Shard, tar_size: int) -> None:
         raise ValueError("columns of different lengths")
     if any(type(count) is not int or count < 0 for count in (tar_size, shard.ignored, shard.dropped)):
         raise ValueError("no size of the tar, or no count of what is passed over")
-    texts = (*shard.keys, *shard.extensions, *shard.labels, *shard.json_labels)
+    if len(shard.ignored_names) > shard.ignored:
+        raise ValueError("more names than are counted")
+    texts = (*shard.keys, *shard.extensions, *shard.labels, *shard.json_labels, *shard.ignored_names)
     numbers = (*shard.offsets, *shard.sizes, *shard.crcs, *shard.heads)
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         raise ValueError("a column of another type")
@@ -211,7 +215,8 @@ def _check_columns(shard: Shard, tar_size: int) -> None:
 
 def write_index(places: Sequence[Path], identity: dict[str, Any], shard: Shard) -> None:
     """Store an index at the first place that can be written; that none can costs time at the next start only."""
-    stored = {"version": VERSION, "tar": identity, **{name: getattr(shard, name) for name in (*COUNTS, *COLUMNS)}}
+    fields = {name: getattr(shard, name) for name in (*COUNTS, *COLUMNS, "ignored_names")}
+    stored = {"version": VERSION, "tar": identity, **fields}
     text = json.dumps({**stored, "digest": index_digest(stored)})
     for place in places:
         asking(f"index {place}")

@@ -45,8 +45,9 @@ class Shard:
     heads: tuple[int, ...]  # CRC-32 of the header block before the data
     labels: tuple[str, ...]  # from `<key>.cls`, or else "label" in `<key>.json`; empty: none
     json_labels: tuple[str, ...]  # the latter where it is another than the former; else empty
-    ignored: int  # members named like media that are no regular file, or AppleDouble
+    ignored: int  # members named like media that cannot be read by offset, or AppleDouble
     dropped: int = 0  # samples left out because one of the same key and kind came before
+    ignored_names: tuple[str, ...] = ()  # the first few of `ignored`, each with the reason
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -58,6 +59,13 @@ class Shard:
     def members(self) -> Iterator[Member]:
         return map(self.member, range(len(self)))
 
+    def ignored_note(self) -> str:
+        """How many members were passed over, and which; "" where there are none."""
+        if not self.ignored:
+            return ""
+        rest = f"; and {more} more" if (more := self.ignored - len(self.ignored_names)) else ""
+        return f"{self.ignored} passed over: {'; '.join(self.ignored_names)}{rest}"
+
     def only(self, kind: str) -> Shard:
         """The members of one kind, "video" or "image"."""
         keep = [i for i, extension in enumerate(self.extensions) if KINDS[extension] == kind]
@@ -65,7 +73,7 @@ class Shard:
 
 
 COUNTS = ("ignored", "dropped")
-COLUMNS = tuple(f.name for f in fields(Shard) if f.name not in ("path", *COUNTS))
+COLUMNS = tuple(f.name for f in fields(Shard) if f.name not in ("path", *COUNTS, "ignored_names"))
 
 
 def read_member(member: Member, verify: bool = True) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import posixpath
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,18 @@ from bevt_ds.errors import UserError
 _CHUNK = 1 << 20
 _MOST_HEADER_BYTES = 1 << 20  # of a long name or a PAX record
 _MOST_LABEL_BYTES = 1 << 16  # of a .json or .cls; a larger one is no label
+_MOST_NAMED = 20  # members that are passed over and named in the index
+_LONGEST_NAMED = 200  # characters of a name there
+_COMPRESSED = {  # what such a file begins with
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"LZIP": "lzip",
+    b"\x5d\x00\x00": "lzma",
+    b"\x1f\x9d": "compress",
+}
 # What tarfile raises on headers that make no sense, beside its own errors.
 _DAMAGE = (tarfile.TarError, ValueError, OverflowError, OSError, EOFError)
 
@@ -30,12 +43,15 @@ class _Found:
 
     rows: dict[tuple[str, str], tuple] = field(default_factory=dict)  # key, kind -> extension, offset, size, crc, head
     labels: dict[str, dict[str, str]] = field(default_factory=dict)  # key -> "cls" or "json" -> label
-    ignored: int = 0
+    files: dict[str, tarfile.TarInfo] = field(default_factory=dict)  # name -> the member that has its data
+    ignored: list[str] = field(default_factory=list)  # names, each with the reason
     dropped: int = 0
 
 
 def scan(path: str, tar: BinaryIO, keep_first: bool = False) -> Shard:
-    """The media members of a tar; what is not a regular file, or macOS's own, is passed over and counted.
+    """The media members of a tar, hard links to earlier members included.
+
+    Other links, devices, sparse members and macOS's own files are passed over, counted and named.
 
     UserError: it is no tar, is cut or damaged, or holds two samples of one kind and key and `keep_first` is off. A tar
     that can be read only in part is refused, because an index of that part would pass for the whole.
@@ -51,8 +67,9 @@ def scan(path: str, tar: BinaryIO, keep_first: bool = False) -> Shard:
     keys = tuple(key for key, _ in found.rows)
     pairs = [_chosen(found.labels.get(key, {})) for key in keys]
     labels, json_labels = (tuple(pair[i] for pair in pairs) for i in (0, 1))
-    counts = found.ignored, found.dropped
-    return Shard(path, keys, extensions, offsets, sizes, crcs, heads, labels, json_labels, *counts)
+    counts = len(found.ignored), found.dropped
+    names = tuple(found.ignored[:_MOST_NAMED])
+    return Shard(path, keys, extensions, offsets, sizes, crcs, heads, labels, json_labels, *counts, names)
 
 
 class _Headers:
@@ -78,7 +95,8 @@ def _members(path: str, tar: BinaryIO) -> Iterator[tarfile.TarInfo]:
         for info in archive:
             if info.offset_data < end + BLOCK or info.size < 0:
                 raise ValueError(f"the header at byte {info.offset} points backwards")
-            if info.isreg() and info.offset_data + info.size > total:
+            # A sparse member's size counts its holes too; tarfile itself finds where the next member begins.
+            if info.isreg() and info.sparse is None and info.offset_data + info.size > total:
                 raise ValueError(f"member {info.name!r} ends after the file")
             end = info.offset_data
             yield info
@@ -96,19 +114,24 @@ def _require_end(path: str, tar: BinaryIO, at: int, total: int) -> None:
 
 
 def _note(found: _Found, path: str, tar: BinaryIO, info: tarfile.TarInfo, keep_first: bool) -> None:
-    key, extension = split_name(info.name)
-    if extension in ("cls", "json") and info.isreg() and info.size <= _MOST_LABEL_BYTES:
-        if label := _label(extension, _read(path, tar, info.size, info.offset_data)):
+    name, (key, extension) = info.name, split_name(info.name)
+    place, problem = _place(found, info)
+    if place is not None:
+        found.files[posixpath.normpath(name)] = place
+    if place is not None and extension in ("cls", "json") and place.size <= _MOST_LABEL_BYTES:
+        if label := _label(extension, _read(path, tar, place.size, place.offset_data)):
             found.labels.setdefault(key, {}).setdefault(extension, label)
         return
     if (kind := KINDS.get(extension)) is None:
         return
-    if not info.isreg() or info.sparse is not None or is_apple_double(info.name):
-        found.ignored += 1
+    if is_apple_double(name):
+        problem = "macOS's own"
+    if problem:
+        found.ignored.append(f"{name[:_LONGEST_NAMED]!r}, {problem}")
     elif (first := found.rows.get((key, kind))) is None:
-        head = zlib.crc32(_read(path, tar, BLOCK, info.offset_data - BLOCK))
-        crc = _checksum(path, tar, info.offset_data, info.size)
-        found.rows[key, kind] = (extension, info.offset_data, info.size, crc, head)
+        head = zlib.crc32(_read(path, tar, BLOCK, place.offset_data - BLOCK))
+        crc = _checksum(path, tar, place.offset_data, place.size)
+        found.rows[key, kind] = (extension, place.offset_data, place.size, crc, head)
     elif keep_first:
         found.dropped += 1
     else:
@@ -116,6 +139,18 @@ def _note(found: _Found, path: str, tar: BinaryIO, info: tarfile.TarInfo, keep_f
             f"{path} holds two {kind}s under the key {key!r} (.{first[0]} and .{extension}): rename or remove one, or"
             f" take the first {kind} of each key with `bevt shards index --dedupe first`"
         )
+
+
+def _place(found: _Found, info: tarfile.TarInfo) -> tuple[tarfile.TarInfo | None, str]:
+    """The member that holds the data of `info`, itself or what it links to; or None and why there is none."""
+    if info.sparse is not None:
+        return None, "sparse: pack it without `tar --sparse`"
+    if info.isreg():
+        return info, ""
+    if not info.islnk():
+        return None, "a symbolic link" if info.issym() else "no regular file"
+    place = found.files.get(posixpath.normpath(info.linkname))
+    return place, "" if place else f"a hard link to {info.linkname[:_LONGEST_NAMED]!r}, which is no file before it"
 
 
 def _label(extension: str, data: bytes) -> str:
@@ -155,6 +190,6 @@ def _what_is_wrong(tar: BinaryIO, error: BaseException, found: int) -> str:
     magic = os.pread(tar.fileno(), 6, 0)
     if not magic:
         return "empty (0 bytes): write it again"
-    if magic[:2] == b"\x1f\x8b" or magic == b"\xfd7zXZ\x00" or magic[:4] == b"\x28\xb5\x2f\xfd":
-        return "compressed: unpack it to a plain tar, samples are read by offset"
+    if method := next((name for start, name in _COMPRESSED.items() if magic.startswith(start)), ""):
+        return f"compressed ({method}): unpack it to a plain tar, samples are read by offset"
     return f"not a whole tar file ({error}; {found} samples before that): write or copy it again"
