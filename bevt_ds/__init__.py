@@ -20,6 +20,12 @@ _PUBLIC = {
     "VideoSwin": "bevt_ds.model.video_swin",
     "create_model": "bevt_ds.model.presets",
     "load_tokenizer": "bevt_ds.model.tokenizers",
+    "load_clip": "bevt_ds.data.files",
+    "load_image": "bevt_ds.data.files",
+    "features": "bevt_ds.eval.files",
+    "predict": "bevt_ds.eval.files",
+    "MEAN": "bevt_ds.batch",
+    "STD": "bevt_ds.batch",
     "Batch": "bevt_ds.batch",
     "Stream": "bevt_ds.batch",
     "UserError": "bevt_ds.errors",
@@ -31,3 +37,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'bevt_ds' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

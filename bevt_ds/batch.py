@@ -17,6 +17,8 @@ from torch import Tensor
 from bevt_ds.errors import UserError
 
 IGNORE = -100  # the target of a padding row
+MEAN = (123.675, 116.28, 103.53)  # of 8-bit RGB: pixels are (level - MEAN) / STD (PT configuration of the original)
+STD = (58.395, 57.12, 57.375)
 Part = TypeVar("Part", "Stream", "LabelledBatch")
 
 

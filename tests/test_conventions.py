@@ -40,7 +40,7 @@ DATA_LAYERS = [  # the same within data/
     {"ledger", "pixels"},
     {"stream", "decoder_choice", "labels", "labelled_plan"},
     {"loader"},
-    {"labelled_reader", "labelled_loader", "labelled_trial"},
+    {"files", "labelled_reader", "labelled_loader", "labelled_trial"},
 ]
 
 

@@ -14,8 +14,7 @@ from einops import rearrange, repeat
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bevt_ds.batch import Batch, Stream
-from bevt_ds.data.pixels.pipeline import MEAN, STD
+from bevt_ds.batch import MEAN, STD, Batch, Stream
 from bevt_ds.runtime.engine import Engine
 
 RIGHT, WRONG = np.array([0.13, 0.62, 0.30]), np.array([0.80, 0.15, 0.15])

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from bevt_ds.batch import MEAN, STD
 from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.pixels.pipeline import LUMA, MEAN, STD, PixelPipeline, jitter_matrix, lanczos4_taps
+from bevt_ds.data.pixels.pipeline import LUMA, PixelPipeline, jitter_matrix, lanczos4_taps
 from bevt_ds.data.plan import PlanEntry
 from tests.loader.media import pictures_of
 

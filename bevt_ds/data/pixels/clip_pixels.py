@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bevt_ds.batch import MEAN, STD
 from bevt_ds.data.decoding.cut import Box
-from bevt_ds.data.pixels.pipeline import MEAN, STD
 
 ATTEMPTS = 10  # at a random box, before the fallback
 ERASED_AREA = (0.02, 1 / 3)  # RandomErasing of the original, which is timm's

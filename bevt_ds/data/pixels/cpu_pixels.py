@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bevt_ds.batch import MEAN, STD
 from bevt_ds.data.decoding.cut import Box, Crop, cut, source_box
-from bevt_ds.data.pixels.pipeline import MEAN, STD, lanczos4_taps
+from bevt_ds.data.pixels.pipeline import lanczos4_taps
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.timing import StageTimes
 

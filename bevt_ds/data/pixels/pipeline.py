@@ -26,12 +26,11 @@ from nvidia.dali import math as dali_math
 from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 from torch import Tensor
 
+from bevt_ds.batch import MEAN, STD
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.timing import StageTimes
 
-MEAN = (123.675, 116.28, 103.53)  # of 8-bit RGB (PT configuration of the original)
-STD = (58.395, 57.12, 57.375)
 COLLECT_EVERY = 32  # graphs that were replaced because DALI refused a sample
 LUMA = (0.2989, 0.587, 0.114)  # weights of the original's contrast and saturation
 

@@ -1,0 +1,89 @@
+"""From one file to the tensor that a model takes: decoded, resized, cropped and normalised as evaluation does it.
+
+Shape letters: T frames, S crop side.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from bevt_ds.data.decoding.frame_choice import spaced_clip
+from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.video import opened
+from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.pixels.clip_pixels import as_frames, normalised, view_boxes, with_short_side
+from bevt_ds.errors import UserError
+
+
+def load_clip(
+    path: str | Path, frames: int = 16, stride: int = 8, size: int = 224, short_side: int | None = None
+) -> Tensor:
+    """The clip in the middle of a video file: float (3,T,S,S), normalised RGB.
+
+    The same frames and pixels as one view of `evaluate.py`: `frames` frames, `stride` source frames apart (a shorter
+    video is repeated), the short side resized to `short_side` pixels (default: `size`), the centre cropped.
+
+    Raises:
+        UserError: no such file, it is not a video, or a number that cannot work.
+    """
+    _require_numbers(frames=frames, stride=stride)
+    with _named(path), opened(_read(path), Limits()) as video:
+        decoded = video.frames(spaced_clip(video.info.frames, frames, stride, (0, 1)))
+    return _centre(as_frames(decoded), size, short_side)
+
+
+def load_image(path: str | Path, size: int = 224, short_side: int | None = None) -> Tensor:
+    """An image file: float (3,S,S), normalised RGB; turned as its EXIF orientation says, resized and cropped as a clip.
+
+    Raises:
+        UserError: no such file, it is neither JPEG nor PNG, or a number that cannot work.
+    """
+    with _named(path):
+        data = _read(path)
+        check_image(data, Limits())
+        try:
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+                levels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadSample(f"it cannot be decoded: {error}") from error
+    return _centre(as_frames(levels[None]), size, short_side)[:, 0]
+
+
+def _centre(frames: Tensor, size: int, short_side: int | None) -> Tensor:
+    """uint8 (T,3,H,W) -> float (3,T,S,S)."""
+    short_side = short_side or size
+    _require_numbers(size=size, short_side=short_side)
+    if short_side < size:
+        raise UserError(f"short_side={short_side}: a side below size={size} cannot hold the crop.")
+    frames = with_short_side(frames, short_side)
+    (box,) = view_boxes(*frames.shape[-2:], size, crops=1)
+    return normalised(box.of(frames), "cpu")
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Turns the reason why a sample cannot be used into a message that names its file."""
+    try:
+        yield
+    except BadSample as error:
+        raise UserError(f"{path} cannot be used: {error}.") from error
+
+
+def _require_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}={value!r}: must be a whole number of at least 1.")
