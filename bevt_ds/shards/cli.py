@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import math
 import re
@@ -225,8 +224,9 @@ def _paths(patterns: str) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    all_there_are = glob.has_magic(arguments.shards)
-    report = check(_paths(arguments.shards), arguments.jobs, progress=True, whole=all_there_are)
+    with closing(Storage(DataConfig())) as storage:
+        paths, all_there_are = storage.paths(arguments.shards), storage.has_wildcard(arguments.shards)
+    report = check(paths, arguments.jobs, progress=True, whole=all_there_are)
     _print_findings(report)
     for note in outlook(report.facts):
         print(f"note: {note}")

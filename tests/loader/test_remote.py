@@ -116,6 +116,15 @@ def test_fsspec(shards: Path, tmp_path: Path) -> None:
     storage.close()
 
 
+def test_a_remote_name_that_exists_is_no_pattern() -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("data[v2]/t-0.tar", "data[v2]/t-1.tar", "datav/t-0.tar"):
+        memory.pipe(f"/odd/{name}", b"")
+    both = [f"memory:///odd/data[v2]/t-{i}.tar" for i in (0, 1)]
+    assert expand("memory://odd/data[v2]/t-{0..1}.tar") == expand("memory://odd/data[v2]/t-*.tar") == both
+    assert expand("memory://odd/data[v]/t-*.tar") == ["memory:///odd/datav/t-0.tar"]
+
+
 def test_a_stalled_file_system_is_given_up(tmp_path: Path, monkeypatch) -> None:
     released = threading.Event()
 

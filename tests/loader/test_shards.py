@@ -20,7 +20,7 @@ from bevt_ds.data.limits import BadSample
 from bevt_ds.data.reading import index as index_module
 from bevt_ds.data.reading.index import SUFFIX, load_shard, load_shards
 from bevt_ds.data.reading.members import read_member, split_name
-from bevt_ds.data.reading.shards import expand
+from bevt_ds.data.reading.shards import expand, has_wildcard
 from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
 
@@ -49,6 +49,50 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_patterns(folder: Path, pattern: str, names: list[str]) -> None:
     assert expand(pattern) == [f"{name}.tar" for name in names]
+
+
+ODD_NAMES = ["data[v2]/t-000000.tar", "data[v2]/t-000001.tar", "data[v2]/t-[1].tar", "datav/t-000000.tar", "t1.tar"]
+ODD_NAMES += [
+    "t[1].tar",
+    "t[2]-0.tar",
+    "t[2]-1.tar",
+    "a,b/t.tar",
+    "a,b/t-1.tar",
+    "c,d.tar",
+    "e{1,2}/x.tar",
+    "e{1,2}/y?.tar",
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names", "is_glob"),
+    [
+        ("data[v2]/t-{000000..000001}.tar", ["data[v2]/t-000000", "data[v2]/t-000001"], False),
+        ("data[v2]/t-000000.tar", ["data[v2]/t-000000"], False),
+        ("data[v2]/t-*.tar", ["data[v2]/t-000000", "data[v2]/t-000001", "data[v2]/t-[1]"], True),
+        ("data[v2]/t-[1].tar", ["data[v2]/t-[1]"], False),
+        ("data[v]/t-*.tar", ["datav/t-000000"], True),
+        ("data[v2]/t-{[1],000000}.tar", ["data[v2]/t-[1]", "data[v2]/t-000000"], False),
+        ("{data[v2],datav}/t-000000.tar", ["data[v2]/t-000000", "datav/t-000000"], False),
+        ("t[1].tar", ["t[1]"], False),
+        ("t[1].ta?", ["t1"], True),
+        ("t[2]-{0..1}.tar", ["t[2]-0", "t[2]-1"], False),
+        ("a,b/t.tar", ["a,b/t"], False),
+        ("a,b/t*.tar,t1.tar", ["a,b/t-1", "a,b/t", "t1"], True),
+        ("t1.tar,a,b/t{,-1}.tar", ["t1", "a,b/t", "a,b/t-1"], False),
+        ("c,d.tar", ["c,d"], False),
+        ("e{1,2}/{x,y?}.tar", ["e{1,2}/x", "e{1,2}/y?"], False),
+    ],
+)
+def test_a_name_that_exists_is_no_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, names: list[str], is_glob: bool
+) -> None:
+    for name in ODD_NAMES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert expand(pattern) == [f"{name}.tar" for name in names]
+    assert has_wildcard(pattern) == is_glob
 
 
 @pytest.mark.parametrize(

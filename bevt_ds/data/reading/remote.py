@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, BinaryIO, TypeVar
 
+from bevt_ds.data.reading.globs import escaped
+
 PIPE = "pipe:"
 CHUNK = 1 << 20
 LISTING_SECONDS = 120.0
@@ -130,7 +132,8 @@ def glob_remote(pattern: str, seconds: float = LISTING_SECONDS) -> list[str]:
     """The URLs that match a pattern, where the scheme can list files. RemoteError: none can be had."""
 
     def found(file_system: Any, path: str) -> list[str]:
-        return sorted(map(file_system.unstrip_protocol, file_system.glob(path)))
+        names = [path] if file_system.exists(path) else file_system.glob(escaped(path, file_system.exists))
+        return sorted(map(file_system.unstrip_protocol, names))
 
     return _with_file_system(pattern, seconds, found)
 

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from itertools import chain
 
+from bevt_ds.data.reading.globs import find_local, is_wildcard, literal_length
 from bevt_ds.data.reading.patience import asking
 from bevt_ds.data.reading.remote import PIPE, RemoteError, can_list, fault_of_url, glob_remote, is_remote, redacted
 from bevt_ds.errors import UserError
@@ -19,6 +20,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 def expand(patterns: str, allow_pipe: bool = False) -> list[str]:
     """Paths of the tar files that `patterns` names, in the order given; a glob's matches are sorted.
 
+    What exists as it is written is that file or folder, whatever brackets, braces and commas would mean elsewhere.
     Examples: `a.tar`, `k400-*.tar`, `in1k-{000000..000127}.tar`, `a.tar,b-{x,y}.tar`, `s3://bucket/k400-*.tar`.
     UserError: nothing matches, a local file is missing, a folder or a URL that cannot be is given, a shard is named
     twice, or `pipe:` without `allow_pipe`.
@@ -33,61 +35,85 @@ def expand(patterns: str, allow_pipe: bool = False) -> list[str]:
     return paths
 
 
+def has_wildcard(patterns: str) -> bool:
+    """Whether a part of `patterns` stands for whatever files there are, and is not a name. UserError: as `expand`."""
+    paths = chain.from_iterable(map(_braces_expanded, _split(patterns)))
+    return any(_is_glob(path) for path in paths)
+
+
 def _split(patterns: str) -> list[str]:
-    """Split at the commas that are outside braces."""
+    """Split at the commas that are outside braces, and in no name that exists."""
     parts, depth, start = [], 0, 0
+    if "," in patterns and _exists(patterns.strip()):
+        return [patterns.strip()]
     for i, char in enumerate(patterns):
         depth += (char == "{") - (char == "}")
-        if char == "," and depth == 0:
+        if char == "," and depth == 0 and not _is_in_folder(patterns[start:], i - start):
             parts.append(patterns[start:i])
             start = i + 1
     parts.append(patterns[start:])
     return [part.strip() for part in parts if part.strip()]
 
 
+def _is_in_folder(text: str, comma: int) -> bool:
+    """Whether the comma is in the name of a folder that exists, at the beginning of the text."""
+    slash = text.find("/", comma)
+    return slash >= 0 and _exists(text[:slash].strip())
+
+
 def _expand_one(pattern: str, allow_pipe: bool) -> list[str]:
     """A pipe's braces are the shell's; where none is allowed, braces may not hide one either."""
     if allow_pipe and pattern.startswith(PIPE):
         return [pattern]
-    asking(redacted(pattern))
-    if os.path.isfile(pattern):
-        return [pattern]
-    paths = [pattern] if pattern.startswith(PIPE) else _expand_braces(pattern)
+    paths = _braces_expanded(pattern)
     if pipe := next((path for path in paths if path.startswith(PIPE)), None):
         raise UserError(f"{pipe!r} would run a shell command; give the path of a tar file, or data.allow_pipe=true")
     return list(chain.from_iterable(map(_glob, paths)))
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    """`a{1..3}` and `a{x,y}` -> one string an alternative; a range keeps its zero padding."""
+def _braces_expanded(pattern: str) -> list[str]:
+    """The alternatives of a pattern; braces in the part of it that exists are a part of its name."""
+    if pattern.startswith(PIPE):
+        return [pattern]
+    length = literal_length(pattern, _exists)
+    return [pattern[:length] + rest for rest in _expand_braces(pattern[length:], pattern)]
+
+
+def _expand_braces(pattern: str, whole: str) -> list[str]:
+    """`a{1..3}` and `a{x,y}` -> one string an alternative; a range keeps its zero padding. whole: for messages."""
     match = _INNERMOST_BRACES.search(pattern)
     if match is None:
         if "{" in pattern or "}" in pattern:
-            raise UserError(f"unbalanced brace in {pattern!r}")
+            raise UserError(f"unbalanced brace in {whole!r}")
         return [pattern]
     inside = match[1]
     if limits := _RANGE.fullmatch(inside):
         first, last = limits.groups()
         if int(first) > int(last):
-            raise UserError(f"{{{inside}}} in {pattern!r} counts down: write {{{last}..{first}}}")
+            raise UserError(f"{{{inside}}} in {whole!r} counts down: write {{{last}..{first}}}")
         choices = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
     else:
         choices = inside.split(",")
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return list(chain.from_iterable(_expand_braces(head + choice + tail) for choice in choices))
+    return list(chain.from_iterable(_expand_braces(head + choice + tail, whole) for choice in choices))
 
 
 def _glob(path: str) -> list[str]:
     if fault := fault_of_url(path):
         raise UserError(f"{redacted(path)} is no valid URL: {fault}")
-    if not glob.has_magic(path) or (is_remote(path) and not can_list(path)):
-        return [path]  # a question mark in a URL is no wildcard
+    if not _is_glob(path):
+        return [path]
     asking(redacted(path))
-    found = _listed(path) if is_remote(path) else sorted(glob.glob(path))
+    found = _listed(path) if is_remote(path) else find_local(path)
     if not found:
         where = "" if is_remote(path) else f" (working folder: {os.getcwd()})"
         raise UserError(f"no file matches {path!r}{where}")
     return found
+
+
+def _is_glob(path: str) -> bool:
+    """A question mark in a URL is no wildcard, and what a remote name means its file system says."""
+    return glob.has_magic(path) and can_list(path) if is_remote(path) else is_wildcard(path, _exists)
 
 
 def _listed(pattern: str) -> list[str]:
@@ -111,5 +137,5 @@ def _require_files(paths: list[str], patterns: str) -> None:
 
 
 def _exists(path: str) -> bool:
-    asking(path)
-    return os.path.exists(path)
+    asking(redacted(path))
+    return not is_remote(path) and os.path.exists(path)

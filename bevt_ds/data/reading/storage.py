@@ -18,7 +18,7 @@ from bevt_ds.data.reading.index import cache_home, load_shard, load_shards, read
 from bevt_ds.data.reading.members import Member, Shard, read_from, read_member
 from bevt_ds.data.reading.patience import Patience, asking
 from bevt_ds.data.reading.remote import RemoteError, is_remote, redacted
-from bevt_ds.data.reading.shards import expand
+from bevt_ds.data.reading.shards import expand, has_wildcard
 from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
@@ -51,6 +51,10 @@ class Storage:
     def paths(self, patterns: str) -> list[str]:
         """`expand`, which lists folders and looks files up. StorageStalled: as `shards`."""
         return self._patience.call(partial(expand, patterns, self._config.allow_pipe), "the list of shards")
+
+    def has_wildcard(self, patterns: str) -> bool:
+        """Whether `patterns` stands for whatever files there are; see shards.py. StorageStalled: as `shards`."""
+        return self._patience.call(partial(has_wildcard, patterns), "the list of shards")
 
     def load_shard(self, path: str) -> Shard:
         """The index of a shard, made on first use. UserError: it cannot be had. StorageStalled: as `shards`."""
