@@ -24,6 +24,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.shards.check import Report, check, outlook, survey
 from bevt_ds.shards.dali_index import write_dali_index
 from bevt_ds.shards.pack import SHARD_BYTES, SHARD_SAMPLES, pack
+from bevt_ds.shards.sources import endings
 from bevt_ds.shards.synthetic.draw import draw, ensure_demo_shards
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -195,6 +196,8 @@ def _pack(arguments: argparse.Namespace) -> None:
         raise KeyboardInterrupt("the same command goes on where this one was") from interrupt
     rejected = f", {packed.rejected} rejected (see {arguments.split}-rejected.jsonl)" if packed.rejected else ""
     print(f"{arguments.out}: {packed.samples} samples in {len(packed.shards)} shards{rejected}")
+    if packed.passed_over:
+        print(f"passed over for their ending: {endings(packed.passed_over)}")
 
 
 def _index(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -42,6 +42,7 @@ class Packed:
     shards: tuple[Path, ...]
     samples: int
     rejected: int
+    passed_over: Mapping[str, int]  # ending -> files of the source that were left out for it
 
 
 def pack(
@@ -68,14 +69,15 @@ def pack(
     """
     if profile and kind != "video":
         raise UserError("only videos can be rewritten: leave out the profile for images")
-    items = list_items(str(source), kind, root, class_folders)
+    listing = list_items(str(source), kind, root, class_folders)
+    items = listing.items
     jobs, full = jobs or len(os.sched_getaffinity(0)), ShardLimits(shard_bytes, shard_samples)
     with ExitStack() as closing:
         writer = closing.enter_context(ShardWriter(out, split, full, _digest(items, kind, profile, full)))
         _write_all(items, writer, kind, profile, jobs, progress, closing)
         shards = writer.publish()
         rejected = [event for event in writer.events if "reason" in event]
-        _write_reports(writer, kind, profile, shards, rejected)
+        _write_reports(writer, kind, profile, shards, rejected, listing.passed_over)
         writer.remove()
     if not shards:
         first, reasons = rejected[0], out / f"{split}-rejected.jsonl"
@@ -83,7 +85,8 @@ def pack(
             f"none of the {len(items)} {kind} files of {source} is usable: {str(items[first['item']].path)!r}:"
             f" {first['reason']}; {reasons} has all"
         )
-    return Packed(tuple(out / shard["name"] for shard in shards), sum(s["samples"] for s in shards), len(rejected))
+    samples = sum(shard["samples"] for shard in shards)
+    return Packed(tuple(out / shard["name"] for shard in shards), samples, len(rejected), listing.passed_over)
 
 
 def _write_all(
@@ -106,9 +109,9 @@ def _write_all(
     for i, (item, prepared) in enumerate(bar, start=done):
         note = {"item": i, "path": item.name}
         try:
+            data, facts = prepared.result()
             if item.key in keys:
                 raise BadSample(f"another file has the key {item.key!r} too")
-            data, facts = prepared.result()
         except BadSample as bad:
             writer.note({**note, "reason": str(bad)})
             continue
@@ -153,8 +156,12 @@ def _prepare_video(item: Item, pool: DecodePool, work: Event, limits: Limits) ->
 
 
 def _read(item: Item, kind: str, limits: Limits) -> bytes:
+    if item.fault:
+        raise BadSample(item.fault)
     try:
         facts = item.path.stat()
+        if stat.S_ISDIR(facts.st_mode):
+            raise BadSample("it is a folder: frames in folders are packed once ffmpeg has made a video of them")
         if not stat.S_ISREG(facts.st_mode):
             raise BadSample("it is no regular file")  # a pipe would be waited for, for ever
         if item.extension not in EXTENSIONS[kind]:  # as a member of that name it would be no sample
@@ -179,7 +186,12 @@ def _summary(item: Item, facts: Event) -> Event:
 
 
 def _write_reports(
-    writer: ShardWriter, kind: str, profile: Profile | None, shards: list[Event], rejected: list[Event]
+    writer: ShardWriter,
+    kind: str,
+    profile: Profile | None,
+    shards: list[Event],
+    rejected: list[Event],
+    passed_over: Mapping[str, int],
 ) -> None:
     samples = [event for event in writer.events if "shard" in event]
     manifest = {
@@ -188,6 +200,7 @@ def _write_reports(
         "profile": profile and asdict(profile),
         "samples": len(samples),
         "rejected": len(rejected),
+        "passed_over": dict(sorted(passed_over.items())),
         "bytes": sum(shard["bytes"] for shard in shards),
         "shards": shards,
         "labels": dict(sorted(Counter(event["label"] for event in samples if event["label"]).items())),

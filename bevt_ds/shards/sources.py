@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from bevt_ds.data.reading.members import is_apple_double
 from bevt_ds.errors import UserError
 from bevt_ds.shards.file_lists import FILES, QUICKTIME, read_rows
+from bevt_ds.shards.file_tree import files_below, files_matching
 
 _SYNSET = re.compile(r"n\d{8}")  # how ImageNet names its folders
+APPLE_DOUBLE, NO_ENDING = "macOS's ._NAME", "no ending"
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Item:
     path: Path
     name: str  # its path relative to where the source's files lie
     label: str = ""  # empty: none
+    fault: str = ""  # why it cannot be packed, where that is known already
 
     @property
     def key(self) -> str:
@@ -35,12 +40,20 @@ class Item:
         return "mp4" if extension in QUICKTIME else extension
 
 
-def list_items(source: str, kind: str, root: Path | None = None, class_folders: bool = False) -> list[Item]:
+@dataclass(frozen=True)
+class Listing:
+    """What a source names."""
+
+    items: Sequence[Item]
+    passed_over: Counter[str] = field(default_factory=Counter)  # ending, such as ".wmv" -> files left out for it
+
+
+def list_items(source: str, kind: str, root: Path | None = None, class_folders: bool = False) -> Listing:
     """The files of `kind` ("video" or "image") that a source names, in an order that does not depend on the machine.
 
-    source: a folder (searched with its subfolders; labels if they are ImageNet's), a glob, or a list as file_lists.py
-    reads it. root: where the files of a list are; by default next to it. A file that is listed and not there is kept:
-    packing it fails, and that is written down.
+    source: a folder (searched with its subfolders and links; labels if they are ImageNet's), a glob, or a list as
+    file_lists.py reads it. root: where the files of a list are; by default next to it. A file that is listed and not
+    there is kept, and so are links that lead nowhere: packing them fails, and that is written down.
     class_folders: a file's label is the name of the source's folder that it lies in.
     UserError: there is nothing to pack, the list cannot be read, or a file lies in no class's folder.
     """
@@ -48,48 +61,80 @@ def list_items(source: str, kind: str, root: Path | None = None, class_folders: 
     if class_folders and not is_folder:
         raise UserError(f"{source} is no folder of class folders: leave out --class-folders, or name one")
     if is_folder:
-        items = _from_folder(path, kind, class_folders)
-    elif os.path.isfile(source) and not _is_media(path, kind):
-        items = _from_list(path, root or path.parent, kind)
+        listing = _from_folder(path, kind, class_folders)
+    elif os.path.isfile(source) and not _is_media(path.name, kind):
+        listing = Listing(_from_list(path, root or path.parent, kind))
     else:
-        items = _from_glob(source, kind)
-    if not items:
-        raise UserError(f"no {kind} file in {source} (looked for {', '.join(FILES[kind])})")
-    return items
+        listing = _from_glob(source, kind)
+    if not listing.items:
+        others = f"; there are {endings(listing.passed_over)}" if listing.passed_over else ""
+        raise UserError(f"no {kind} file in {source} (looked for {', '.join(FILES[kind])}{others})")
+    return listing
 
 
-def _is_media(path: Path, kind: str) -> bool:
-    """By its name; macOS puts a `._name` beside files on foreign disks, which holds none of their data."""
-    return path.suffix[1:].lower() in FILES[kind] and not path.name.startswith("._")
+def endings(passed_over: Counter[str]) -> str:
+    """`12 .wmv, 1 .txt`, the commonest first."""
+    return ", ".join(f"{count} {ending}" for ending, count in sorted(passed_over.items(), key=lambda e: (-e[1], e[0])))
 
 
-def _from_folder(folder: Path, kind: str, class_folders: bool) -> list[Item]:
-    files = sorted(p for p in folder.rglob("*") if _is_media(p, kind) and p.is_file())
-    classes = {p.relative_to(folder).parts[0] for p in files}
+def _is_media(name: str, kind: str) -> bool:
+    """By its name; macOS puts a `._name` next to files on foreign disks, which holds none of their data."""
+    return Path(name).suffix[1:].lower() in FILES[kind] and not is_apple_double(name)
+
+
+def _ending(name: str) -> str:
+    return APPLE_DOUBLE if is_apple_double(name) else Path(name).suffix.lower() or NO_ENDING
+
+
+def _from_folder(folder: Path, kind: str, class_folders: bool) -> Listing:
+    listing = _sorted_out(((path, path.relative_to(folder), fault) for path, fault in files_below(folder)), kind)
+    classes = {_class_folder(i) for i in listing.items if not i.fault or _SYNSET.fullmatch(_class_folder(i))}
     labels: dict[str, str] = {}
     if class_folders:
-        if loose := [p for p in files if p.parent == folder]:
-            raise UserError(f"{loose[0]} lies in no folder of {folder}: with --class-folders that would be its class")
+        if loose := [item for item in listing.items if "/" not in item.name and not item.fault]:
+            raise UserError(
+                f"{loose[0].path} lies in no folder of {folder}: with --class-folders that would be its class"
+            )
         if odd := [name for name in sorted(classes) if not _is_utf8(name)]:
             raise UserError(f"the name of the folder {odd[0]!r} in {folder} is not in UTF-8, and a label is: rename it")
         labels = {name: name for name in classes}
     elif classes and all(_SYNSET.fullmatch(name) for name in classes):
+        # those without a usable file too: a class has its number however many of the others can be read
+        classes |= {entry.name for entry in os.scandir(folder) if entry.is_dir() and _SYNSET.fullmatch(entry.name)}
         labels = {name: str(i) for i, name in enumerate(sorted(classes))}
-    return [Item(p, str(p.relative_to(folder)), labels.get(p.relative_to(folder).parts[0], "")) for p in files]
+    items = [replace(item, label=labels.get(_class_folder(item), "")) for item in listing.items]
+    return replace(listing, items=items)
+
+
+def _class_folder(item: Item) -> str:
+    """The first part of its name: the source's folder that it lies in, or itself."""
+    return item.name.partition("/")[0]
+
+
+def _from_glob(pattern: str, kind: str) -> Listing:
+    found = dict(sorted(files_matching(pattern)))
+    listing = _sorted_out(((path, path, fault) for path, fault in found.items()), kind)
+    if not listing.items:
+        others = f"; it matches {endings(listing.passed_over)}" if listing.passed_over else ""
+        raise UserError(f"{pattern} is no folder, no list, and no glob that matches a {kind} file{others}")
+    common = Path(os.path.commonpath([item.path.parent for item in listing.items]))
+    return replace(listing, items=[replace(i, name=str(i.path.relative_to(common))) for i in listing.items])
+
+
+def _sorted_out(files: Iterable[tuple[Path, Path, str]], kind: str) -> Listing:
+    """(path, name, fault) of some files -> those of a kind, in order, and a count of the others."""
+    items, passed_over = [], Counter()
+    for path, name, fault in sorted(files):
+        if fault or _is_media(path.name, kind):
+            items.append(Item(path, str(name), fault=fault))
+        else:
+            passed_over[_ending(path.name)] += 1
+    return Listing(items, passed_over)
 
 
 def _is_utf8(name: str) -> bool:
     """Python reads other bytes of a file's name as surrogates."""
     return name.encode(errors="ignore").decode() == name
-
-
-def _from_glob(pattern: str, kind: str) -> list[Item]:
-    files = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-    files = [p for p in files if _is_media(p, kind) and p.is_file()]
-    if not files:
-        raise UserError(f"{pattern} is no folder, no list, and no glob that matches a {kind} file")
-    common = Path(os.path.commonpath([p.parent for p in files]))
-    return [Item(p, str(p.relative_to(common))) for p in files]
 
 
 def _from_list(path: Path, root: Path, kind: str) -> list[Item]:

@@ -69,7 +69,7 @@ def test_what_is_no_file_is_not_waited_for(source: Path, tmp_path: Path) -> None
     (source / "list.txt").write_text("pipe.jpg\nfolder.jpg\na.jpg\n")
     assert pack(source / "list.txt", tmp_path / "out", "image").samples == 1
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "train-rejected.jsonl").open()]
-    assert reasons == ["it is no regular file"] * 2
+    assert reasons[0] == "it is no regular file" and reasons[1].startswith("it is a folder")
 
 
 def test_a_listed_file_is_named_as_it_was_listed(source: Path, tmp_path: Path) -> None:
@@ -78,6 +78,19 @@ def test_a_listed_file_is_named_as_it_was_listed(source: Path, tmp_path: Path) -
     events = [json.loads(line) for line in (tmp_path / "out" / "train-rejected.jsonl").open()]
     assert [event["path"] for event in events] == ["gone.tif", "notes.txt"]
     assert "No such file" in events[0]["reason"] and "it is no image by its name" in events[1]["reason"]
+
+
+def test_broken_links_and_other_endings_are_written_down(source: Path, tmp_path: Path, capsys) -> None:
+    (source / "linked").symlink_to("gone")
+    (source / "again").symlink_to(".")
+    out = tmp_path / "out"
+    assert cli.main(["shards", "pack", str(source), str(out), "--kind", "image", "--jobs", "1"]) == 0
+    assert "4 rejected (see train-rejected.jsonl)\npassed over for their ending: 1 .txt" in capsys.readouterr().out
+    reasons = {event["path"]: event["reason"] for event in map(json.loads, (out / "train-rejected.jsonl").open())}
+    assert "it is a link to 'gone', which cannot be opened" in reasons["linked"]
+    assert "it is a link to '.', a folder that it lies in itself" in reasons["again"]
+    manifest = json.loads((out / "train-manifest.json").read_text())
+    assert (manifest["rejected"], manifest["passed_over"]) == (4, {".txt": 1})
 
 
 def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:

@@ -33,6 +33,6 @@ def is_wildcard(pattern: str, exists: Exists) -> bool:
     return glob.has_magic(pattern) and glob.has_magic(pattern[literal_length(pattern, exists) :])
 
 
-def find_local(pattern: str, recursive: bool = False) -> list[str]:
-    """Sorted paths of the local files and folders that match; `recursive`: `**` is any number of folders."""
-    return sorted(glob.glob(escaped(pattern, os.path.exists), recursive=recursive))
+def find_local(pattern: str) -> list[str]:
+    """Sorted paths of the local files and folders that match."""
+    return sorted(glob.glob(escaped(pattern, os.path.lexists)))
