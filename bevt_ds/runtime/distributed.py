@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import socket
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from bevt_ds.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,43 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(value)
         return value
+
+
+def choose_rendezvous(environment: MutableMapping[str, str]) -> None:
+    """Complete the variables by which the ranks of a run find each other.
+
+    A single rank meets no one, so it takes a free port: DeepSpeed's launcher gives every run the same one, 29500.
+    torchrun's agent holds its port itself.
+
+    Raises:
+        UserError: the port of several ranks is in use. On rank 0, which would listen there.
+    """
+    if "RANK" not in environment:
+        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    if environment["WORLD_SIZE"] == "1":
+        environment["MASTER_PORT"] = str(_free_port())
+    elif environment["RANK"] == "0":
+        _require_free(int(environment["MASTER_PORT"]))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just left is free
+        try:
+            probe.bind(("", port))
+            probe.listen()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise UserError(
+                f"port {port} of this machine is in use, probably by another run: give this one its own with"
+                f" `deepspeed --master_port {_free_port()} ...` (or torchrun's --master_port)."
+            ) from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from bevt_ds.batch import Batch
 from bevt_ds.config.deepspeed import resolve
 from bevt_ds.errors import UserError
-from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.distributed import Ranks, choose_rendezvous
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # All that DeepSpeed's shards of stages 0-3 need beyond tensors and plain containers.
@@ -49,10 +48,12 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
 
 
 def start_ranks() -> Ranks:
-    """Join the process group, under `deepspeed`, `torchrun` or plain `python` (which becomes rank 0 of 1)."""
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    """Join the process group, under `deepspeed`, `torchrun` or plain `python` (which becomes rank 0 of 1).
+
+    Raises:
+        UserError: another program uses the port at which the ranks are to meet.
+    """
+    choose_rendezvous(os.environ)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # Its shared-memory all-reduce compiles for over a minute at the first start; gloo needs no compiler.
@@ -228,9 +229,3 @@ def _optimizer(groups: list[dict[str, Any]], optim: Any, settings: dict[str, Any
     if offload != "none":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -26,6 +26,7 @@ from bevt_ds.config.schema import Config
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.checkpoint import check_same, checkpoints, make_folder
 from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.lock import hold
 
 T = TypeVar("T")  # a run's config dataclass
 
@@ -69,6 +70,8 @@ def _claim(config: Any) -> Path:
     else:
         _require_unused(folder)
     make_folder(folder)
+    if owner := hold(folder):
+        raise UserError(f"output_dir={folder} is in use by another run ({owner}): end it, or name another folder.")
     return folder
 
 
@@ -91,8 +94,14 @@ def _claim_free_name(first: Path, config: Any) -> Path:
         number += 1
         candidate = first.with_name(f"{first.name}-{number}")
     resumable = [folder for folder in taken if checkpoints(_commits(folder))]
-    chosen = resumable[-1] if config.resume == "auto" and resumable else candidate
-    return _claim(replace(config, output_dir=str(chosen)))
+    if config.resume == "auto" and resumable:
+        return _claim(replace(config, output_dir=str(resumable[-1])))
+    make_folder(candidate)
+    while hold(candidate):  # by a run that started at the same time and has written nothing yet
+        number += 1
+        candidate = first.with_name(f"{first.name}-{number}")
+        make_folder(candidate)
+    return _claim(replace(config, output_dir=str(candidate)))
 
 
 def _require_unused(folder: Path) -> None:

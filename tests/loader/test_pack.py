@@ -176,6 +176,21 @@ def test_demo_shards_appear_whole_and_once(tmp_path: Path, monkeypatch: pytest.M
         ensure_demo_shards(folder)
 
 
+def test_two_programs_may_draw_the_demo_shards_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw_module, "DEMO_SPLITS", {"train": (1, 1)})
+    folder, whole = tmp_path / "demo", draw_module._draw_demo
+
+    def overtaken(unfinished: Path) -> None:
+        monkeypatch.setattr(draw_module, "_draw_demo", whole)
+        ensure_demo_shards(folder)  # the other program, which ends first
+        whole(unfinished)
+
+    monkeypatch.setattr(draw_module, "_draw_demo", overtaken)
+    ensure_demo_shards(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert len(list(folder.glob("*.tar"))) == 2
+
+
 def test_an_interrupted_drawing_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.shards.pack import pack
 
 DEMO_SPLITS = {"train": (320, 1024), "eval": (48, 96)}  # clips, images
+KINDS = ("video", "image")
 
 
 def draw(folder: Path, clips: int, images: int, seed: int = 0, jobs: int | None = None) -> None:
@@ -44,19 +46,31 @@ def draw(folder: Path, clips: int, images: int, seed: int = 0, jobs: int | None 
 def ensure_demo_shards(folder: Path) -> None:
     """Draw and pack the demo's training and held-out shards into `folder`, unless it is there.
 
-    The folder appears whole or not at all. UserError: it exists and holds something else.
+    The folder appears whole or not at all; of two programs that draw it at once, one puts it there.
+    UserError: it exists and holds something else.
     """
-    splits = [f"{split}-{kind}" for split in DEMO_SPLITS for kind in ("video", "image")]
-    if all((folder / f"{split}-000000.tar").exists() for split in splits):
+    if _has_demo_shards(folder):
         return
     _require_absent(folder)
-    with _appearing(folder) as unfinished:
-        for seed, (split, (clips, images)) in enumerate(DEMO_SPLITS.items()):
-            media = unfinished / split
-            draw(media, clips, images, seed)
-            for kind in ("video", "image"):
-                pack(media, unfinished, kind, split=f"{split}-{kind}")
-            shutil.rmtree(media)
+    try:
+        with _appearing(folder) as unfinished:
+            _draw_demo(unfinished)
+    except OSError as error:  # the name was taken meanwhile
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _has_demo_shards(folder):
+            raise
+
+
+def _has_demo_shards(folder: Path) -> bool:
+    return all((folder / f"{split}-{kind}-000000.tar").exists() for split in DEMO_SPLITS for kind in KINDS)
+
+
+def _draw_demo(folder: Path) -> None:
+    for seed, (split, (clips, images)) in enumerate(DEMO_SPLITS.items()):
+        media = folder / split
+        draw(media, clips, images, seed)
+        for kind in KINDS:
+            pack(media, folder, kind, split=f"{split}-{kind}")
+        shutil.rmtree(media)
 
 
 def _require_absent(folder: Path) -> None:

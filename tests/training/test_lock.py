@@ -1,0 +1,76 @@
+"""One run at a time in a folder, and what happens to a lock whose process was killed."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bevt_ds import UserError
+from bevt_ds.config.parse import set_value
+from bevt_ds.config.recipes import get_recipe
+from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.lock import hold
+from bevt_ds.runtime.run_dir import choose_folder
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+HOLDER = """
+import sys, pathlib
+from bevt_ds.runtime.lock import hold
+assert hold(pathlib.Path(sys.argv[1])) is None
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held_by_another(tmp_path, monkeypatch):
+    """runs/demo, empty, and the process that holds its lock."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/demo")
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    yield folder, other
+    other.kill()
+    other.communicate()
+
+
+def test_another_process_is_named(held_by_another):
+    folder, other = held_by_another
+    assert f"process {other.pid} on " in hold(folder)
+    config = set_value(get_recipe("demo"), "output_dir", str(folder))
+    with pytest.raises(UserError, match=f"in use by another run .process {other.pid}"):
+        choose_folder(config, ALONE)
+
+
+def test_a_run_without_a_name_takes_the_next_folder(held_by_another):
+    assert choose_folder(get_recipe("demo"), ALONE) == Path("runs/demo-2")
+
+
+def test_a_killed_process_holds_nothing(held_by_another):
+    folder, other = held_by_another
+    other.kill()
+    other.wait()
+    assert hold(folder) is None
+    assert hold(folder) is None, "this process may ask again"
+
+
+def test_a_lock_without_facts_is_named_too(held_by_another):
+    folder, _ = held_by_another
+    (folder / ".lock").write_text("")
+    assert hold(folder) == "another process"
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("bevt_ds.runtime.lock.fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="has no file locks"):
+        assert hold(tmp_path) is None
