@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import Any
 
@@ -41,3 +44,32 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
+
+
+class _TimmRegistration(MetaPathFinder):
+    """Registers the models with timm when timm is imported.
+
+    So `timm.create_model("bevt_swin_b")` works after `import bevt_ds`, whichever comes first. timm has no entry points
+    for models of other packages, and to import it here would cost every decode worker torch.
+    """
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: Any) -> None:
+                run(module)
+                import_module("bevt_ds.model.presets")
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "timm" in sys.modules:
+    import_module("bevt_ds.model.presets")
+else:
+    sys.meta_path.insert(0, _TimmRegistration())
