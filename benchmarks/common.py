@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
 SPIN = 4_000_000  # clocks, about 2 ms: longer than a host takes to enqueue forward and backward of any competitor
 EXPS_PER_CLOCK = 16  # exp2 of a streaming multiprocessor per clock, compute capability 8.0 and 9.0
 
@@ -132,18 +135,29 @@ def provenance(device: str) -> dict[str, str]:
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"]
         versions["clocks"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0]
-    if triton_version := _triton_version():
-        versions["triton"] = triton_version
+    versions |= {"triton": found} if (found := package_version("triton")) else {}
     return {"commit": commit(), "device": name, "threads": str(torch.get_num_threads()), **versions}
 
 
-def _triton_version() -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
+def package_version(package: str) -> str | None:
+    """None where it is not installed."""
     try:
-        return version("triton")
+        return version(package)
     except PackageNotFoundError:
         return None
+
+
+def machine() -> dict[str, Any]:
+    """The CPU's name, its cores, what else they are doing, and the versions of what decodes."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    versions = {name: package_version(name) for name in ("av", "nvidia-dali-cuda130", "torchvision", "torchcodec")}
+    cores, load = len(os.sched_getaffinity(0)), round(os.getloadavg()[0], 2)
+    return {"cpu": names[0].partition(": ")[2], "cores": cores, "load": load, **versions}
+
+
+def rows_of(benchmark: str, device: str, folder: Path) -> Path:
+    """The file in `folder` that a benchmark appends its rows to; device: its name, as in `provenance`."""
+    return folder / f"{benchmark}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
 
 
 def read_rows(path: Path) -> Iterator[dict]:

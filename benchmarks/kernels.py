@@ -13,18 +13,16 @@ shapes over what runs on a CPU, and says so.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import torch
 
-from . import kernels_masked, kernels_providers, kernels_report
-from .common import append_row, ceilings, measure, peak_megabytes, provenance, read_rows, reason
+from . import kernels_masked, kernels_providers, report
+from .common import RESULTS, append_row, ceilings, measure, peak_megabytes, provenance, read_rows, reason, rows_of
 from .kernels_cases import Case, default_cases, further_cases, small_cases, soak_cases
 from .kernels_providers import Job
 
-RESULTS = Path(__file__).parent / "results"
 DIRECTIONS = ("forward", "backward", "both")
 NAMES = tuple(kernels_providers.GPU_PROVIDERS) + ("eager_gather_first",)  # the last is of the masked head alone
 
@@ -170,20 +168,17 @@ def main() -> None:
         print("No GPU: small shapes on the CPU. These numbers say nothing about the Triton kernels.")
     if arguments.soak:
         return soak(device, arguments.soak if device == "cuda" else 3)
-    slug = re.sub(r"[^a-z0-9]+", "-", provenance(device)["device"].lower()).strip("-")
     cases = small_cases() if device == "cpu" else default_cases()
     cases = part_of(further_cases(), arguments.part) if arguments.part else cases
     if not (chosen := [case for case in cases if arguments.only in case.name]):
         parser.error(f"--only {arguments.only!r} is in no name: {', '.join(case.name for case in cases)}")
-    run = Run(device, arguments.out / f"kernels-{slug}.jsonl", arguments.providers)
+    run = Run(device, rows_of("kernels", provenance(device)["device"], arguments.out), arguments.providers)
     for case in chosen:
         run.attention(case)
     if not arguments.part and not arguments.only:
         run.masked()
-    rows = list(read_rows(run.path))
-    run.path.with_suffix(".md").write_text(kernels_report.markdown(rows))
-    kernels_report.plot(rows, run.path.with_suffix(".png"))
-    print(f"{len(rows)} rows in {run.path}")
+    report.write(run.path)
+    print(f"rows, page and plot: {run.path}")
 
 
 if __name__ == "__main__":

@@ -16,19 +16,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import append_row, provenance
+from benchmarks import report
+from benchmarks.common import RESULTS, append_row, machine, provenance
 from benchmarks.loader_media import SIZES, STRIDES, prepare, quality
-from benchmarks.loader_page import write_page
 from bevt_ds.config.schema import Config, DataConfig, TrainConfig
 
-RESULTS = Path(__file__).parent / "results" / "loader.jsonl"
+ROWS = RESULTS / "loader.jsonl"
 MICRO = 4  # clips a batch
 SOAK_CLIPS, SOAK_POINTS = 20_000, 20
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -188,21 +187,6 @@ def in_own_process(*arguments: str) -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def machine() -> dict[str, Any]:
-    """Beside what every benchmark states: the CPU's name, its cores and what else they were doing."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0))
-    versions = {name: _version(name) for name in ("av", "nvidia-dali-cuda130", "torchvision", "torchcodec")}
-    return {"cpu": names[0].partition(": ")[2], "cores": cores, "load": round(os.getloadavg()[0], 2), **versions}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bevt-loader-benchmark")
@@ -222,7 +206,7 @@ def main() -> None:
     elif arguments.soak:
         print(json.dumps(soak(arguments.soak)))
     elif arguments.page:
-        write_page(RESULTS)
+        report.write(ROWS)
     else:
         _run(arguments)
 
@@ -239,7 +223,7 @@ def _run(arguments: argparse.Namespace) -> None:
             _record({"shards": shards, "size": size, **facts})
     _measure_rows(folders, arguments)
     _record({"soak": "340x256, packed, fps=", **in_own_process("--soak", str(folders["340x256"]))})
-    write_page(RESULTS)
+    report.write(ROWS)
 
 
 def _measure_rows(folders: dict[str, Path], arguments: argparse.Namespace) -> None:
@@ -255,7 +239,7 @@ def _measure_rows(folders: dict[str, Path], arguments: argparse.Namespace) -> No
 
 
 def _record(facts: dict[str, Any]) -> None:
-    append_row(RESULTS, {**facts, **provenance("cpu"), **machine()})
+    append_row(ROWS, {**facts, **provenance("cpu"), **machine()})
     print(json.dumps(facts), flush=True)
 
 

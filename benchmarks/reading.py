@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import trange
 
-from benchmarks.common import append_row, provenance, quantiles, read_rows
-from benchmarks.loader import machine
+from benchmarks import report
+from benchmarks.common import RESULTS, append_row, machine, provenance, quantiles
 from benchmarks.loader_media import SIZES, draw_clip
 from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.decoding.video import opened
@@ -28,7 +28,7 @@ from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.shards.writer import sample_records
 
-RESULTS = Path(__file__).parent / "results" / "reading.jsonl"
+ROWS = RESULTS / "reading.jsonl"
 KIB = (20, 160, 2000)  # a picture, a clip of ten seconds at 340x256, one at 1280x720
 SAMPLES = 32
 
@@ -69,24 +69,6 @@ def decoding() -> dict[str, Callable[[], object]]:
     return {f"decode 16x8, {size}, {len(data) >> 10} KiB": lambda d=data: decode(d) for size, data in videos.items()}
 
 
-PAGE = """# Reading
-
-Made by `python -m benchmarks.reading`: milliseconds of CPU time a sample; the middle 60 % of {rounds} rounds lie
-between the last two columns. `deadline`: the read is made by a thread that may be given up (`data.read_seconds`).
-{cores} cores of {cpu}, shared with other work (load {load:.0f}); Python {python}, commit {commit}.
-
-| what | median | 20 % | 80 % |
-|---|---|---|---|
-{lines}
-"""
-
-
-def page(rows: list[dict]) -> str:
-    """The rows as Markdown."""
-    lines = (f"| {row['row']} | {row['p50']:.3f} | {row['p20']:.3f} | {row['p80']:.3f} |" for row in rows)
-    return PAGE.format(lines="\n".join(lines), **rows[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
@@ -100,12 +82,11 @@ def main() -> None:
         for _ in trange(rounds, disable=None):
             for name, (work, samples) in works.items():
                 spent[name].append(cpu_ms(work, 1) / samples)
-    RESULTS.unlink(missing_ok=True)
+    ROWS.unlink(missing_ok=True)
     for name, values in spent.items():
         facts = {"row": name, **vars(quantiles(values)), "rounds": rounds}
-        append_row(RESULTS, {**facts, **provenance("cpu"), **machine()})
-    RESULTS.with_suffix(".md").write_text(page(list(read_rows(RESULTS))))
-    print(RESULTS.with_suffix(".md"))
+        append_row(ROWS, {**facts, **provenance("cpu"), **machine()})
+    print(report.write(ROWS))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,12 +24,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import scaling_report
-from .common import append_row, read_rows
+from . import report
+from .common import RESULTS, append_row, rows_of
 from .scaling_worker import Job
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 MOST_RANKS = 8
 SMALL = {"model": "tiny", "micro_clips": 2, "micro_images": 8, "steps": 5}  # 2 CPU cores: a quarter of a second
 LARGE = {"model": "swin_b", "micro_clips": 8, "micro_images": 64, "steps": 20}
@@ -102,11 +100,9 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     for row in rounds(todo, options.rounds, gpus > 0):
-        slug = re.sub(r"[^a-z0-9]+", "-", row["provenance"]["device"].lower()).strip("-")
-        path = options.out / f"scaling-{slug}.jsonl"
+        path = rows_of("scaling", row["provenance"]["device"], options.out)
         append_row(path, row)
-    scaling_report.write(list(read_rows(path)), path)
-    print(path.with_suffix(".md").read_text())
+    print(report.write(path))
 
 
 if __name__ == "__main__":

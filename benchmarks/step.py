@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -37,13 +36,12 @@ from bevt_ds.runtime.engine import start_ranks
 from bevt_ds.runtime.flops import clip_macs, image_macs, peak_flops, training_flops
 from bevt_ds.shards.synthetic.draw import ensure_demo_shards
 
-from . import step_report
-from .common import append_row, ceilings, provenance, quantiles, reason
+from . import report
+from .common import RESULTS, append_row, ceilings, provenance, quantiles, reason, rows_of
 from .step_batch import resident_batch
 from .step_parts import profile_step
 from .step_providers import CPU_PROVIDERS, PROVIDERS, RIVALS, Setting, Step, configuration
 
-RESULTS = Path(__file__).parent / "results"
 CASES = ("resident", "no tokenizer", "shards")
 FEW = ("eager", "ours")  # providers of the cases beyond the first
 WARM_UP, SHARD_STEPS = 2, {"cuda": 20, "cpu": 4}
@@ -254,11 +252,12 @@ def main() -> None:
     images = default[1] if arguments.images is None else arguments.images
     config = configuration(arguments.model, clips, images, arguments.ids)
     config = with_shards(config, arguments.videos, arguments.image_shards)
-    slug = re.sub(r"[^a-z0-9]+", "-", provenance("cuda" if gpu else "cpu")["device"].lower()).strip("-")
-    benchmark = Benchmark(arguments.out / f"step-{slug}.jsonl", config, arguments.seconds)
+    path = rows_of("step", provenance("cuda" if gpu else "cpu")["device"], arguments.out)
+    benchmark = Benchmark(path, config, arguments.seconds)
     for case in arguments.cases:
         benchmark.run(case, arguments.providers, arguments.tokenizer)
-    step_report.write(benchmark.path)
+    report.write(path)
+    print(f"rows, page and plot: {path}")
 
 
 if __name__ == "__main__":

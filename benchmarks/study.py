@@ -24,16 +24,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import append_row, provenance, read_rows
+from benchmarks import report
+from benchmarks.common import RESULTS, append_row, machine, provenance, read_rows
+from benchmarks.pages_data import best_rate
 from benchmarks.study_baseline import copy_accuracy
-from benchmarks.study_data import prepare
-from benchmarks.study_page import best_rate, draw_classes, write_page
+from benchmarks.study_data import draw_classes, prepare
 from benchmarks.study_runs import ARMS, Scale, finetune, masked_accuracy, pretrain
 from bevt_ds.config.command_line import run
 from bevt_ds.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "study.jsonl"
+ROWS = RESULTS / "study.jsonl"
 DOCS = ROOT / "docs"
 
 FEW = Scale(
@@ -155,15 +156,7 @@ class Study:
 
     def _note(self, row: dict[str, Any]) -> None:
         with self.lock:
-            append_row(self.results, row | {"provenance": machine()})
-
-
-def machine() -> dict[str, Any]:
-    """Where a row comes from, and how busy the machine was when it was written."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0))
-    load = round(os.getloadavg()[0], 1)
-    return provenance("cpu") | {"cpu": names[0].partition(": ")[2], "cores": cores, "load": load}
+            append_row(self.results, row | {"provenance": provenance("cpu") | machine()})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -176,14 +169,14 @@ def main(argv: Sequence[str]) -> int:
     if arguments.small:
         study = Study(arguments.folder or ROOT / "runs" / "study-small", SMALL)
         carry_out(study)
-        print(write_page(study.rows(), study.folder / "study.md", study.folder / "study.png"))
+        print(report.write(study.results))
         return 0
     if not arguments.page:
         study = Study(arguments.folder or ROOT / "runs" / "study", FEW, MANY)
         carry_out(study)
-        shutil.copyfile(study.results, RESULTS)
+        shutil.copyfile(study.results, ROWS)
     draw_classes(DOCS / "study-classes.png")
-    print(write_page(list(read_rows(RESULTS)), RESULTS.with_suffix(".md"), DOCS / "study.png"))
+    print(report.write(ROWS))
     return 0
 
 

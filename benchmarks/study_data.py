@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from zlib import crc32
 
+import numpy as np
 from tqdm import tqdm
 
 from bevt_ds.rng import Use, generator
@@ -67,3 +68,20 @@ def _prepare_split(pool: Executor, folder: Path, split: str, count: int, seed: i
         listed.write_text("".join(f"{i:06d}.mp4 {label_of(i)}\n" for i in range(count)))
         pack(listed, folder, kind, split, root=media)
     shutil.rmtree(media)
+
+
+def draw_classes(picture: Path, seed: int = 7) -> None:
+    """A clip of each class from the same draw, a row each: only the motion differs."""
+    from matplotlib import pyplot
+
+    figure, rows = pyplot.subplots(len(COURSES), figsize=(6.4, 5.6), layout="constrained")
+    for axes, name in zip(rows, COURSES, strict=True):
+        clip = render_action(generator(seed, Use.SYNTHETIC), name, CLIP)
+        spaced = np.pad(clip, ((0, 0), (0, 0), (2, 2), (0, 0)), constant_values=255)
+        axes.imshow(np.concatenate(list(spaced), axis=1))
+        axes.set_frame_on(False)
+        axes.set_ylabel(name.replace("_then_", "\nthen "), rotation=0, ha="right", va="center", fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.savefig(picture, dpi=80, bbox_inches="tight")
+    pyplot.close(figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compare import FAILED
+from benchmarks.report import load
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,7 +22,7 @@ ROWS = [ROOT / name for name in TRACKED if name.endswith(".jsonl")]
 
 
 def test_index_names_every_file_of_rows():
-    assert set(re.findall(r"\]\(results/([^)]+\.jsonl)\)", INDEX)) == {path.name for path in ROWS}
+    assert set(re.findall(r"\]\(results/([^)]+\.jsonl)\)", INDEX)) == {str(path.relative_to(RESULTS)) for path in ROWS}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.parent.name)
@@ -41,7 +41,7 @@ def test_commands_exist():
 @pytest.mark.parametrize("path", ROWS, ids=lambda p: p.name)
 def test_rows_have_provenance_and_a_page(path):
     assert path.with_suffix(".md").exists()
-    for row in map(json.loads, path.read_text().splitlines()):
+    for row in load(path):
         source = row.get("provenance", row)
         assert {"commit", "device", "threads", "python", "torch"} <= source.keys()
         values = [v for value in row.values() for v in (value if isinstance(value, list) else [value])]

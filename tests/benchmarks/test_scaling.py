@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import scaling, scaling_report
+from benchmarks import pages, scaling
 from benchmarks.scaling_traffic import Traffic, expected_bytes, sent_bytes
 from benchmarks.scaling_worker import Job
 
@@ -94,28 +94,29 @@ def test_efficiency():
 
     By CPU time two ranks do twice the work of one in 2.5 s instead of 2 s.
     """
-    modes = scaling_report.split(scaling_report.chosen(ROWS))
+    modes = pages.split(pages.chosen(ROWS))
     assert {mode: [(r["ranks"], r["micro_steps"]) for r in rows] for mode, rows in modes.items()} == {
         "weak": [(1, 1), (2, 1)],
         "strong": [(1, 2), (2, 1)],
     }
     for rows in modes.values():
-        for by in (scaling_report.rate, scaling_report.cpu_rate):
-            assert [scaling_report.efficiency(row, rows, by) for row in rows] == [1.0, pytest.approx(0.8)]
-    assert scaling_report.efficiency(ROWS[3], ROWS[3:]) is None
+        for by in (pages.rate, pages.cpu_rate):
+            assert [pages.efficiency(row, rows, by) for row in rows] == [1.0, pytest.approx(0.8)]
+    assert pages.efficiency(ROWS[3], ROWS[3:]) is None
 
 
 def test_the_median_launch_stands_for_its_rounds():
     rows = [made_row(1, 1, ms) for ms in (300, 100, 120)]
-    assert [row["p50_ms"] for row in scaling_report.chosen(rows)] == [120]
+    assert [row["p50_ms"] for row in pages.chosen(rows)] == [120]
 
 
-def test_page_and_plot(tmp_path):
-    scaling_report.write(ROWS, tmp_path / "scaling.jsonl")
-    page = (tmp_path / "scaling.md").read_text()
-    assert "| 2 | 2 | 1 | 125 (125-125) | 1.00 | 2.0 | 80% | 80% | 2.50 | 3.0 | - |" in page
-    assert "| 2 | 2 | 1 | 3.00 (5) | - | - | 0.00 | 3.00 | 2.00 | 1.50 |" in page
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+def test_page_shows_times_and_traffic():
+    page = pages.scaling(ROWS)
+    text, (speed, sent) = page.markdown(), page.panels
+    assert "| 2 | 2 | 1 | 125 (125-125) | 1.00 | 2.0 | 80% | 80% | 2.50 | 3.0 |" in text
+    assert "| 2 | 2 | 1 | 3.00 (5) | 0.00 | 3.00 | 2.00 | 1.50 |" in text
+    assert speed.lines["weak, ZeRO 2"] == ([1, 2], [1.0, pytest.approx(1.6)])
+    assert sent.bars == {"all-reduce": [3.0]} and sent.marks == {"paper": [2.0]}
 
 
 @pytest.mark.dist

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from webdataset import WebDataset
 
-from benchmarks import study
+from benchmarks import report, study
+from benchmarks.pages_data import best_rate, measured
+from benchmarks.pages_data import study as page_of_study
 from benchmarks.study_baseline import copied
 from benchmarks.study_data import prepare
-from benchmarks.study_page import best_rate, measured, write_page
 from benchmarks.study_runs import ARMS, Scale, masked_accuracy
 from bevt_ds.errors import UserError
 from bevt_ds.shards.synthetic.motion import COURSES
@@ -31,7 +32,14 @@ TINY = Scale(
 
 def row(arm: str, seed: int, lr: float, val: float, test: float) -> dict:
     scores = {"val": val, "test": test, "classes": dict.fromkeys(COURSES, test)}
-    return {"arm": arm, "seed": seed, "lr": lr, **scores, "scale": asdict(TINY), "provenance": {"cpu": "a"}}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "lr": lr,
+        **scores,
+        "scale": asdict(TINY),
+        "provenance": {"cpu": "a", "commit": "c"},
+    }
 
 
 def rows_of(accuracies: dict[str, tuple[float, ...]]) -> list[dict]:
@@ -113,24 +121,25 @@ def test_the_test_clips_do_not_choose_the_rate():
 )
 def test_the_page_says_who_is_ahead(tmp_path, joint, verdict):
     rows = rows_of({"scratch": (0.2, 0.3), "images": (0.6, 0.6), "joint": joint})
-    text = write_page(rows, tmp_path / "page.md", tmp_path / "plot.png")
-    assert verdict in text and text == (tmp_path / "page.md").read_text()
+    (tmp_path / "study.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+    text = report.write(tmp_path / "study.jsonl")
+    assert verdict in text and text == (tmp_path / "study.md").read_text()
     assert f"({min(joint):.1%} to {max(joint):.1%})" in text
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert (tmp_path / "study.png").stat().st_size > 1000
 
 
-def test_each_number_of_labels_has_its_table(tmp_path):
+def test_each_number_of_labels_has_its_table():
     few = rows_of(dict.fromkeys(ARMS, (0.5,)))
     many = [{**r, "scale": {**r["scale"], "labels": 30}} for r in few]
-    text = write_page(many + few, tmp_path / "page.md", tmp_path / "plot.png")
+    text = page_of_study(many + few).markdown()
     assert text.index("## 2 training clips") < text.index("## 30 training clips")
 
 
-def test_the_page_shows_pretraining(tmp_path):
+def test_the_page_shows_pretraining():
     """A curve is drawn, not taken for a result."""
     curve = {"pretraining": "joint", "steps": [600, 1200], "video": [0.3, 0.625], "image": [0.2, 0.4], "copying": 0.5}
-    rows = [{**curve, "provenance": {"cpu": "a"}}, *rows_of(dict.fromkeys(ARMS, (0.5,)))]
-    text = write_page(rows, tmp_path / "page.md", tmp_path / "plot.png")
+    rows = [{**curve, "provenance": {"commit": "c"}}, *rows_of(dict.fromkeys(ARMS, (0.5,)))]
+    text = page_of_study(rows).markdown()
     assert "| joint (BEVT) | 1,200 | 62.5% | 50.0% | 40.0% |" in text
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import kernels as kernels_benchmark
-from benchmarks import kernels_cases, kernels_masked, kernels_providers, kernels_report
+from benchmarks import kernels_cases, kernels_masked, kernels_providers, pages
 from benchmarks.common import Timing, commit, read_rows
 from bevt_ds import kernels
 from bevt_ds.kernels.reference import partition
@@ -68,14 +68,14 @@ def row(provider, direction="both", p50=1.0, **more):
 def test_failed_competitor_voids_the_best():
     """The speedup over the best needs all competitors; the one over eager does not."""
     rows = [row("eager", p50=6.0), row("bevt_ds"), row("compile", p50=3.0), row("sdpa", p50=2.0)]
-    goal_eager, goal_best, *_ = (name for name, _, _ in kernels_report.TARGETS)
-    complete = kernels_report.weighted([*rows, row("flex", p50=4.0)])
+    goal_eager, goal_best, *_ = (name for name, _, _ in pages.TARGETS)
+    complete = pages.weighted([*rows, row("flex", p50=4.0)])
     assert (complete[goal_eager], complete[goal_best]) == (6.0, 2.0)
     failed = row("flex", error="RuntimeError: no")
     failed.pop("p50_ms")
-    partial = kernels_report.weighted([*rows, failed])
+    partial = pages.weighted([*rows, failed])
     assert (partial[goal_eager], partial[goal_best]) == (6.0, None)
-    assert "failed: RuntimeError: no" in kernels_report.markdown([*rows, failed])
+    assert "not measured: RuntimeError: no" in pages.kernels([*rows, failed]).markdown()
 
 
 @pytest.fixture
@@ -127,13 +127,13 @@ def test_a_copy_without_history_is_told_its_commit(monkeypatch):
 
 def test_nothing_measured_is_nothing_written():
     """Without forward rows there is no forward rate."""
-    figures = kernels_report.weighted([row("eager", p50=6.0), row("bevt_ds")])
+    figures = pages.weighted([row("eager", p50=6.0), row("bevt_ds")])
     assert figures["forward"] is None and figures["backward"] is None
 
 
 def test_page_of_a_cpu_says_so():
     """And sets no goals beside its numbers."""
-    page = kernels_report.markdown([row("bevt_ds") | {"provenance": {"device": "CPU x86_64"}}])
+    page = pages.kernels([row("bevt_ds") | {"provenance": {"device": "CPU x86_64"}}]).markdown()
     assert "These are CPU numbers" in page
     assert "target" not in page
 

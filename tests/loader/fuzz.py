@@ -8,7 +8,6 @@ fails can be run again with `--kind KIND --first NUMBER --cases 1`.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -22,8 +21,9 @@ import av
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
-from benchmarks.common import provenance, read_rows
-from benchmarks.loader import machine
+from benchmarks import report
+from benchmarks.common import append_row, machine, provenance
+from benchmarks.pages_data import damaged_media
 from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import probe
@@ -48,7 +48,7 @@ from tests.loader.damage import (
     watched,
 )
 from tests.loader.media import pictures_of
-from tests.loader.soak import slope, soak_clips, soak_loader, soak_pictures
+from tests.loader.soak import soak_clips, soak_loader, soak_pictures
 
 SLACK = 1.0  # seconds beyond the deadline
 
@@ -227,47 +227,6 @@ KINDS: dict[str, tuple[Callable[[range, int], Tally], int]] = {
 }
 
 
-PAGE = """# Damaged media
-
-Made by `python -m tests.loader.fuzz --out loader_fuzz.jsonl`, with `--cases` where the numbers are not those of
-`make fuzz`. {cores} cores of {cpu}, shared with other work; Python {python}, PyAV {av}, DALI {dali}.
-
-| kind | cases | outcomes | faults | slowest s | minutes | commit |
-|---|---|---|---|---|---|---|
-{runs}
-
-Memory and open files of the process and its workers on the way:
-
-| kind | cases | MB | files | bytes a case after the first tenth |
-|---|---|---|---|---|
-{curves}
-"""
-
-
-def page(rows: list[dict]) -> str:
-    """What the rows say, as Markdown: a line for each run, and the curves of those that look at memory."""
-    facts = {name: rows[-1][name] for name in ("cores", "cpu", "python", "av")}
-    return PAGE.format(
-        runs="\n".join(map(_run_line, rows)),
-        curves="\n".join(_curve_line(row) for row in rows if row["curve"]),
-        dali=rows[-1]["nvidia-dali-cuda130"],
-        **facts,
-    )
-
-
-def _run_line(row: dict) -> str:
-    outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in row["outcomes"].items())
-    times = f"{row['slowest_s']} | {row['wall_s'] / 60:.1f}"
-    return f"| {row['kind']} | {row['cases']:,} | {outcomes} | {len(row['faults'])} | {times} | {row['commit']} |"
-
-
-def _curve_line(row: dict) -> str:
-    points = [row["curve"][i] for i in np.linspace(0, len(row["curve"]) - 1, 6).astype(int)]
-    cases, files = (" ".join(f"{point[name]:,}" for point in points) for name in ("cases", "files"))
-    memory = " ".join(f"{point['bytes'] / 1e6:.0f}" for point in points)
-    return f"| {row['kind']} | {cases} | {memory} | {files} | {slope(row['curve']):.0f} |"
-
-
 def row(kind: str, numbers: range, seed: int, tally: Tally, seconds: float) -> dict[str, object]:
     """What a run has found, with the machine and versions it ran on."""
     return {
@@ -303,9 +262,8 @@ def main() -> int:
         seconds = time.monotonic() - began
         print(f"{kind}: {tally}; {seconds:.0f} s", *tally.faults[:20], sep="\n  ", flush=True)
         if arguments.out:
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row(kind, numbers, arguments.seed, tally, seconds)) + "\n")
-            arguments.out.with_suffix(".md").write_text(page(list(read_rows(arguments.out))), encoding="utf-8")
+            append_row(arguments.out, row(kind, numbers, arguments.seed, tally, seconds))
+            report.write(arguments.out, damaged_media)
         faults += len(tally.faults)
     return 1 if faults else 0
 

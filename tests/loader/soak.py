@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.pages_data import slope
 from bevt_ds.config.schema import Config, DataConfig, MaskConfig, TrainConfig
 from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.decoding.pool import DecodePool
@@ -151,9 +152,3 @@ def _judged(tally: Tally) -> Tally:
     if late["cases"] >= LONG and slope(tally.curve) > MOST_A_CASE:
         tally.faults.append(f"memory grows by {slope(tally.curve):.0f} bytes a case")
     return tally
-
-
-def slope(curve: list[dict[str, float]]) -> float:
-    """Bytes of memory for each further case, by least squares over the curve after its first tenth."""
-    settled = curve[POINTS // 10 - 1 :] or curve
-    return float(np.polyfit([point["cases"] for point in settled], [point["bytes"] for point in settled], 1)[0])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.pages_data import damaged_media, slope
 from tests.loader.damage import Tally
-from tests.loader.fuzz import KINDS, page, row
-from tests.loader.soak import POINTS, slope
+from tests.loader.fuzz import KINDS, row
+from tests.loader.soak import POINTS
 
 # cases, and the share of them that must be accepted and refused, lest the mutations test nothing
 CASES = {
@@ -36,6 +37,6 @@ def test_the_page_says_what_was_run() -> None:
     tally.outcomes.update(decoded=880, refused=120)
     rows = [row("soak", range(1000), 0, tally, 90.0), row("tars", range(1000), 0, Tally(tally.outcomes), 60.0)]
     assert slope(tally.curve) == pytest.approx(100)
-    text = page(rows)
-    assert "| soak | 1,000 | 880 decoded, 120 refused | 0 | 0.0 | 1.5 |" in text and text.count("| tars |") == 1
+    text = damaged_media(rows).markdown()
+    assert "| soak | 1,000 | 880 decoded, 120 refused | 0 | 0.00 | 1.5 |" in text and text.count("| tars |") == 1
     assert "26 26 26 26 26 26 | 100 |" in text
