@@ -1,6 +1,6 @@
 """Test a classifier: `deepspeed bevt_ds/evaluate.py weights=RUN_OR_WEIGHTS [data.val=...] [key=value ...]`.
 
-This file turns a command line into a configuration; the work is in eval/multi_view.py.
+config/command_line.py turns the command line into a configuration; the work is in eval/multi_view.py.
 """
 
 from __future__ import annotations
@@ -14,16 +14,10 @@ except ImportError as error:
 require_own_package(__file__)
 
 from collections.abc import Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
 
-from bevt_ds.config.command_line import parse_arguments, run  # noqa: E402
-from bevt_ds.config.help import page  # noqa: E402
-from bevt_ds.config.parse import apply_overrides, parse_overrides  # noqa: E402
-from bevt_ds.config.recipes_downstream import RECIPES, get_recipe  # noqa: E402
-from bevt_ds.config.schema import Config  # noqa: E402
-from bevt_ds.config.schema_downstream import EvaluateConfig  # noqa: E402
-from bevt_ds.config.validate import check_bounds, need  # noqa: E402
-from bevt_ds.config.validate_downstream import AT_LEAST_ONE, POSITIVE  # noqa: E402
+from bevt_ds.config.command_line import run, start_inference  # noqa: E402
+from bevt_ds.config.recipes import get_recipe  # noqa: E402
+from bevt_ds.config.schema import Config, EvaluateConfig, FinetuneConfig  # noqa: E402
 
 USAGE = """\
 usage: deepspeed bevt_ds/evaluate.py weights=RUN_OR_WEIGHTS [data.val=SHARDS] [recipe=NAME] [key=value ...]
@@ -42,13 +36,11 @@ result does not depend on the number of processes.
 
 def main(argv: Sequence[str]) -> int:
     """The whole program; returns the exit code."""
-    arguments = parse_arguments(argv, default_recipe="", default_json="none")
-    if arguments.wants_help:
-        print(page(USAGE, RECIPES, starting_point("", arguments.recipe or "finetune_k400")))
-        return 0
-    overrides = parse_overrides(arguments.overrides, EvaluateConfig)
-    config = apply_overrides(starting_point(overrides.get("weights", ""), arguments.recipe), overrides)
-    require(config)
+    return start_inference(argv, EvaluateConfig, USAGE, starting_point, work)
+
+
+def work(config: EvaluateConfig) -> int:
+    """Import what needs torch, and test."""
     from bevt_ds.eval.multi_view import evaluate
 
     return evaluate(config)
@@ -65,20 +57,15 @@ def starting_point(weights: str, recipe: str) -> EvaluateConfig:
     saved = run_config(weights) if weights and not recipe else None
     if isinstance(saved, Config):
         raise without_classifier(weights)
-    base = saved or get_recipe(recipe or "finetune_k400")
-    return EvaluateConfig(base.recipe, weights, base.data, base.views, base.train.precision, base.model.kernels)
-
-
-def require(config: EvaluateConfig) -> None:
-    """Check that the weights are there, that shards are named, and the numbers.
-
-    Raises:
-        UserError: what is missing or cannot work.
-    """
-    need(bool(config.weights), "weights= is missing: name a fine-tuning run's folder, saved weights, or a file.")
-    need(Path(config.weights).exists(), f"weights={config.weights}: no such file or folder.")
-    need(bool(config.data.val), "data.val is empty: name the shards to test on.")
-    check_bounds(config, AT_LEAST_ONE, POSITIVE)
+    base = saved or get_recipe(recipe or "finetune_k400", FinetuneConfig)
+    return EvaluateConfig(
+        recipe=base.recipe,
+        weights=weights,
+        data=base.data,
+        views=base.views,
+        precision=base.train.precision,
+        kernels=base.model.kernels,
+    )
 
 
 if __name__ == "__main__":

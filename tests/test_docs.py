@@ -11,17 +11,16 @@ import torch
 
 import bevt_ds
 from bevt_ds import evaluate, finetune, pretrain, probe
-from bevt_ds.config import help as help_text
 from bevt_ds.config.command_line import parse_arguments
 from bevt_ds.config.parse import apply_overrides, parse_overrides
-from bevt_ds.config.recipes_downstream import get_recipe
-from bevt_ds.config.schema_downstream import EvaluateConfig, ProbeRunConfig
+from bevt_ds.config.recipes import get_recipe
+from bevt_ds.config.schema import EvaluateConfig, FinetuneConfig, ProbeRunConfig
 from bevt_ds.model.presets import create_classifier
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/pretraining.md", "docs/finetuning.md", "docs/evaluation.md")
 TEXTS = {Path(page).name: (ROOT / page).read_text() for page in PAGES}
-TEXTS |= {"pretrain.py --help": help_text.USAGE, "finetune.py --help": finetune.USAGE}
+TEXTS |= {"pretrain.py --help": pretrain.USAGE, "finetune.py --help": finetune.USAGE}
 TEXTS |= {"evaluate.py --help": evaluate.USAGE, "probe.py --help": probe.USAGE}
 ENTRIES = {"pretrain": pretrain.main, "finetune": finetune.main}
 TESTS = {"evaluate": EvaluateConfig, "probe": ProbeRunConfig}
@@ -54,7 +53,7 @@ def test_command_resolves(entry, command, capsys, monkeypatch):
 def test_words_of_a_test_are_known(entry, command):
     """These need weights to resolve; the words and their types can be checked without."""
     arguments = parse_arguments(shlex.split(command), default_recipe="finetune_k400", default_json="none")
-    assert get_recipe(arguments.recipe)
+    assert get_recipe(arguments.recipe, FinetuneConfig)
     config = apply_overrides(TESTS[entry](), parse_overrides(arguments.overrides, TESTS[entry]))
     assert config.weights
 

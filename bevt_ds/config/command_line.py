@@ -1,4 +1,4 @@
-"""What every command does around its work: arguments, its own package, one clear line for a user's mistake."""
+"""What every command does around its work: from its words to a configuration, one clear line for a user's mistake."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
+from bevt_ds.config.deepspeed import merge, read_json
+from bevt_ds.config.help import page
+from bevt_ds.config.parse import apply_overrides, parse_overrides
+from bevt_ds.config.recipes import FINETUNING, RECIPES, get_recipe
+from bevt_ds.config.schema import EvaluateConfig, InferenceConfig, TrainingConfig
+from bevt_ds.config.validate import micro_steps, require_inputs, validate
 from bevt_ds.errors import UserError
 
 OTHERS_WAIT = 5.0  # seconds
+
+Training = TypeVar("Training", bound=TrainingConfig)
+Inference = TypeVar("Inference", bound=InferenceConfig)
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,86 @@ def parse_arguments(argv: Sequence[str], default_recipe: str, default_json: str)
     return Arguments(json_path, default_recipe if recipe is None else recipe, overrides, wants_help)
 
 
+def start_training(
+    argv: Sequence[str],
+    kind: type[Training],
+    usage: str,
+    train: Callable[[Training, dict[str, Any], list[str]], int],
+    report: Callable[[Training, list[str], int], str],
+    default_recipe: str = "",
+    shown_recipe: str = "",
+) -> int:
+    """A training program from its command line on: help, dry run, or the run itself. Returns the exit code.
+
+    Args:
+        kind: the configuration of its runs.
+        train: takes the configuration, the DeepSpeed JSON, and lines that say what the JSON changed.
+        report: what a dry run prints, from the configuration, these lines, and the number of ranks.
+        default_recipe: where the command line names none; empty: it must.
+        shown_recipe: the one whose defaults `--help` shows then.
+
+    Raises:
+        UserError: any mistake that shows without torch.
+    """
+    arguments = parse_arguments(argv, default_recipe, default_json=shipped_json("zero2.json"))
+    if arguments.wants_help:
+        print(page(usage, RECIPES[kind], get_recipe(arguments.recipe or shown_recipe, kind)))
+        return 0
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config, values, notes = resolve_config(arguments, kind, world)
+    if config.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print(report(config, notes, world))
+        return 0
+    require_inputs(config)
+    return train(config, values, notes)
+
+
+def resolve_config(
+    arguments: Arguments, kind: type[Training], world: int
+) -> tuple[Training, dict[str, Any], list[str]]:
+    """Recipe, command line and DeepSpeed JSON as one valid config; the JSON; and what the JSON changed.
+
+    Raises:
+        UserError: any mistake that shows without looking at shards or weights.
+    """
+    overrides = parse_overrides(arguments.overrides, kind)
+    config = apply_overrides(get_recipe(arguments.recipe, kind), overrides)
+    values = read_json(arguments.deepspeed_config)
+    config, notes = merge(config, set(overrides), values, world)
+    micro_steps(validate(config, values), world)
+    return config, values, notes
+
+
+def start_inference(
+    argv: Sequence[str],
+    kind: type[Inference],
+    usage: str,
+    starting_point: Callable[[str, str], Inference],
+    work: Callable[[Inference], int],
+) -> int:
+    """A program that runs trained weights, from its command line on. Returns the exit code.
+
+    Args:
+        kind: its configuration.
+        starting_point: the configuration before `key=value`, from weights (empty: none) and recipe (empty: none).
+
+    Raises:
+        UserError: any mistake that shows without looking at shards.
+    """
+    arguments = parse_arguments(argv, default_recipe="", default_json="none")
+    if arguments.wants_help:
+        recipes = FINETUNING if kind is EvaluateConfig else {}
+        print(page(usage, recipes, starting_point("", arguments.recipe)))
+        return 0
+    overrides = parse_overrides(arguments.overrides, kind)
+    config = apply_overrides(starting_point(overrides.get("weights", ""), arguments.recipe), overrides)
+    require_inputs(validate(config))
+    return work(config)
+
+
 def require_own_package(file: str) -> None:
-    """Takes the package's folder off the import path, where its config.py and data/ would shadow other modules.
+    """Takes the package's folder off the import path, where its config/ and data/ would shadow other modules.
 
     Exits if the package that is installed is not the one around `file`: two versions of the code would mix.
     """
@@ -104,6 +192,6 @@ def _leave_ranks() -> None:
 
 
 def shipped_json(name: str) -> str:
-    """A DeepSpeed JSON of the project: beside the package in a checkout, inside it where it is installed."""
+    """A DeepSpeed JSON of the project: next to the package in a checkout, inside it where it is installed."""
     package = Path(__file__).resolve().parents[1]
     return str(next(p for p in (package.parent / "ds_configs" / name, package / "ds_configs" / name) if p.is_file()))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bevt_ds.config.parse import get_value, set_value
+from bevt_ds.config.schema import TrainingConfig
 from bevt_ds.config.validate import micro_steps
 from bevt_ds.errors import UserError
 
@@ -47,7 +48,7 @@ NUMBERS = {
     "zero_optimization.stage": int,
 }
 OBJECTS = ("optimizer", "optimizer.params", "zero_optimization", "bf16", "fp16", "data_types")
-T = TypeVar("T")  # a run's config dataclass
+T = TypeVar("T", bound=TrainingConfig)
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -114,7 +115,9 @@ def merge(config: T, explicit: set[str], values: dict[str, Any], world: int) -> 
     return config, lines
 
 
-def resolve(values: dict[str, Any], config: Any, world: int, largest: int, total: int, width: int) -> dict[str, Any]:
+def resolve(
+    values: dict[str, Any], config: TrainingConfig, world: int, largest: int, total: int, width: int
+) -> dict[str, Any]:
     """The dict for `deepspeed.initialize`: every "auto" replaced; the optimizer section is ours and left out.
 
     Args:
@@ -170,7 +173,7 @@ def _json_precision(values: dict[str, Any], wanted: str) -> tuple[str, str] | No
     return (f"{wanted}.enabled", "fp32") if states.get(wanted) is False else None
 
 
-def _json_batch(config: Any, values: dict[str, Any], world: int) -> dict[str, tuple[str, Any]]:
+def _json_batch(config: TrainingConfig, values: dict[str, Any], world: int) -> dict[str, tuple[str, Any]]:
     """DeepSpeed counts samples of all streams together; the recipe's ratio of clips to images is kept."""
     wanted: dict[str, tuple[str, Any]] = {}
     streams = config.train.streams

@@ -6,24 +6,34 @@ import difflib
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
 
-from bevt_ds.config.schema import Config
+from bevt_ds.config.fields import Field
+from bevt_ds.config.schema import Config, RunConfig
 from bevt_ds.errors import UserError
 
-T = TypeVar("T")  # a config dataclass
+R = TypeVar("R", bound=RunConfig)
+
+
+class Section(Protocol):
+    """A dataclass of the schema: a whole configuration or one section of it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
-class Field:
-    """One leaf of the config: its dotted key, its type, and the text that explains it."""
+class Leaf:
+    """A field that holds a value: its dotted key, its type, and what stands with it in the schema."""
 
     key: str
     type: Any
-    help: str
+    field: Field
 
 
-def config_fields(cls: type = Config, prefix: str = "") -> Iterator[Field]:
+def config_fields(cls: type[Section] = Config, prefix: str = "") -> Iterator[Leaf]:
     """Every leaf field of a config dataclass, depth first."""
     hints = typing.get_type_hints(cls, include_extras=True)
     for f in fields(cls):
@@ -31,24 +41,25 @@ def config_fields(cls: type = Config, prefix: str = "") -> Iterator[Field]:
         if is_dataclass(hint):
             yield from config_fields(hint, f"{prefix}{f.name}.")
         else:
-            base, text = get_args(hint)
-            yield Field(prefix + f.name, base, text)
+            base, stated = get_args(hint)
+            yield Leaf(prefix + f.name, base, stated if isinstance(stated, Field) else Field(stated))
 
 
-def get_value(config: Any, key: str) -> Any:
+def get_value(config: Section, key: str) -> Any:
     """The value at a dotted key."""
+    value: Any = config
     for name in key.split("."):
-        config = getattr(config, name)
-    return config
+        value = getattr(value, name)
+    return value
 
 
-def set_value(config: Any, key: str, value: Any) -> Any:
+def set_value(config: S, key: str, value: Any) -> S:
     """A copy of the config with the value at a dotted key replaced."""
     head, _, rest = key.partition(".")
     return replace(config, **{head: set_value(getattr(config, head), rest, value) if rest else value})
 
 
-def parse_overrides(arguments: Iterable[str], kind: type = Config) -> dict[str, str]:
+def parse_overrides(arguments: Iterable[str], kind: type[RunConfig] = Config) -> dict[str, str]:
     """`key=value` words to a dict of texts; the keys are those of the config dataclass `kind`.
 
     Raises:
@@ -71,7 +82,7 @@ def parse_overrides(arguments: Iterable[str], kind: type = Config) -> dict[str, 
     return found
 
 
-def apply_overrides(config: T, overrides: dict[str, str]) -> T:
+def apply_overrides(config: R, overrides: dict[str, str]) -> R:
     """The config with each override parsed to its field's type.
 
     Raises:
@@ -92,9 +103,10 @@ def parse_value(key: str, kind: Any, text: str) -> Any:
             raise UserError(f"{key}={text}: expected {len(kinds)} values with commas between, got {len(items)}.")
         return tuple(parse_value(key, k, item) for k, item in zip(kinds, items, strict=True))
     if get_origin(kind) is Literal:
-        if text not in get_args(kind):
-            raise UserError(f"{key}={text}: expected one of {', '.join(get_args(kind))}.")
-        return text
+        allowed = {str(value): value for value in get_args(kind)}
+        if text not in allowed:
+            raise UserError(f"{key}={text}: expected one of {', '.join(allowed)}.")
+        return allowed[text]
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{key}={text}: expected true or false.")
@@ -108,20 +120,24 @@ def parse_value(key: str, kind: Any, text: str) -> Any:
 def type_name(kind: Any) -> str:
     """A type as `--help` shows it: int, a|b, (int, int)."""
     if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
+        return "|".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return "(" + ", ".join(type_name(k) for k in get_args(kind)) + ")"
     return kind.__name__
 
 
-def to_dict(config: Any) -> Any:
+def to_dict(config: Section) -> dict[str, Any]:
     """A config as plain dicts and lists, for JSON."""
-    if is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
-    return list(config) if isinstance(config, tuple) else config
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
 
 
-def from_dict(values: dict[str, Any], kind: type[T] = Config) -> T:
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_dict(values: dict[str, Any], kind: type[R] = Config) -> R:
     """The inverse of `to_dict`, for the config dataclass `kind`.
 
     Raises:
@@ -133,7 +149,7 @@ def from_dict(values: dict[str, Any], kind: type[T] = Config) -> T:
 def _build(kind: Any, value: Any) -> Any:
     if is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        unknown = set(value) - set(hints)
+        unknown = set(value) - {f.name for f in fields(kind)}
         if unknown:
             raise UserError(
                 f"the saved config has fields that {kind.__name__} does not know: {', '.join(sorted(unknown))}. Another"

@@ -1,31 +1,64 @@
-"""Every number of a run, in frozen typed dataclasses. A recipe returns one `Config`; `key=value` reaches every field.
+"""Every number of a run, in frozen typed dataclasses. A recipe returns one of them; `key=value` reaches every field.
 
-A field is `Annotated[type, "what it means"]`: the text is what `--help` prints. `Literal` types are the allowed values.
-Defaults are those of BEVT's joint stage; PT below is the original's
-configs/recognition/swin/swin_base_patch244_window877_bevt_in1k_k400.py at xyzforever/BEVT@8881b21.
+`RunConfig` is what every run has. `Config` (pretraining) and `FinetuneConfig` extend it through `TrainingConfig`,
+`EvaluateConfig` and `ProbeRunConfig` through `InferenceConfig`. A field is `Annotated[type, Field("what it means",
+...)]`: the text is what `--help` prints, and fields.py says what else stands there. `Literal` types are the allowed
+values.
+
+Defaults of pretraining are those of BEVT's joint stage; PT below is the original's
+configs/recognition/swin/swin_base_patch244_window877_bevt_in1k_k400.py at xyzforever/BEVT@8881b21. Defaults of
+fine-tuning are those on Kinetics-400: swin_base_patch244_window877_bevt_finetune_k400.py there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated as A
-from typing import Literal
+from typing import ClassVar, Literal
+
+from bevt_ds.config.fields import Field as F
+
+Kernels = Literal["auto", "triton", "torch"]
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+# --- the network ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The network. Width, depths and heads belong to the preset that `name` names."""
+class BackboneConfig:
+    """Video Swin. Width, depths and heads belong to the preset that `name` names."""
 
     name: A[Literal["tiny", "swin_t", "swin_s", "swin_b", "swin_l"], "preset of the backbone"] = "swin_b"
-    window: A[tuple[int, int, int], "attention window in tokens: time, height, width"] = (8, 7, 7)
-    drop_path: A[float, "stochastic depth of the last block, linear from 0 (PT)"] = 0.3
+    window: A[
+        tuple[int, int, int],
+        F("attention window in tokens: time, height, width; loaded tables are resized to it", least=1),
+    ] = (8, 7, 7)
+    drop_path: A[float, F("stochastic depth of the last block, linear from 0", below=1)] = 0.3
+    checkpointing: A[bool, F("recompute every block in the backward pass: less memory, more time", resume="free")] = (
+        False
+    )
+    compile: A[
+        bool, "torch.compile blocks, and the tokenizer if any: the first steps take minutes; not with ZeRO-3"
+    ] = False
+    kernels: A[Kernels, "provider of attention, gather and loss"] = "auto"
+
+
+@dataclass(frozen=True)
+class ModelConfig(BackboneConfig):
+    """The network of pretraining."""
+
     image_windows: A[
         Literal["official", "swin"],
         "official: images mask un-shifted blocks too, as the released weights do; swin: the textbook",
     ] = "official"
-    checkpointing: A[bool, "recompute every block in the backward pass: less memory, more time"] = False
-    compile: A[bool, "torch.compile blocks and tokenizer: the first steps take minutes; not with ZeRO-3"] = False
-    kernels: A[Literal["auto", "triton", "torch"], "provider of attention, gather and loss"] = "auto"
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(BackboneConfig):
+    """The network of fine-tuning: backbone, global average pool, dropout, linear head."""
+
+    dropout: A[float, F("of the pooled features, in front of the head", below=1)] = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,165 +67,365 @@ class TokenizerConfig:
 
     name: A[Literal["dalle", "random_projection"], "kind of tokenizer"] = "dalle"
     weights: A[str, "its file (dalle: OpenAI's encoder.pkl, or safetensors)"] = ""
-    vocab_size: A[int, "random_projection: size of the codebook"] = 8192
-    seed: A[int, "random_projection: seed of projection and codebook"] = 0
+    vocab_size: A[int, F("random_projection: size of the codebook", least=1)] = 8192
+    seed: A[int, F("random_projection: seed of projection and codebook")] = 0
+
+
+# --- the data -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MaskConfig:
     """Block masks of images, tube masks of clips (mask_generator.py of the original)."""
 
-    ratio: A[float, "cap on the share of the grid that one 2-D mask covers"] = 0.5
-    min_block: A[int, "cells of the smallest block, on a 14x14 grid; scaled to other grids"] = 16
-    min_aspect: A[float, "narrowest block: height / width from this to its inverse"] = 0.3
-    tube: A[tuple[float, float], "shortest and longest tube, as shares of the clip"] = (0.5, 1.0)
+    ratio: A[float, F("cap on the share of the grid that one 2-D mask covers", below=1)] = 0.5
+    min_block: A[int, F("cells of the smallest block, on a 14x14 grid; scaled to other grids", least=1)] = 16
+    min_aspect: A[float, F("narrowest block: height / width from this to its inverse", above=0, most=1)] = 0.3
+    tube: A[tuple[float, float], F("shortest and longest tube, as shares of the clip", above=0, most=1)] = (0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class ReadingConfig:
     """How shards are read and videos decoded, whatever the samples are for."""
 
-    decoder: A[Literal["auto", "cpu", "gpu"], "where clips and images are decoded"] = "auto"
-    workers: A[int, "processes a rank that decode video on the CPU"] = 2
-    threads: A[int, "threads a rank that make pictures of decoded clips and of images"] = 2
-    readers: A[int, "threads a rank that read files"] = 4
-    prefetch: A[int, "micro-batches prepared ahead"] = 2
-    shuffle_window: A[int, "shards whose samples are shuffled together"] = 8
-    decode_seconds: A[float, "a clip that takes longer to decode is bad"] = 20.0
-    max_pixels: A[int, "a larger picture is refused before it is decoded"] = 64_000_000
-    max_frames: A[int, "a longer video is refused before it is decoded"] = 200_000
-    max_file_bytes: A[int, "a larger file is refused unread"] = 1 << 30
-    max_clip_bytes: A[int, "a clip whose frames would take more memory is refused before it is decoded"] = 1 << 30
-    verify: A[bool, "compare every sample with its checksum; without it random damage goes unseen"] = True
-    read_seconds: A[float, "a read of a local shard that takes longer stops the run"] = 300.0
-    max_bad_fraction: A[float, "more bad samples than this, and than 10, stop the run"] = 0.001
-    cache_dir: A[str, "where remote shards are kept; empty: ~/.cache/bevt_ds/shards"] = ""
-    cache_bytes: A[int, "the least recently used remote shards are thrown out beyond this, on each node"] = 100 << 30
-    remote_seconds: A[float, "the longest wait for the next bytes of a remote shard"] = 30.0
-    allow_pipe: A[bool, "let pipe:COMMAND stand for a shard: it runs a shell"] = False
+    decoder: A[Literal["auto", "cpu", "gpu"], F("where clips and images are decoded", resume="free")] = "auto"
+    workers: A[int, F("processes a rank that decode video on the CPU", least=1, resume="free")] = 2
+    threads: A[int, F("threads a rank that prepare decoded clips and decode images", least=1, resume="free")] = 2
+    readers: A[int, F("threads a rank that read files", least=1, resume="free")] = 4
+    prefetch: A[int, F("micro-batches prepared ahead", least=1, resume="free")] = 2
+    shuffle_window: A[int, F("shards whose samples are shuffled together", least=1)] = 8
+    decode_seconds: A[float, F("a clip that takes longer to decode is bad", above=0, resume="free")] = 20.0
+    max_pixels: A[int, F("a larger image is refused before it is decoded")] = 64_000_000
+    max_frames: A[int, F("a longer video is refused before it is decoded")] = 200_000
+    max_file_bytes: A[int, F("a larger file is refused unread")] = 1 << 30
+    max_clip_bytes: A[int, F("a clip whose frames would take more memory is refused before it is decoded")] = 1 << 30
+    verify: A[
+        bool, F("compare every sample with its checksum; without it random damage goes unseen", resume="free")
+    ] = True
+    read_seconds: A[float, F("a read of a local shard that takes longer stops the run", above=0, resume="free")] = 300.0
+    max_bad_fraction: A[float, F("more bad samples than this, and than 10, stop the run", most=1, resume="free")] = (
+        0.001
+    )
+    cache_dir: A[str, F("where remote shards are kept; empty: ~/.cache/bevt_ds/shards", resume="free")] = ""
+    cache_bytes: A[
+        int, F("the least recently used remote shards are removed beyond this, on each node", resume="free")
+    ] = 100 << 30
+    remote_seconds: A[float, F("the longest wait for the next bytes of a remote shard", above=0, resume="free")] = 30.0
+    allow_pipe: A[bool, F("let pipe:COMMAND stand for a shard: it runs a shell", resume="free")] = False
 
 
 @dataclass(frozen=True)
-class DataConfig(ReadingConfig):
-    """The shards, and what is done to a sample. Sizes are pixels of the network's view."""
+class SamplingConfig(ReadingConfig):
+    """What every clip that a network is trained on has. Sizes are pixels of the network's view."""
 
-    videos: A[str, "tar files: path, glob, {000..099} range, or several with commas; empty: none"] = ""
-    images: A[str, "the same for images"] = ""
-    eval_videos: A[str, "held-out clips for the closing summary; empty: none"] = ""
-    eval_images: A[str, "held-out images for the closing summary; empty: none"] = ""
-    frames: A[int, "frames a clip"] = 16
-    stride: A[int, "source frames from one sampled frame to the next"] = 8
-    clips_per_video: A[int, "clips, each with its crop and mask, from one decode of a video; 1: the original"] = 1
-    size: A[int, "height and width of the crop, a multiple of 32"] = 224
-    short_side: A[tuple[int, int], "scale jitter: the short side is resized to a length in here (PT)"] = (256, 320)
-    flip: A[float, "probability of a horizontal flip"] = 0.5
-    image_jitter: A[tuple[float, float, float], "brightness, contrast, saturation; of images only (PT)"] = (
+    size: A[int, F("height and width of the crop", least=1, multiple=32)] = 224
+    flip: A[float, F("probability of a horizontal flip; 0 where direction is the label, as in SSv2", most=1)] = 0.5
+
+
+@dataclass(frozen=True)
+class DataConfig(SamplingConfig):
+    """The shards of pretraining, and what is done to a sample."""
+
+    videos: A[str, F("tar files: path, glob, {000..099} range, or several with commas; empty: none", resume="free")] = (
+        ""
+    )
+    images: A[str, F("the same for images", resume="free")] = ""
+    eval_videos: A[str, F("held-out clips for the closing summary; empty: none", resume="free")] = ""
+    eval_images: A[str, F("held-out images for the closing summary; empty: none", resume="free")] = ""
+    frames: A[int, F("frames a clip; a token spans 2 of them", least=1, multiple=2)] = 16
+    stride: A[int, F("source frames from one sampled frame to the next", least=1)] = 8
+    clips_per_video: A[
+        int, F("clips, each with its crop and mask, from one decode of a video; 1: the original", least=1)
+    ] = 1
+    short_side: A[tuple[int, int], F("scale jitter: the short side is resized to a length in here (PT)", least=1)] = (
+        256,
+        320,
+    )
+    image_jitter: A[tuple[float, float, float], F("brightness, contrast, saturation; of images only (PT)")] = (
         0.4,
         0.4,
         0.4,
     )
-    token_size: A[int, "side of the tokenizer's view: half of size"] = 112
+    token_size: A[int, F("side of the tokenizer's view: half of size", least=1)] = 112
     mask: MaskConfig = field(default_factory=MaskConfig)
 
 
 @dataclass(frozen=True)
-class LabelledDataConfig(ReadingConfig):
-    """Labelled shards (`<key>.cls`, or "label" in `<key>.json`), and what is done to a training clip.
+class LabelledDataConfig(SamplingConfig):
+    """Labelled shards (`<key>.cls`, or "label" in `<key>.json`), and what is done to a training clip."""
 
-    Defaults are those of fine-tuning on Kinetics-400; see bevt_ds/config/schema_downstream.py.
-    """
-
-    train: A[str, "training shards: path, glob, {000..099} range, or several with commas"] = ""
-    val: A[str, "validation shards, the same way; evaluated every train.val_every epochs and by evaluate.py"] = ""
-    classes: A[
-        str, "file of class names, a line each in label order; empty: from the manifest, else the labels seen"
+    train: A[str, F("training shards: path, glob, {000..099} range, or several with commas", resume="free")] = ""
+    val: A[
+        str,
+        F("validation shards, the same way; evaluated every train.val_every epochs and by evaluate.py", resume="free"),
     ] = ""
-    expected_val: A[int, "videos that the full validation set has, for the coverage; 0: what the manifest counts"] = 0
-    frames: A[int, "frames a clip"] = 32
-    stride: A[int, "source frames from one to the next; unused by segments"] = 2
+    classes: A[
+        str,
+        F(
+            "file of class names, a line each in label order; empty: from the manifest, else the labels seen",
+            resume="free",
+        ),
+    ] = ""
+    expected_val: A[
+        int,
+        F("videos that the full validation set has, for the coverage; 0: what the manifest counts", resume="free"),
+    ] = 0
+    frames: A[int, F("frames a clip", least=1)] = 32
+    stride: A[int, F("source frames from one to the next; unused by segments", least=1)] = 2
     sampling: A[
         Literal["dense", "segments"],
         "dense: frames `stride` apart; segments: one frame of each `frames`-th of the video",
     ] = "dense"
-    size: A[int, "height and width of the crop, a multiple of 32"] = 224
-    short_side: A[int, "the short side is resized to this before the random resized crop"] = 256
-    crop_area: A[tuple[float, float], "share of the picture that a random resized crop covers"] = (0.08, 1.0)
-    crop_aspect: A[tuple[float, float], "its width / height"] = (0.75, 4 / 3)
-    flip: A[float, "probability of a horizontal flip; 0 where direction is the label, as in SSv2"] = 0.5
-    randaugment: A[tuple[int, int], "RandAugment: operations a clip, and magnitude of 30; 0,0: none"] = (0, 0)
-    erasing: A[float, "probability of random erasing, the same box in all frames"] = 0.0
+    short_side: A[int, F("the short side is resized to this before the random resized crop", least=1)] = 256
+    crop_area: A[tuple[float, float], F("share of the frame that a random resized crop covers", above=0, most=1)] = (
+        0.08,
+        1.0,
+    )
+    crop_aspect: A[tuple[float, float], F("its width / height", above=0)] = (0.75, 4 / 3)
+    randaugment: A[tuple[int, int], F("RandAugment: operations a clip, and magnitude; 0,0: none", most=30)] = (0, 0)
+    erasing: A[float, F("probability of random erasing, the same box in all frames", most=1)] = 0.0
+
+
+def labelled_as(data: DataConfig, train: str = "", val: str = "") -> LabelledDataConfig:
+    """Labelled shards, read and sampled as a pretraining run reads and samples its clips."""
+    reading = {f.name: getattr(data, f.name) for f in fields(ReadingConfig)} | {"decoder": "auto"}
+    clips = {"frames": data.frames, "stride": data.stride, "size": data.size, "short_side": data.short_side[0]}
+    return LabelledDataConfig(train=train, val=val, **reading, **clips)
 
 
 @dataclass(frozen=True)
 class ViewsConfig:
     """The views of a video that a test averages over."""
 
-    clips: A[int, "clips along time"] = 4
-    crops: A[int, "crops along the long side: 1 (centre) or 3 (first end, last end, middle)"] = 3
-    short_side: A[int, "the short side is resized to this"] = 224
-    micro_videos: A[int, "videos a rank takes in one forward pass"] = 1
+    clips: A[int, F("clips along time", least=1, resume="free")] = 4
+    crops: A[
+        Literal[1, 3],
+        F("crops along the long side: 1 (centre) or 3 (first end, last end, middle)", resume="free"),
+    ] = 3
+    short_side: A[int, F("the short side is resized to this", least=1, resume="free")] = 224
+    micro_videos: A[int, F("videos a rank takes in one forward pass", least=1, resume="free")] = 1
+
+
+# --- optimizer and training loop ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """AdamW, cosine with warm-up, clipping (PT, and mmcv's defaults that PT relies on)."""
+class AdamWConfig:
+    """AdamW, cosine with warm-up, clipping."""
 
-    lr: A[float, "peak learning rate; it is not scaled by the batch"] = 5e-4
-    betas: A[tuple[float, float], "AdamW's decay of the two moments"] = (0.9, 0.999)
-    eps: A[float, "AdamW's epsilon"] = 1e-8
-    weight_decay: A[float, "AdamW's decoupled decay; norms and bias tables have none"] = 0.05
-    warmup_steps: A[int, "steps of linear warm-up (PT: 10 epochs)"] = 9370
-    warmup_ratio: A[float, "share of the cosine's value at step 0"] = 0.1
-    clip_grad: A[float, "bound on the gradient's global L2 norm; 0: no clipping"] = 3.0
+    lr: A[float, F("peak learning rate; it is not scaled by the batch", above=0, resume="override")] = 5e-4
+    betas: A[tuple[float, float], F("AdamW's decay of the two moments", below=1)] = (0.9, 0.999)
+    eps: A[float, F("AdamW's epsilon", above=0)] = 1e-8
+    weight_decay: A[float, F("AdamW's decoupled decay; of which parameters: see optim.py")] = 0.05
+    warmup_ratio: A[float, F("share of the cosine's value at step 0", resume="override")] = 0.1
+    clip_grad: A[float, F("bound on the gradient's global L2 norm; 0: no clipping", resume="override")] = 3.0
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Length, batch, precision, and what is written when. A step is one update over the global batch."""
+class OptimConfig(AdamWConfig):
+    """The optimizer of pretraining (PT, and mmcv's defaults that PT relies on)."""
 
-    steps: A[int, "optimizer steps (PT: 150 epochs of 240k clips)"] = 140_550
-    global_clips: A[int, "clips a step, over all ranks; 0: no video stream"] = 256
-    global_images: A[int, "images a step, over all ranks; 0: no image stream"] = 2048
-    micro_clips: A[int, "clips a rank takes in one forward pass"] = 4
-    micro_images: A[int, "images a rank takes in one forward pass"] = 32
-    precision: A[Literal["bf16", "fp16", "fp32"], "compute type; master weights are fp32"] = "bf16"
-    seed: A[int, "seed of everything random"] = 0
-    log_every: A[int, "steps from one line of log.jsonl to the next"] = 10
-    checkpoint_every: A[int, "steps from one checkpoint to the next; one is written at the end too"] = 1000
-    keep_checkpoints: A[int, "older checkpoints are removed beyond this number"] = 2
-    eval_batches: A[int, "held-out micro-batches of the closing summary"] = 4
-    min_gain: A[float, "exit 1 unless both losses end this many nats below the unigram entropy; 0: no check"] = 0.0
+    warmup_steps: A[int, F("steps of linear warm-up (PT: 10 epochs)", resume="override")] = 9370
+
+
+@dataclass(frozen=True)
+class FinetuneOptimConfig(AdamWConfig):
+    """AdamW with layer-wise rates, cosine by epoch with warm-up, clipping, EMA."""
+
+    lr: A[float, F("learning rate of the head; it is not scaled by the batch", above=0, resume="override")] = 3e-4
+    weight_decay: A[float, F("AdamW's decoupled decay")] = 1e-3
+    layer_decay: A[
+        float, F("the rate shrinks by this a layer, from the head to the stem; 1: no decay", above=0, most=1)
+    ] = 0.9
+    backbone_scale: A[float, F("factor on the backbone's rate, for recipes without layer decay", above=0)] = 1.0
+    groups: A[
+        Literal["official", "intended"],
+        "official: bias tables at the head's rate and norms decayed, which is what the original's optimizer does;"
+        " intended: what its configuration says",
+    ] = "official"
+    warmup_epochs: A[float, F("epochs of linear warm-up", resume="override")] = 2.5
+    clip_grad: A[float, F("bound on the gradient's global L2 norm; 0: no clipping", resume="override")] = 40.0
+    ema: A[
+        float,
+        F("weight of the new parameters in their moving average, each step; 0: none. ZeRO stages 0 to 2", below=1),
+    ] = 0.0
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Batch, precision, and what is written when. A step is one update of the weights over the global batch."""
+
+    global_clips: A[int, F("clips a step, over all ranks; 0: no video stream")] = 256
+    micro_clips: A[int, F("clips a rank takes in one forward pass")] = 4
+    precision: A[Precision, F("compute type; master weights are fp32", resume="override")] = "bf16"
+    seed: A[int, F("seed of everything random", resume="override")] = 0
+    log_every: A[int, F("steps from one line of log.jsonl to the next", least=1, resume="free")] = 10
+    checkpoint_every: A[
+        int, F("steps from one checkpoint to the next; one is written at the end too", least=1, resume="free")
+    ] = 1000
+    keep_checkpoints: A[int, F("older checkpoints are removed beyond this number", least=1, resume="free")] = 2
 
     @property
     def streams(self) -> dict[str, tuple[int, int]]:
         """Samples a step over all ranks, and those of a rank's forward pass, by what the samples are."""
-        return {
-            "clips": (self.global_clips, self.micro_clips),
-            "images": (self.global_images, self.micro_images),
-        }
+        return {"clips": (self.global_clips, self.micro_clips)}
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """Length and batch of pretraining."""
+
+    steps: A[int, F("optimizer steps (PT: 150 epochs of 240k clips)", least=1, resume="override")] = 140_550
+    global_images: A[int, F("images a step, over all ranks; 0: no image stream")] = 2048
+    micro_images: A[int, F("images a rank takes in one forward pass")] = 32
+    eval_batches: A[int, F("held-out micro-batches of the closing summary", least=1, resume="free")] = 4
+    min_gain: A[
+        float,
+        F("exit 1 unless both losses end this many nats below the unigram entropy; 0: no check", resume="free"),
+    ] = 0.0
+
+    @property
+    def streams(self) -> dict[str, tuple[int, int]]:
+        """As LoopConfig's, with the images."""
+        return super().streams | {"images": (self.global_images, self.micro_images)}
+
+
+@dataclass(frozen=True)
+class FinetuneTrainConfig(LoopConfig):
+    """Length, batch and regularisation of fine-tuning."""
+
+    epochs: A[
+        int, F("passes over the training videos; steps = epochs * (videos // global_clips)", resume="override")
+    ] = 60
+    steps: A[int, F("steps instead of epochs; 0: from epochs", resume="override")] = 0
+    global_clips: A[int, F("clips a step, over all ranks", least=1)] = 64
+    micro_clips: A[int, F("clips a rank takes in one forward pass", least=1)] = 2
+    label_smoothing: A[float, F("of the cross-entropy", below=1)] = 0.0
+    mixup: A[float, F("mixup's alpha (timm); 0: none")] = 0.0
+    cutmix: A[float, F("cutmix's alpha (timm); 0: none. With both, each batch takes one of the two")] = 0.0
+    val_every: A[
+        int,
+        F("epochs from one validation to the next; one follows the last step too", least=1, resume="free"),
+    ] = 5
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run has. `recipe` names the function of recipes.py that made it."""
+
+    program: ClassVar[str] = ""  # the file that starts such a run
+
+    recipe: A[str, "the starting point; see the list above"] = ""
+    output_dir: A[str, F("what the run writes; empty: runs/RECIPE, runs/RECIPE-2, ...", resume="free")] = ""
+
+
+@dataclass(frozen=True)
+class TrainingConfig(RunConfig):
+    """What every training has; the sections are of narrower types in each kind of training."""
+
+    model: BackboneConfig = field(default_factory=BackboneConfig)
+    data: SamplingConfig = field(default_factory=SamplingConfig)
+    optim: AdamWConfig = field(default_factory=AdamWConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    init_from: A[
+        str,
+        F("weights to start from: a run's folder, saved weights, or an official file; empty: none", resume="free"),
+    ] = ""
+    resume: A[
+        str,
+        F("never | auto (the newest checkpoint of output_dir, if any) | a checkpoint's folder", resume="free"),
+    ] = "never"
+    dry_run: A[bool, F("print the resolved config, parameters and steps, and stop", resume="free")] = False
 
 
 @dataclass(frozen=True)
 class OnlineProbeConfig:
     """How good the features are while they are pretrained; the training itself stays the same to the last bit."""
 
-    every: A[int, "steps from one probe to the next, and one after the last; 0: none"] = 0
-    train: A[str, "labelled shards of a few hundred videos, sampled as data.videos; see docs/evaluation.md"] = ""
-    val: A[str, "labelled shards that probe_top1 is measured on"] = ""
+    every: A[int, F("steps from one probe to the next, and one after the last; 0: none", resume="free")] = 0
+    train: A[
+        str,
+        F("labelled shards of a few hundred videos, sampled as data.videos; see docs/evaluation.md", resume="free"),
+    ] = ""
+    val: A[str, F("labelled shards that probe_top1 is measured on", resume="free")] = ""
 
 
 @dataclass(frozen=True)
-class Config:
-    """A run. `recipe` names the function of recipes.py that made it."""
+class Config(TrainingConfig):
+    """A pretraining run."""
 
-    recipe: A[str, "the starting point; see the list above"]
+    program: ClassVar[str] = "bevt_ds/pretrain.py"
+
     model: ModelConfig = field(default_factory=ModelConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
-    output_dir: A[str, "what the run writes; empty: runs/RECIPE, runs/RECIPE-2, ..."] = ""
-    init_from: A[str, "weights to start from: a run's folder, saved weights, or an official file"] = ""
-    resume: A[str, "never | auto (the newest checkpoint of output_dir, if any) | a checkpoint's folder"] = "never"
-    dry_run: A[bool, "print the resolved config, parameters and steps, and stop"] = False
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainingConfig):
+    """A fine-tuning run."""
+
+    program: ClassVar[str] = "bevt_ds/finetune.py"
+
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    train: FinetuneTrainConfig = field(default_factory=FinetuneTrainConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+
+
+@dataclass(frozen=True)
+class InferenceConfig(RunConfig):
+    """What every measurement of trained weights has. What is not given is the choice of the run that they are from."""
+
+    weights: A[str, "what is tested: a run's folder, saved weights, or an official file"] = ""
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    precision: A[Precision, "compute type of the network; probabilities are averaged, and probes fitted, in fp32"] = (
+        "bf16"
+    )
+    kernels: A[Kernels, "provider of windowed attention"] = "auto"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(InferenceConfig):
+    """A test of a fine-tuned classifier. The recipe stands in for the run of weights that lie in no run's folder."""
+
+    program: ClassVar[str] = "bevt_ds/evaluate.py"
+
+    output_dir: A[str, "what is written; empty: eval-1, eval-2, ... in the run's folder, or else in runs/"] = ""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The small classifier on frozen features. Its training is V-JEPA's (facebookresearch/jepa, configs/evals)."""
+
+    kind: A[
+        Literal["attentive", "linear", "knn"],
+        "attentive: a query attends to all tokens; linear: on their mean; knn: votes of the nearest training videos",
+    ] = "attentive"
+    epochs: A[int, F("passes over the training features; not for knn", least=1)] = 20
+    least_steps: A[int, F("steps that are made at least, in more epochs if the set is small; not for knn")] = 500
+    batch: A[int, F("videos a step, over all ranks; not for knn", least=1)] = 64
+    lr: A[float, F("AdamW's learning rate, cosine to 0; not for knn", above=0)] = 1e-3
+    weight_decay: A[float, F("AdamW's decoupled decay; not for knn")] = 0.01
+    seed: A[int, F("seed of the probe's initialisation and of the order of its batches")] = 0
+    k: A[int, F("knn: neighbours that vote", least=1)] = 20
+    temperature: A[float, F("knn: a vote weighs exp(cosine / temperature)", above=0)] = 0.07
+    cache_bytes: A[int, F("memory that a rank may use for training features", least=1)] = 32 << 30
+
+
+@dataclass(frozen=True)
+class ProbeRunConfig(InferenceConfig):
+    """A probe of frozen features. How clips are sampled is the probed run's choice, unless given."""
+
+    program: ClassVar[str] = "bevt_ds/probe.py"
+
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    output_dir: A[str, "what is written; empty: probe-1, probe-2, ... in the run's folder, or else in runs/"] = ""

@@ -1,39 +1,77 @@
-"""What must hold of a configuration before anything is started, and the split of a step over ranks."""
+"""Validates a configuration before startup, and splits a step over ranks.
+
+What a single field may be stands with the field (schema.py); here are the rules that join several.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from bevt_ds.config.parse import config_fields, get_value
-from bevt_ds.config.schema import Config, LabelledDataConfig, ViewsConfig
+from bevt_ds.config.parse import Leaf, Section, config_fields, get_value
+from bevt_ds.config.schema import (
+    Config,
+    DataConfig,
+    FinetuneConfig,
+    InferenceConfig,
+    LabelledDataConfig,
+    ProbeRunConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    ViewsConfig,
+)
 from bevt_ds.errors import UserError
 
-AT_LEAST_ONE = {
-    *(f"data.{name}" for name in ("size", "frames", "stride", "clips_per_video", "workers", "threads", "readers")),
-    *(f"data.{name}" for name in ("prefetch", "shuffle_window", "short_side", "token_size", "mask.min_block")),
-    *(f"train.{name}" for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "eval_batches")),
-    "model.window",
-    "tokenizer.vocab_size",
-}
-POSITIVE = {"optim.lr", "optim.eps", "data.decode_seconds", "data.remote_seconds", "data.read_seconds"}
+R = TypeVar("R", bound=RunConfig)
 
 
-def validate(config: Config) -> Config:
+def validate(config: R, values: Mapping[str, Any] | None = None) -> R:
     """Check what can be known without shards, weights or ranks; returns the config itself.
+
+    values: the DeepSpeed JSON of a training.
 
     Raises:
         UserError: the first field that cannot work, with the reason.
     """
-    data, train, model, mask = config.data, config.train, config.model, config.data.mask
-    check_bounds(config, AT_LEAST_ONE, POSITIVE)
-    need(
-        train.global_clips + train.global_images > 0,
-        "train.global_clips and train.global_images are both 0: there is nothing to train on.",
-    )
-    need(data.size % 32 == 0, f"data.size={data.size}: must be a multiple of 32.")
+    check_fields(config)
+    if isinstance(config, Config):
+        _check_samples(config.data)
+        _check_pretraining(config)
+    elif isinstance(config, FinetuneConfig):
+        _check_finetuning(config)
+        _check_average(config, values or {})
+    if isinstance(config, FinetuneConfig | InferenceConfig):
+        check_labelled(config.data)
+        check_views(config.data, config.views)
+    return config
+
+
+def check_fields(config: Section, prefix: str = "") -> None:
+    """Hold every value of a configuration, or of the section at `prefix`, against what stands with its field.
+
+    Raises:
+        UserError: the first that does not fit, with what it must be.
+    """
+    for leaf in config_fields(type(config)):
+        _check_value(prefix + leaf.key, leaf, get_value(config, leaf.key))
+
+
+def _check_value(key: str, leaf: Leaf, value: Any) -> None:
+    if get_origin(leaf.type) is Literal:
+        allowed = get_args(leaf.type)
+        need(value in allowed, f"{key}={value}: must be {' or '.join(map(str, allowed))}.")
+        return
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            problem = leaf.field.problem(number)
+            need(problem is None, f"{key}={value}: must be {problem}.")
+
+
+def _check_samples(data: DataConfig) -> None:
+    """The sizes of pretraining's samples, and their masks."""
+    mask, cells = data.mask, (data.size // 16) ** 2
     need(
         data.token_size * 2 == data.size,
         f"data.token_size={data.token_size}: must be half of data.size={data.size}.",
@@ -42,46 +80,116 @@ def validate(config: Config) -> Config:
         data.short_side[0] <= data.short_side[1],
         f"data.short_side={data.short_side}: the first must not be larger.",
     )
+    check_holds_crop("data.short_side", data.short_side[0], data.size)
     need(
-        data.short_side[0] >= data.size,
-        f"data.short_side={data.short_side}: a side below data.size={data.size} cannot hold the crop.",
+        int(mask.ratio * cells) >= 1,
+        f"data.mask.ratio={mask.ratio}: must mask at least one of {cells} cells.",
     )
-    need(data.frames % 2 == 0, f"data.frames={data.frames}: must be even, a token spans 2 frames.")
+    need(
+        mask.tube[0] <= mask.tube[1],
+        f"data.mask.tube={mask.tube}: must be two shares of the clip, the smaller first.",
+    )
+
+
+def _check_pretraining(config: Config) -> None:
+    data, train, probe = config.data, config.train, config.probe
+    need(
+        train.global_clips + train.global_images > 0,
+        "train.global_clips and train.global_images are both 0: there is nothing to train on.",
+    )
     need(
         train.micro_clips % data.clips_per_video == 0,
         f"train.micro_clips={train.micro_clips}: must be a multiple of data.clips_per_video={data.clips_per_video},"
         " because one rank decodes a video once for all its clips.",
-    )
-    need(max(config.optim.betas) < 1, f"optim.betas={config.optim.betas}: must be in [0, 1).")
-    need(0 <= model.drop_path < 1, f"model.drop_path={model.drop_path}: must be in [0, 1).")
-    need(0 <= data.flip <= 1, f"data.flip={data.flip}: must be in [0, 1].")
-    need(
-        mask.ratio < 1 and int(mask.ratio * (data.size // 16) ** 2) >= 1,
-        f"data.mask.ratio={mask.ratio}: must be below 1 and mask at least one of {(data.size // 16) ** 2} cells.",
-    )
-    need(0 < mask.min_aspect <= 1, f"data.mask.min_aspect={mask.min_aspect}: must be in (0, 1].")
-    need(
-        0 < mask.tube[0] <= mask.tube[1] <= 1,
-        f"data.mask.tube={mask.tube}: must be two shares of the clip, the smaller first.",
     )
     need(
         train.min_gain <= 0 or bool(data.eval_videos or data.eval_images),
         f"train.min_gain={train.min_gain} needs held-out shards: data.eval_videos, data.eval_images.",
     )
     need(
-        not config.probe.every or bool(config.probe.train and config.probe.val and train.global_clips),
-        f"probe.every={config.probe.every} needs labelled shards, probe.train and probe.val, and clips to train on.",
+        not probe.every or bool(probe.train and probe.val and train.global_clips),
+        f"probe.every={probe.every} needs labelled shards, probe.train and probe.val, and clips to train on.",
     )
-    return config
 
 
-def require_inputs(config: Config) -> None:
+def _check_finetuning(config: FinetuneConfig) -> None:
+    train, data = config.train, config.data
+    need(train.epochs + train.steps > 0, "train.epochs and train.steps are both 0: there is nothing to do.")
+    check_holds_crop("data.short_side", data.short_side, data.size)
+    need(
+        not (train.mixup or train.cutmix) or train.micro_clips % 2 == 0,
+        f"train.mixup and train.cutmix mix pairs of clips: train.micro_clips={train.micro_clips} must be even.",
+    )
+
+
+def _check_average(config: FinetuneConfig, values: Mapping[str, Any]) -> None:
+    """The moving average needs the fp32 master weights in one piece for each rank."""
+    ema, stage = config.optim.ema, (values.get("zero_optimization") or {}).get("stage", 0)
+    need(
+        not ema or stage != 3,
+        f"optim.ema={ema} works with ZeRO stages 0 to 2, and the DeepSpeed JSON has stage 3: use"
+        " --deepspeed_config ds_configs/zero2.json, or optim.ema=0.",
+    )
+    need(
+        not ema or stage != 0 or config.train.precision != "fp16",
+        f"optim.ema={ema}: DeepSpeed does not show the fp32 weights of fp16 without ZeRO: use"
+        " --deepspeed_config ds_configs/zero1.json, or train.precision=bf16.",
+    )
+
+
+def check_labelled(data: LabelledDataConfig) -> None:
+    """Check what can be known of labelled data without its shards.
+
+    Raises:
+        UserError: the first field that cannot work, with the reason.
+    """
+    check_fields(data, "data.")
+    need(
+        data.crop_area[0] <= data.crop_area[1],
+        f"data.crop_area={data.crop_area}: must be two shares of the frame, the smaller first.",
+    )
+    need(
+        data.crop_aspect[0] <= data.crop_aspect[1],
+        f"data.crop_aspect={data.crop_aspect}: must be two ratios, the smaller first.",
+    )
+    need(data.decoder != "gpu", "data.decoder=gpu: labelled videos are decoded on the CPU; use data.decoder=auto.")
+
+
+def check_views(data: LabelledDataConfig, views: ViewsConfig) -> None:
+    """Check the views of a test, and that they can hold the crop. UserError: the first field that cannot work."""
+    check_fields(views, "views.")
+    check_holds_crop("views.short_side", views.short_side, data.size)
+
+
+def check_holds_crop(key: str, side: int, size: int) -> None:
+    """The crop is taken from a frame whose short side is `side` pixels. UserError: it does not fit."""
+    need(side >= size, f"{key}={side}: a side below data.size={size} cannot hold the crop.")
+
+
+def require_inputs(config: RunConfig) -> None:
     """Check that the shards are named and that the files which the configuration names are there.
 
     Raises:
         UserError: what is missing, and where it goes.
     """
-    data, train, tokenizer = config.data, config.train, config.tokenizer
+    if isinstance(config, InferenceConfig):
+        _require_weights(config)
+    if isinstance(config, Config):
+        _require_streams(config)
+        _require_tokenizer(config.tokenizer)
+    if isinstance(config, FinetuneConfig | ProbeRunConfig):
+        need(bool(config.data.train), "data.train is empty: name the labelled training shards.")
+    if isinstance(config, InferenceConfig):
+        need(bool(config.data.val), "data.val is empty: name the labelled shards to test on.")
+    if isinstance(config, TrainingConfig):
+        need(
+            not config.init_from or Path(config.init_from).exists(),
+            f"init_from={config.init_from}: no such file or folder.",
+        )
+
+
+def _require_streams(config: Config) -> None:
+    data, train = config.data, config.train
     need(
         bool(data.videos) or not train.global_clips,
         "data.videos is empty: name the shards, or train.global_clips=0.",
@@ -90,23 +198,25 @@ def require_inputs(config: Config) -> None:
         bool(data.images) or not train.global_images,
         "data.images is empty: name the shards, or train.global_images=0.",
     )
-    if tokenizer.name == "dalle":
-        need(
-            bool(tokenizer.weights),
-            "tokenizer.weights is empty: download encoder.pkl of the DALL-E dVAE (about 215 MB; openai/DALL-E names the"
-            " address) and pass tokenizer.weights=PATH/encoder.pkl, or use tokenizer.name=random_projection.",
-        )
-        need(
-            Path(tokenizer.weights).is_file(),
-            f"tokenizer.weights={tokenizer.weights}: no such file.",
-        )
+
+
+def _require_tokenizer(tokenizer: TokenizerConfig) -> None:
+    if tokenizer.name != "dalle":
+        return
     need(
-        not config.init_from or Path(config.init_from).exists(),
-        f"init_from={config.init_from}: no such file or folder.",
+        bool(tokenizer.weights),
+        "tokenizer.weights is empty: download encoder.pkl of the DALL-E dVAE (about 215 MB; openai/DALL-E names the"
+        " address) and pass tokenizer.weights=PATH/encoder.pkl, or use tokenizer.name=random_projection.",
     )
+    need(Path(tokenizer.weights).is_file(), f"tokenizer.weights={tokenizer.weights}: no such file.")
 
 
-def micro_steps(config: Any, world: int) -> int:
+def _require_weights(config: InferenceConfig) -> None:
+    need(bool(config.weights), "weights= is missing: name a run's folder, saved weights, or an official file.")
+    need(Path(config.weights).exists(), f"weights={config.weights}: no such file or folder.")
+
+
+def micro_steps(config: TrainingConfig, world: int) -> int:
     """Forward passes a rank makes in one step of a run of any kind; all its streams take the same number.
 
     Raises:
@@ -141,30 +251,7 @@ def _accumulation(name: str, total: int, micro: int, world: int) -> int:
     )
 
 
-def check_bounds(config: Any, at_least_one: Container[str], positive: Container[str]) -> None:
-    """Every number is finite, none is negative, and counts and rates that cannot be 0 are not."""
-    for field in config_fields(type(config)):
-        value = get_value(config, field.key)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, (int, float)) and not isinstance(number, bool):
-                least = 1 if field.key in at_least_one else 0
-                need(math.isfinite(number), f"{field.key}={number}: must be a finite number.")
-                need(number >= least, f"{field.key}={number}: must be at least {least}.")
-                need(number > 0 or field.key not in positive, f"{field.key}={number}: must be positive.")
-
-
 def need(holds: bool, message: str) -> None:
     """Raise `message` as a UserError unless something holds."""
     if not holds:
         raise UserError(message)
-
-
-def check_views(data: LabelledDataConfig, views: ViewsConfig) -> None:
-    """Check the views of a test against the crop. UserError: the first field that cannot work, with the reason."""
-    need(views.clips > 0, f"views.clips={views.clips}: must be at least 1.")
-    need(views.micro_videos > 0, f"views.micro_videos={views.micro_videos}: must be at least 1.")
-    need(views.crops in (1, 3), f"views.crops={views.crops}: must be 1 or 3.")
-    need(
-        views.short_side >= data.size,
-        f"views.short_side={views.short_side}: a side below data.size={data.size} cannot hold the crop.",
-    )

@@ -14,7 +14,7 @@ import torch
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
-from bevt_ds.config.validate import check_views, micro_steps_of, need
+from bevt_ds.config.validate import check_holds_crop, check_labelled, check_views, micro_steps_of, need
 from bevt_ds.data.delivery import Aside, used_here
 from bevt_ds.data.labelled_plan import LabelledPlan, ViewPlan
 from bevt_ds.data.labelled_reader import ClipReader, LabelledShards, ViewReader
@@ -23,7 +23,6 @@ from bevt_ds.data.labels import Classes, expected_count, read_classes
 from bevt_ds.data.ledger import Ledger, Skips
 from bevt_ds.data.loader import LEDGER, BackgroundLoader, Exchange, open_resources
 from bevt_ds.data.pixels.cpu_pixels import single_core_threads
-from bevt_ds.data.pixels.randaugment import TOP
 from bevt_ds.data.plan import StreamId, slots_of
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.storage import Storage
@@ -56,11 +55,8 @@ class LabelledReader:
     ) -> None:
         check_labelled(config)
         need(bool(config.train), "data.train is empty: name the training shards.")
-        need(
-            not config.val or config.short_side >= config.size,
-            f"data.short_side={config.short_side}: a side below data.size={config.size} cannot hold the crop of"
-            " validation.",
-        )
+        if config.val:
+            check_holds_crop("data.short_side", config.short_side, config.size)
         self._rank, self._world, self._device = rank, world, torch.device(device)
         global_size, self._micro_size = train.streams["clips"]
         self.skips, self.times = Skips(state), StageTimes()
@@ -181,33 +177,6 @@ def test_batches(
 def expected_videos(data: LabelledDataConfig, shards: Sequence[Shard]) -> int:
     """How many videos the whole validation set has, of which `shards` hold what there is; see expected_count."""
     return expected_count(shards, data.expected_val)
-
-
-def check_labelled(data: LabelledDataConfig) -> None:
-    """Check what can be known without shards.
-
-    UserError: the first field that cannot work, with the reason.
-    """
-    operations, magnitude = data.randaugment
-    need(data.size % 32 == 0 and data.size > 0, f"data.size={data.size}: must be a multiple of 32.")
-    need(data.frames > 0 and data.stride > 0, f"data.frames={data.frames} and data.stride must be at least 1.")
-    need(data.short_side > 0, f"data.short_side={data.short_side}: must be at least 1.")
-    need(
-        0 < data.crop_area[0] <= data.crop_area[1] <= 1,
-        f"data.crop_area={data.crop_area}: must be two shares of the picture, the smaller first.",
-    )
-    need(
-        0 < data.crop_aspect[0] <= data.crop_aspect[1],
-        f"data.crop_aspect={data.crop_aspect}: must be two ratios, the smaller first.",
-    )
-    for name in ("flip", "erasing"):
-        share = getattr(data, name)
-        need(0 <= share <= 1, f"data.{name}={share}: must be in [0, 1].")
-    need(
-        operations >= 0 and 0 <= magnitude <= TOP,
-        f"data.randaugment={data.randaugment}: must be a number of operations and a magnitude of 0 to {TOP}.",
-    )
-    need(data.decoder != "gpu", "data.decoder=gpu: labelled videos are decoded on the CPU; use data.decoder=auto.")
 
 
 def _classes_of(data: LabelledDataConfig, val: Sequence[Shard], storage: Storage) -> Classes:

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from bevt_ds.config.parse import to_dict
-from bevt_ds.config.schema import LabelledDataConfig
-from bevt_ds.config.schema_downstream import EvaluateConfig
-from bevt_ds.config.validate import check_views
-from bevt_ds.data.labelled_loader import check_labelled, expected_videos
+from bevt_ds.config.schema import EvaluateConfig, LabelledDataConfig
+from bevt_ds.data.labelled_loader import expected_videos
 from bevt_ds.data.labels import Classes, read_classes
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.errors import UserError
@@ -31,8 +29,6 @@ from bevt_ds.runtime.run_dir import weights_of
 def evaluate(config: EvaluateConfig) -> int:
     """Test, write and print; returns the exit code."""
     ranks = start_ranks()
-    check_labelled(config.data)
-    check_views(config.data, config.views)
     model = load_classifier(config, ranks)
     shards = shards_of(config.data.val, config.data)
     classes = classes_of(model, config.data, shards)

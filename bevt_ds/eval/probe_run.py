@@ -7,9 +7,8 @@ from dataclasses import replace
 from torch import nn
 
 from bevt_ds.config.parse import to_dict
-from bevt_ds.config.schema_downstream import ProbeConfig, ProbeRunConfig
-from bevt_ds.config.validate import check_views
-from bevt_ds.data.labelled_loader import check_labelled, expected_videos
+from bevt_ds.config.schema import ProbeConfig, ProbeRunConfig
+from bevt_ds.data.labelled_loader import expected_videos
 from bevt_ds.data.labels import read_classes
 from bevt_ds.eval.features import Features, extract, features_of, gathered
 from bevt_ds.eval.multi_view import check_device, printing_once
@@ -33,8 +32,6 @@ from bevt_ds.runtime.run_dir import weights_of
 def probe(config: ProbeRunConfig) -> int:
     """Extract, fit, test, write and print; returns the exit code."""
     ranks = start_ranks()
-    check_labelled(config.data)
-    check_views(config.data, config.views)
     encoder = load_encoder(config, ranks)
     train, val = (shards_of(patterns, config.data) for patterns in (config.data.train, config.data.val))
     classes = read_classes(train, val, config.data.classes)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bevt_ds.config.schema_downstream import ProbeConfig
+from bevt_ds.config.schema import ProbeConfig
 from bevt_ds.eval.features import Features
 from bevt_ds.rng import Use, generator
 from bevt_ds.runtime.distributed import Ranks

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 import bevt_ds
-from bevt_ds.config.schema import Config
-from bevt_ds.config.schema_downstream import FinetuneConfig
+from bevt_ds.config.schema import Config, FinetuneConfig
 from bevt_ds.errors import UserError
 from bevt_ds.eval.confusion import draw_confusion
 from bevt_ds.eval.metrics import Scores

@@ -17,25 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from bevt_ds.config.parse import config_fields, from_dict, get_value, to_dict
-from bevt_ds.config.schema import Config
+from bevt_ds.config.schema import Config, TrainingConfig
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})")
-# Fields that may differ between a run and its continuation: they do not change what is computed. Where the shards and
-# the list of classes lie is free, because `Facts.data` says what is in them.
-FREE = {
-    "output_dir", "init_from", "resume", "dry_run", "data.workers", "data.threads", "data.readers", "data.prefetch",
-    "data.videos", "data.images", "data.cache_dir", "data.cache_bytes", "data.remote_seconds", "data.allow_pipe",
-    "data.decode_seconds", "data.max_bad_fraction", "data.eval_videos", "data.eval_images", "data.decoder",
-    "data.read_seconds", "data.verify",
-    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_batches", "train.min_gain",
-    "model.checkpointing",
-    "data.train", "data.val", "data.classes", "data.expected_val", "views.clips", "views.crops", "views.short_side",
-    "views.micro_videos", "train.val_every", "probe.every", "probe.train", "probe.val",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +33,7 @@ class Facts:
     step: int  # updates done
     world: int
     stage: int  # ZeRO
-    config: Any  # of the run: a Config, or that of another kind of run
+    config: TrainingConfig  # of the run
     data: str  # fingerprint of the shards
     skips: dict[str, Any]  # what the loader must know beside the step
 
@@ -93,7 +81,7 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.name, reverse=True)
 
 
-def newest_valid(root: Path, ranks: Ranks, kind: type = Config) -> tuple[Path, Facts] | None:
+def newest_valid(root: Path, ranks: Ranks, kind: type[TrainingConfig] = Config) -> tuple[Path, Facts] | None:
     """The newest checkpoint whose every byte is as written; damaged ones are named and passed over. Collective.
 
     `kind` is the config dataclass of the runs that write here.
@@ -131,7 +119,7 @@ def find_damage(folder: Path, ranks: Ranks) -> str | None:
     return problem or "another rank found damage"
 
 
-def read_facts(folder: Path, kind: type = Config) -> Facts:
+def read_facts(folder: Path, kind: type[TrainingConfig] = Config) -> Facts:
     """The facts in a checkpoint's manifest, its configuration as `kind`.
 
     Raises:
@@ -160,7 +148,7 @@ def check_continues(saved: Facts, now: Facts, folder: Path) -> None:
         raise UserError(f"{folder} was trained on other shards than these: their sample lists or their classes differ.")
 
 
-def check_same(saved: Any, now: Any, folder: Path) -> None:
+def check_same(saved: TrainingConfig, now: TrainingConfig, folder: Path) -> None:
     """Refuse a configuration that would compute something else than the one which `folder` was begun with.
 
     Raises:
@@ -169,7 +157,7 @@ def check_same(saved: Any, now: Any, folder: Path) -> None:
     changed = [
         f"{f.key}: {get_value(saved, f.key)} -> {get_value(now, f.key)}"
         for f in config_fields(type(now))
-        if f.key not in FREE and get_value(saved, f.key) != get_value(now, f.key)
+        if f.field.resume != "free" and get_value(saved, f.key) != get_value(now, f.key)
     ]
     if changed:
         raise UserError(

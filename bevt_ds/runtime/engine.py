@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
 from bevt_ds.config.deepspeed import resolve
+from bevt_ds.config.schema import AdamWConfig, TrainingConfig
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks, choose_rendezvous
 
@@ -73,7 +74,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        config: Any,
+        config: TrainingConfig,
         values: dict[str, Any],
         ranks: Ranks,
         width: int,
@@ -223,7 +224,7 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _optimizer(groups: list[dict[str, Any]], optim: Any, settings: dict[str, Any]) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, Any]], optim: AdamWConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
     options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if offload != "none":

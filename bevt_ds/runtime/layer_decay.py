@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from bevt_ds.config.schema_downstream import FinetuneOptimConfig
+from bevt_ds.config.schema import FinetuneOptimConfig
 from bevt_ds.model.convert import TABLE
 
 ENCODER = "encoder."

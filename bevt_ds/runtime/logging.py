@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from bevt_ds.config.schema import Config
+from bevt_ds.config.schema import Config, LoopConfig
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.flops import Sizes, clip_macs, image_macs, peak_flops, training_flops
 from bevt_ds.runtime.run_dir import LOG
@@ -52,9 +52,9 @@ def step_metrics(totals: Mapping[str, float]) -> dict[str, float]:
 
 
 class SpeedMeter:
-    """Clock of the training loop of a run whose TrainConfig is `train`."""
+    """Clock of the training loop of a run whose batch and precision are in `train`."""
 
-    def __init__(self, train: Any, step_flops: float, world: int, device: torch.device):
+    def __init__(self, train: LoopConfig, step_flops: float, world: int, device: torch.device):
         self.streams, self.step_flops = train.streams, step_flops
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(name)

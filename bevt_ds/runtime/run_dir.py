@@ -19,16 +19,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from bevt_ds.config.parse import from_dict, to_dict
-from bevt_ds.config.schema import Config
+from bevt_ds.config.schema import Config, TrainingConfig
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.checkpoint import check_same, checkpoints, make_folder
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.lock import hold
 
-T = TypeVar("T")  # a run's config dataclass
+T = TypeVar("T", bound=TrainingConfig)
 
 CONFIG = "config.json"
 LOG = "log.jsonl"
@@ -40,7 +40,7 @@ BEST = "best"
 WRITTEN = (CONFIG, LOG, SUMMARY, SAMPLES, CHECKPOINTS, WEIGHTS, BEST, "tensorboard", "bad_samples.jsonl")
 
 
-def choose_folder(config: Any, ranks: Ranks) -> Path:
+def choose_folder(config: TrainingConfig, ranks: Ranks) -> Path:
     """The output folder of a run of any kind, created on rank 0 and the same on every rank. Collective.
 
     Raises:
@@ -58,7 +58,7 @@ def choose_folder(config: Any, ranks: Ranks) -> Path:
     return Path(name)
 
 
-def _claim(config: Any) -> Path:
+def _claim(config: TrainingConfig) -> Path:
     """The folder, made or checked. On rank 0."""
     if not config.output_dir:
         return _claim_free_name(Path("runs") / config.recipe, config)
@@ -75,7 +75,7 @@ def _claim(config: Any) -> Path:
     return folder
 
 
-def write_config(folder: Path, config: Any) -> None:
+def write_config(folder: Path, config: TrainingConfig) -> None:
     """Save the resolved configuration. From then on the folder is this run's.
 
     Raises:
@@ -86,7 +86,7 @@ def write_config(folder: Path, config: Any) -> None:
     write_json(folder / CONFIG, to_dict(config))
 
 
-def _claim_free_name(first: Path, config: Any) -> Path:
+def _claim_free_name(first: Path, config: TrainingConfig) -> Path:
     """runs/demo, or runs/demo-2, ...; resume=auto without a name means the newest of them that has a checkpoint."""
     taken, number, candidate = [], 1, first
     while any((candidate / name).exists() for name in WRITTEN):

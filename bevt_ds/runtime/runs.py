@@ -6,10 +6,10 @@ import json
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
+from bevt_ds.config.schema import TrainingConfig
 from bevt_ds.data.loader import LEDGER, BackgroundLoader
 from bevt_ds.errors import UserError
 from bevt_ds.kernels import resolve
@@ -32,7 +32,7 @@ def require_finite(loss: float, step: int) -> None:
         )
 
 
-def find_start(config: Any, folder: Path, ranks: Ranks) -> tuple[Path, checkpoint.Facts] | None:
+def find_start(config: TrainingConfig, folder: Path, ranks: Ranks) -> tuple[Path, checkpoint.Facts] | None:
     """The checkpoint to continue from, verified, or None for a new run of any kind. Collective.
 
     Raises:
@@ -48,7 +48,7 @@ def find_start(config: Any, folder: Path, ranks: Ranks) -> tuple[Path, checkpoin
     return given, checkpoint.read_facts(given, type(config))
 
 
-def kernel_provider(config: Any, ranks: Ranks) -> str:
+def kernel_provider(config: TrainingConfig, ranks: Ranks) -> str:
     """What `model.kernels` comes to on this device: triton or torch.
 
     Raises:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from bevt_ds.config.recipes import RECIPES, get_recipe
+from bevt_ds.config.recipes import PRETRAINING, get_recipe
 from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.decoding.transcode import Profile
 from bevt_ds.data.reading.index import load_shard, write_atomic
@@ -154,7 +154,7 @@ def _add_check(verbs) -> None:
 def _add_stats(verbs) -> None:
     verb = verbs.add_parser("stats", help="what is in the shards, and whether this machine can feed a recipe from them")
     verb.add_argument("shards", help="path, URL, glob, {000..099} range, or several with commas")
-    verb.add_argument("--recipe", choices=sorted(RECIPES), default="joint_swin_b", help="default: %(default)s")
+    verb.add_argument("--recipe", choices=sorted(PRETRAINING), default="joint_swin_b", help="default: %(default)s")
     verb.add_argument("--stride", type=_whole(1), help="default: the recipe's; smaller for shards packed with --fps")
     verb.add_argument(
         "--clips-per-second",

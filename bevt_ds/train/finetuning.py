@@ -20,8 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bevt_ds.batch import LabelledBatch
-from bevt_ds.config.schema import ViewsConfig
-from bevt_ds.config.schema_downstream import FinetuneConfig
+from bevt_ds.config.schema import FinetuneConfig, ViewsConfig
 from bevt_ds.config.validate import micro_steps
 from bevt_ds.data.labelled_loader import LabelledLoader, check_labelled
 from bevt_ds.data.labels import Classes

@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 
 from bevt_ds.config.parse import config_fields, to_dict
-from bevt_ds.config.recipes import demo
-from bevt_ds.config.recipes_downstream import finetune_demo
-from bevt_ds.config.schema_downstream import EvaluateConfig
+from bevt_ds.config.recipes import demo, finetune_demo
+from bevt_ds.config.schema import EvaluateConfig
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.errors import UserError
 from bevt_ds.eval import multi_view as evaluation
@@ -166,7 +165,7 @@ def damage(tar: Path, key: str) -> None:
         ({"data.val": ""}, "data.val is empty"),
         ({"data.size": "60"}, "multiple of 32"),
         ({"data.workers": "0"}, "data.workers=0: must be at least 1"),
-        ({"views.crops": "2"}, "must be 1 or 3"),
+        ({"views.crops": "2"}, "expected one of 1, 3"),
         ({"views.clip": "2"}, "views.clips"),
         ({"precision": "fp16"}, "needs a GPU"),
         ({"data.classes": "README.md"}, "data.classes=README.md"),

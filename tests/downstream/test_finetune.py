@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from bevt_ds import BEVT, VideoClassifier
-from bevt_ds.config.schema_downstream import FinetuneConfig
+from bevt_ds.config.schema import FinetuneConfig
 from bevt_ds.runtime.run_dir import read_config, weights_of
 from tests.downstream.finetune_jobs import run_jobs, words
 from tests.training.processes import start_python

@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bevt_ds.config.schema import Config, DataConfig, LabelledDataConfig, OnlineProbeConfig, TrainConfig, ViewsConfig
-from bevt_ds.config.schema_downstream import FinetuneTrainConfig, ProbeRunConfig
+from bevt_ds.config.schema import (
+    Config,
+    DataConfig,
+    FinetuneTrainConfig,
+    LabelledDataConfig,
+    OnlineProbeConfig,
+    ProbeRunConfig,
+    TrainConfig,
+    ViewsConfig,
+)
 from bevt_ds.data.labelled_loader import LabelledLoader
 from bevt_ds.data.labelled_trial import TRIED
 from bevt_ds.errors import UserError

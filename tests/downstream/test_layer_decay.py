@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bevt_ds.config.recipes_downstream import get_recipe
-from bevt_ds.config.schema_downstream import FinetuneOptimConfig
+from bevt_ds.config.recipes import get_recipe
+from bevt_ds.config.schema import FinetuneConfig, FinetuneOptimConfig
 from bevt_ds.model.presets import create_classifier
 from bevt_ds.runtime.layer_decay import learning_rate, parameter_groups
 
@@ -27,7 +27,7 @@ def our_name(name: str) -> str:
 @pytest.mark.parametrize("data", RECIPES)
 def test_groups_equal_the_original(data, kind):
     name, classes = RECIPES[data]
-    optim = replace(get_recipe(name).optim, groups=kind)
+    optim = replace(get_recipe(name, FinetuneConfig).optim, groups=kind)
     with torch.device("meta"):
         model = create_classifier("swin_b", classes)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -47,7 +47,7 @@ def test_groups_are_few_and_never_empty():
     """A rate for the head, the 24 blocks, the 3 mergings and the stem: 29, each decayed or not."""
     with torch.device("meta"):
         model = create_classifier("swin_b", 400)
-    groups = parameter_groups(model, model.arch["depths"], get_recipe("finetune_k400").optim)
+    groups = parameter_groups(model, model.arch["depths"], get_recipe("finetune_k400", FinetuneConfig).optim)
     assert all(g["params"] for g in groups)
     assert len(groups) == len({(g["lr_scale"], g["weight_decay"]) for g in groups}) <= 2 * 29
     assert len({g["lr_scale"] for g in groups}) == 29

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bevt_ds.batch import LabelledBatch
-from bevt_ds.config.schema_downstream import ProbeConfig
+from bevt_ds.config.schema import ProbeConfig
 from bevt_ds.errors import UserError
 from bevt_ds.eval.features import Features, extract, feature_rank, gathered, pooled, ridge_predictions
 from bevt_ds.eval.probes import (

@@ -13,10 +13,8 @@ import pytest
 import torch
 
 from bevt_ds.config.parse import config_fields, to_dict
-from bevt_ds.config.recipes import demo
-from bevt_ds.config.recipes_downstream import finetune_demo
-from bevt_ds.config.schema import ReadingConfig
-from bevt_ds.config.schema_downstream import ProbeRunConfig
+from bevt_ds.config.recipes import demo, finetune_demo
+from bevt_ds.config.schema import ProbeRunConfig, ReadingConfig
 from bevt_ds.errors import UserError
 from bevt_ds.eval import probe_run as probing
 from bevt_ds.model.presets import create_model

@@ -10,23 +10,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bevt_ds.config import recipes_downstream as recipes
-from bevt_ds.config.command_line import parse_arguments
+from bevt_ds.config.command_line import parse_arguments, resolve_config
 from bevt_ds.config.deepspeed import resolve
 from bevt_ds.config.help import page
 from bevt_ds.config.parse import config_fields, from_dict, to_dict
-from bevt_ds.config.recipes import get_recipe as pretraining_recipe
-from bevt_ds.config.recipes_downstream import RECIPES, get_recipe
-from bevt_ds.config.schema_downstream import FinetuneConfig
-from bevt_ds.config.validate import micro_steps
-from bevt_ds.config.validate_downstream import require_inputs, validate
+from bevt_ds.config.recipes import (
+    FINETUNING,
+    SSV2_MICRO_STEPS,
+    finetune_demo,
+    finetune_k400,
+    finetune_ssv2,
+    get_recipe,
+)
+from bevt_ds.config.schema import FinetuneConfig
+from bevt_ds.config.validate import micro_steps, require_inputs, validate
 from bevt_ds.errors import UserError
-from bevt_ds.finetune import USAGE, resolve_config
+from bevt_ds.finetune import USAGE
 from bevt_ds.runtime.checkpoint import check_same
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.run_dir import choose_folder, write_config
-from bevt_ds.train.dry_run_downstream import report
+from bevt_ds.train.dry_run import report_finetuning
 from bevt_ds.train.finetuning import classification_loss
 from bevt_ds.train.mixup import Mixing
 from tests.training.processes import ROOT
@@ -34,19 +38,19 @@ from tests.training.processes import ROOT
 
 def resolved(*words: str, stage: int = 2, world: int = 1) -> FinetuneConfig:
     path = ROOT / "ds_configs" / f"zero{stage}.json"
-    return resolve_config(parse_arguments(words, default_recipe="", default_json=str(path)), world)[0]
+    return resolve_config(parse_arguments(words, default_recipe="", default_json=str(path)), FinetuneConfig, world)[0]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FINETUNING)
 def test_recipes_are_valid_and_survive_json(name):
-    config = get_recipe(name)
+    config = get_recipe(name, FinetuneConfig)
     assert config.recipe == name
     assert validate(config, {}) is config
     assert from_dict(json.loads(json.dumps(to_dict(config))), FinetuneConfig) == config
 
 
 def test_k400_has_the_original_numbers():
-    c = get_recipe("finetune_k400")
+    c = finetune_k400()
     assert (c.optim.lr, c.optim.weight_decay, c.optim.layer_decay, c.optim.clip_grad) == (3e-4, 1e-3, 0.9, 40.0)
     assert (c.optim.warmup_epochs, c.optim.warmup_ratio, c.optim.ema) == (2.5, 0.1, 0.0)
     assert (c.model.window, c.model.drop_path, c.model.dropout) == ((8, 7, 7), 0.3, 0.5)
@@ -59,7 +63,7 @@ def test_k400_has_the_original_numbers():
 
 
 def test_ssv2_has_the_original_numbers():
-    c = get_recipe("finetune_ssv2")
+    c = finetune_ssv2()
     assert (c.optim.lr, c.optim.weight_decay, c.optim.backbone_scale, c.optim.clip_grad) == (5e-4, 0.05, 0.1, 0.0)
     assert c.optim.layer_decay == 1.0
     assert c.optim.ema == pytest.approx(0.0016, rel=1e-3)  # 0.9984 of the old average stays, each update
@@ -67,14 +71,17 @@ def test_ssv2_has_the_original_numbers():
     assert (c.data.sampling, c.data.frames, c.data.flip) == ("segments", 32, 0.0)
     assert (c.data.randaugment, c.data.erasing, c.train.label_smoothing) == ((4, 7), 0.25, 0.1)
     assert (c.train.epochs, c.train.global_clips, c.views.clips, c.views.crops) == (60, 64, 1, 3)
-    assert micro_steps(c, world=8) == 8 == recipes.SSV2_MICRO_STEPS
+    assert micro_steps(c, world=8) == 8 == SSV2_MICRO_STEPS
 
 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
         (["train.epochs=3"], "recipe= is missing"),
-        (["recipe=joint_swin_b"], "recipe of bevt_ds/pretrain.py"),
+        (
+            ["recipe=joint_swin_b"],
+            "recipe of bevt_ds/pretrain.py; bevt_ds/finetune.py has finetune_k400",
+        ),
         (["recipe=finetune_k600"], "no recipe 'finetune_k600'"),
         (["recipe=finetune_k400", "train.epoch=3"], "Near: train.epochs"),
         (["recipe=finetune_k400", "data.train=a-0.tar", "data.train=a-1.tar"], "given twice"),
@@ -86,7 +93,7 @@ def test_ssv2_has_the_original_numbers():
         (["recipe=finetune_k400", "optim.layer_decay=1.1"], "(0, 1]"),
         (["recipe=finetune_k400", "data.size=100"], "multiple of 32"),
         (["recipe=finetune_k400", "data.short_side=160"], "cannot hold"),
-        (["recipe=finetune_k400", "views.crops=2"], "views.crops=2: must be 1 or 3"),
+        (["recipe=finetune_k400", "views.crops=2"], "views.crops=2: expected one of 1, 3"),
         (["recipe=finetune_k400", "optim.lr=0"], "must be positive"),
         (["recipe=finetune_k400", "optim.betas=[0.9,1.5]"], "optim.betas=(0.9, 1.5): must be in [0, 1)"),
         (
@@ -102,33 +109,33 @@ def test_mistakes_on_the_command_line_are_named(words, part):
 
 
 def test_average_without_zero_needs_bf16_or_fp32():
-    config = get_recipe("finetune_ssv2")
+    config = finetune_ssv2()
     with pytest.raises(UserError, match="zero1.json"):
         validate(replace(config, train=replace(config.train, precision="fp16")), {})
 
 
 def test_recipes_of_the_two_programs_are_kept_apart():
     with pytest.raises(UserError, match="recipe of bevt_ds/finetune.py"):
-        pretraining_recipe("finetune_k400")
+        get_recipe("finetune_k400")
 
 
 def test_a_run_of_the_other_program_is_not_continued(tmp_path):
-    write_config(tmp_path, pretraining_recipe("demo"))
-    config = replace(get_recipe("finetune_demo"), output_dir=str(tmp_path), resume="auto")
+    write_config(tmp_path, get_recipe("demo"))
+    config = replace(finetune_demo(), output_dir=str(tmp_path), resume="auto")
     with pytest.raises(UserError, match="another program"):
         choose_folder(config, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_the_list_of_classes_may_move():
     """What is in it is held by the checkpoint's fingerprint of the data."""
-    config = get_recipe("finetune_demo")
+    config = finetune_demo()
     check_same(config, replace(config, data=replace(config.data, classes="elsewhere.txt")), "run")
     with pytest.raises(UserError, match="data.flip: 0.0 -> 0.5"):
         check_same(config, replace(config, data=replace(config.data, flip=0.5)), "run")
 
 
 def test_missing_inputs_are_named(tmp_path):
-    config = get_recipe("finetune_k400")
+    config = finetune_k400()
     with pytest.raises(UserError, match="data.train is empty"):
         require_inputs(config)
     named = replace(config, data=replace(config.data, train="a.tar"), init_from=str(tmp_path / "none"))
@@ -141,7 +148,7 @@ def test_deepspeed_json_counts_clips(tmp_path):
     path = tmp_path / "own.json"
     path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 1.0}))
     words = parse_arguments(["recipe=finetune_k400", f"--deepspeed_config={path}"], "", "")
-    config, values, notes = resolve_config(words, world=2)
+    config, values, notes = resolve_config(words, FinetuneConfig, world=2)
     assert (config.train.micro_clips, config.optim.clip_grad, len(notes)) == (4, 1.0, 2)
     values = {"zero_optimization": {"stage": 2, "allgather_bucket_size": "auto"}}
     settings = resolve(values, config, world=2, largest=3, total=101, width=8)
@@ -150,10 +157,10 @@ def test_deepspeed_json_counts_clips(tmp_path):
 
 
 def test_help_and_dry_run():
-    text = page(USAGE, RECIPES, get_recipe("finetune_ssv2"))
-    assert all(name in text for name in RECIPES)
+    text = page(USAGE, FINETUNING, finetune_ssv2())
+    assert all(name in text for name in FINETUNING)
     assert all(f"  {f.key}=" in text for f in config_fields(FinetuneConfig) if f.key != "recipe")
-    summary = report(resolved("recipe=finetune_ssv2"), [], world=1)
+    summary = report_finetuning(resolved("recipe=finetune_ssv2"), [], world=1)
     assert "88,655,688 + 1,025 for each class" in summary
     assert "data.train is empty" in summary
 

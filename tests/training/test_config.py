@@ -7,7 +7,7 @@ import pytest
 
 from bevt_ds.config.command_line import parse_arguments
 from bevt_ds.config.deepspeed import merge, read_json, resolve
-from bevt_ds.config.help import help_text
+from bevt_ds.config.help import page
 from bevt_ds.config.parse import (
     apply_overrides,
     config_fields,
@@ -16,9 +16,11 @@ from bevt_ds.config.parse import (
     parse_overrides,
     to_dict,
 )
-from bevt_ds.config.recipes import RECIPES, get_recipe
+from bevt_ds.config.recipes import PRETRAINING as RECIPES
+from bevt_ds.config.recipes import get_recipe
 from bevt_ds.config.validate import micro_steps, require_inputs, validate
 from bevt_ds.errors import UserError
+from bevt_ds.pretrain import USAGE
 
 ROOT = Path(__file__).parents[2]
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -229,16 +231,16 @@ def test_arguments():
         parse_arguments(["recipe=a", "recipe=b"], "r", "j")
     with pytest.raises(UserError, match="needs a file"):
         parse_arguments(["--deepspeed_config"], "r", "j")
-    with pytest.raises(UserError, match="no recipe ''"):
+    with pytest.raises(UserError, match="recipe= is missing"):
         get_recipe(parse_arguments(["recipe="], "r", "j").recipe)
     with pytest.raises(UserError, match="--steps"):
         parse_arguments(["--steps=3"], "r", "j")
 
 
 def test_help_names_every_recipe_and_field():
-    text = help_text("demo")
+    text = page(USAGE, RECIPES, get_recipe("demo"))
     for name in RECIPES:
         assert name in text
     for f in config_fields():
         assert f.key == "recipe" or f"  {f.key}=" in text
-        assert f.help
+        assert f.field.help
