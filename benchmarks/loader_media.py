@@ -112,7 +112,7 @@ def _psnr(source: bytes, copy: bytes, facts: dict, profile: Profile) -> float:
     """Over every 15th frame of the copy."""
     size = facts["width"], facts["height"]
     with opened(source, Limits()) as video:
-        numbers = nearest(video.times(), facts["fps"])
+        numbers = nearest(video.times(), np.arange(facts["frames"]) / facts["fps"])
     places = np.arange(0, facts["frames"], max(facts["frames"] // 20, 1))
     errors = []
     for a, b in zip(_rgb(source, numbers[places], size), _rgb(copy, places, size), strict=True):

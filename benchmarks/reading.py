@@ -63,7 +63,7 @@ def decoding() -> dict[str, Callable[[], object]]:
 
     def decode(data: bytes) -> None:
         with opened(data, Limits()) as video:
-            video.frames(clip_frames(0.5, len(video.packets), 16, 8, 0.0))
+            video.frames(clip_frames(0.5, video.total, 16, 8, 0.0))
 
     videos = {size: draw_clip(0, *shape) for size, shape in SIZES.items()}
     return {f"decode 16x8, {size}, {len(data) >> 10} KiB": lambda d=data: decode(d) for size, data in videos.items()}

@@ -78,13 +78,41 @@ def encode_clip(
         return Path(file.name).read_bytes()
 
 
+def remuxed(
+    data: bytes,
+    container: str,
+    change: Callable[[av.Packet], None] = lambda packet: None,
+    first: int = 0,
+    payload: Callable[[int, bytes], bytes] | None = None,
+) -> bytes:
+    """A stream copy into another container.
+
+    change: of each packet; first: packets before it are left out; payload: other bytes for the i-th packet.
+    """
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format=container) as out:
+        stream = source.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        for i, packet in enumerate(packets[first:], start=first):
+            if payload:
+                other = av.Packet(payload(i, bytes(packet)))
+                other.pts, other.dts, other.duration = packet.pts, packet.dts, packet.duration
+                other.time_base, other.is_keyframe = packet.time_base, packet.is_keyframe
+                packet = other
+            change(packet)
+            packet.stream = copy
+            out.mux(packet)
+    return buffer.getvalue()
+
+
 def decode_clip(data: bytes, choose: Callable[[int], np.ndarray], limits: Limits | None = None) -> np.ndarray:
     """Some frames of a video: uint8 (F,H,W,3) RGB. BadSample: it cannot be decoded that far.
 
     choose: given the number of frames, returns the wanted frame numbers, in any order and with repeats.
     """
     with opened(data, limits or Limits()) as video:
-        return video.frames(choose(len(video.packets)))
+        return video.frames(choose(video.total))
 
 
 def pictures_of(pipeline: PixelPipeline | ClipPixels, payloads: Sequence, entries: Sequence) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 
 from bevt_ds.data.decoding.cut import Box
-from bevt_ds.data.decoding.video import RgbWriter, Video, probe
+from bevt_ds.data.decoding.frame_index import Entry
+from bevt_ds.data.decoding.video import RgbWriter, opened, probe
 from bevt_ds.data.limits import BadSample, Limits
 from tests.loader.media import decode_clip
 
@@ -46,22 +47,12 @@ def test_any_frames_equal_those_of_a_full_decode(clips: dict[str, bytes], name: 
     np.testing.assert_array_equal(got, np.stack([everything[i] for i in wanted]))
 
 
-def test_decoding_starts_at_the_keyframe(clips: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_starts_at_the_keyframe(clips: dict[str, bytes]) -> None:
     """Frame 25 of a file with a keyframe every 10 needs few packets, not 26."""
-    fed = []
-    monkeypatch.setattr(Video, "_decode", _decode_spy(fed))
-    decode_clip(clips["h264"], lambda total: np.array([25]), LIMITS)
-    assert fed == [20]
-
-
-def _decode_spy(fed: list):
-    decode = Video._decode
-
-    def spy(video, packets, wanted_times):
-        fed.append(len(packets))
-        return decode(video, packets, wanted_times)
-
-    return spy
+    with opened(clips["h264"], LIMITS) as video:
+        video.frames(np.array([25]))
+        assert video.decoded <= 10
+        assert video.index.entries_before(25)[0] == Entry(20, 20)
 
 
 def test_probe(clips: dict[str, bytes]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 
 from bevt_ds.data.decoding.transcode import Profile, transcode
-from bevt_ds.data.decoding.video import fits_gpu, opened, probe
+from bevt_ds.data.decoding.video import fits_gpu, full_decode, opened, probe
 from bevt_ds.data.limits import Limits
 from tests.loader.media import decode_clip, encode_clip, numbers_of, shades
 
@@ -60,8 +60,7 @@ def test_an_edit_list_hides_frames_that_others_refer_to(plain: dict[str, bytes],
     assert numbers_of(decode_clip(data, np.arange)) == shown
     for start in range(0, count, 4):
         assert numbers_of(decode_clip(data, lambda _, s=start: np.array([s, count - 1]))) == [shown[start], shown[-1]]
-    with opened(data, LIMITS) as video:
-        assert video.decode_all() == count
+    assert sum(1 for _ in full_decode(data, LIMITS)) == count
     info = probe(data, LIMITS)
     assert info.frames == count and (info.hidden == 0) == (edit in ("everything", "from a keyframe"))
     assert fits_gpu(vars(info)) == (info.hidden == 0)
@@ -133,14 +132,17 @@ def test_two_frames_at_one_time() -> None:
     assert numbers_of(decode_clip(same, np.arange)) == list(range(8))
 
 
-FOR_A_GPU = {"container": "mp4", "hidden": 0, "codec": "h264", "pixel_format": "yuv420p", "width": 64, "height": 48}
+FOR_A_GPU = {"container": "mp4", "hidden": 0, "is_plain": True, "codec": "h264", "pixel_format": "yuv420p"}
+FOR_A_GPU |= {"width": 64, "height": 48}
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"container": "avi"},
+        {"container": "fragmented mp4"},
         {"hidden": 2},
+        {"is_plain": False},
         {"codec": "mjpeg"},
         {"pixel_format": "yuv420p10le"},
         {"width": 63},

@@ -14,10 +14,11 @@ from bevt_ds.data.limits import BadSample, Limits
 class Container:
     """The claims of a container's header about its first video stream."""
 
-    name: str  # "mp4", "matroska" or "avi"
+    name: str  # "mp4", "fragmented mp4", "matroska" or "avi"
     width: int
     height: int
     frames: int | None  # None: it does not say, or an edit list may hide some
+    codec: str = ""  # as it is named there; "": that is left to FFmpeg
 
 
 def check_container(data: bytes, limits: Limits) -> Container:
@@ -32,5 +33,6 @@ def check_container(data: bytes, limits: Limits) -> Container:
         return Container("avi", *check_avi(data, limits), frames=None)
     if data[4:8].decode("latin-1") in FIRST:
         track = check_mp4(data, limits)
-        return Container("mp4", track.width, track.height, None if track.edited else track.frames)
+        name = "fragmented mp4" if track.is_fragmented else "mp4"
+        return Container(name, track.width, track.height, None if track.edited else track.frames, track.codec)
     raise BadSample("it is neither MP4, WebM, Matroska nor AVI")

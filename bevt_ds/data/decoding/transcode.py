@@ -11,12 +11,11 @@ from typing import Any
 import av
 import numpy as np
 
-from bevt_ds.data.decoding.video import Video, opened
+from bevt_ds.data.decoding.video import UNKNOWN_FPS, Video, opened
 from bevt_ds.data.limits import Limits
 
 # Chosen by measurement, see docs/data.md: what makes decoding dear is the deblocking filter and CABAC, which
 # `fastdecode` leaves out; one reference frame and no B-frames let a clip start at any keyframe without detours.
-UNKNOWN_FPS = 25  # where a container states none
 SLOWEST = Fraction(1, 1001)  # frames a second; of a time lapse that is slower, frames are repeated
 ENCODER = {"preset": "veryfast", "tune": "fastdecode", "bf": "0", "refs": "1", "sc_threshold": "0"}
 
@@ -40,9 +39,9 @@ def transcode(data: bytes, profile: Profile, limits: Limits) -> tuple[bytes, dic
     with opened(data, limits) as video:
         source = video.info
         rate = max(Fraction(profile.fps or source.fps or UNKNOWN_FPS).limit_denominator(1001), SLOWEST)
-        source_times = video.times()
-        limits.check_frames(tick_count(source_times, float(rate)))
-        numbers = nearest(source_times, float(rate))
+        source_times, ticks = video.times(), max(round(source.duration * rate), 1)
+        limits.check_frames(ticks)
+        numbers = nearest(source_times, np.arange(ticks) / float(rate))
         times = source_times[numbers]
         buffer = io.BytesIO()
         size = _scaled(source.width, source.height, profile.short_side)
@@ -60,22 +59,15 @@ def transcode(data: bytes, profile: Profile, limits: Limits) -> tuple[bytes, dic
     return buffer.getvalue(), facts
 
 
-def nearest(times: np.ndarray, fps: float) -> np.ndarray:
-    """For each tick of a clock of `fps`, the number of the frame that is nearest in time: int64, ascending.
+def nearest(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """For each moment, which ascend, the number of the frame that is nearest in time, the earlier of two: int64.
 
-    times: seconds from the first frame, float (frames,).
+    times: of the frames, ascending; both in seconds from the first frame.
     """
-    ticks = np.arange(tick_count(times, fps)) / fps
-    after = np.clip(np.searchsorted(times, ticks), 1, max(len(times) - 1, 1))
+    after = np.clip(np.searchsorted(times, moments), 1, max(len(times) - 1, 1))
     before = after - 1
     after = np.minimum(after, len(times) - 1)
-    return np.where(ticks - times[before] <= times[after] - ticks, before, after)
-
-
-def tick_count(times: np.ndarray, fps: float) -> int:
-    """Ticks of a clock of `fps` until the last frame ends; two frames may lie years apart."""
-    step = (times[-1] - times[0]) / max(len(times) - 1, 1)
-    return max(round((times[-1] + step) * fps), 1)
+    return np.where(moments - times[before] <= times[after] - moments, before, after)
 
 
 def _repeated(video: Video, numbers: np.ndarray) -> Iterator[av.VideoFrame]:

@@ -6,12 +6,11 @@ Shape letters: F frames, H W pixels. Needs neither torch nor DALI: it runs in de
 from __future__ import annotations
 
 import io
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any
 
 import av
@@ -21,17 +20,21 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from bevt_ds.data.decoding.container import Container, check_container
 from bevt_ds.data.decoding.cut import Box
+from bevt_ds.data.decoding.frame_index import Codec, FrameIndex, counted, index_frames
 from bevt_ds.data.limits import BadSample, Limits
 
-# Frame numbers follow presentation times only where the container states them for every packet.
-TIMED_CONTAINERS = frozenset({"mp4", "matroska"})
 # With these flags swscale's pixels equal those of DALI's CPU decoder, which knows BT.601 only.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
 # What NVDEC decodes; anything else is left to the CPU, Motion JPEG too, whose range of levels it may not know.
 GPU_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"})
+GPU_CONTAINERS = frozenset({"mp4", "matroska"})
 GPU_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 CUT_FORMATS = GPU_FORMATS  # of which a part at even pixels converts like the whole
+# Their decoders pass over frames that no other refers to, as they are told before each packet.
+_SKIPPING = frozenset({"h264", "hevc", "mpeg4"})
+UNKNOWN_FPS = 25  # where a container states none
+_ATTEMPTS = 2  # entries from which frames are looked for before it is done from the beginning
 
 Room = Callable[[int], np.ndarray]  # a number of bytes -> memory for them, uint8 (bytes,)
 
@@ -47,54 +50,111 @@ class VideoInfo:
     codec: str
     container: str
     pixel_format: str
-    duration: float  # seconds
-    keyframe_gap: int  # most frames from one keyframe to the next
-    hidden: int  # frames before or after these, that an edit list hides
+    duration: float  # seconds, as the container says
+    keyframe_gap: int  # most frames from one keyframe at which decoding may begin to the next
+    hidden: int  # packets that give no frame, or one that an edit list hides
+    is_plain: bool  # a decoder that goes by timestamps and keyframes numbers the frames alike
 
 
 def fits_gpu(facts: Mapping[str, Any]) -> bool:
     """Whether a GPU's decoder can be expected to take a video: `facts` are the fields of its VideoInfo."""
-    if facts["container"] == "avi" or facts["hidden"]:
+    if facts["container"] not in GPU_CONTAINERS or facts["hidden"] or not facts["is_plain"]:
         return False
     if facts["width"] % 2 or facts["height"] % 2:  # DALI's kernel writes two by two pixels, also past an odd edge
         return False
     return facts["codec"] in GPU_CODECS and facts["pixel_format"] in GPU_FORMATS
 
 
-class Video:
-    """An opened video: its packets are known, none is decoded. Made by `opened`.
+@dataclass(frozen=True)
+class _Source:
+    """An opened container, its video stream, and the stream's packets, none of which is decoded."""
 
-    `decoded` counts the frames that the decoder has put out, wanted or not.
+    container: Any
+    stream: Any
+    packets: list
+
+    @property
+    def codec(self) -> Codec:
+        """By the codec's name, not by that of the library which decodes it."""
+        context = self.stream.codec_context
+        codec = context.codec
+        return Codec(codec.canonical_name, codec.reorder, codec.intra_only, bytes(context.extradata or b""))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.stream.codec_context.width, self.stream.codec_context.height
+
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """All frames, as they are shown. What cannot be decoded before the first keyframe is passed over."""
+        context, refusal = self.stream.codec_context, None
+        first_key = next((i for i, packet in enumerate(self.packets) if packet.is_keyframe), len(self.packets))
+        shown = 0
+        for i, packet in enumerate([*self.packets, None]):
+            try:
+                for frame in context.decode(packet):
+                    shown += 1
+                    yield frame
+            except av.error.InvalidDataError as error:
+                if i >= first_key:
+                    raise
+                refusal = refusal or error
+        if refusal and not shown:
+            raise refusal
+
+
+class Video:
+    """An opened video whose frames are numbered. Made by `opened`.
+
+    total: its frames. `decoded` counts the frames that the decoder has put out, wanted or not.
     """
 
-    def __init__(self, container, stream, claims: Container, limits: Limits) -> None:
-        self.stream, self.limits, self.decoded = stream, limits, 0
-        # An edit list hides some packets. They still go to the decoder, which drops their frames: others refer to them.
-        self._every = [p for p in container.demux(stream) if p.size]
-        self.packets = [p for p in self._every if not p.is_discard]
-        context = stream.codec_context
-        limits.check_picture(context.width, context.height)
-        limits.check_frames(len(self.packets))
-        self.size = (context.width, context.height)
-        if self.size != (claims.width, claims.height):
-            raise BadSample(
-                f"its header says {claims.width}x{claims.height}, its stream {context.width}x{context.height}"
-            )
-        if claims.frames not in (None, len(self._every)):
-            raise BadSample(f"its header says {claims.frames} frames, {len(self._every)} are found")
-        self.container = claims.name
-        self._is_timed = claims.name in TIMED_CONTAINERS and _has_distinct_times(self._every)
+    def __init__(self, source: _Source, index: FrameIndex, container: str, limits: Limits) -> None:
+        self.index, self.limits, self.container, self.decoded = index, limits, container, 0
+        self._source, self.stream, self.size, self.total = source, source.stream, source.size, index.total
 
     @property
     def info(self) -> VideoInfo:
-        context, frames = self.stream.codec_context, len(self.packets)
-        fps = float(self.stream.average_rate or 0)
-        keys = [i for i, p in enumerate(self.packets) if p.is_keyframe]
-        gap = max((b - a for a, b in pairwise([*keys, frames])), default=frames)
-        seconds = frames / fps if fps else 0.0
-        hidden = len(self._every) - frames
-        pixels = str(context.pix_fmt)
-        return VideoInfo(frames, *self.size, fps, context.name, self.container, pixels, seconds, gap, hidden)
+        stream, index = self.stream, self.index
+        return VideoInfo(
+            frames=self.total,
+            width=self.size[0],
+            height=self.size[1],
+            fps=float(stream.average_rate or 0),
+            codec=self._source.codec.name,
+            container=self.container,
+            pixel_format=str(stream.codec_context.pix_fmt),
+            duration=self.seconds,
+            keyframe_gap=index.keyframe_gap,
+            hidden=max(len(self._source.packets) - self.total, 0),
+            is_plain=index.is_plain,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """How long the frames are shown: what the container says, or, where it cannot be right, until the last ends."""
+        times = self.times()
+        stated = self._stated_seconds()
+        if stated is not None and stated >= times[-1]:
+            return stated
+        return float(times[-1] + (times[-1] / (self.total - 1) if times[-1] else self._frame_seconds))
+
+    def _stated_seconds(self) -> float | None:
+        """The container's duration, less what is not shown before the first frame."""
+        container, stream, index = self._source.container, self.stream, self.index
+        if any(packet.is_discard for packet in self._source.packets):  # it holds for more than an edit list shows
+            return None
+        if stream.duration:
+            return float((stream.duration - index.lead) * stream.time_base)
+        if container.duration and len(container.streams) == 1:  # from time 0 on
+            first = 0 if index.times is None else index.times[0] * float(stream.time_base)
+            return container.duration / av.time_base - first
+        return None
+
+    @property
+    def _frame_seconds(self) -> float:
+        """How long a frame is shown, where no times say so."""
+        return 1 / float(self.stream.average_rate or UNKNOWN_FPS)
 
     def frames(self, wanted: np.ndarray) -> np.ndarray:
         """The frames with these numbers, in any order and with repeats: uint8 (F,H,W,3) RGB."""
@@ -116,69 +176,60 @@ class Video:
 
     def pick(self, numbers: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
         """The decoded frames with these numbers, which ascend. BadSample: not all of them are there."""
-        pick = self._by_time if self._is_timed else self._by_count
-        found = 0
-        for number, frame in pick(numbers):
-            _require_size(frame, self.size)
-            found += 1
-            yield number, frame
-        if missing := len(numbers) - found:
-            raise BadSample(f"{missing} of the {len(numbers)} frames needed are missing: cut, or its header lies")
+        wanted = deque(numbers.tolist())
+        for packet in self._beginnings(wanted[0]):
+            for number, frame in self._from(packet, frozenset(wanted)):
+                if number != wanted[0]:
+                    break  # one before it did not come: decoding must begin earlier
+                _require_size(frame, self.size)
+                yield wanted.popleft(), frame
+                if not wanted:
+                    return
+        raise BadSample(f"{len(wanted)} of the {len(numbers)} frames needed do not come out of the decoder")
 
-    def _by_time(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Frame i is the i-th in order of presentation; decoding starts at the keyframe before the first.
+    def _beginnings(self, frame: int) -> list[int]:
+        """Packets from which to look for the frame, one after the other."""
+        entries = [entry.packet for entry in self.index.entries_before(frame)]
+        return list(dict.fromkeys([*entries[:_ATTEMPTS], 0]))
+
+    def _from(self, first: int, wanted: Collection[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Wanted frames in order of their numbers, decoding from a packet on.
 
         A frame that is not wanted and that no other refers to is not decoded: the decoder passes over its packet.
         """
-        times = sorted(p.pts for p in self.packets)
-        number_of = {times[i]: i for i in wanted.tolist()}
-        keyframes = [k for k, p in enumerate(self._every) if p.is_keyframe and p.pts <= min(number_of)]
-        packets = self._every[keyframes[-1] if keyframes else 0 :]
-        for frame in self._decode(packets, frozenset(number_of)):
-            if (number := number_of.pop(frame.pts, None)) is not None:
+        self.stream.codec_context.flush_buffers()
+        frames = self._by_count() if self.index.numbers is None else self._by_number(first, wanted)
+        for number, frame in frames:
+            self.decoded += 1
+            if number in wanted:
                 yield number, frame
-            if not number_of:
-                return
 
-    def _by_count(self, wanted: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Frame i is the i-th that the decoder puts out, from the beginning."""
-        numbers = set(wanted.tolist())
-        for i, frame in enumerate(self._decode(self._every)):
-            if i in numbers:
-                yield i, frame
-            if i == max(numbers):
-                return
+    def _by_count(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        return enumerate(self._source.frames())
 
-    def _decode(self, packets: list, wanted_times: Collection[int] | None = None) -> Iterator[av.VideoFrame]:
-        """Frames in order of presentation; with `wanted_times` some of the others may be left out."""
-        context = self.stream.codec_context
-        for packet in [*packets, None]:
-            if wanted_times is not None and packet is not None:
-                context.skip_frame = "DEFAULT" if packet.pts in wanted_times else "NONREF"
+    def _by_number(self, first: int, wanted: Collection[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The decoder hands on a packet's time to its frame; here that is the frame's number."""
+        context, index = self.stream.codec_context, self.index
+        skips, is_skipping = self._source.codec.name in _SKIPPING, None
+        for i, packet in enumerate(self._source.packets[first:], start=first):
+            packet.pts = number = index.numbers[i]
+            if skips and is_skipping != (skip := index.spare[i] and number not in wanted):
+                context.skip_frame, is_skipping = "NONREF" if skip else "DEFAULT", skip
             for frame in context.decode(packet):
-                self.decoded += 1
-                yield frame
+                yield frame.pts, frame
+        for frame in context.decode(None):
+            yield frame.pts, frame
 
     def times(self) -> np.ndarray:
         """When each frame is shown, in seconds from the first: float64 (frames,), ascending."""
-        if self._is_timed:
-            ticks = np.sort([p.pts for p in self.packets])
+        ticks = self.index.times
+        if ticks is not None:
             return (ticks - ticks[0]) * float(self.stream.time_base)
-        return np.arange(len(self.packets)) / float(self.stream.average_rate or 25)
-
-    def decode_all(self) -> int:
-        """Decode every frame and drop it; returns how many there were. BadSample: fewer than packets."""
-        decoded = 0
-        for frame in self._decode(self._every):
-            _require_size(frame, self.size)
-            decoded += 1
-        if decoded != len(self.packets):
-            raise BadSample(f"{decoded} of its {len(self.packets)} frames can be decoded")
-        return decoded
+        return np.arange(self.total) * self._frame_seconds
 
     def decode_first(self) -> None:
         """Decode the first frame. BadSample: that is not possible, or it has another size than the header says."""
-        for frame in self._decode(self._every):
+        for frame in self._source.frames():
             _require_size(frame, self.size)
             return
         raise BadSample("none of its frames can be decoded")
@@ -188,17 +239,61 @@ class Video:
 def opened(data: bytes, limits: Limits) -> Iterator[Video]:
     """A video in memory, its container checked first. BadSample: not a video, over a limit, or FFmpeg refuses it."""
     claims = check_container(data, limits)
+    with ExitStack() as closing, refusals():
+        source = closing.enter_context(_source(data, claims, limits))
+        index = index_frames(source.codec, source.packets)
+        if index is None:
+            index = counted(source.packets, [_time(frame) for frame in source.frames()])
+            source = closing.enter_context(_source(data, claims, limits))  # a decoder that has seen nothing
+        if not index.total:
+            raise BadSample("none of its frames can be decoded")
+        yield Video(source, index, claims.name, limits)
+
+
+def full_decode(data: bytes, limits: Limits) -> Iterator[av.VideoFrame]:
+    """Every frame from the beginning, with no numbering: what `opened` is compared with. Raises BadSample."""
+    claims = check_container(data, limits)
+    with refusals(), _source(data, claims, limits) as source:
+        for frame in source.frames():
+            _require_size(frame, source.size)
+            yield frame
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """FFmpeg's errors as BadSample."""
     try:
-        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise BadSample("it has no video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise BadSample("FFmpeg does not know its codec")
-            stream.codec_context.thread_count = 1  # the worker processes are the parallelism
-            yield Video(container, stream, claims, limits)
+        yield
     except av.error.FFmpegError as error:
         raise BadSample(f"FFmpeg cannot decode it: {error.strerror}") from error
+
+
+@contextmanager
+def _source(data: bytes, claims: Container, limits: Limits) -> Iterator[_Source]:
+    """BadSample: its stream is not what its header claims, or over a limit."""
+    with av.open(io.BytesIO(data), metadata_errors="replace") as container:
+        if not container.streams.video:
+            raise BadSample("it has no video stream")
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        if context is None:
+            raise BadSample(f"FFmpeg does not know its codec{f' {claims.codec!r}' if claims.codec else ''}")
+        context.thread_count = 1  # the worker processes are the parallelism
+        context.open(strict=False)  # what is set before that, skip_frame too, holds for the whole stream
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        size = (context.width, context.height)
+        limits.check_picture(*size)
+        limits.check_frames(len(packets))
+        if size != (claims.width, claims.height):
+            raise BadSample(f"its header says {claims.width}x{claims.height}, its stream {size[0]}x{size[1]}")
+        if claims.frames not in (None, len(packets)):
+            raise BadSample(f"its header says {claims.frames} frames, {len(packets)} are found")
+        yield _Source(container, stream, packets)
+
+
+def _time(frame: av.VideoFrame) -> int | None:
+    """When it is shown, or, of an AVI, when it was decoded."""
+    return frame.dts if frame.pts is None else frame.pts
 
 
 def probe(data: bytes, limits: Limits) -> VideoInfo:
@@ -206,11 +301,6 @@ def probe(data: bytes, limits: Limits) -> VideoInfo:
     with opened(data, limits) as video:
         video.decode_first()
         return video.info
-
-
-def _has_distinct_times(packets: list) -> bool:
-    times = [p.pts for p in packets]
-    return None not in times and len(set(times)) == len(times)
 
 
 def _require_size(frame: av.VideoFrame, size: tuple[int, int]) -> None:

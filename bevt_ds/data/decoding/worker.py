@@ -26,6 +26,7 @@ from bevt_ds.data.decoding.frame_choice import CHOICES
 from bevt_ds.data.decoding.images import check_image, decode_image
 from bevt_ds.data.decoding.shared_memory import SharedMemory
 from bevt_ds.data.decoding.transcode import Profile, transcode
+from bevt_ds.data.decoding.verify import verify_video
 from bevt_ds.data.decoding.video import opened, probe
 from bevt_ds.data.limits import BadSample, Limits
 
@@ -74,7 +75,7 @@ def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, 
     began = time.perf_counter()
     with opened(data, limits) as video:
         demuxed = time.perf_counter()
-        total = len(video.packets)
+        total = video.total
         frames, stride, choose = request["frames"], request["stride"], CHOICES[request["choice"]]
         wanted = [choose(total, frames, stride, position) for position in request["positions"]]
         numbers, places = np.unique(wanted, return_inverse=True)
@@ -111,13 +112,11 @@ def describe(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
 
 
 def check(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
-    """{"kind"} -> the fields of VideoInfo, or width and height of an image, after all of it has been decoded."""
+    """{"kind"} -> the fields of VideoInfo, or width and height of an image, once all is decoded; see verify.py."""
     if request["kind"] == "image":
         width, height = decode_image(data, limits)
         return {"width": width, "height": height}, b""
-    with opened(data, limits) as video:
-        video.decode_all()
-        return asdict(video.info), b""
+    return asdict(verify_video(data, limits)), b""
 
 
 def rewrite(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
