@@ -62,8 +62,8 @@ bench-smoke: env  ## what this commit costs on a CPU beside its parent, as ratio
 study: env  ## what joint pretraining is worth where only motion tells classes apart (70 minutes; SMALL=1: 10 minutes)
 	$(BIN)/python -m benchmarks.study $(if $(SMALL),--small)
 
-lock: env  ## resolve requirements.lock anew
-	$(BIN)/uv pip compile setup.py --extra test --extra lint --universal --python-version 3.11 --no-header \
+lock: env  ## resolve requirements.lock again
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra lint --universal --python-version 3.11 --no-header \
 	  --quiet -o requirements.lock
 
 clean:  ## remove what the demo made
