@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 
 import bevt_ds
+from bevt_ds.config.command_line import while_read
 from bevt_ds.errors import UserError
 
 USAGE_ERROR = 2
@@ -19,7 +21,10 @@ GROUPS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake, and Ctrl-C, is one line on standard error."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    return while_read(partial(_run, list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0 if words else USAGE_ERROR

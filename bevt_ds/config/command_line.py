@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from bevt_ds.config.deepspeed import merge, read_json
 from bevt_ds.config.help import page
@@ -19,6 +21,7 @@ from bevt_ds.config.validate import micro_steps, require_inputs, validate
 from bevt_ds.errors import UserError
 
 OTHERS_WAIT = 5.0  # seconds
+CLOSED_PIPE = 141  # as of any program that SIGPIPE has ended
 
 Training = TypeVar("Training", bound=TrainingConfig)
 Inference = TypeVar("Inference", bound=InferenceConfig)
@@ -159,11 +162,15 @@ def require_own_package(file: str) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Call `main` and exit with its code; a `UserError` becomes one line and exit code 2.
+    """Call `main` and exit with its code; a `UserError` becomes one line and exit code 2, a closed pipe nothing.
 
     Most mistakes are every rank's mistake, so the others give rank 0 the time to say it first: the launcher then ends
     them before they repeat it. Anything that is not a `UserError` keeps its traceback.
     """
+    sys.exit(while_read(partial(_exit_code, main)))
+
+
+def _exit_code(main: Callable[[Sequence[str]], int]) -> int:
     try:
         code = main(sys.argv[1:])
         _leave_ranks()
@@ -179,9 +186,37 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
             flush=True,
         )
         code = error.exit_code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(code)
+    return code
+
+
+def while_read(work: Callable[[], int]) -> int:
+    """The exit code of `work`; 141 where nothing reads what it prints any more, as behind `| head`.
+
+    Raises:
+        BrokenPipeError: from another pipe than those of standard output and error.
+    """
+    try:
+        try:
+            code = work()
+        except SystemExit:  # argparse's way, after its help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+        if not unread:
+            raise
+        for stream in unread:  # what is still buffered is flushed when the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return CLOSED_PIPE
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether it is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
 
 
 def _leave_ranks() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,6 +225,38 @@ def test_ctrl_c_is_one_line(source: Path, tmp_path: Path, monkeypatch, capsys) -
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "bevt: interrupted: the same command goes on where this one was"
     assert cli.main(command) == 0
+
+
+@pytest.mark.parametrize("with_errors", [False, True])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "bevt_ds.cli", "--help"],
+        ["-m", "bevt_ds.cli", "shards", "pack", "--help"],
+        ["-m", "bevt_ds.cli", "shards", "index", "TAR"],
+        ["-m", "bevt_ds.pretrain", "--help"],
+    ],
+)
+def test_a_reader_that_has_gone_is_no_traceback(
+    tmp_path: Path, make: SimpleNamespace, words: list[str], with_errors: bool
+) -> None:
+    """What `| head` and `2>&1 | head` do."""
+    tar = str(make.tar(tmp_path / "s.tar", {"a.mp4": b""}))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *(tar if word == "TAR" else word for word in words)]
+    errors = writer if with_errors else subprocess.PIPE
+    done = subprocess.run(command, stdout=writer, stderr=errors, text=True, cwd=Path(__file__).parents[2])
+    os.close(writer)
+    assert done.returncode in (0, 141) and not done.stderr  # 0: argparse itself passes over what cannot be written
+
+
+def test_another_closed_pipe_is_an_error() -> None:
+    """One between processes, say: the output is read."""
+    code = "import os; from bevt_ds.config.command_line import while_read; r, w = os.pipe(); os.close(r)"
+    code += "; while_read(lambda: os.write(w, b'x'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["nonsense"], 2)])
