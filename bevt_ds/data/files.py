@@ -5,17 +5,14 @@ Shape letters: T frames, S crop side.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from bevt_ds.data.decoding.frame_choice import spaced_clip
-from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.images import check_image, image_decoder
 from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pixels.clip_pixels import as_frames, normalised, view_boxes, with_short_side
@@ -48,11 +45,7 @@ def load_image(path: str | Path, size: int = 224, short_side: int | None = None)
     with _named(path):
         data = _read(path)
         check_image(data, Limits())
-        try:
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-                levels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadSample(f"it cannot be decoded: {error}") from error
+        levels = image_decoder().decode(data)
     return _centre(as_frames(levels[None]), size, short_side)[:, 0]
 
 

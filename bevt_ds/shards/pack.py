@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.images import describe_image
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.transcode import Profile
 from bevt_ds.data.limits import BadSample, Limits
@@ -144,8 +144,7 @@ def _preparer(kind: str, profile: Profile | None, jobs: int, closing: ExitStack)
 
 def _prepare_image(item: Item, limits: Limits) -> tuple[bytes, Event]:
     data = _read(item, "image", limits)
-    width, height = check_image(data, limits)
-    return data, {"width": width, "height": height}
+    return data, describe_image(data, limits)
 
 
 def _prepare_video(item: Item, pool: DecodePool, work: Event, limits: Limits) -> tuple[bytes, Event]:

@@ -130,7 +130,7 @@ def test_bytes_behind_a_picture_are_passed_over(make: SimpleNamespace, encoding:
     data = buffer.getvalue()
     whole, *longer = [data, *(data + tail for tail in (b"\n" * 40, bytes(1000), b"SEFT" * 99))]
     for each in longer:
-        assert decode_image(each, LIMITS) == (40, 30)
+        assert decode_image(each, LIMITS) == {"width": 40, "height": 30, "rotation": 0, "mirrored": False}
     pictures = by_dali(fn.decoders.image, [whole, *longer])
     for other in pictures[1:]:
         np.testing.assert_array_equal(other, pictures[0])

@@ -52,7 +52,7 @@ def test_pack_writes_what_webdataset_reads(source: Path, tmp_path: Path) -> None
     samples = list(webdataset.WebDataset([str(p) for p in packed.shards], shardshuffle=False))
     assert [s["__key__"] for s in samples] == ["a", "d/b", "d/e/c_x", "z"]
     facts = json.loads(samples[1]["json"])
-    assert facts == {"source": "d/b.JPEG", "width": 30, "height": 20}
+    assert facts == {"source": "d/b.JPEG", "width": 30, "height": 20, "rotation": 0, "mirrored": False}
     assert samples[1]["jpeg"] == (source / "d/b.JPEG").read_bytes()
 
 
@@ -133,7 +133,7 @@ def test_pack_overwrites_nothing_and_leaves_nothing_half_done(
     def interrupt(data: bytes, limits: Limits) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bevt_ds.shards.pack.check_image", interrupt)
+    monkeypatch.setattr("bevt_ds.shards.pack.describe_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "new", "image", "train")
     assert [p.name for p in (tmp_path / "new").iterdir()] == [".train.unfinished"]
@@ -220,7 +220,7 @@ def test_ctrl_c_is_one_line(source: Path, tmp_path: Path, monkeypatch, capsys) -
 
     command = ["shards", "pack", str(source), str(tmp_path / "out"), "--kind", "image"]
     with monkeypatch.context() as patch:
-        patch.setattr("bevt_ds.shards.pack.check_image", interrupt)
+        patch.setattr("bevt_ds.shards.pack.describe_image", interrupt)
         assert cli.main(command) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "bevt: interrupted: the same command goes on where this one was"

@@ -187,7 +187,7 @@ def test_headers_are_checked_before_a_decoder_sees_them(make: SimpleNamespace) -
         "over data.max_pixels": header(jpeg, 30_000, 30_000),
         "0x40 pixels": header(jpeg, 0, 40),
         "no end marker": jpeg[:-2],
-        "before its picture data": jpeg[:100],
+        "before its image data": jpeg[:100],
         "segment expected": jpeg[:20] + b"\x00" + jpeg[21:],
         "no end chunk": png[:-20],
         "no header chunk": png[:20],

@@ -23,7 +23,7 @@ import numpy as np
 from bevt_ds.data.decoding import child
 from bevt_ds.data.decoding.cut import Box, Crop, source_box
 from bevt_ds.data.decoding.frame_choice import CHOICES
-from bevt_ds.data.decoding.images import check_image, decode_image
+from bevt_ds.data.decoding.images import decode_image, describe_image
 from bevt_ds.data.decoding.shared_memory import SharedMemory
 from bevt_ds.data.decoding.transcode import Profile, transcode
 from bevt_ds.data.decoding.verify import verify_video
@@ -104,18 +104,16 @@ def needed(places: np.ndarray, boxes: Sequence[Box]) -> list[Box] | None:
 
 
 def describe(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
-    """{"kind"} -> the fields of VideoInfo, or width and height of an image, from headers and a video's first frame."""
+    """{"kind"} -> the fields of VideoInfo, or those of `describe_image`, from headers and a video's first frame."""
     if request["kind"] == "image":
-        width, height = check_image(data, limits)
-        return {"width": width, "height": height}, b""
+        return describe_image(data, limits), b""
     return asdict(probe(data, limits)), b""
 
 
 def check(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
-    """{"kind"} -> the fields of VideoInfo, or width and height of an image, once all is decoded; see verify.py."""
+    """{"kind"} -> the fields of VideoInfo, or those of `decode_image`, once all is decoded; see verify.py."""
     if request["kind"] == "image":
-        width, height = decode_image(data, limits)
-        return {"width": width, "height": height}, b""
+        return decode_image(data, limits), b""
     return asdict(verify_video(data, limits)), b""
 
 

@@ -27,6 +27,7 @@ from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 from torch import Tensor
 
 from bevt_ds.batch import MEAN, STD
+from bevt_ds.data.decoding.dali_images import decoded_images, refusal
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.timing import StageTimes
@@ -150,11 +151,10 @@ class PixelPipeline:
         try:
             return self.graph.run()
         except RuntimeError as error:
-            # DALI names the operator that failed; only decoders see untrusted bytes.
-            if "fn.decoders." not in str(error):
+            reason = refusal(error)
+            if not reason:
                 raise
             self._replace_graph()
-            reason = str(error).partition("encountered:")[2].split("Current pipeline")[0].strip()
             out_of_memory = "MEMORY" in reason.upper()  # which is not the sample's fault
             raise BadSample(f"DALI cannot decode it: {reason}", transient=out_of_memory) from error
 
@@ -172,9 +172,7 @@ class PixelPipeline:
         """The graph's input as pictures: HWC, or FHWC for a clip."""
         if self.kind == "image":
             encoded = fn.external_source(name="encoded", dtype=types.UINT8)
-            # Without it a GPU repeats chroma where a CPU interpolates: 4 levels apart at edges between colours.
-            smooth = {"jpeg_fancy_upsampling": True}
-            return fn.decoders.image(encoded, device=self.dali_decoder, output_type=types.RGB, **smooth)
+            return decoded_images(encoded, self.dali_decoder)
         if self.dali_decoder:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8)
             numbers = fn.external_source(name="frame_numbers", dtype=types.INT32)
