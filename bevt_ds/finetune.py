@@ -1,7 +1,7 @@
 """Fine-tune a classifier: `deepspeed bevt_ds/finetune.py recipe=NAME data.train=SHARDS [key=value ...]`.
 
 config/command_line.py turns the command line into a configuration; the set-up is in train/finetuning.py. Neither torch
-nor deepspeed is imported before the command line has proved right.
+nor deepspeed is imported before the command line has been checked.
 """
 
 from __future__ import annotations

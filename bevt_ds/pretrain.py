@@ -1,7 +1,7 @@
 """Pretrain BEVT: `deepspeed bevt_ds/pretrain.py --deepspeed_config FILE [recipe=NAME] [key=value ...]`.
 
 config/command_line.py turns the command line into a configuration; the set-up is in train/pretraining.py. Neither torch
-nor deepspeed is imported before the command line has proved right, so that a mistake in it shows at once.
+nor deepspeed is imported before the command line has been checked, so that a mistake in it shows at once.
 """
 
 from __future__ import annotations

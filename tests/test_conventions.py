@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CONFIGURATIONS = {"config", "recipe", "optim", "train", "views"}  # names of arguments
 SOURCES = sorted([*(ROOT / "bevt_ds").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"])
 
@@ -142,3 +143,13 @@ def test_module_commands_in_documents_exist():
         for module in re.findall(r"python -m ((?:bevt_ds|benchmarks|tests)[\w.]*)", path.read_text()):
             parts = module.replace("bevt_ds.kernels", "kernels").split(".")
             assert Path(ROOT, *parts).with_suffix(".py").exists() or Path(ROOT, *parts).is_dir(), module
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_configuration_has_a_type(path):
+    """RunConfig, a TypeVar bound to it, or a Protocol says what is needed of it; Any says nothing."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    for function in functions:
+        for argument in (*function.args.args, *function.args.kwonlyargs):
+            if argument.arg in CONFIGURATIONS and argument.annotation is not None:
+                assert ast.unparse(argument.annotation) != "Any", (function.name, argument.arg)

@@ -10,21 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from bevt_ds.config.deepspeed import merge, read_json
 from bevt_ds.config.help import page
 from bevt_ds.config.parse import apply_overrides, parse_overrides
 from bevt_ds.config.recipes import FINETUNING, RECIPES, get_recipe
-from bevt_ds.config.schema import EvaluateConfig, InferenceConfig, TrainingConfig
+from bevt_ds.config.schema import EvaluateConfig, InferenceT, TrainingT
 from bevt_ds.config.validate import micro_steps, require_inputs, validate
 from bevt_ds.errors import UserError
 
 OTHERS_WAIT = 5.0  # seconds
 CLOSED_PIPE = 141  # as of any program that SIGPIPE has ended
-
-Training = TypeVar("Training", bound=TrainingConfig)
-Inference = TypeVar("Inference", bound=InferenceConfig)
 
 
 @dataclass(frozen=True)
@@ -70,10 +67,10 @@ def parse_arguments(argv: Sequence[str], default_recipe: str, default_json: str)
 
 def start_training(
     argv: Sequence[str],
-    kind: type[Training],
+    kind: type[TrainingT],
     usage: str,
-    train: Callable[[Training, dict[str, Any], list[str]], int],
-    report: Callable[[Training, list[str], int], str],
+    train: Callable[[TrainingT, dict[str, Any], list[str]], int],
+    report: Callable[[TrainingT, list[str], int], str],
     default_recipe: str = "",
     shown_recipe: str = "",
 ) -> int:
@@ -104,8 +101,8 @@ def start_training(
 
 
 def resolve_config(
-    arguments: Arguments, kind: type[Training], world: int
-) -> tuple[Training, dict[str, Any], list[str]]:
+    arguments: Arguments, kind: type[TrainingT], world: int
+) -> tuple[TrainingT, dict[str, Any], list[str]]:
     """Recipe, command line and DeepSpeed JSON as one valid config; the JSON; and what the JSON changed.
 
     Raises:
@@ -121,10 +118,10 @@ def resolve_config(
 
 def start_inference(
     argv: Sequence[str],
-    kind: type[Inference],
+    kind: type[InferenceT],
     usage: str,
-    starting_point: Callable[[str, str], Inference],
-    work: Callable[[Inference], int],
+    starting_point: Callable[[str, str], InferenceT],
+    work: Callable[[InferenceT], int],
 ) -> int:
     """A program that runs trained weights, from its command line on. Returns the exit code.
 

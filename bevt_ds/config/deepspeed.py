@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from bevt_ds.config.parse import get_value, set_value
-from bevt_ds.config.schema import TrainingConfig
+from bevt_ds.config.schema import TrainingConfig, TrainingT
 from bevt_ds.config.validate import micro_steps
 from bevt_ds.errors import UserError
 
@@ -28,7 +28,7 @@ DIRECT = {  # JSON path -> the config field it stands for
     "optimizer.params.eps": "optim.eps",
     "optimizer.params.weight_decay": "optim.weight_decay",
 }
-FORCED = (  # written whatever the JSON says, because `merge` has already settled them
+FORCED = (  # always written: `merge` has already reconciled the JSON and the config
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
@@ -48,7 +48,6 @@ NUMBERS = {
     "zero_optimization.stage": int,
 }
 OBJECTS = ("optimizer", "optimizer.params", "zero_optimization", "bf16", "fp16", "data_types")
-T = TypeVar("T", bound=TrainingConfig)
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -79,8 +78,8 @@ def read_json(path: str) -> dict[str, Any]:
     return values
 
 
-def merge(config: T, explicit: set[str], values: dict[str, Any], world: int) -> tuple[T, list[str]]:
-    """Numbers of the JSON taken over into the config, and a line for each.
+def merge(config: TrainingT, explicit: set[str], values: dict[str, Any], world: int) -> tuple[TrainingT, list[str]]:
+    """The config with the numbers of the JSON, and a line for each that it changed.
 
     Args:
         config: recipe and command line together.

@@ -10,8 +10,8 @@ from bevt_ds.config.parse import Leaf, config_fields, get_value, type_name
 from bevt_ds.config.schema import RunConfig, TrainingConfig
 
 NOT_NEGATIVE = Field("").bounds  # of every number that states no other bound
-NUMBERS = "Numbers are at least 0 unless another bound is given."
-FREE = "[free on resume]: may differ when a run is continued; the other fields may not."
+NUMBERS = "  Numbers are at least 0 unless another bound is given."
+FREE = "  [free on resume]: may differ when a run is continued; the other fields may not."
 
 
 def page(usage: str, recipes: Mapping[str, Callable[[], RunConfig]], config: RunConfig) -> str:
@@ -21,8 +21,9 @@ def page(usage: str, recipes: Mapping[str, Callable[[], RunConfig]], config: Run
         width = 2 + max(map(len, recipes))
         names = "\n".join(f"  {name:<{width}}{_first_line(make.__doc__)}" for name, make in recipes.items())
         parts.append(f"recipes:\n{names}\n")
-    legend = f"{NUMBERS} {FREE}" if isinstance(config, TrainingConfig) else NUMBERS
-    parts.append(f"fields, with the defaults of recipe={config.recipe}. {legend}\n{field_lines(config)}")
+    origin = f"of recipe={config.recipe}" if recipes else f"for weights of {config.recipe}"
+    legend = [NUMBERS, FREE] if isinstance(config, TrainingConfig) else [NUMBERS]
+    parts.append("\n".join([f"fields, with the defaults {origin}:", *legend, field_lines(config)]))
     return "\n".join(parts)
 
 

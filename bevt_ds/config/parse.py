@@ -9,10 +9,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
 
 from bevt_ds.config.fields import Field
-from bevt_ds.config.schema import Config, RunConfig
+from bevt_ds.config.schema import Config, RunConfig, RunT
 from bevt_ds.errors import UserError
-
-R = TypeVar("R", bound=RunConfig)
 
 
 class Section(Protocol):
@@ -82,7 +80,7 @@ def parse_overrides(arguments: Iterable[str], kind: type[RunConfig] = Config) ->
     return found
 
 
-def apply_overrides(config: R, overrides: dict[str, str]) -> R:
+def apply_overrides(config: RunT, overrides: dict[str, str]) -> RunT:
     """The config with each override parsed to its field's type.
 
     Raises:
@@ -137,7 +135,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def from_dict(values: dict[str, Any], kind: type[R] = Config) -> R:
+def from_dict(values: dict[str, Any], kind: type[RunT] = Config) -> RunT:
     """The inverse of `to_dict`, for the config dataclass `kind`.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 from bevt_ds.config.schema import (
     ClassifierConfig,
@@ -18,6 +17,7 @@ from bevt_ds.config.schema import (
     ModelConfig,
     OptimConfig,
     RunConfig,
+    RunT,
     TokenizerConfig,
     TrainConfig,
     ViewsConfig,
@@ -28,8 +28,6 @@ IMAGENET_STEPS_AN_EPOCH = 625  # 1,281,167 images / 2048
 DIVING48_CLIPS = 15_027  # training videos of V2
 SSV2_MICRO_STEPS = 8
 SSV2_MOMENTUM = 0.0002  # of mmcv's EMA hook, which the original leaves at its default
-
-R = TypeVar("R", bound=RunConfig)
 
 
 def demo() -> Config:
@@ -178,7 +176,7 @@ def finetune_demo() -> FinetuneConfig:
     )
 
 
-def _named(*recipes: Callable[[], R]) -> dict[str, Callable[[], R]]:
+def _named(*recipes: Callable[[], RunT]) -> dict[str, Callable[[], RunT]]:
     return {recipe.__name__: recipe for recipe in recipes}
 
 
@@ -190,7 +188,7 @@ RECIPES: dict[type[RunConfig], Mapping[str, Callable[[], RunConfig]]] = {
 }
 
 
-def get_recipe(name: str, kind: type[R] = Config) -> R:
+def get_recipe(name: str, kind: type[RunT] = Config) -> RunT:
     """The full configuration of a named recipe, of the `kind` of run that it must be for.
 
     Raises:

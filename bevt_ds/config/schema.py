@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from typing import Annotated as A
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 from bevt_ds.config.fields import Field as F
 
@@ -116,8 +116,10 @@ class ReadingConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig(ReadingConfig):
-    """What every clip that a network is trained on has. Sizes are pixels of the network's view."""
+    """What every clip for a network has. Sizes are pixels of the network's view."""
 
+    frames: A[int, F("frames a clip", least=1)] = 16
+    stride: A[int, F("source frames from one sampled frame to the next", least=1)] = 8
     size: A[int, F("height and width of the crop", least=1, multiple=32)] = 224
     flip: A[float, F("probability of a horizontal flip; 0 where direction is the label, as in SSv2", most=1)] = 0.5
 
@@ -133,7 +135,6 @@ class DataConfig(SamplingConfig):
     eval_videos: A[str, F("held-out clips for the closing summary; empty: none", resume="free")] = ""
     eval_images: A[str, F("held-out images for the closing summary; empty: none", resume="free")] = ""
     frames: A[int, F("frames a clip; a token spans 2 of them", least=1, multiple=2)] = 16
-    stride: A[int, F("source frames from one sampled frame to the next", least=1)] = 8
     clips_per_video: A[
         int, F("clips, each with its crop and mask, from one decode of a video; 1: the original", least=1)
     ] = 1
@@ -171,7 +172,7 @@ class LabelledDataConfig(SamplingConfig):
         F("videos that the full validation set has, for the coverage; 0: what the manifest counts", resume="free"),
     ] = 0
     frames: A[int, F("frames a clip", least=1)] = 32
-    stride: A[int, F("source frames from one to the next; unused by segments", least=1)] = 2
+    stride: A[int, F("source frames from one sampled frame to the next; unused by segments", least=1)] = 2
     sampling: A[
         Literal["dense", "segments"],
         "dense: frames `stride` apart; segments: one frame of each `frames`-th of the video",
@@ -429,3 +430,8 @@ class ProbeRunConfig(InferenceConfig):
 
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     output_dir: A[str, "what is written; empty: probe-1, probe-2, ... in the run's folder, or else in runs/"] = ""
+
+
+RunT = TypeVar("RunT", bound=RunConfig)
+TrainingT = TypeVar("TrainingT", bound=TrainingConfig)
+InferenceT = TypeVar("InferenceT", bound=InferenceConfig)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from bevt_ds.config.parse import Leaf, Section, config_fields, get_value
 from bevt_ds.config.schema import (
@@ -18,16 +18,15 @@ from bevt_ds.config.schema import (
     LabelledDataConfig,
     ProbeRunConfig,
     RunConfig,
+    RunT,
     TokenizerConfig,
     TrainingConfig,
     ViewsConfig,
 )
 from bevt_ds.errors import UserError
 
-R = TypeVar("R", bound=RunConfig)
 
-
-def validate(config: R, values: Mapping[str, Any] | None = None) -> R:
+def validate(config: RunT, values: Mapping[str, Any] | None = None) -> RunT:
     """Check what can be known without shards, weights or ranks; returns the config itself.
 
     values: the DeepSpeed JSON of a training.

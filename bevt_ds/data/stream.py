@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bevt_ds.batch import Stream
-from bevt_ds.config.schema import DataConfig, ReadingConfig
+from bevt_ds.config.schema import DataConfig, SamplingConfig
 from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.decoding.pool import DecodePool, Load
 from bevt_ds.data.decoding.video import fits_gpu
@@ -94,7 +94,7 @@ class SampleReader:
         self,
         plan: Any,
         shards: Sequence[Shard],
-        config: ReadingConfig,
+        config: SamplingConfig,
         shared: Resources,
         ledger: Ledger,
         stride: int,

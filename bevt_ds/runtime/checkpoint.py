@@ -35,7 +35,7 @@ class Facts:
     stage: int  # ZeRO
     config: TrainingConfig  # of the run
     data: str  # fingerprint of the shards
-    skips: dict[str, Any]  # what the loader must know beside the step
+    skips: dict[str, Any]  # what the loader must know besides the step
 
 
 def save(root: Path, facts: Facts, write: Callable[[Path], None], ranks: Ranks, keep: int) -> Path:

@@ -19,16 +19,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from bevt_ds.config.parse import from_dict, to_dict
-from bevt_ds.config.schema import Config, TrainingConfig
+from bevt_ds.config.schema import Config, TrainingConfig, TrainingT
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.checkpoint import check_same, checkpoints, make_folder
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.lock import hold
-
-T = TypeVar("T", bound=TrainingConfig)
 
 CONFIG = "config.json"
 LOG = "log.jsonl"
@@ -126,7 +123,7 @@ def _commits(folder: Path) -> Path:
     return folder / CHECKPOINTS
 
 
-def read_config(folder: Path, kind: type[T] = Config) -> T:
+def read_config(folder: Path, kind: type[TrainingT] = Config) -> TrainingT:
     """The configuration that a run's folder was begun with.
 
     Raises:

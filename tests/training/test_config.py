@@ -16,8 +16,7 @@ from bevt_ds.config.parse import (
     parse_overrides,
     to_dict,
 )
-from bevt_ds.config.recipes import PRETRAINING as RECIPES
-from bevt_ds.config.recipes import get_recipe
+from bevt_ds.config.recipes import PRETRAINING, get_recipe
 from bevt_ds.config.validate import micro_steps, require_inputs, validate
 from bevt_ds.errors import UserError
 from bevt_ds.pretrain import USAGE
@@ -30,7 +29,7 @@ def configured(*words: str, recipe: str = "joint_swin_b"):
     return apply_overrides(get_recipe(recipe), parse_overrides(words))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", PRETRAINING)
 def test_recipes_are_valid_and_survive_json(name):
     config = get_recipe(name)
     assert config.recipe == name
@@ -238,9 +237,18 @@ def test_arguments():
 
 
 def test_help_names_every_recipe_and_field():
-    text = page(USAGE, RECIPES, get_recipe("demo"))
-    for name in RECIPES:
+    text = page(USAGE, PRETRAINING, get_recipe("demo"))
+    for name in PRETRAINING:
         assert name in text
     for f in config_fields():
-        assert f.key == "recipe" or f"  {f.key}=" in text
+        assert f.key == "recipe" or f"\n  {f.key}=" in text
         assert f.field.help
+
+
+def test_help_shows_bounds_and_what_may_change_on_resume():
+    text = page(USAGE, PRETRAINING, get_recipe("demo"))
+    assert "\n  data.size=128  <int, at least 1, a multiple of 32>\n" in text
+    assert "\n  data.workers=1  <int, at least 1> [free on resume]\n" in text
+    assert "\n  data.frames=8  <int, at least 1, even>\n" in text
+    assert "\n  data.mask.tube=0.5,1.0  <(float, float), in (0, 1]>\n" in text
+    assert "\n  tokenizer.seed=0  <int>\n" in text
