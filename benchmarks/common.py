@@ -114,10 +114,10 @@ def exp_rate() -> float:
 def commit() -> str:
     """The commit of this checkout, marked where a tracked file other than a result differs from it.
 
-    A copy of the tree without its history is told: the variable BEVT_COMMIT says what it is a copy of.
+    In a copy of the tree without its history, the variable BEVT_COMMIT names the commit that it is a copy of.
     """
-    if told := os.environ.get("BEVT_COMMIT"):
-        return told
+    if named := os.environ.get("BEVT_COMMIT"):
+        return named
 
     def git(*command: str) -> str:
         root = Path(__file__).parents[1]

@@ -34,18 +34,10 @@ MEASURES = {  # how a field's name ends -> whether more of it is worse; the firs
     "operators": True,
     "p50": True,
 }
-NO_MEASURES = {
-    "p20_ms",
-    "p80_ms",
-    "p20",
-    "p80",
-    "roof_ms",
-    "expected_mb",
-}  # spread, and what follows from sizes or another machine
-MACHINE = {"provenance", "ceilings", "load", "commit", "device", "threads", "python", "torch", "triton"}
-MACHINE |= {"clocks", "cpu", "cores", "av", "nvidia-dali-cuda130", "torchvision"}
-REPEATS = {"run", "round", "rounds", "steps", "clips"}  # how often, not what
-NO_NAMES = NO_MEASURES | MACHINE | REPEATS
+# spread, and what follows from sizes or another machine; facts about the machine; how often, not what
+NO_NAMES = {"p20_ms", "p80_ms", "p20", "p80", "roof_ms", "expected_mb", "provenance", "ceilings", "load", "commit"}
+NO_NAMES |= {"device", "threads", "python", "torch", "triton", "clocks", "cpu", "cores", "av", "nvidia-dali-cuda130"}
+NO_NAMES |= {"torchvision", "run", "round", "rounds", "steps", "clips"}
 FAILED = ("error", "not_measured")
 
 Key = tuple[tuple[str, object], ...]
@@ -76,13 +68,9 @@ def more_is_worse(field: str) -> bool | None:
 
 
 def key(row: dict) -> Key:
-    """What a row measures."""
-    kept = {
-        name: value
-        for name, value in row.items()
-        if isinstance(value, (str, int)) and name not in NO_NAMES and more_is_worse(name) is None
-    }
-    return tuple(sorted(kept.items()))
+    """What a row measures: its fields that are names, counts or switches."""
+    names = [name for name in row if name not in NO_NAMES and more_is_worse(name) is None]
+    return tuple(sorted((name, row[name]) for name in names if isinstance(row[name], (str, int))))
 
 
 def grouped(rows: Iterable[dict]) -> dict[Key, list[dict]]:
@@ -94,15 +82,10 @@ def grouped(rows: Iterable[dict]) -> dict[Key, list[dict]]:
     return groups
 
 
-def numbers(measured: object) -> list[float]:
-    """A number, or a list of repeats such as memory over time; anything else holds none."""
-    repeats = measured if isinstance(measured, list) else [measured]
-    return [float(value) for value in repeats if isinstance(value, (int, float))]
-
-
 def costs(rows: list[dict], metric: str) -> tuple[list[float], float]:
     """Of a group: the cost of each repeat, and that of the fast end. A rate's cost is its inverse."""
-    values = [value for row in rows for value in numbers(row[metric]) if value]
+    measured = [row[metric] if isinstance(row[metric], list) else [row[metric]] for row in rows]
+    values = [float(value) for repeats in measured for value in repeats if isinstance(value, (int, float)) and value]
     repeats = values if more_is_worse(metric) else [1 / value for value in values]
     end = metric.replace("p50", "p20")
     quick = [float(row[end]) for row in rows if end != metric and row.get(end)]
@@ -155,25 +138,17 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def devices(rows: list[dict]) -> set[str]:
-    """Where rows were measured."""
-    return {row.get("provenance", row).get("device", "unknown device") for row in rows}
-
-
 def require_comparable(before: list[dict], after: list[dict]) -> None:
     """Raises ValueError where the files are of different devices or have no row in common."""
-    if devices(before) != devices(after):
-        names = " and ".join(", ".join(sorted(devices(rows))) for rows in (before, after))
+    old, new = (
+        {row.get("provenance", row).get("device", "unknown device") for row in rows} for rows in (before, after)
+    )
+    if old != new:
+        names = " and ".join(", ".join(sorted(devices)) for devices in (old, new))
         raise ValueError(f"measured on {names}: their ratio would say nothing about the code.")
     if not grouped(before).keys() & grouped(after).keys():
         examples = [title(next(iter(grouped(rows)), (("row", "none measured"),))) for rows in (before, after)]
         raise ValueError(f"no row in common. The first of each: {examples[0]!r}; {examples[1]!r}.")
-
-
-def unmatched(before: list[dict], after: list[dict]) -> str:
-    """A line on rows that only one file has, or ''."""
-    old, new = grouped(before).keys(), grouped(after).keys()
-    return f"{len(old - new)} rows only before, {len(new - old)} only after" if old ^ new else ""
 
 
 def verdict(comparisons: list[Comparison], threshold: float) -> int:
@@ -202,8 +177,9 @@ def main(argv: list[str]) -> int:
     comparisons = compare(before, after, set(options.metric) if options.metric else None)
     if not comparisons:
         parser.error(f"--metric {', '.join(options.metric or [])}: the common rows have no such measurement")
-    if note := unmatched(before, after):
-        print(f"{note}\n")
+    old, new = grouped(before).keys(), grouped(after).keys()
+    if old ^ new:
+        print(f"{len(old - new)} rows only before, {len(new - old)} only after\n")
     return verdict(comparisons, options.threshold)
 
 

@@ -1,7 +1,7 @@
 """BEVT as the original writes it, for comparison: roll, partition, a score tensor, logits of every position.
 
-Layouts, casts and copies are the original's; weights are ours, by the same names (`load_weights`). Pictures must be cut
-evenly by patches and windows, as 224 pixels are for the published sizes: the original's image path takes no others.
+Layouts, casts and copies are the original's; weights are ours, by the same names (`load_weights`). Patches and
+windows must divide the image evenly, as they divide 224 pixels: the original's image path takes no other sizes.
 Source of the facts: xyzforever/BEVT@8881b21, mmaction/models/backbones/swin_transformer_bevt.py and
 mmaction/models/heads/bevt_multisource_head.py. Letters: B samples, T frames, H W tokens, C channels, N tokens of a
 window, V ids.

@@ -20,7 +20,7 @@ def convolve(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
 
 
 def residual_block(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
-    """Four convolutions beside the identity, or beside a 1x1 convolution where the width changes."""
+    """Four convolutions, added to the identity, or to a 1x1 convolution where the width changes."""
     branch = x
     for i in range(1, 5):
         branch = convolve(branch.relu(), state, f"{name}.res_path.conv_{i}")
@@ -30,7 +30,7 @@ def residual_block(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
 
 @torch.no_grad()
 def plain_logits(tokenizer: DalleTokenizer, frames: Tensor) -> Tensor:
-    """Pictures (N,3,v,v), float RGB in [0,1] -> logits (N,V,v/8,v/8), fp32."""
+    """Images (N,3,v,v), float RGB in [0,1] -> logits (N,V,v/8,v/8), fp32."""
     state = tokenizer.state_dict()
     x = convolve((0.8 * frames + 0.1).to(torch.float16 if frames.is_cuda else torch.float32), state, "blocks.input")
     for group in range(1, GROUPS + 1):

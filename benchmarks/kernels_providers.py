@@ -31,7 +31,7 @@ class Job:
     grads: tuple[Tensor, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        # With a graph, as it will be timed: without one a compiler would make a version that nobody asks for again.
+        # With a graph, as it will be timed: without one a compiler would make a version that is never used again.
         self.grads = tuple(torch.randn_like(out) for out in self.run())
 
     def forward(self) -> tuple[Tensor, ...]:

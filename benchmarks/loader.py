@@ -1,8 +1,8 @@
 """How fast clips come: this project's loader and torch DataLoaders, on raw and on packed shards of the same videos.
 
 `python -m benchmarks.loader` makes the videos (once), measures every row in a process of its own, in rounds, so that
-what else the machine does meets all of them, and appends to benchmarks/results/loader.jsonl; `--page` only draws the
-page and the picture from it. CPU seconds are those of the process and all that it has started.
+other load on the machine affects all rows alike, and appends to benchmarks/results/loader.jsonl; `--page` only writes
+the page and the plot again. CPU seconds are those of the process and all that it has started.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from benchmarks import report
@@ -30,7 +31,6 @@ from bevt_ds.config.schema import Config, DataConfig, TrainConfig
 ROWS = RESULTS / "loader.jsonl"
 MICRO = 4  # clips a batch
 SOAK_CLIPS, SOAK_POINTS = 20_000, 20
-_TICK = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def configuration(folder: Path, backend: Backend, sampling: str) -> Config:
 def measure(folder: Path, row: str, sampling: str, seconds: float) -> dict[str, Any]:
     """One row: rates over `seconds` after the first batches, and the seconds to the first one.
 
-    These include the loader's imports, but for torch's.
+    These include the loader's imports, except torch's.
     """
     began = time.perf_counter()
     backend = BACKENDS[row]
@@ -151,24 +151,13 @@ def _batches(config: Config, backend: Backend) -> Iterator[Decoded]:
 
 def _family() -> list[int]:
     """This process and all that it has started."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue  # it has ended
-    family = [os.getpid()]
-    for pid in family:
-        family += [child for child, parent in parents.items() if parent == pid]
-    return family
+    process = psutil.Process()
+    return [process.pid, *(child.pid for child in process.children(recursive=True))]
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    total = 0.0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += sum(map(int, fields[11:15])) / _TICK  # user and system time, and those of children that ended
-    return total
+    """User and system time, and those of children that ended."""
+    return sum(sum(psutil.Process(pid).cpu_times()[:4]) for pid in pids)
 
 
 def memory(field: str) -> int:
@@ -196,7 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--row", choices=BACKENDS, action="append", help="default: all")
     parser.add_argument("--prepare", action="store_true", help="only make the videos and shards")
-    parser.add_argument("--page", action="store_true", help="only draw loader.md and loader.png")
+    parser.add_argument("--page", action="store_true", help="only write loader.md and loader.png again")
     parser.add_argument("--measure", nargs=4, metavar=("ROW", "SAMPLING", "FOLDER", "SECONDS"), help="one row, as JSON")
     parser.add_argument("--soak", type=Path, metavar="FOLDER", help="memory over 20,000 clips, as JSON")
     arguments = parser.parse_args()

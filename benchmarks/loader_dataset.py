@@ -52,16 +52,16 @@ def decode_pyav(data: bytes, count: int, stride: int, rng: np.random.Generator) 
         wanted = set(((start + stride * np.arange(count)) % total).tolist())
         step = 1 / (stream.average_rate * stream.time_base)
         container.seek(int(min(wanted) * step), stream=stream)
-        pictures, decoded = [], 0
+        images, decoded = [], 0
         for frame in container.decode(stream):
             decoded += 1
             number = round(frame.pts / step)
             if number in wanted:
-                pictures.append(frame.to_ndarray(format="rgb24"))
+                images.append(frame.to_ndarray(format="rgb24"))
             if number >= max(wanted):
                 break
-    pictures += [pictures[-1]] * (count - len(pictures))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), decoded
+    images += [images[-1]] * (count - len(images))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), decoded
 
 
 def decode_torchcodec(

@@ -76,8 +76,8 @@ def draw_clip(number: int, size: str) -> bytes:
         for i in range(FRAMES):
             y, x = (int(64 + 63 * f(angle + i / 40)) for f in (np.sin, np.cos))
             dy, dx = rng.integers(0, 16, 2)
-            picture = scene[y : y + height, x : x + width] + noise[dy : dy + height, dx : dx + width]
-            frame = av.VideoFrame.from_ndarray(np.clip(picture, 0, 255).astype(np.uint8), format="rgb24")
+            image = scene[y : y + height, x : x + width] + noise[dy : dy + height, dx : dx + width]
+            frame = av.VideoFrame.from_ndarray(np.clip(image, 0, 255).astype(np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return buffer.getvalue()

@@ -29,7 +29,7 @@ from bevt_ds.data.timing import StageTimes
 from bevt_ds.shards.writer import sample_records
 
 ROWS = RESULTS / "reading.jsonl"
-KIB = (20, 160, 2000)  # a picture, a clip of ten seconds at 340x256, one at 1280x720
+KIB = (20, 160, 2000)  # an image, a clip of ten seconds at 340x256, one at 1280x720
 SAMPLES = 32
 
 

@@ -29,7 +29,7 @@ Columns = Mapping[str, Callable[[Any], str]]  # heading -> what a row has there
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot of a picture: horizontal bars, or lines over x.
+    """One plot: horizontal bars, or lines over x.
 
     bars: series -> a value for each of `names`, None where there is none. spread: series -> (low, high) of each bar.
     marks: series -> a value for each of `names`, as a stroke. lines: series -> (x, y). levels: label -> a constant.
@@ -103,7 +103,7 @@ def table(rows: Iterable[Any], columns: Columns, names: int = 1) -> str:
 
 
 def source(row: Row) -> Row:
-    """A row's provenance, which stands in the row itself or in a field of it."""
+    """A row's provenance, which is the row itself or a field of it."""
     return row.get("provenance", row)
 
 
@@ -224,12 +224,12 @@ def write(path: Path, describe: Callable[[Rows], Page] | None = None) -> str:
     page = describe(load(path)) if describe else page_of(path)
     path.with_suffix(".md").write_text(page.markdown(), encoding="utf-8")
     if page.panels:
-        draw(page.panels, picture_of(path))
+        draw(page.panels, plot_of(path))
     return page.markdown()
 
 
-def picture_of(path: Path) -> Path:
-    """Where the plot of a file of rows is; the study's is with the documentation."""
+def plot_of(path: Path) -> Path:
+    """Where the plot of a file of rows is; the study's is in docs/."""
     return RESULTS.parents[1] / "docs" / "study.png" if path == RESULTS / "study.jsonl" else path.with_suffix(".png")
 
 

@@ -66,7 +66,7 @@ def launch(job: Job, gpu: bool) -> dict[str, object]:
 
 
 def rounds(todo: list[Job], count: int, gpu: bool) -> Iterator[dict[str, object]]:
-    """Every job once a round, so that what else the machine does meets all of them."""
+    """Every job once a round, so that other load on the machine affects all of them alike."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
     bar = tqdm([(number, job) for number in range(count) for job in todo], unit="launch")
     for number, job in bar:

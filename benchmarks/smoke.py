@@ -1,12 +1,12 @@
-"""This commit beside its parent: what small pieces of the step cost on a CPU, as ratios, in one run (make bench-smoke).
+"""This commit against its parent: what small pieces of the step cost on a CPU, as ratios (make bench-smoke).
 
-    python -m benchmarks.smoke                   # the working tree beside the parent of the commit it is at
-    python -m benchmarks.smoke --base v0.1.0     # beside another commit
+    python -m benchmarks.smoke                   # the working tree against the parent of its commit
+    python -m benchmarks.smoke --base v0.1.0     # against another commit
 
 Both sides run the cases of benchmarks/smoke_cases.py, each in a process of its own, in turns, some tenths of a second
-at a time, so that what else the machine does meets both. CPU seconds are compared, to which waiting for a busy core
-adds nothing, and benchmarks/compare.py judges. What looks slower is measured for as long again before it counts. Exit
-code 1 where a case is slower than the threshold allows; 0 where there is no parent to compare with (a shallow clone).
+at a time, so that other load on the machine affects both alike. benchmarks/compare.py judges by CPU seconds, to which
+waiting for a busy core adds nothing. What looks slower is measured for the same time again before it counts. Exit code
+1 where a case is slower than the threshold allows; 0 where there is no parent to compare with (a shallow clone).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.compare import compare, verdict
 
 ROOT = Path(__file__).parents[1]
-THRESHOLD = 1.2  # a commit beside itself stays well below, on busy machines too
+THRESHOLD = 1.2  # a commit against itself stays well below, on busy machines too
 FEWEST_ROUNDS = 3
 WORKER = ("-m", "benchmarks.smoke_cases")
 

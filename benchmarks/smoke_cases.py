@@ -58,8 +58,8 @@ def tokenizer() -> Run:
     encoder = DalleTokenizer(n_hid=32, vocab_size=512)
     for parameter in encoder.parameters():
         parameter.normal_(std=0.05, generator=DRAW)
-    pictures = torch.rand(48, 3, 64, 64, generator=DRAW)
-    return lambda: encoder.encode(pictures)
+    images = torch.rand(48, 3, 64, 64, generator=DRAW)
+    return lambda: encoder.encode(images)
 
 
 def step() -> Run:
@@ -78,7 +78,7 @@ def loader() -> Run:
     from bevt_ds.config.recipes import demo
     from bevt_ds.data.loader import Loader
 
-    folder = tempfile.mkdtemp()  # copied, so that the index written beside them is not committed
+    folder = tempfile.mkdtemp()  # copied, so that the index written next to them is not committed
     for tar in SHARDS.glob("*.tar"):
         shutil.copy(tar, folder)
     recipe = demo()

@@ -6,11 +6,11 @@
 
 A step is tokenizer, forward, backward, clipping and update. Three cases: a batch of noise that stays on the device; the
 same without the tokenizer; and batches of real shards through the loader, for which drawn ones stand in where none are
-given. Providers take turns step by step, so that whatever else the machine does meets all of them; only with shards
-each has a loader and a stretch of its own.
+given. Providers take turns step by step, so that other load on the machine affects all alike; only with shards
+each has a loader and a time of its own.
 
-Rows go to step-DEVICE.jsonl, a table and a picture are drawn from the newest of them. Ratios within one run are what to
-compare: on a CPU those of CPU seconds, which a busy machine disturbs least.
+Rows go to step-DEVICE.jsonl; a page and a plot are made of those of the newest commit. Compare ratios within one run:
+on a CPU those of CPU seconds, which a busy machine disturbs least.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class Benchmark:
 
 
 def with_shards(config: Config, videos: str, images: str) -> Config:
-    """The configuration with shards: those given, else drawn ones beside the temporary files."""
+    """The configuration with shards: those given, else drawn ones in the folder of temporary files."""
     if not (videos and images):
         folder = Path(tempfile.gettempdir()) / "bevt-step-benchmark"
         ensure_demo_shards(folder)

@@ -1,4 +1,4 @@
-"""Batches of random pictures with the recipe's masks, made once and kept on the device."""
+"""Batches of random images with the recipe's masks, made once and kept on the device."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _stream(kind: StreamId, data: DataConfig, count: int, draw: torch.Generator)
 def all_frames(batch: Batch) -> Batch:
     """The same batch with a view of every frame, so that all are tokenized, and the same targets.
 
-    A frame without a masked cell, of which the loader makes no view, shows the one before it.
+    A frame without a masked position, of which the loader makes no view, shows the one before it.
     """
     streams = (batch.video, batch.image)
     return Batch(*(None if s is None else replace(s, **_unskipped(s)) for s in streams))

@@ -6,7 +6,8 @@ op's part. What no range claims, Python between the ops included, is "other", so
 
 On a GPU a part is the duration of the kernels that its ops launched, and "other" what remains of the step: idle time,
 or less than nothing where kernels ran side by side. On a CPU it is the ops' own time, scaled from the profiled step to
-the step as timed without the profiler. Inside a compiled region nobody can tell ops apart: it is a part of its own.
+the step as timed without the profiler. A compiled region is a part of its own, because its
+ops cannot be told apart.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ ACCUMULATE = NODE + "torch::autograd::AccumulateGrad"  # and ZeRO's hooks on it:
 
 
 def part(name: str) -> record_function:
-    """A range in which everything belongs to part `name`, but for what a range inside it claims."""
+    """A range in which everything belongs to part `name`, except what a range inside it claims."""
     return record_function(MARK + name)
 
 

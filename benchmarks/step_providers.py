@@ -69,7 +69,7 @@ class NoTokenizer:
         self.vocab_size = vocab_size
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Pictures (N,3,v,v) -> ids 0, int64 (N,v/8,v/8)."""
+        """Images (N,3,v,v) -> ids 0, int64 (N,v/8,v/8)."""
         return frames.new_zeros((len(frames), *(side // 8 for side in frames.shape[-2:])), dtype=torch.int64)
 
 
@@ -116,10 +116,7 @@ class Setting:
         model = self.config.model
         with torch.device("meta"):
             built = create_model(
-                model.name,
-                window=model.window,
-                drop_path=model.drop_path,
-                vocab_size=self.config.tokenizer.vocab_size,
+                model.name, window=model.window, drop_path=model.drop_path, vocab_size=self.config.tokenizer.vocab_size
             )
         return built.arch
 

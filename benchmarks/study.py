@@ -1,13 +1,13 @@
 """Does joint pretraining help where motion is all that tells the classes apart? `make study`, `make study SMALL=1`.
 
-`python -m benchmarks.study` draws an action set into shards, pretrains on its unlabelled clips and pictures, fine-tunes
+`python -m benchmarks.study` draws an action set into shards, pretrains on its unlabelled clips and images, fine-tunes
 on a few labels from each start, tests, and draws the table and the plot. Every part of it is one of the project's own
 commands on one core, as many at once as there are cores. What is done is not done again: stop it and start it at will.
 The rows are in the study's folder; once it is whole they replace those of benchmarks/results/study.jsonl. `--page` only
-draws these anew.
+draws these again.
 
-Three starts, and the same fine-tuning for all: `scratch`; `images`, pretrained on pictures alone; `joint`, on clips and
-pictures. The two pretrainings take as many steps, and as many tokens a step.
+Three starts, and the same fine-tuning for all: `scratch`; `images`, pretrained on images alone; `joint`, on clips and
+images. The two pretrainings take as many steps, and as many tokens a step.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.common import RESULTS, append_row, machine, provenance, read_rows
@@ -55,38 +56,11 @@ SMALL = replace(
 
 @dataclass(frozen=True)
 class Job:
-    """A part of the study: `run` does it and says its result in a few words."""
+    """A part of the study: `work` does it and returns its result in a few words."""
 
     name: str
     cost: int  # clips that pass through the network
-    run: Callable[[], str]
-
-
-class Progress:
-    """A line for each job that ends, with the time that the others will take at the pace so far."""
-
-    def __init__(self, jobs: Sequence[Job]):
-        self.number, self.total = len(jobs), sum(job.cost for job in jobs)
-        self.ended, self.done, self.worked, self.began = 0, 0, 0, time.monotonic()
-        self.lock = threading.Lock()
-
-    def run(self, job: Job) -> None:
-        """The job, then its line. What was done already comes back at once and says nothing about the pace."""
-        began = time.monotonic()
-        said = job.run()
-        seconds = time.monotonic() - began
-        with self.lock:
-            self.ended, self.done = self.ended + 1, self.done + job.cost
-            self.worked += job.cost if seconds > 1 else 0
-            print(f"{self.ended}/{self.number} {job.name}: {said} ({seconds:.0f} s); {self._left()}", flush=True)
-
-    def _left(self) -> str:
-        if self.done == self.total:
-            return "that was all"
-        if not self.worked:
-            return "no estimate yet"
-        minutes = (time.monotonic() - self.began) / self.worked * (self.total - self.done) / 60
-        return f"about {minutes:.0f} min to go"
+    work: Callable[[], str]
 
 
 class Study:
@@ -127,11 +101,11 @@ class Study:
         scale = self.scales[0]
 
         def run() -> str:
-            said = pretrain(self.folder, scale, arm)
+            result = pretrain(self.folder, scale, arm)
             if not any(row.get("pretraining") == arm for row in self.rows()):
                 copying = {"copying": copy_accuracy()} if arm == "joint" else {}
                 self._note({"pretraining": arm, **masked_accuracy(self.folder, arm), **copying})
-            return said
+            return result
 
         return Job(f"pretrain {arm}", scale.pretrain_clips(), run)
 
@@ -181,14 +155,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def carry_out(study: Study) -> None:
-    """Everything that is not done yet; the first failure ends it once what runs beside it has ended."""
+    """Everything that is not done yet; the first failure ends it once the jobs that run at the same time have ended."""
     prepare(study.folder / "shards", study.splits())
     waves = study.waves()
-    progress = Progress([job for wave in waves for job in wave])
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores:
+    clips = sum(job.cost for wave in waves for job in wave)
+    cores = len(os.sched_getaffinity(0))
+    with tqdm(total=clips, unit="clip", unit_scale=True) as bar, ThreadPoolExecutor(cores) as pool:
         for wave in waves:
-            for _ in cores.map(progress.run, wave):
-                pass
+            for job, result in zip(wave, pool.map(lambda job: job.work(), wave), strict=True):
+                bar.update(job.cost)
+                bar.write(f"{job.name}: {result}")
 
 
 if __name__ == "__main__":

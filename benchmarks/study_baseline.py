@@ -1,7 +1,7 @@
 """What looking along time is worth without motion: `python -m benchmarks.study_baseline`.
 
-For each cell that the study's masks hide: how often the same cell of the nearest visible frame has the same id. A model
-with a higher masked accuracy has learned where things move.
+For each position that the study's masks hide: how often the same position of the nearest visible frame has the same id.
+A model with a higher masked accuracy has learned where things move.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bevt_ds.model.tokenizers import load_tokenizer
 from bevt_ds.rng import Use, generator
 from bevt_ds.shards.synthetic.motion import render_action
 
-CELL = 16  # pixels
+PATCH = 16  # pixels
 CLIPS = 640
 MASKS = MaskConfig(ratio=0.75, min_block=16, tube=(0.25, 0.5))
 
@@ -33,7 +33,7 @@ def copied(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def copy_accuracy(clips: int = CLIPS, vocab_size: int = 32) -> float:
     """Over drawn clips and masks that are always the same."""
     tokenizer, right = load_tokenizer("random_projection", vocab_size=vocab_size), []
-    grid = (CLIP.frames // 2, CLIP.height // CELL, CLIP.width // CELL)
+    grid = (CLIP.frames // 2, CLIP.height // PATCH, CLIP.width // PATCH)
     for i in range(clips):
         rng = generator(0, Use.SYNTHETIC, 5, i)
         frames = torch.from_numpy(render_action(rng, label_of(i), CLIP)).permute(0, 3, 1, 2).float() / 255
@@ -43,4 +43,4 @@ def copy_accuracy(clips: int = CLIPS, vocab_size: int = 32) -> float:
 
 
 if __name__ == "__main__":
-    print(f"copying the nearest visible frame is right for {copy_accuracy():.1%} of the masked cells")
+    print(f"copying the nearest visible frame is right for {copy_accuracy():.1%} of the masked positions")

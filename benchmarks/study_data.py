@@ -1,4 +1,4 @@
-"""The shards that the study reads: unlabelled clips and pictures, and labelled splits, all of the drawn action set."""
+"""The shards that the study reads: unlabelled clips and images, and labelled splits, all of the drawn action set."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from bevt_ds.shards.synthetic.scene import Extent
 
 SIZE, FRAMES = 64, 8
 CLIP = Extent(SIZE, SIZE, FRAMES)
-PICTURE = Extent(SIZE, SIZE, 1)
+IMAGE = Extent(SIZE, SIZE, 1)
 
 
 def prepare(folder: Path, counts: dict[str, int], seed: int = 0) -> None:
-    """Shards `{split}-000000.tar` of `counts[split]` clips (or pictures) in `folder`; splits that are there are kept.
+    """Shards `{split}-000000.tar` of `counts[split]` clips (or images) in `folder`; splits that are there are kept.
 
     Classes take turns, so that each has the same number of clips; the unlabelled ones have no label in the shards.
     """
@@ -43,11 +43,11 @@ def label_of(number: int) -> str:
 
 
 def draw_file(folder: Path, split: str, number: int, seed: int) -> None:
-    """One H.264 clip; of "pictures" a clip's first frame, as JPEG."""
+    """One H.264 clip; of the split "pictures" a clip's first frame, as JPEG."""
     stream = crc32(split.encode())  # no two splits share a clip
     rng = generator(seed, Use.SYNTHETIC, stream, number)
     if split == "pictures":
-        data, extension = encode_jpeg(render_action(rng, label_of(number), PICTURE)[0]), "jpg"
+        data, extension = encode_jpeg(render_action(rng, label_of(number), IMAGE)[0]), "jpg"
     else:
         data, extension = encode_mp4(render_action(rng, label_of(number), CLIP)), "mp4"
     (folder / f"{number:06d}.{extension}").write_bytes(data)
@@ -70,7 +70,7 @@ def _prepare_split(pool: Executor, folder: Path, split: str, count: int, seed: i
     shutil.rmtree(media)
 
 
-def draw_classes(picture: Path, seed: int = 7) -> None:
+def draw_classes(path: Path, seed: int = 7) -> None:
     """A clip of each class from the same draw, a row each: only the motion differs."""
     from matplotlib import pyplot
 
@@ -83,5 +83,5 @@ def draw_classes(picture: Path, seed: int = 7) -> None:
         axes.set_ylabel(name.replace("_then_", "\nthen "), rotation=0, ha="right", va="center", fontsize=8)
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.savefig(picture, dpi=80, bbox_inches="tight")
+    figure.savefig(path, dpi=80, bbox_inches="tight")
     pyplot.close(figure)

@@ -17,8 +17,8 @@ from bevt_ds.shards.synthetic.motion import COURSES
 
 ROOT = Path(__file__).parents[1]
 ARMS = ("scratch", "images", "joint")
-CLIPS, PICTURES = 16, 8  # a step of joint pretraining
-PICTURES_A_CLIP = FRAMES // 2  # pictures with as many tokens as a clip
+CLIPS, IMAGES = 16, 8  # a step of joint pretraining
+IMAGES_A_CLIP = FRAMES // 2  # images with as many tokens as a clip
 BATCH = 16  # clips a step of fine-tuning
 POINTS = 20  # at most, of the curve of a pretraining
 TAIL = 20  # lines of a log that a failure shows
@@ -61,7 +61,7 @@ FINETUNE = (
 class Scale:
     """How much of everything. `rates` are tried with the first seed; each seed has training clips of its own."""
 
-    unlabelled: int  # clips, and as many pictures
+    unlabelled: int  # clips, and as many images
     labels: int  # training clips a class
     validated: int  # clips a class that choose the rate
     tested: int  # clips a class
@@ -85,16 +85,16 @@ class Scale:
 
     def pretrain_clips(self) -> int:
         """What a pretraining costs, in clips that pass through the network."""
-        return self.pretrain_steps * (CLIPS + PICTURES // PICTURES_A_CLIP)
+        return self.pretrain_steps * (CLIPS + IMAGES // IMAGES_A_CLIP)
 
     def finetune_clips(self) -> int:
         return self.finetune_epochs * self.labels * len(COURSES)
 
 
 def pretrain(folder: Path, scale: Scale, arm: str) -> str:
-    """Pretrain into `folder`/`arm`, or go on with it; returns the last losses in words."""
+    """Pretrain into `folder`/`arm`, or continue it; returns the last losses as text."""
     clips = CLIPS if arm == "joint" else 0
-    pictures = PICTURES + (CLIPS - clips) * PICTURES_A_CLIP
+    images = IMAGES + (CLIPS - clips) * IMAGES_A_CLIP
     words = (
         *PRETRAIN,
         f"data.videos={_shards(folder, 'unlabelled') if clips else ''}",
@@ -103,8 +103,8 @@ def pretrain(folder: Path, scale: Scale, arm: str) -> str:
         f"optim.warmup_steps={scale.pretrain_steps // 20}",
         f"train.global_clips={clips}",
         f"train.micro_clips={clips}",
-        f"train.global_images={pictures}",
-        f"train.micro_images={pictures}",
+        f"train.global_images={images}",
+        f"train.micro_images={images}",
         f"output_dir={folder / arm}",
         "resume=auto",
     )
@@ -115,7 +115,7 @@ def pretrain(folder: Path, scale: Scale, arm: str) -> str:
 
 
 def masked_accuracy(folder: Path, arm: str) -> dict[str, list[float]]:
-    """What pretraining learned, from its log: "steps", and by then the share of masked cells it gets right.
+    """What pretraining learned, from its log: "steps", and by then the share of masked positions it gets right.
 
     "video" and "image" are means over all that was logged since the step before.
     """
@@ -129,7 +129,7 @@ def masked_accuracy(folder: Path, arm: str) -> dict[str, list[float]]:
 
 
 def finetune(folder: Path, scale: Scale, arm: str, seed: int, lr: float) -> dict[str, Any]:
-    """Fine-tune into `folder`, or go on with it, and test: accuracy on the validation and test clips, and by class."""
+    """Fine-tune into `folder`, or continue, and test: accuracy on the validation and test clips, and by class."""
     run = folder / f"{arm}-labels{scale.labels}-seed{seed}-lr{lr:g}"
     words = (
         *FINETUNE,

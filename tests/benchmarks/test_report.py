@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.loader import BACKENDS, STRIDES, configuration
 from benchmarks.pages import SETTING, runs, step
-from benchmarks.report import RESULTS, Page, Panel, draw, fields, load, page_of, picture_of, table, write
+from benchmarks.report import RESULTS, Page, Panel, draw, fields, load, page_of, plot_of, table, write
 from benchmarks.step_parts import PARTS
 
 MACHINE = {"commit": "abc", "device": "CPU", "cores": 2, "cpu": "a CPU", "load": 0.5, "python": "3.11", "torch": "2.13"}
@@ -38,7 +38,7 @@ def results(tmp_path: Path) -> Path:
 def test_committed_page_is_that_of_the_committed_rows(path: Path) -> None:
     page = page_of(path)
     assert path.with_suffix(".md").read_text(encoding="utf-8") == page.markdown(), "run `python -m benchmarks.report`"
-    assert picture_of(path).exists() == bool(page.panels)
+    assert plot_of(path).exists() == bool(page.panels)
 
 
 def test_columns_without_a_value_are_left_out_and_failures_give_their_reason() -> None:

@@ -33,13 +33,7 @@ def test_collectives_are_counted(one_rank):
         dist.broadcast(x[:3], 0)
         dist.barrier()
         x + x
-    assert traffic.payload == {
-        "all_reduce": 60,
-        "all_gather": 80,
-        "reduce_scatter": 40,
-        "reduce": 40,
-        "broadcast": 12,
-    }
+    assert traffic.payload == {"all_reduce": 60, "all_gather": 80, "reduce_scatter": 40, "reduce": 40, "broadcast": 12}
     assert traffic.calls == {"all_reduce": 2, "all_gather": 2, "reduce_scatter": 1, "reduce": 1, "broadcast": 1}
 
 

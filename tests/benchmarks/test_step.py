@@ -106,7 +106,7 @@ def test_operators_are_counted_where_they_run():
 
 
 def test_compiled_blocks_get_no_hooks():
-    """A hook would be compiled in, or compile anew; their stage is the part, what is not compiled keeps its own."""
+    """A hook would be compiled in, or compile again; their stage is the part, what is not compiled keeps its own."""
     model = BEVT(**SIZES, compile=True)
     with marked(model):
         hooked = {path for path, module in model.named_modules() if module._forward_pre_hooks}
@@ -147,7 +147,7 @@ def test_every_position_is_the_same_loss():
 
 
 def test_skipped_frames_change_no_target():
-    """The lever of the masked frames: fewer pictures, the same ids."""
+    """The lever of the masked frames: fewer images, the same ids."""
     tokenizer, batch = RandomProjectionTokenizer(64), resident_batch(3, 2, 8, 64, seed=3)
     full = all_frames(batch)
     assert len(batch.video.view) < len(full.video.view) == 24
@@ -177,7 +177,7 @@ def test_ladder_puts_on_one_lever_at_a_time():
     assert LADDER["ours"] == Levers()
 
 
-def test_rows_page_and_picture(small, tmp_path):
+def test_rows_page_and_plot(small, tmp_path):
     """A whole case: every number that the page names, and a competitor that fails."""
     benchmark = step.Benchmark(tmp_path / "step-cpu.jsonl", small[0], seconds=0.0)
     benchmark.run("no tokenizer", CPU_PROVIDERS, "random_projection")
@@ -198,7 +198,7 @@ def test_rows_page_and_picture(small, tmp_path):
 
 
 def test_flops_are_those_of_the_masked_head(small):
-    """Doubling the vocabulary adds the head's products on masked cells only."""
+    """Doubling the vocabulary adds the head's products on masked positions only."""
     config, batch = small
     setting = Setting(config, "none", start_ranks())
     double = replace(config, tokenizer=replace(config.tokenizer, vocab_size=2 * config.tokenizer.vocab_size))

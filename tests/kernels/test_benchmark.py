@@ -132,7 +132,7 @@ def test_nothing_measured_is_nothing_written():
 
 
 def test_page_of_a_cpu_says_so():
-    """And sets no goals beside its numbers."""
+    """And sets no goals next to its numbers."""
     page = pages.kernels([row("bevt_ds") | {"provenance": {"device": "CPU x86_64"}}]).markdown()
     assert "These are CPU numbers" in page
     assert "target" not in page
