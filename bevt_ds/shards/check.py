@@ -67,13 +67,17 @@ def survey(paths: Sequence[str], jobs: int | None = None, progress: bool = False
 
 def outlook(facts: Sequence[dict[str, Any]]) -> list[str]:
     """What is no fault, but worth to know before training on these videos."""
-    odd = Counter(
-        f"{f['codec']} {f['pixel_format']} in {f['container']}" for f in facts if "codec" in f and not fits_gpu(f)
-    )
+    odd = Counter(_kind(f) for f in facts if "codec" in f and not fits_gpu(f))
     notes = [f"{n} videos ({what}) are not for GPU decoding" for what, n in sorted(odd.items())]
     if gaps := [f["keyframe_gap"] for f in facts if f.get("keyframe_gap", 0) > 32]:
         notes.append(f"{len(gaps)} videos have up to {max(gaps)} frames between keyframes: decoding starts far ahead")
     return notes
+
+
+def _kind(facts: dict[str, Any]) -> str:
+    """A video's kind, for those that a GPU's decoder is not given."""
+    kind = f"{facts['codec']} {facts['pixel_format']} in {facts['container']}"
+    return kind if facts["is_plain"] else f"{kind}, whose timestamps or keyframes do not tell its frames"
 
 
 def _openable(paths: Sequence[str], report: Report) -> list[Shard]:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bevt_ds import cli
 from bevt_ds.config.schema import DataConfig
+from bevt_ds.data.decoding import verify
+from bevt_ds.data.decoding.video import full_decode
+from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.patience import Patience, StorageStalled
 from bevt_ds.shards import cli as shards_cli
 from bevt_ds.shards import manifest, stats
 from bevt_ds.shards.check import check
 from bevt_ds.shards.synthetic.draw_worker import encode_mp4
+from tests.loader.media import remuxed
 
 
 @pytest.fixture
@@ -129,3 +136,34 @@ def test_indexing_does_not_wait_for_ever(packed: Path, monkeypatch, released: th
     monkeypatch.setattr(shards_cli, "DataConfig", lambda: DataConfig(read_seconds=0.2))
     assert cli.main(["shards", "index", f"{packed}/*.tar"]) == 5
     assert "image-000000.tar: no answer" in capsys.readouterr().err
+
+
+def lying(data: bytes) -> bytes:
+    """An intra-refresh clip whose recovery points promise right frames at once: a full decode does not mind."""
+    changed = re.sub(rb"(?s)\x06\x06\x02..", b"\x06\x06\x02\xc4\0", data)  # NAL unit, message, size; 0, exact
+    assert changed != data
+    return changed
+
+
+def test_clips_are_decoded_as_in_training_and_compared(make, tmp_path: Path) -> None:
+    """What every start of a clip gives is fine; where one gives other frames than a full decode, it says which."""
+    frames = np.stack([np.roll(make.noise(32, 400, softness=8.0), 3 * i, axis=1) for i in range(150)])
+    refreshed = make.clip(frames, "mp4", "libx264", g="30", bf="0", **{"x264-params": "intra-refresh=1"})
+    videos = {
+        "av1.mp4": make.clip(frames, "mp4", "libsvtav1", g="150", preset="10"),
+        "copy.mp4": remuxed(make.clip(frames, "avi", "libx264", bf="2"), "mp4"),
+        "refreshed.mp4": refreshed,
+        "lying.mp4": lying(refreshed),
+    }
+    make.tar(tmp_path / "a.tar", videos)
+    report = check([str(tmp_path / "a.tar")], jobs=1)
+    ((fault),) = report.findings
+    assert fault["key"] == "lying"
+    assert re.fullmatch(r"decoding from frame \d+ on, frame \d+ is not that of a full decode", fault["reason"])
+
+
+def test_packets_that_promise_other_frames(make, monkeypatch) -> None:
+    data = make.clip(make.noise(20, 48, 64), "mp4", "libx264")
+    monkeypatch.setattr(verify, "full_decode", lambda *_: islice(full_decode(data, Limits()), 18))
+    with pytest.raises(BadSample, match="a full decode shows 18 frames, where its packets promise 20"):
+        verify.verify_video(data, Limits())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from itertools import cycle
 
 import av
 import numpy as np
@@ -11,7 +12,6 @@ from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.decoding.cut import Box
 from bevt_ds.data.decoding.video import RgbWriter, VideoInfo, full_decode, opened
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.plan import clip_frames
 
 CLIPS = 4  # of each video
 
@@ -38,10 +38,16 @@ def verify_video(data: bytes, limits: Limits) -> VideoInfo:
 
 
 def drawn_clips(data: bytes, total: int) -> list[np.ndarray]:
-    """Frame numbers of clips, each int64 and ascending: the same for the same file."""
+    """Frame numbers of clips, each int64 and ascending: the same for the same file.
+
+    From any frame on, every frame and as far apart as in training, whatever fits: recipes differ in stride and length.
+    """
     rng = np.random.default_rng(zlib.crc32(data))
-    drawn = [clip_frames(rng.random(), total, DataConfig.frames, DataConfig.stride, rng.random()) for _ in range(CLIPS)]
-    return [np.unique(numbers) for numbers in drawn]
+    starts = rng.integers(total, size=CLIPS).tolist()
+    return [
+        np.arange(start, total, stride)[: DataConfig.frames]
+        for start, stride in zip(starts, cycle((1, DataConfig.stride)), strict=False)
+    ]
 
 
 def _digest(frame: av.VideoFrame) -> int:

@@ -110,7 +110,8 @@ class Video:
     """
 
     def __init__(self, source: _Source, index: FrameIndex, container: str, limits: Limits) -> None:
-        self.index, self.limits, self.container, self.decoded = index, limits, container, 0
+        self.index, self.limits, self.container = index, limits, container
+        self.decoded = 0 if index.numbers else index.total  # which have been counted
         self._source, self.stream, self.size, self.total = source, source.stream, source.size, index.total
 
     @property
@@ -146,10 +147,11 @@ class Video:
             return None
         if stream.duration:
             return float((stream.duration - index.lead) * stream.time_base)
-        if container.duration and len(container.streams) == 1:  # from time 0 on
-            first = 0 if index.times is None else index.times[0] * float(stream.time_base)
-            return container.duration / av.time_base - first
-        return None
+        if (end := _end_of_track(stream)) is None and len(container.streams) == 1 and container.duration:
+            end = container.duration / av.time_base
+        if end is None:
+            return None
+        return end - (0 if index.times is None else float(index.times[0] * stream.time_base))
 
     @property
     def _frame_seconds(self) -> float:
@@ -289,6 +291,16 @@ def _source(data: bytes, claims: Container, limits: Limits) -> Iterator[_Source]
         if claims.frames not in (None, len(packets)):
             raise BadSample(f"its header says {claims.frames} frames, {len(packets)} are found")
         yield _Source(container, stream, packets)
+
+
+def _end_of_track(stream: Any) -> float | None:
+    """When a Matroska track ends, in seconds, by the tag that muxers write for each: the header's is of all tracks."""
+    parts = stream.metadata.get("DURATION", "").split(":")
+    try:
+        hours, minutes, seconds = map(float, parts)
+    except ValueError:
+        return None
+    return 3600 * hours + 60 * minutes + seconds
 
 
 def _time(frame: av.VideoFrame) -> int | None:
