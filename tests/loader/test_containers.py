@@ -50,10 +50,12 @@ def videos(make: SimpleNamespace) -> dict[str, bytes]:
     }
 
 
-def with_sound(frames: np.ndarray, container: str, codec: str, sound: str, **options: str) -> bytes:
+def with_sound(
+    frames: np.ndarray, container: str, codec: str, sound: str, muxer: dict[str, str] | None = None, **options: str
+) -> bytes:
     """The sound is the first stream: the pictures must be looked for."""
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as out:
+    with av.open(buffer, "w", format=container, options=muxer or {}) as out:
         audio = out.add_stream(sound, rate=48000, layout="mono")
         stream = out.add_stream(codec, rate=Fraction(25))
         stream.height, stream.width, stream.pix_fmt, stream.options = HEIGHT, WIDTH, "yuv420p", options
