@@ -77,6 +77,8 @@ def outlook(facts: Sequence[dict[str, Any]]) -> list[str]:
 def _kind(facts: dict[str, Any]) -> str:
     """A video's kind, for those that a GPU's decoder is not given."""
     kind = f"{facts['codec']} {facts['pixel_format']} in {facts['container']}"
+    if facts["rotation"] or facts["mirrored"]:
+        kind += ", turned to be upright"
     return kind if facts["is_plain"] else f"{kind}, whose timestamps or keyframes do not tell its frames"
 
 

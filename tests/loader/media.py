@@ -56,12 +56,13 @@ def encode_clip(
     pixel_format: str = "yuv420p",
     times: Sequence[int] | None = None,
     muxer: dict[str, str] | None = None,
+    matrix: Sequence[int] | None = None,
     **options: str,
 ) -> bytes:
     """A clip with any codec of FFmpeg: uint8 (N,H,W,3) -> file bytes.
 
     times: when each frame is shown, in 1/25 s; None: one after the other. muxer, options: FFmpeg's, of the container
-    and of the encoder.
+    and of the encoder. matrix: how it is turned to be shown, nine numbers.
     """
     with tempfile.NamedTemporaryFile() as file, av.open(file.name, "w", format=container, options=muxer or {}) as out:
         stream = out.add_stream(codec, rate=Fraction(FPS))
@@ -69,6 +70,7 @@ def encode_clip(
         stream.pix_fmt = pixel_format
         stream.options = options
         stream.codec_context.time_base = Fraction(1, FPS)
+        stream.set_display_matrix(matrix)
         for picture, time in zip(frames, times or range(len(frames)), strict=True):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, FPS)

@@ -19,6 +19,7 @@ class Container:
     height: int
     frames: int | None  # None: it does not say, or an edit list may hide some
     codec: str = ""  # as it is named there; "": that is left to FFmpeg
+    may_be_turned: bool = False  # to be shown
 
 
 def check_container(data: bytes, limits: Limits) -> Container:
@@ -28,11 +29,13 @@ def check_container(data: bytes, limits: Limits) -> Container:
     if len(data) > limits.file_bytes:
         raise BadSample(f"it has {len(data)} bytes, over data.max_file_bytes={limits.file_bytes}")
     if data.startswith(MAGIC):
-        return Container("matroska", *check_matroska(data, limits))
+        *facts, turned = check_matroska(data, limits)
+        return Container("matroska", *facts, may_be_turned=turned)
     if is_avi(data):
         return Container("avi", *check_avi(data, limits), frames=None)
     if data[4:8].decode("latin-1") in FIRST:
         track = check_mp4(data, limits)
         name = "fragmented mp4" if track.is_fragmented else "mp4"
-        return Container(name, track.width, track.height, None if track.edited else track.frames, track.codec)
+        frames = None if track.edited else track.frames
+        return Container(name, track.width, track.height, frames, track.codec, track.may_be_turned)
     raise BadSample("it is neither MP4, WebM, Matroska nor AVI")

@@ -10,6 +10,7 @@ from bevt_ds.data.limits import BadSample, Limits
 MAGIC = b"\x1a\x45\xdf\xa3"
 SEGMENT, CLUSTER, TRACKS, TRACK = 0x18538067, 0x1F43B675, 0x1654AE6B, 0xAE
 NUMBER, TYPE, VIDEO, WIDTH, HEIGHT = 0xD7, 0x83, 0xE0, 0xB0, 0xBA
+PROJECTION = 0x7670  # of a video: how it is turned, among others
 SIMPLE_BLOCK, BLOCK_GROUP, BLOCK = 0xA3, 0xA0, 0xA1
 _IS_VIDEO = 1
 _NESTED = frozenset({SEGMENT, CLUSTER, TRACKS, TRACK, VIDEO, BLOCK_GROUP})
@@ -26,10 +27,14 @@ class Facts:
     track: dict[int, int] = field(default_factory=dict)  # of the track that is being read: element -> value
     videos: dict[int, tuple[int, int]] = field(default_factory=dict)  # number -> width, height
     blocks: dict[int, int] = field(default_factory=dict)  # number -> frames
+    may_be_turned: bool = False
 
 
-def check_matroska(data: bytes, limits: Limits) -> tuple[int, int, int]:
-    """(width, height, frames) of the first video track. BadSample: an element is cut or outside its parent."""
+def check_matroska(data: bytes, limits: Limits) -> tuple[int, int, int, bool]:
+    """(width, height, frames) of the first video track, and whether a track may be turned.
+
+    BadSample: an element is cut or outside its parent.
+    """
     facts = Facts()
     for element, start, end in _elements(data):
         if element == TRACK:
@@ -37,6 +42,8 @@ def check_matroska(data: bytes, limits: Limits) -> tuple[int, int, int]:
         elif element in (NUMBER, TYPE, WIDTH, HEIGHT):
             facts.track[element] = _unsigned(data, start, end)
             _note_video(facts)
+        elif element == PROJECTION:
+            facts.may_be_turned = True
         elif element in (SIMPLE_BLOCK, BLOCK):
             _count_block(facts, data, start, end)
     if not facts.videos:
@@ -44,7 +51,7 @@ def check_matroska(data: bytes, limits: Limits) -> tuple[int, int, int]:
     number, (width, height) = next(iter(facts.videos.items()))
     limits.check_picture(width, height)
     limits.check_frames(facts.blocks.get(number, 0))
-    return width, height, facts.blocks[number]
+    return width, height, facts.blocks[number], facts.may_be_turned
 
 
 def _elements(data: bytes) -> Iterator[tuple[int, int, int]]:

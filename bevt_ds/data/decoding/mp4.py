@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bevt_ds.data.decoding.display_matrix import mp4_may_be_turned
 from bevt_ds.data.decoding.mp4_boxes import Box, boxes, child, count, only, table
 from bevt_ds.data.decoding.mp4_fragments import Fragments
 from bevt_ds.data.limits import BadSample, Limits
@@ -38,6 +39,7 @@ class Track:
     edited: bool  # an edit list may hide some of them
     codec: str  # of its sample description
     is_fragmented: bool  # its samples may lie in fragments too
+    may_be_turned: bool  # a matrix of the file says how it is shown
 
 
 def check_mp4(data: bytes, limits: Limits) -> Track:
@@ -50,14 +52,15 @@ def check_mp4(data: bytes, limits: Limits) -> Track:
             raise BadSample(f"its MP4 has a box {name!r} outside 'moof'")
     moov = only(top, "moov")
     fragments = Fragments.of(data, moov, [box for box in top if box[0] == "moof"])
-    tracks = [_track(data, box, limits, fragments) for box in boxes(data, *moov[1:]) if box[0] == "trak"]
+    turned = mp4_may_be_turned(data, moov)
+    tracks = [_track(data, box, limits, fragments, turned) for box in boxes(data, *moov[1:]) if box[0] == "trak"]
     videos = [track for track in tracks if track is not None]
     if not videos:
         raise BadSample("it has no video stream")
     return videos[0]
 
 
-def _track(data: bytes, trak: Box, limits: Limits, fragments: Fragments | None) -> Track | None:
+def _track(data: bytes, trak: Box, limits: Limits, fragments: Fragments | None, turned: bool) -> Track | None:
     """A track's facts, or None if it is no video."""
     mdia = child(data, trak, "mdia")
     _, start, end = child(data, mdia, "hdlr")
@@ -75,7 +78,7 @@ def _track(data: bytes, trak: Box, limits: Limits, fragments: Fragments | None) 
         frames += fragments.frames(_track_number(data, trak))
     limits.check_frames(frames)
     edited = any(box[0] == "edts" for box in boxes(data, *trak[1:]))
-    return Track(width, height, frames, edited, codec, fragments is not None)
+    return Track(width, height, frames, edited, codec, fragments is not None, turned)
 
 
 def _track_number(data: bytes, trak: Box) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import av
 import numpy as np
 
+from bevt_ds.data.decoding.turning import UPRIGHT, Turn
 from bevt_ds.data.decoding.video import UNKNOWN_FPS, Video, opened
 from bevt_ds.data.limits import Limits
 
@@ -45,7 +46,7 @@ def transcode(data: bytes, profile: Profile, limits: Limits) -> tuple[bytes, dic
         times = source_times[numbers]
         buffer = io.BytesIO()
         size = _scaled(source.width, source.height, profile.short_side)
-        _encode(buffer, _repeated(video, numbers), rate, size, profile)
+        _encode(buffer, _repeated(video, numbers), rate, size, video.turn, profile)
     facts = {
         "frames": len(numbers),
         "width": size[0],
@@ -85,9 +86,14 @@ def _scaled(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 
 def _encode(
-    buffer: io.BytesIO, frames: Iterator[av.VideoFrame], rate: Fraction, size: tuple[int, int], profile: Profile
+    buffer: io.BytesIO,
+    frames: Iterator[av.VideoFrame],
+    rate: Fraction,
+    size: tuple[int, int],
+    turn: Turn,
+    profile: Profile,
 ) -> None:
-    """Levels become those of limited range, as whoever decodes plain yuv420p takes them to be."""
+    """Levels become those of limited range, as whoever decodes plain yuv420p takes them to be; pixels are turned."""
     convert = {"format": "yuv420p", "interpolation": "AREA", "dst_color_range": "MPEG", "threads": 1}
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate)
@@ -96,8 +102,21 @@ def _encode(
         stream.codec_context.thread_count = 1  # with several the bytes would depend on their number
         stream.options = {**ENCODER, "crf": str(profile.crf), "g": str(profile.keyframe_every)}
         for i, frame in enumerate(frames):
-            picture = frame.reformat(*size, **convert)
+            picture = _turned(frame.reformat(*turn.size(*size), **convert), turn)
             picture.pts, picture.time_base = i, 1 / rate
             picture.pict_type = 0  # the source's choice of keyframes is not ours
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
+
+
+def _turned(frame: av.VideoFrame, turn: Turn) -> av.VideoFrame:
+    """A frame of planes of 8 bits, turned; both sides are even."""
+    if turn == UPRIGHT:
+        return frame
+    shown = av.VideoFrame(*turn.size(frame.width, frame.height), frame.format.name)
+    for source, target in zip(frame.planes, shown.planes, strict=True):
+        stored, upright = (np.frombuffer(p, np.uint8).reshape(-1, p.line_size) for p in (source, target))
+        upright[: target.height, : target.width] = turn.applied(stored[: source.height, : source.width])
+    for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
+        setattr(shown, name, getattr(frame, name))
+    return shown

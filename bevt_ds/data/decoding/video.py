@@ -20,7 +20,9 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from bevt_ds.data.decoding.container import Container, check_container
 from bevt_ds.data.decoding.cut import Box
+from bevt_ds.data.decoding.display_matrix import stream_may_be_turned, turn_of_frame
 from bevt_ds.data.decoding.frame_index import Codec, FrameIndex, counted, index_frames
+from bevt_ds.data.decoding.turning import UPRIGHT, Turn
 from bevt_ds.data.limits import BadSample, Limits
 
 # With these flags swscale's pixels equal those of DALI's CPU decoder, which knows BT.601 only.
@@ -54,11 +56,15 @@ class VideoInfo:
     keyframe_gap: int  # most frames from one keyframe at which decoding may begin to the next
     hidden: int  # packets that give no frame, or one that an edit list hides
     is_plain: bool  # a decoder that goes by timestamps and keyframes numbers the frames alike
+    rotation: int = 0  # degrees clockwise by which frames are turned to be upright; width and height are as shown
+    mirrored: bool = False  # left and right change places before that
 
 
 def fits_gpu(facts: Mapping[str, Any]) -> bool:
     """Whether a GPU's decoder can be expected to take a video: `facts` are the fields of its VideoInfo."""
     if facts["container"] not in GPU_CONTAINERS or facts["hidden"] or not facts["is_plain"]:
+        return False
+    if facts["rotation"] or facts["mirrored"]:  # which it would leave out
         return False
     if facts["width"] % 2 or facts["height"] % 2:  # DALI's kernel writes two by two pixels, also past an odd edge
         return False
@@ -106,13 +112,16 @@ class _Source:
 class Video:
     """An opened video whose frames are numbered. Made by `opened`.
 
-    total: its frames. `decoded` counts the frames that the decoder has put out, wanted or not.
+    total: its frames. size: width and height as they are shown, turned upright. `decoded` counts the frames that the
+    decoder has put out, wanted or not.
     """
 
-    def __init__(self, source: _Source, index: FrameIndex, container: str, limits: Limits) -> None:
-        self.index, self.limits, self.container = index, limits, container
+    def __init__(self, source: _Source, index: FrameIndex, turn: Turn, container: str, limits: Limits) -> None:
+        self.index, self.turn, self.limits, self.container = index, turn, limits, container
         self.decoded = 0 if index.numbers else index.total  # which have been counted
-        self._source, self.stream, self.size, self.total = source, source.stream, source.size, index.total
+        self._source, self.stream, self.total = source, source.stream, index.total
+        self._stored_size = source.size  # the codec's context takes on that of whichever frame comes next
+        self.size = turn.size(*source.size)
 
     @property
     def info(self) -> VideoInfo:
@@ -129,6 +138,7 @@ class Video:
             keyframe_gap=index.keyframe_gap,
             hidden=max(len(self._source.packets) - self.total, 0),
             is_plain=index.is_plain,
+            **self.turn.facts,
         )
 
     @property
@@ -173,17 +183,19 @@ class Video:
         pictures = room(len(numbers) * height * width * 3).reshape(-1, height, width, 3)
         boxes, writer = boxes or [Box(0, 0, height, width)] * len(numbers), RgbWriter()
         for picture, box, (_, frame) in zip(pictures, boxes, self.pick(numbers), strict=True):
-            writer.write(frame, picture, box)
+            writer.write(frame, self.turn.undone(picture), self.turn.stored_box(box, width, height))
         return pictures
 
     def pick(self, numbers: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
-        """The decoded frames with these numbers, which ascend. BadSample: not all of them are there."""
+        """The decoded frames with these numbers, which ascend, as they are stored. BadSample: not all are there."""
         wanted = deque(numbers.tolist())
         for packet in self._beginnings(wanted[0]):
             for number, frame in self._from(packet, frozenset(wanted)):
                 if number != wanted[0]:
                     break  # one before it did not come: decoding must begin earlier
-                _require_size(frame, self.size)
+                _require_size(frame, self._stored_size)
+                if frame.rotation and turn_of_frame(frame) != self.turn:
+                    raise BadSample(f"its frame {number} is turned in another way than its first")
                 yield wanted.popleft(), frame
                 if not wanted:
                     return
@@ -232,7 +244,7 @@ class Video:
     def decode_first(self) -> None:
         """Decode the first frame. BadSample: that is not possible, or it has another size than the header says."""
         for frame in self._source.frames():
-            _require_size(frame, self.size)
+            _require_size(frame, self._stored_size)
             return
         raise BadSample("none of its frames can be decoded")
 
@@ -249,7 +261,16 @@ def opened(data: bytes, limits: Limits) -> Iterator[Video]:
             source = closing.enter_context(_source(data, claims, limits))  # a decoder that has seen nothing
         if not index.total:
             raise BadSample("none of its frames can be decoded")
-        yield Video(source, index, claims.name, limits)
+        yield Video(source, index, _turn(data, claims, limits, source), claims.name, limits)
+
+
+def _turn(data: bytes, claims: Container, limits: Limits, source: _Source) -> Turn:
+    """How its frames are turned to be shown, as the first one says where there may be anything to say."""
+    codec, packets = source.codec, source.packets
+    if not claims.may_be_turned and not stream_may_be_turned(codec.name, codec.extradata, bytes(packets[0])):
+        return UPRIGHT
+    with _source(data, claims, limits) as other:
+        return next(map(turn_of_frame, other.frames()), UPRIGHT)
 
 
 def full_decode(data: bytes, limits: Limits) -> Iterator[av.VideoFrame]:
