@@ -12,7 +12,6 @@ from statistics import median
 import torch
 
 from bevt_ds.batch import Batch
-from bevt_ds.config.command_line import shipped_json
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.recipes import demo, joint_swin_b
 from bevt_ds.config.schema import Config, TokenizerConfig
@@ -60,7 +59,7 @@ def set_up(job: Job) -> tuple[Run, Batch]:
     """The training program's own parts, and a micro-batch of noise in place of its loader."""
     config, ranks = configuration(job), start_ranks()
     tokenizer = make_tokenizer(config, ranks)
-    engine = make_engine(config, read_json(shipped_json(f"zero{job.zero}.json")), ranks, tokenizer.vocab_size)
+    engine = make_engine(config, read_json(f"zero{job.zero}"), ranks, tokenizer.vocab_size)
     data, train = config.data, config.train
     batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, ranks.rank, data.mask)
     return bare_run(config=config, ranks=ranks, tokenizer=tokenizer, engine=engine), batch.to(ranks.device)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
-from bevt_ds.config.command_line import shipped_json
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.recipes import demo, joint_swin_b
 from bevt_ds.config.schema import Config, TokenizerConfig
@@ -169,7 +168,7 @@ class Ours:
         precision = {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]
         model = replace(setting.config.model, kernels="auto" if levers.kernels else "torch", **switches)
         config = replace(setting.config, model=model, train=replace(setting.config.train, precision=precision))
-        values, tokenizer = read_json(shipped_json("zero2.json")), setting.make_tokenizer(model.compile)
+        values, tokenizer = read_json("zero2"), setting.make_tokenizer(model.compile)
         engine = make_engine(config, values, setting.ranks, tokenizer.vocab_size)
         levers.take_back(engine)
         engine.step = in_part("optimizer", engine.step)

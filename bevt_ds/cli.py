@@ -8,11 +8,16 @@ from functools import partial
 from importlib import import_module
 
 import bevt_ds
-from bevt_ds.config.command_line import while_read
+from bevt_ds.config.command_line import INTERRUPTED, run_program, while_read
 from bevt_ds.errors import UserError
 
 USAGE_ERROR = 2
-INTERRUPTED = 130  # as of any program that Ctrl-C has ended
+PROGRAMS = {  # the same programs that a launcher starts as files: bevt_ds/pretrain.py, ...
+    "pretrain": "pretrain BEVT; on several GPUs: deepspeed --module bevt_ds.pretrain",
+    "finetune": "fine-tune a classifier; on several GPUs: deepspeed --module bevt_ds.finetune",
+    "evaluate": "test a classifier on several views of every video",
+    "probe": "measure the features of a frozen encoder",
+}
 GROUPS = {
     "shards": ("bevt_ds.shards.cli", "draw, pack, index, check and survey shards of videos and images"),
     "compare": ("bevt_ds.eval.compare", "settings in which runs differ, and their last losses side by side"),
@@ -21,7 +26,10 @@ GROUPS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake, and Ctrl-C, is one line on standard error."""
-    return while_read(partial(_run, list(sys.argv[1:] if argv is None else argv)))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in PROGRAMS:
+        return run_program(import_module(f"bevt_ds.{words[0]}").main, words[1:])
+    return while_read(partial(_run, words))
 
 
 def _run(words: Sequence[str]) -> int:
@@ -33,7 +41,7 @@ def _run(words: Sequence[str]) -> int:
         return 0
     try:
         if words[0] not in GROUPS:
-            raise UserError(f"no command {words[0]!r}; there are: {', '.join(GROUPS)}")
+            raise UserError(f"no command {words[0]!r}; there are: {', '.join([*PROGRAMS, *GROUPS])}")
         return import_module(GROUPS[words[0]][0]).main(words[1:])
     except UserError as error:
         print(f"bevt: {error}", file=sys.stderr)
@@ -44,7 +52,8 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10}{text}" for name, (_, text) in GROUPS.items()]
+    texts = PROGRAMS | {name: text for name, (_, text) in GROUPS.items()}
+    lines = [f"  {name:<10}{text}" for name, text in texts.items()]
     return "\n".join(["usage: bevt COMMAND [options]   (--help after any of them; --version)", "", *lines])
 
 

@@ -21,6 +21,7 @@ from bevt_ds.config.validate import micro_steps, require_inputs, validate
 from bevt_ds.errors import UserError
 
 OTHERS_WAIT = 5.0  # seconds
+INTERRUPTED = 130  # as of any program that Ctrl-C has ended
 CLOSED_PIPE = 141  # as of any program that SIGPIPE has ended
 
 
@@ -61,7 +62,7 @@ def parse_arguments(argv: Sequence[str], default_recipe: str, default_json: str)
         else:
             overrides.append(word)
     if not json_path:
-        raise UserError("--deepspeed_config needs a file: the project's are in ds_configs/.")
+        raise UserError("--deepspeed_config needs a file, or a name: zero1, zero2, zero3.")
     return Arguments(json_path, default_recipe if recipe is None else recipe, overrides, wants_help)
 
 
@@ -86,7 +87,7 @@ def start_training(
     Raises:
         UserError: any mistake that shows without torch.
     """
-    arguments = parse_arguments(argv, default_recipe, default_json=shipped_json("zero2.json"))
+    arguments = parse_arguments(argv, default_recipe, default_json="zero2")
     if arguments.wants_help:
         print(page(usage, RECIPES[kind], get_recipe(arguments.recipe or shown_recipe, kind)))
         return 0
@@ -164,13 +165,21 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     Most mistakes are every rank's mistake, so the others give rank 0 the time to say it first: the launcher then ends
     them before they repeat it. Anything that is not a `UserError` keeps its traceback.
     """
-    sys.exit(while_read(partial(_exit_code, main)))
+    sys.exit(run_program(main, sys.argv[1:]))
 
 
-def _exit_code(main: Callable[[Sequence[str]], int]) -> int:
+def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """What `run` does, with the exit code as its result."""
+    return while_read(partial(_exit_code, main, argv))
+
+
+def _exit_code(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     try:
-        code = main(sys.argv[1:])
+        code = main(argv)
         _leave_ranks()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = INTERRUPTED
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
@@ -221,9 +230,3 @@ def _leave_ranks() -> None:
     distributed = sys.modules.get("torch.distributed")  # only where it was needed: torch takes seconds to import
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def shipped_json(name: str) -> str:
-    """A DeepSpeed JSON of the project: next to the package in a checkout, inside it where it is installed."""
-    package = Path(__file__).resolve().parents[1]
-    return str(next(p for p in (package.parent / "ds_configs" / name, package / "ds_configs" / name) if p.is_file()))

@@ -50,16 +50,26 @@ NUMBERS = {
 OBJECTS = ("optimizer", "optimizer.params", "zero_optimization", "bf16", "fp16", "data_types")
 
 
+def shipped_jsons() -> dict[str, Path]:
+    """The project's own DeepSpeed JSON by name: inside the package where it is installed, next to it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    folder = next(p for p in (package / "ds_configs", package.parent / "ds_configs") if p.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
 def read_json(path: str) -> dict[str, Any]:
-    """The DeepSpeed JSON file as a dict.
+    """The DeepSpeed JSON file as a dict. path: a file, or the name of one of the project's own, such as zero2.
 
     Raises:
         UserError: no such file, not JSON, or a section that belongs to the recipe.
     """
+    shipped = shipped_jsons()
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(shipped.get(path, path)).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"--deepspeed_config {path}: no such file. The project's are in ds_configs/.") from None
+        raise UserError(
+            f"--deepspeed_config {path}: no such file. The project's own go by name: {', '.join(shipped)}."
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"--deepspeed_config {path}: not JSON ({error}).") from None
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bevt_ds import cli
 from bevt_ds.config.command_line import parse_arguments
 from bevt_ds.config.deepspeed import merge, read_json, resolve
 from bevt_ds.config.help import page
@@ -121,6 +122,34 @@ def test_missing_inputs_are_named(tmp_path):
 
 
 # --- the DeepSpeed JSON ---------------------------------------------------------------------------
+
+
+def test_the_projects_json_goes_by_name_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in JSONS:
+        assert read_json(path.stem) == json.loads(path.read_text())
+    with pytest.raises(UserError, match="go by name: .*zero2, zero3"):
+        read_json("ds_configs/zero2.json")
+
+
+def test_bevt_starts_the_programs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pretrain", "--deepspeed_config", "zero3", "dry_run=true"]) == 0
+    assert "parameters" in capsys.readouterr().out
+    assert cli.main(["finetune", "recipe=none"]) == 2
+    assert capsys.readouterr().err.startswith("error: no recipe 'none'")
+    for program in ("evaluate", "probe"):
+        assert cli.main([program, "--help"]) == 0
+        assert f"bevt_ds/{program}.py" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bevt_ds.pretrain.main", interrupt)
+    assert cli.main(["pretrain"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize("path", JSONS, ids=lambda p: p.stem)

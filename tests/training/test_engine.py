@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
-from bevt_ds.config.command_line import shipped_json
+from bevt_ds.config.deepspeed import shipped_jsons
 from bevt_ds.config.recipes import demo
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks
@@ -47,7 +47,7 @@ def test_hostile_shard_is_refused(tmp_path, zipped):
 
 def test_compiled_blocks_are_refused_under_zero_3():
     config = replace(demo(), model=replace(demo().model, compile=True))
-    values = json.loads(Path(shipped_json("zero3.json")).read_text())
+    values = json.loads(shipped_jsons()["zero3"].read_text())
     with pytest.raises(UserError, match="zero2.json"):
         Engine(nn.Linear(2, 2), config, values, Ranks(0, 1, torch.device("cpu")), 8, [], lambda _: 0.0)
 
