@@ -47,7 +47,8 @@ NUMBERS = {
     "optimizer.params.weight_decay": float,
     "zero_optimization.stage": int,
 }
-OBJECTS = ("optimizer", "optimizer.params", "zero_optimization", "bf16", "fp16", "data_types")
+OBJECTS = ("optimizer", "optimizer.params", "zero_optimization", "bf16", "fp16", "data_types", "checkpoint")
+TAG_VALIDATION = ("ignore", "warn", "fail")
 
 
 def shipped_jsons() -> dict[str, Path]:
@@ -77,6 +78,7 @@ def read_json(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"--deepspeed_config {path}: expected a JSON object.")
     _check_types(path, values)
+    _check_checkpoint(path, values)
     if "scheduler" in values:
         raise UserError(f"{path}: remove 'scheduler'; the schedule is optim.lr, optim.warmup_steps and train.steps.")
     unknown = set(_lookup(values, "optimizer.params") or {}) - {name.rpartition(".")[2] for name in DIRECT}
@@ -169,6 +171,20 @@ def resolve(
     if train.precision == "bf16" and _lookup(result, ACCUMULATION) is None:
         _assign(result, ACCUMULATION, "fp32")  # DeepSpeed's default would add micro-steps up in bf16
     return result
+
+
+def _check_checkpoint(path: str, values: dict[str, Any]) -> None:
+    """What the `checkpoint` section may say. Other writers and layouts are not whole when a commit is sealed."""
+    section = values.get("checkpoint") or {}
+    if refused := set(section) - {"tag_validation", "checkpoint_serialization"}:
+        raise UserError(
+            f"{path}: remove checkpoint.{min(refused)}; a checkpoint is written whole by torch.save before it counts."
+            " The keys that work are tag_validation and checkpoint_serialization."
+        )
+    if str(section.get("tag_validation", "warn")).lower() not in TAG_VALIDATION:
+        raise UserError(f"{path}: checkpoint.tag_validation must be one of {', '.join(TAG_VALIDATION)}.")
+    if not isinstance(section.get("checkpoint_serialization", True), bool):
+        raise UserError(f"{path}: checkpoint.checkpoint_serialization must be true (zip files) or false (torch's old).")
 
 
 def _json_precision(values: dict[str, Any], wanted: str) -> tuple[str, str] | None:

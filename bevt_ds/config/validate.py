@@ -35,6 +35,8 @@ def validate(config: RunT, values: Mapping[str, Any] | None = None) -> RunT:
         UserError: the first field that cannot work, with the reason.
     """
     check_fields(config)
+    if isinstance(config, TrainingConfig) and values is not None:
+        _check_masters(config, values)
     if isinstance(config, Config):
         _check_samples(config.data)
         _check_pretraining(config)
@@ -66,6 +68,16 @@ def _check_value(key: str, leaf: Leaf, value: Any) -> None:
         if isinstance(number, (int, float)) and not isinstance(number, bool):
             problem = leaf.field.problem(number)
             need(problem is None, f"{key}={value}: must be {problem}.")
+
+
+def _check_masters(config: TrainingConfig, values: Mapping[str, Any]) -> None:
+    """Half precision needs ZeRO: without it DeepSpeed has neither fp32 sums of gradients nor fp32 weights to save."""
+    precision, stage = config.train.precision, (values.get("zero_optimization") or {}).get("stage", 0)
+    need(
+        precision == "fp32" or stage != 0,
+        f"train.precision={precision} with ZeRO stage 0, where DeepSpeed adds gradients up in {precision}: use"
+        " --deepspeed_config zero1, which needs no more memory, or train.precision=fp32.",
+    )
 
 
 def _check_samples(data: DataConfig) -> None:
@@ -128,11 +140,6 @@ def _check_average(config: FinetuneConfig, values: Mapping[str, Any]) -> None:
         not ema or stage != 3,
         f"optim.ema={ema} works with ZeRO stages 0 to 2, and the DeepSpeed JSON has stage 3: use"
         " --deepspeed_config ds_configs/zero2.json, or optim.ema=0.",
-    )
-    need(
-        not ema or stage != 0 or config.train.precision != "fp16",
-        f"optim.ema={ema}: DeepSpeed does not show the fp32 weights of fp16 without ZeRO: use"
-        " --deepspeed_config ds_configs/zero1.json, or train.precision=bf16.",
     )
 
 

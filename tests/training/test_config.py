@@ -204,6 +204,16 @@ def test_json_precision(sections, precision):
     }
 
 
+@pytest.mark.parametrize("values", [{}, {"zero_optimization": {"stage": 0}}, {"zero_optimization": {}}])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_without_zero_is_refused_with_the_remedy(values, precision):
+    config = configured(f"train.precision={precision}")
+    with pytest.raises(UserError, match=r"stage 0.*zero1.*train.precision=fp32"):
+        validate(config, values)
+    validate(configured("train.precision=fp32"), values)
+    validate(config, {"zero_optimization": {"stage": 1}})
+
+
 def test_json_batch_sizes_keep_the_ratio_of_clips_to_images():
     config, _ = merge(get_recipe("joint_swin_b"), set(), {"train_batch_size": 1152}, world=1)
     assert (config.train.global_clips, config.train.global_images) == (128, 1024)
@@ -230,6 +240,12 @@ def test_json_batch_sizes_keep_the_ratio_of_clips_to_images():
         ('{"optimizer": {"params": {"amsgrad": true}}}', "amsgrad"),
         ('{"train_batch_size": "20"}', "train_batch_size must be a number"),
         ('{"gradient_accumulation_steps": 0}', "at least 1"),
+        ('{"checkpoint": "zip"}', "checkpoint must be an object"),
+        ('{"checkpoint": {"tag_validation": "loud"}}', "one of ignore, warn, fail"),
+        ('{"checkpoint": {"checkpoint_serialization": "zip"}}', "must be true"),
+        ('{"checkpoint": {"writer": {"type": "fast"}}}', "remove checkpoint.writer"),
+        ('{"checkpoint": {"load_universal": true}}', "remove checkpoint.load_universal"),
+        ('{"checkpoint": {"use_node_local_storage": true}}', "remove checkpoint.use_node_local_storage"),
     ],
 )
 def test_json_that_cannot_be_used(tmp_path, text, part):
