@@ -8,6 +8,7 @@ of no use for a stated reason, or an error.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt
 from pathlib import Path
@@ -53,6 +54,11 @@ EXPECTED_UNUSED_2D = (
     (r"^(cls_head\.)?lm_head\.", "the joint stage starts a new classifier, as the original does"),
     (r"^head\.", "classifier of an image model"),
 )
+STEM = "encoder.patch_embed."  # of clips
+STREAM_PARTS = {  # what only this stream trains: its stem and its decoder
+    "video": (STEM, "video_decoder."),
+    "image": ("image_embed.", "image_decoder."),
+}
 FRESH_AFTER_2D = (  # our prefixes that an image-stream checkpoint may lack
     "mask_token.",
     "video_decoder.",
@@ -234,6 +240,25 @@ def resize_table(table: Tensor, source: Size3, target: Size3) -> Tensor:
     volume = rearrange(table, "(t h w) n -> 1 n t h w", t=t, h=h, w=w)
     volume = F.interpolate(volume, size=size, mode="trilinear", align_corners=False)
     return rearrange(volume, "1 n t h w -> (t h w) n")
+
+
+def without_untrained(weights: Weights, streams: Sequence[str]) -> Weights:
+    """A model of ours without the stem and the decoder of a stream that its run never trained: they start fresh.
+
+    `streams` are those that were trained. The clips' stem of an image-only model is derived from the images' first.
+    """
+    if tuple(streams) == ("image",):
+        weights = spread_image_stream(weights)
+    untrained = {
+        part: f"{part.removesuffix('.')}: its run trained no {stream} stream"
+        for stream, parts in STREAM_PARTS.items()
+        for part in parts
+        if stream not in streams and part != STEM
+    }
+    unused = {name: why for part, why in untrained.items() for name in weights.state if name.startswith(part)}
+    state = {name: value for name, value in weights.state.items() if name not in unused}
+    fresh = tuple(part for part in untrained if any(name.startswith(part) for name in unused))
+    return replace(weights, state=state, unused=weights.unused | unused, may_be_fresh=weights.may_be_fresh + fresh)
 
 
 def spread_image_stream(weights: Weights) -> Weights:

@@ -28,8 +28,8 @@ from .convert import (
     Weights,
     from_official,
     resize_table,
-    spread_image_stream,
     unwrap,
+    without_untrained,
 )
 from .windows import Size3, bias_rows
 
@@ -156,8 +156,7 @@ def _read_folder(folder: Path) -> Weights:
     state = _read_tensors(folder / TENSORS)
     if config["model"] == "VideoSwin":
         state = {ENCODER + name: value for name, value in state.items()}
-    weights = Weights(state, config["arch"], source=folder)
-    return spread_image_stream(weights) if config["streams"] == ["image"] else weights
+    return without_untrained(Weights(state, config["arch"], source=folder), config["streams"])
 
 
 def _read_official(path: Path) -> Weights:

@@ -18,11 +18,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
@@ -35,17 +35,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # All that DeepSpeed's shards of stages 0-3 need beyond tensors and plain containers.
 SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 TAG = "state"
+FROZEN = "frozen.safetensors"  # next to DeepSpeed's shards
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 # DeepSpeed calls collectives by names that newer torch wants replaced; nobody who trains can do anything about it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
-class SafeCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's reader, except that a pickle in a shard cannot run code: weights-only, with an allow-list."""
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(SAFE_CLASSES):
-            return torch.load(path, map_location=map_location, weights_only=True)
+def load_shard(path: str, map_location: Any = None) -> Any:
+    """What DeepSpeed's reader returns, except that a pickle in a shard cannot run code: an allow-list of classes."""
+    with torch.serialization.safe_globals(SAFE_CLASSES):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def start_ranks() -> Ranks:
@@ -85,7 +84,8 @@ class Engine:
 
         Args:
             width: channels of the model's last stage.
-            groups: the optimizer's parameter groups, see optim.py; none is empty.
+            groups: the optimizer's parameter groups, see optim.py; none is empty. A parameter without `requires_grad`
+                is in none: it keeps its value, to the last bit, and is saved and exported in fp32 all the same.
             schedule: the learning rate of update number n, from 0.
 
         Raises:
@@ -104,13 +104,15 @@ class Engine:
         self._lr_scales = [group.pop("lr_scale", 1.0) for group in groups]
         self.dtype = DTYPES[config.train.precision]
         self.last_lr = 0.0
+        # DeepSpeed keeps fp32 masters of what its optimizer owns alone; of the others it has the compute dtype's bits.
+        self._frozen = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if not p.requires_grad}
         self.ds, *_ = deepspeed.initialize(
             model=model,
             optimizer=_optimizer(groups, config.optim, settings),
             config=settings,
             dist_init_required=False,
         )
-        self.ds.checkpoint_engine = SafeCheckpointEngine()
+        self.ds.checkpoint_engine.load = load_shard
 
     @property
     def module(self) -> nn.Module:
@@ -156,7 +158,7 @@ class Engine:
         """The fp32 master weights by name, on the CPU; complete on rank 0, empty elsewhere. Collective."""
         result = {}
         for name, parameter in self.module.named_parameters():
-            full = self._full(parameter)
+            full = self._frozen[name] if name in self._frozen else self._full(parameter)
             if self.ranks.is_main:
                 result[name] = full.float().cpu().clone()
         if self.ranks.is_main:
@@ -194,9 +196,25 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write this rank's shards under `folder`. Collective."""
         self.ds.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.ranks.is_main:
+            for script in folder.glob("*.py"):  # DeepSpeed's copies of its converters, which unpickle what they read
+                script.unlink()
+            if self._frozen:
+                save_file(self._frozen, folder / TAG / FROZEN)
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, with the same world size and stage. Collective."""
+        """Read back what `save` wrote, with the same world size and stage. Collective.
+
+        Raises:
+            UserError: nothing to load, or a version wrote it that trained the parameters which are frozen here.
+        """
+        if self._frozen:
+            if not (folder / TAG / FROZEN).is_file():
+                raise UserError(
+                    f"{folder} was written by an older version, whose optimizer also changed the parts of the stream"
+                    " that is not trained: begin a new run from its weights with init_from and another output_dir."
+                )
+            self._frozen = load_file(folder / TAG / FROZEN)
         loaded, _ = self.ds.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise UserError(f"{folder}: DeepSpeed found no state to load there.")
@@ -228,5 +246,18 @@ def _optimizer(groups: list[dict[str, Any]], optim: AdamWConfig, settings: dict[
     options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if offload != "none":
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+        optimizer.register_step_pre_hook(_forget_powers)
+        return optimizer
     return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _forget_powers(optimizer: Any, *_: Any) -> None:
+    """Make DeepSpeed's CPU AdamW take the bias corrections of a step from the step's number alone.
+
+    It multiplies beta^step up from the step before, rounding each time, but after a load takes the power at once: a
+    resumed run then is not the one that was never stopped. A step 0 over no elements in between breaks the chain.
+    """
+    group, nothing = optimizer.param_groups[0], torch.empty(0)
+    rates = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])
+    optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 0, *rates, nothing, nothing, nothing, nothing)

@@ -6,15 +6,28 @@ A group is what torch's optimizers take, plus "lr_scale": the factor on the sche
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
 from bevt_ds.config.schema import OptimConfig
+from bevt_ds.model.convert import STREAM_PARTS
 
 # mmcv's custom_keys of the original's config: a parameter whose name contains one of these is not decayed.
 # Biases, the mask token, stems, decoders and the head are decayed, as in the original.
 NO_DECAY = ("norm", "relative_position_bias_table", "absolute_pos_embed")
+
+
+def freeze_unused(model: nn.Module, streams: Collection[str]) -> None:
+    """Take the stem and decoder of a stream that is not among `streams` out of the training: they stay as they are.
+
+    Left to the optimizer they would get gradients of zero, and AdamW would shrink them step by step.
+    """
+    unused = tuple(part for stream, parts in STREAM_PARTS.items() if stream not in streams for part in parts)
+    for name, parameter in model.named_parameters():
+        if name.startswith(unused):
+            parameter.requires_grad_(False)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

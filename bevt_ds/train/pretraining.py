@@ -29,7 +29,7 @@ from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine, start_ranks
 from bevt_ds.runtime.flops import Sizes
 from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums, expected_step_flops, step_metrics
-from bevt_ds.runtime.optim import learning_rate, parameter_groups
+from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
 from bevt_ds.runtime.runs import find_start, kernel_provider, report_bad, report_wait, require_finite
 from bevt_ds.shards.synthetic.draw import ensure_demo_shards
 
@@ -117,10 +117,15 @@ def save_checkpoint(run: Run, steps_done: int) -> None:
 
 def export_weights(run: Run, folder: Path) -> None:
     """Write the fp32 weights where `from_pretrained` and `init_from` read them. Collective."""
-    state, train = run.engine.weights(), run.config.train
-    streams = [name for name, size in (("video", train.global_clips), ("image", train.global_images)) if size]
+    state = run.engine.weights()
     if run.ranks.is_main:
-        run.engine.module.save_pretrained(folder, state, streams)
+        run.engine.module.save_pretrained(folder, state, trained_streams(run.config))
+
+
+def trained_streams(config: Config) -> list[str]:
+    """The streams that the run trains."""
+    sizes = {"video": config.train.global_clips, "image": config.train.global_images}
+    return [name for name, size in sizes.items() if size]
 
 
 def facts(run: Run, steps_done: int) -> checkpoint.Facts:
@@ -217,6 +222,7 @@ def make_engine(config: Config, ds_values: dict[str, Any], ranks: Ranks, vocab_s
         report = load_init(model, run_dir.weights_of(config.init_from))
         if ranks.is_main:
             print(report, flush=True)
+    freeze_unused(model, trained_streams(config))
     groups = parameter_groups(model, config.optim.weight_decay)
     schedule = partial(learning_rate, optim=config.optim, steps=config.train.steps)
     return Engine(model, config, ds_values, ranks, Sizes.of(model.arch).width, groups, schedule)

@@ -98,15 +98,15 @@ def run_ranks(folder: Path, settings: dict[str, object], world: int = 1, stage: 
     return Finished(max(rank.returncode for rank in ranks), outputs[0], folder)
 
 
-def launch(arguments: list[str], world: int) -> str:
+def launch(arguments: list[str], world: int, seconds: float = SECONDS) -> str:
     """Run `python ARGUMENTS` on so many ranks to the end; the output of all of them."""
-    return "\n".join(wait_for(start_python(arguments, world)))
+    return "\n".join(wait_for(start_python(arguments, world), seconds))
 
 
-def wait_for(ranks: list[subprocess.Popen]) -> list[str]:
+def wait_for(ranks: list[subprocess.Popen], seconds: float = SECONDS) -> list[str]:
     """The output of each rank, once all have ended."""
     try:
-        return [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
+        return [rank.communicate(timeout=seconds)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

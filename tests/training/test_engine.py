@@ -19,7 +19,7 @@ from bevt_ds.config.deepspeed import shipped_jsons
 from bevt_ds.config.recipes import demo
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import Engine, SafeCheckpointEngine
+from bevt_ds.runtime.engine import Engine, load_shard
 from bevt_ds.train.pretraining import make_tokenizer
 from tests.training.processes import ROOT
 
@@ -39,7 +39,7 @@ def test_hostile_shard_is_refused(tmp_path, zipped):
     canary, shard = tmp_path / "canary", tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": torch.zeros(2), "extra": Hostile(canary)}, shard, _use_new_zipfile_serialization=zipped)
     with pytest.raises(Exception, match="mkdir|weights_only|Unsupported"):
-        SafeCheckpointEngine().load(str(shard))
+        load_shard(str(shard))
     assert not canary.exists()
     torch.load(shard, weights_only=False)
     assert canary.exists(), "the payload must be live, or this test shows nothing"
@@ -67,7 +67,7 @@ def test_what_deepspeed_stores_is_read(tmp_path):
         "tensor": torch.arange(3),
     }
     torch.save(state, tmp_path / "shard.pt")
-    loaded = SafeCheckpointEngine().load(str(tmp_path / "shard.pt"))
+    loaded = load_shard(str(tmp_path / "shard.pt"))
     assert loaded["tensor"].tolist() == [0, 1, 2]
     assert loaded["stage"] == ZeroStageEnum.weights
 

@@ -7,7 +7,7 @@ import torch
 
 from bevt_ds.config.schema import OptimConfig
 from bevt_ds.model.presets import create_model
-from bevt_ds.runtime.optim import learning_rate, parameter_groups
+from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
 
 
 def test_schedule_is_mmcv_cosine_times_linear_warmup():
@@ -34,3 +34,22 @@ def test_only_norms_and_bias_tables_are_not_decayed():
     kept = {names[id(p)] for p in decayed["params"]}
     for word in ("mask_token", "proj.bias", "qkv.bias", "lm_head", "patch_embed"):
         assert any(word in name for name in kept), word
+
+
+@pytest.mark.parametrize("stream", ["video", "image"])
+def test_what_a_stream_does_not_train_is_in_no_group(stream):
+    """Right value: the parameters that get no gradient from that stream."""
+    model = create_model("tiny", vocab_size=64, window=(2, 2, 2))
+    if stream == "video":
+        features = model.forward_video(torch.randn(1, 3, 4, 64, 64), torch.ones(1, 2, 4, 4, dtype=torch.bool))
+    else:
+        features = model.forward_image(torch.randn(1, 3, 64, 64), torch.ones(1, 4, 4, dtype=torch.bool))
+    rows = features.flatten(0, 1)
+    losses, _ = model.lm_head(rows, torch.zeros(len(rows), dtype=torch.int64), (len(rows),))
+    losses.sum().backward()
+    untrained = {name for name, p in model.named_parameters() if p.grad is None}
+    freeze_unused(model, [stream])
+    names = {id(p): name for name, p in model.named_parameters()}
+    grouped = [names[id(p)] for group in parameter_groups(model, 0.05) for p in group["params"]]
+    assert len(untrained) > 4 and len(grouped) == len(set(grouped))
+    assert set(grouped) == set(names.values()) - untrained

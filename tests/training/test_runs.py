@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import bevt_ds
 from bevt_ds.config.parse import from_dict
+from bevt_ds.model.presets import create_model
+from bevt_ds.model.weights import load_init
 from bevt_ds.shards.pack import pack
 from tests.training.golden_curve import FILE, curve_run
 from tests.training.processes import ROOT, SECONDS, command, environment, run_ranks, start_ranks
@@ -51,6 +54,27 @@ def test_what_a_run_writes(tmp_path, small, shards):
 
     again = run_ranks(run.folder, settings)
     assert (again.code, "which a new run would overwrite" in again.output) == (2, True)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_images_alone_leave_what_only_clips_train(tmp_path, small, stage):
+    """Right value: the initialisation of the seed, in fp32 although the run computes in bf16; also after a resume."""
+    settings = {**small, "train.global_clips": 0, "train.precision": "bf16", "model.window": "2,2,2"}
+    settings |= {"train.steps": 3, "train.checkpoint_every": 2, "optim.lr": 0.1, "optim.warmup_steps": 0}
+    run = run_ranks(tmp_path / "run", settings, stage=stage)
+    assert run.code == 0, run.output
+    shutil.rmtree(run.folder / "checkpoints" / "step-00000003")
+    again = run_ranks(run.folder, {**settings, "resume": "auto"}, stage=stage)
+    assert again.code == 0 and "continuing from step 2" in again.output, again.output
+    initial = create_model("tiny", vocab_size=64, window=(2, 2, 2))
+    initial.init_weights(torch.Generator().manual_seed(0))
+    saved = load_file(run.folder / "weights" / "model.safetensors")
+    kept = {name for name, value in initial.state_dict().items() if saved[name].equal(value)}
+    tables = {name for name in saved if name.endswith("bias_table")}
+    assert kept - tables == {name for name in saved if name.startswith(("video_decoder.", "encoder.patch_embed."))}
+    joint = create_model("tiny", vocab_size=64, window=(2, 2, 2))
+    assert set(load_init(joint, run.folder / "weights").fresh) == {n for n in saved if n.startswith("video_decoder.")}
+    assert not list(run.folder.rglob("*.py"))
 
 
 def test_ranks_do_not_change_the_losses(tmp_path, small):
