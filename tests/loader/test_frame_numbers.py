@@ -14,6 +14,7 @@ from bevt_ds.data.decoding.transcode import Profile, transcode
 from bevt_ds.data.decoding.video import fits_gpu, opened, probe
 from bevt_ds.data.limits import Limits
 from tests.loader.media import decode_clip, encode_clip, noise, numbers_of, remuxed, shades
+from tests.loader.test_containers import with_sound
 
 LIMITS = Limits()
 FRAMES = 30
@@ -237,3 +238,11 @@ CUT = ["H.264, open groups, cut", "HEVC, open groups, cut", "VP8, between keyfra
 def test_seconds_begin_with_the_first_frame_that_is_shown(kind: str) -> None:
     info = probe(CACHED[kind](), LIMITS)
     assert info.frames <= 20 and info.duration == pytest.approx(info.frames / 25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "sound"), [("matroska", "libx264", "libopus"), ("mp4", "libx264", "aac")]
+)
+def test_seconds_are_not_those_of_a_longer_sound(container: str, codec: str, sound: str) -> None:
+    """It lasts 0.8 s, the frames 0.4."""
+    assert probe(with_sound(moving()[:10], container, codec, sound), LIMITS).duration == pytest.approx(0.4, abs=0.01)
