@@ -253,7 +253,7 @@ class Video:
 def opened(data: bytes, limits: Limits) -> Iterator[Video]:
     """A video in memory, its container checked first. BadSample: not a video, over a limit, or FFmpeg refuses it."""
     claims = check_container(data, limits)
-    with ExitStack() as closing, refusals():
+    with ExitStack() as closing, _refusals():
         source = closing.enter_context(_source(data, claims, limits))
         index = index_frames(source.codec, source.packets)
         if index is None:
@@ -276,14 +276,14 @@ def _turn(data: bytes, claims: Container, limits: Limits, source: _Source) -> Tu
 def full_decode(data: bytes, limits: Limits) -> Iterator[av.VideoFrame]:
     """Every frame from the beginning, with no numbering: what `opened` is compared with. Raises BadSample."""
     claims = check_container(data, limits)
-    with refusals(), _source(data, claims, limits) as source:
+    with _refusals(), _source(data, claims, limits) as source:
         for frame in source.frames():
             _require_size(frame, source.size)
             yield frame
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def _refusals() -> Iterator[None]:
     """FFmpeg's errors as BadSample."""
     try:
         yield
