@@ -184,9 +184,9 @@ def require_inputs(config: RunConfig) -> None:
         _require_streams(config)
         _require_tokenizer(config.tokenizer)
     if isinstance(config, FinetuneConfig | ProbeRunConfig):
-        need(bool(config.data.train), "data.train is empty: name the labelled training shards.")
+        need_shards("data.train", config.data.train)
     if isinstance(config, InferenceConfig):
-        need(bool(config.data.val), "data.val is empty: name the labelled shards to test on.")
+        need_shards("data.val", config.data.val)
     if isinstance(config, TrainingConfig):
         need(
             not config.init_from or Path(config.init_from).exists(),
@@ -261,3 +261,8 @@ def need(holds: bool, message: str) -> None:
     """Raise `message` as a UserError unless something holds."""
     if not holds:
         raise UserError(message)
+
+
+def need_shards(key: str, patterns: str) -> None:
+    """Labelled shards must be named at a dotted key. UserError: they are not."""
+    need(bool(patterns), f"{key} is empty: name the labelled shards.")

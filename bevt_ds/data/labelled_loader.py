@@ -14,7 +14,7 @@ import torch
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
-from bevt_ds.config.validate import check_holds_crop, check_labelled, check_views, micro_steps_of, need
+from bevt_ds.config.validate import check_holds_crop, check_labelled, check_views, micro_steps_of, need_shards
 from bevt_ds.data.delivery import Aside, used_here
 from bevt_ds.data.labelled_plan import LabelledPlan, ViewPlan
 from bevt_ds.data.labelled_reader import ClipReader, LabelledShards, ViewReader
@@ -54,7 +54,7 @@ class LabelledReader:
         state: dict[str, Any] | None,
     ) -> None:
         check_labelled(config)
-        need(bool(config.train), "data.train is empty: name the training shards.")
+        need_shards("data.train", config.train)
         if config.val:
             check_holds_crop("data.short_side", config.short_side, config.size)
         self._rank, self._world, self._device = rank, world, torch.device(device)
@@ -155,7 +155,8 @@ def test_batches(
     """
     check_labelled(data)
     check_views(data, views)
-    need(bool(data.val) or shards is not None, "data.val is empty: name the validation shards.")
+    if shards is None:
+        need_shards("data.val", data.val)
     times = StageTimes()
     with ExitStack() as resources:
         augmenters, shared = _open(data, times, resources)
