@@ -30,6 +30,10 @@ class Timing:
     p20: float
     p80: float
 
+    def in_ms(self) -> dict[str, float]:
+        """As fields of a row."""
+        return {f"{name}_ms": value for name, value in vars(self).items()}
+
 
 def quantiles(milliseconds: list[float]) -> Timing:
     """Of at least one repetition."""

@@ -35,7 +35,7 @@ def time_direction(job: Job, direction: str, device: str) -> dict:
     else:
         run = getattr(job, direction)
     timing = measure(run, device)
-    return {"p50_ms": timing.p50, "p20_ms": timing.p20, "p80_ms": timing.p80, "peak_mb": peak_megabytes(run, device)}
+    return timing.in_ms() | {"peak_mb": peak_megabytes(run, device)}
 
 
 def time_job(make: Callable[..., Job], device: str, dtype: torch.dtype, ours: bool, *case: object) -> dict[str, dict]:

@@ -99,9 +99,7 @@ def measure(job: Job) -> dict[str, object]:
     return {
         "precision": precision,
         "parameters": parameters,
-        "p50_ms": timing.p50,
-        "p20_ms": timing.p20,
-        "p80_ms": timing.p80,
+        **timing.in_ms(),
         "clips_per_s": round(1000 * run.config.train.global_clips / timing.p50, 3),
         "images_per_s": round(1000 * run.config.train.global_images / timing.p50, 3),
         "cpu_s": round(median(cpu for _, cpu in times), 4),

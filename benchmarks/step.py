@@ -123,32 +123,28 @@ class Benchmark:
         gc.collect()
 
     def resident(self, case: str, providers: Sequence[str], tokenizer: str) -> None:
-        """All providers in turns on a batch that stays on the device."""
-        setting = Setting(self.config, tokenizer, self.ranks)
-        data, train = self.config.data, self.config.train
-        batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, 0, data.mask)
-        batch = batch.to(self.ranks.device)
-        entries, batches = self.entries(case, providers, setting, batch), repeat(batch)
-        began = time.perf_counter()
-        with tqdm(desc=case, unit="round") as bar:
-            while len(entries[0].wall_ms) < 3 or time.perf_counter() - began < self.seconds:
-                for entry in entries:
-                    timed(entry, batches, self.device)
-                bar.update()
-        for entry in entries:
-            self.write(case, entry, setting, batch, batches)
+        """All providers in turns on a batch that stays on the device.
 
-    def entries(self, case: str, providers: Sequence[str], setting: Setting, batch: Batch) -> list[Entry]:
-        """Those that can run; a competitor that fails leaves a row with its reason, a failure of ours is an error."""
-        built = []
+        A competitor that fails leaves a row with its reason; a failure of ours is an error.
+        """
+        setting, data, train = Setting(self.config, tokenizer, self.ranks), self.config.data, self.config.train
+        batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, 0, data.mask)
+        batch, entries = batch.to(self.ranks.device), []
         for name in tqdm(providers, desc=f"{case}: warming up"):
             try:
-                built.append(self.build(name, setting, repeat(batch)))
+                entries.append(self.build(name, setting, repeat(batch)))
             except Exception as error:  # compilers raise whatever they like
                 if name not in RIVALS:
                     raise
                 self.row(case, name, setting, {"error": reason(error)})
-        return built
+        began = time.perf_counter()
+        with tqdm(desc=case, unit="round") as bar:
+            while len(entries[0].wall_ms) < 3 or time.perf_counter() - began < self.seconds:
+                for entry in entries:
+                    timed(entry, repeat(batch), self.device)
+                bar.update()
+        for entry in entries:
+            self.write(case, entry, setting, batch, repeat(batch))
 
     def shards(self, providers: Sequence[str], tokenizer: str) -> None:
         """Each provider on a loader of its own, its wait for data included."""
@@ -161,37 +157,29 @@ class Benchmark:
                 for _ in tqdm(range(SHARD_STEPS[self.device]), desc=f"shards: {name}"):
                     timed(entry, batches, self.device)
                 waited = loader.wait_seconds() / (sum(entry.wall_ms) / 1e3)
-                self.write("shards", entry, setting, next(batches), batches, {"data_wait_share": round(waited, 4)})
+                self.write("shards", entry, setting, next(batches), batches, data_wait_share=round(waited, 4))
             del entry
             gc.collect()
 
     def write(
-        self,
-        case: str,
-        entry: Entry,
-        setting: Setting,
-        batch: Batch,
-        batches: Iterator[Batch],
-        more: dict[str, Any] | None = None,
+        self, case: str, entry: Entry, setting: Setting, batch: Batch, batches: Iterator[Batch], **more: float
     ) -> None:
         """Times, rates, use of the peak and parts of one provider."""
         wall, train = quantiles(entry.wall_ms), self.config.train
-        flops, peak = step_flops(setting, batch), self.limits["matmul_flop_s"]
+        flops_a_second = 1e3 * step_flops(setting, batch) / wall.p50
         datasheet = peak_flops(self.source["device"])
         result = {
-            "p50_ms": wall.p50,
-            "p20_ms": wall.p20,
-            "p80_ms": wall.p80,
+            **wall.in_ms(),
             "cpu_ms": round(median(entry.cpu_ms), 2),
             "steps": len(entry.wall_ms),
             "clips_per_s": round(1e3 * train.micro_clips / wall.p50, 3),
             "images_per_s": round(1e3 * train.micro_images / wall.p50, 3),
-            "mfu": round(1e3 * flops / wall.p50 / peak, 4),
-            "mfu_datasheet": round(1e3 * flops / wall.p50 / datasheet, 4) if datasheet else None,
+            "mfu": round(flops_a_second / self.limits["matmul_flop_s"], 4),
+            "mfu_datasheet": round(flops_a_second / datasheet, 4) if datasheet else None,
             "peak_mb": entry.peak_mb,
         }
-        result |= profile_step(lambda: entry.step(batches), entry.step.marks, self.device, wall.p50)
-        self.row(case, entry.name, setting, result | (more or {}))
+        parts = profile_step(lambda: entry.step(batches), entry.step.marks, self.device, wall.p50)
+        self.row(case, entry.name, setting, result | parts | more)
 
     def row(self, case: str, provider: str, setting: Setting, result: dict[str, Any]) -> None:
         """One row, on screen and on disk."""
@@ -220,16 +208,14 @@ def with_shards(config: Config, videos: str, images: str) -> Config:
     return replace(config, data=replace(config.data, videos=videos, images=images))
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    models = ("tiny", "swin_t", "swin_s", "swin_b", "swin_l")
+    models, tokenizers = ("tiny", "swin_t", "swin_s", "swin_b", "swin_l"), ("dalle", "random_projection", "none")
     parser.add_argument("--model", choices=models, default="swin_b" if gpu else "tiny")
     parser.add_argument("--clips", type=int, help="clips a step")
     parser.add_argument("--images", type=int, help="images a step")
     parser.add_argument("--ids", type=int, help="size of the vocabulary; default: 64 for tiny, else 8192")
-    tokenizers = ("dalle", "random_projection", "none")
     parser.add_argument("--tokenizer", choices=tokenizers, default="dalle" if gpu else "random_projection")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS) if gpu else CPU_PROVIDERS)
     parser.add_argument("--videos", default="", help="shards of videos; default: drawn ones")
@@ -237,13 +223,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--seconds", type=float, default=40.0 if gpu else 20.0, help="of timed rounds a case")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """The command."""
-    arguments = parse()
-    gpu = torch.cuda.is_available()
+    arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if not gpu:
         print("No GPU: a small step on the CPU. These numbers say nothing about the Triton kernels.")
