@@ -38,8 +38,8 @@ class Tiles:
         }
 
     def splits(self, programs: int, tokens: int) -> int:
-        """Over how many programs to spread the outer tiles of a window, so that small maps fill a GPU."""
-        return max(1, min(-(-tokens // self.block_m), -(-PROGRAMS // programs)))
+        """Over how many programs to spread the outer tiles of a window, so that small maps fill a GPU; 1 for an empty batch."""
+        return max(1, min(-(-tokens // self.block_m), -(-PROGRAMS // max(programs, 1))))
 
 
 def forward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:

@@ -29,11 +29,11 @@ IGNORE = tl.constexpr(-100)
 def cross_entropy_kernel(logits, target, losses, hits, V: tl.constexpr, BLOCK: tl.constexpr, WRITE_GRAD: tl.constexpr):
     """One row of logits (R, V) per program: losses (R,), hits (R,), and softmax - onehot in its place.
 
-    Ignored rows give zeros. A hit needs the target to be the first of the largest logits, as argmax does.
+    Ignored rows give zeros, any other target outside the vocabulary a loss of NaN and no gradient. A hit needs the target to be the first of the largest logits, as argmax does.
     """
     row = tl.program_id(0)
     wanted = tl.load(target + row)
-    counts = wanted != IGNORE
+    counts = (wanted >= 0) & (wanted < V)
     logits += row.to(tl.int64) * V
     high = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
@@ -50,7 +50,8 @@ def cross_entropy_kernel(logits, target, losses, hits, V: tl.constexpr, BLOCK: t
         chosen += tl.sum(tl.where(v == wanted, x, 0.0), 0)
         high = new_high
     lse = high + tl.log(total)
-    tl.store(losses + row, tl.where(counts, lse - chosen, 0.0))
+    other = tl.where(wanted == IGNORE, 0.0, float("nan"))
+    tl.store(losses + row, tl.where(counts, lse - chosen, other))
     tl.store(hits + row, (counts & (best == wanted)).to(tl.int64))
     if WRITE_GRAD:
         for first in range(0, V, BLOCK):

@@ -1,4 +1,4 @@
-"""The public functions: resolve the provider, check what it needs, call it."""
+"""The public functions: resolve the provider, check what it needs, call it. Each can be differentiated once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import torch_ops
 from .geometry import Size3, Windows
+from .once import differentiable_once
 from .providers import resolve
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -73,6 +74,7 @@ def window_attention(
     module = _implementation(provider, qkv)
     if module is not torch_ops:
         _check_for_kernels(qkv)
+    qkv, bias_table = differentiable_once("window_attention", qkv, bias_table)
     return module.window_attention(qkv, bias_table, **sizes, scale=scale)
 
 
@@ -85,12 +87,16 @@ def insert_mask_tokens(x: Tensor, mask_token: Tensor, mask: Tensor, provider: st
     b, t, height, width, _ = x.shape
     if mask.shape[:2] != (b, t) or height % mask.shape[2] or width % mask.shape[3]:
         raise ValueError(f"mask {tuple(mask.shape)} does not divide the tokens {tuple(x.shape)}")
-    return _implementation(provider, x).insert_mask_tokens(x, mask_token, mask)
+    implementation = _implementation(provider, x)
+    x, mask_token = differentiable_once("insert_mask_tokens", x, mask_token)
+    return implementation.insert_mask_tokens(x, mask_token, mask)
 
 
 def gather_masked(x: Tensor, index: Tensor, provider: str = "auto") -> Tensor:
     """Rows of x (N, C) at index int64 (R,) -> (R, C). Index -1 pads and gives zeros; others are unique."""
-    return _implementation(provider, x).gather_masked(x, index)
+    implementation = _implementation(provider, x)
+    (x,) = differentiable_once("gather_masked", x)
+    return implementation.gather_masked(x, index)
 
 
 def masked_cross_entropy(
@@ -105,8 +111,12 @@ def masked_cross_entropy(
 
     h (R, C); weight (V, C); bias (V,); target int64 (R,), -100 for padding rows; segments: row counts that
     sum to R, such as (rows of clips, rows of images). Returns loss sums (S,) fp32 and top-1 hits (S,) int64.
+
+    A target outside [0, V) other than -100 makes its segment's loss NaN and has no gradient: nothing waits for the device
+    to raise an error.
     """
     if sum(segments) != h.shape[0]:
         raise ValueError(f"segments {tuple(segments)} do not sum to the {h.shape[0]} rows")
     implementation = _implementation(provider, h)
+    h, weight, bias = differentiable_once("masked_cross_entropy", h, weight, bias)
     return implementation.masked_cross_entropy(h, weight, bias, target, tuple(segments))

@@ -108,7 +108,8 @@ def insert_mask_tokens(x: Tensor, mask_token: Tensor, mask: Tensor) -> Tensor:
 
 def gather_masked(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (N, C) at index (R,); an index of -1 gives a zero row."""
-    return torch.where((index >= 0)[:, None], x[index.clamp_min(0)], x.new_zeros(()))
+    with_zeros = torch.cat([x, x.new_zeros((1, x.shape[1]))])
+    return with_zeros[torch.where(index < 0, len(x), index)]
 
 
 def masked_cross_entropy(
@@ -116,12 +117,18 @@ def masked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy and top-1 hits of each segment of rows; rows whose target is -100 count for nothing.
 
+    Any other target outside the vocabulary makes its segment's sum NaN, and its row gets no gradient.
+
     h (R, C), weight (V, C), bias (V,), target int64 (R,), segments: row counts that sum to R. Returns the sums
     (S,) in at least fp32 and the hits int64 (S,).
     """
     logits = F.linear(h, weight, bias)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(wide, target, ignore_index=-100, reduction="none")
-    hits = (logits.argmax(-1) == target) & (target != -100)
+    padding = target == -100
+    wrong = ((target < 0) | (target >= len(weight))) & ~padding
+    losses = wide.logsumexp(-1) - wide.gather(-1, target.clamp(0, len(weight) - 1)[:, None])[:, 0]
+    losses = torch.where(padding | wrong, wide.new_zeros(()), losses)
+    losses = torch.where(wrong, float("nan"), losses)
+    hits = logits.argmax(-1) == target
     loss_sums = torch.stack([part.sum() for part in losses.split(segments)])
     return loss_sums, torch.stack([part.sum() for part in hits.split(segments)])

@@ -11,10 +11,14 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from .geometry import Size3
 from .onednn import linear
+
+
+IGNORE = -100  # the target of a padding row
 
 
 # Tensors made in inference mode could not be saved for a later backward pass.
@@ -51,6 +55,7 @@ class _BiasedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, None]:
         qkv, p, out = ctx.saved_tensors
         q, k, v = qkv
@@ -117,6 +122,8 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.rows = len(x)
+        if not len(x):
+            return x.new_zeros((len(index), x.shape[1]))
         # Not in place: torch 2.11 compiles a function whose result was changed in place to a wrong gradient.
         return x.index_select(0, index.clamp_min(0)).masked_fill((index < 0)[:, None], 0)
 
@@ -138,7 +145,9 @@ def masked_cross_entropy(
     """`reference.masked_cross_entropy`."""
     logits = linear(h, weight, bias)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(wide, target, ignore_index=-100, reduction="none")
-    hits = (logits.argmax(-1) == target) & (target != -100)
+    known = (target >= 0) & (target < len(weight))
+    losses = F.cross_entropy(wide, torch.where(known, target, IGNORE), ignore_index=IGNORE, reduction="none")
+    losses = losses.masked_fill(~known & (target != IGNORE), float("nan"))
+    hits = (logits.argmax(-1) == target) & known
     sums = torch.stack([part.sum() for part in losses.split(segments)])
     return sums, torch.stack([part.sum() for part in hits.split(segments)])
