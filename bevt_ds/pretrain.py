@@ -19,6 +19,7 @@ from typing import Any  # noqa: E402
 
 from bevt_ds.config.command_line import run, start_training  # noqa: E402
 from bevt_ds.config.schema import Config  # noqa: E402
+from bevt_ds.data.masks import check_empty_masks  # noqa: E402
 
 USAGE = """\
 usage: deepspeed bevt_ds/pretrain.py [--deepspeed_config FILE] [recipe=NAME] [key=value ...]
@@ -43,7 +44,13 @@ Pretrain BEVT: masked image modelling, or joint masked image and video modelling
 
 def main(argv: Sequence[str]) -> int:
     """The whole program; returns the exit code."""
-    return start_training(argv, Config, USAGE, train, report, default_recipe="demo")
+    return start_training(argv, Config, USAGE, train, report, check_masks, default_recipe="demo")
+
+
+def check_masks(config: Config) -> list[str]:
+    """A note if a good part of the masks would be empty. UserError: most of them would."""
+    side = config.data.size // 16
+    return check_empty_masks((side, side), config.data.mask)
 
 
 def train(config: Config, values: dict[str, Any], notes: list[str]) -> int:

@@ -7,6 +7,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
+from bevt_ds.errors import UserError
+
 
 class Use(IntEnum):
     """What a random number is for. Two uses never share a stream; never renumber, or old runs change."""
@@ -42,8 +44,12 @@ class _Key(ISeedSequence):
 def generator(seed: int, use: Use, *counters: int) -> np.random.Generator:
     """A numpy generator keyed by (seed, use) and up to three counters, such as (stream, step, slot).
 
+    UserError: the seed is negative or has more than 64 bits.
+
     Philox4x64 is counter-based: the key and counter are the whole state, nothing is shared or advanced elsewhere.
     """
+    if not 0 <= seed < 1 << 64:
+        raise UserError(f"seed={seed}: must be at least 0 and below 2**64")
     if len(counters) > 3:
         raise ValueError(f"at most three counters, got {len(counters)}")
     words = [0, *counters, *([0] * (3 - len(counters)))]

@@ -38,7 +38,7 @@ class Tiles:
         }
 
     def splits(self, programs: int, tokens: int) -> int:
-        """Over how many programs to spread the outer tiles of a window, so that small maps fill a GPU; 1 for an empty batch."""
+        """Over how many programs to spread the outer tiles of a window, so that small maps fill a GPU."""
         return max(1, min(-(-tokens // self.block_m), -(-PROGRAMS // max(programs, 1))))
 
 

@@ -29,7 +29,8 @@ IGNORE = tl.constexpr(-100)
 def cross_entropy_kernel(logits, target, losses, hits, V: tl.constexpr, BLOCK: tl.constexpr, WRITE_GRAD: tl.constexpr):
     """One row of logits (R, V) per program: losses (R,), hits (R,), and softmax - onehot in its place.
 
-    Ignored rows give zeros, any other target outside the vocabulary a loss of NaN and no gradient. A hit needs the target to be the first of the largest logits, as argmax does.
+    Ignored rows give zeros, any other target outside the vocabulary a loss of NaN and no gradient. A hit needs the
+    target to be the first of the largest logits, as argmax does.
     """
     row = tl.program_id(0)
     wanted = tl.load(target + row)

@@ -112,8 +112,8 @@ def masked_cross_entropy(
     h (R, C); weight (V, C); bias (V,); target int64 (R,), -100 for padding rows; segments: row counts that
     sum to R, such as (rows of clips, rows of images). Returns loss sums (S,) fp32 and top-1 hits (S,) int64.
 
-    A target outside [0, V) other than -100 makes its segment's loss NaN and has no gradient: nothing waits for the device
-    to raise an error.
+    A target outside [0, V) other than -100 makes its segment's loss NaN and has no gradient; raising an error would
+    mean waiting for the device.
     """
     if sum(segments) != h.shape[0]:
         raise ValueError(f"segments {tuple(segments)} do not sum to the {h.shape[0]} rows")

@@ -17,7 +17,6 @@ from . import reference
 from .geometry import Size3
 from .onednn import linear
 
-
 IGNORE = -100  # the target of a padding row
 
 

@@ -72,6 +72,7 @@ def start_training(
     usage: str,
     train: Callable[[TrainingT, dict[str, Any], list[str]], int],
     report: Callable[[TrainingT, list[str], int], str],
+    check: Callable[[TrainingT], list[str]] = lambda _: [],
     default_recipe: str = "",
     shown_recipe: str = "",
 ) -> int:
@@ -79,8 +80,9 @@ def start_training(
 
     Args:
         kind: the configuration of its runs.
-        train: takes the configuration, the DeepSpeed JSON, and lines that say what the JSON changed.
+        train: takes the configuration, the DeepSpeed JSON, and lines that say what the JSON changed and `check` found.
         report: what a dry run prints, from the configuration, these lines, and the number of ranks.
+        check: finds in a valid configuration what works and is hardly meant, a line each, or raises UserError.
         default_recipe: where the command line names none; empty: it must.
         shown_recipe: the one whose defaults `--help` shows then.
 
@@ -93,6 +95,7 @@ def start_training(
         return 0
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config, values, notes = resolve_config(arguments, kind, world)
+    notes += check(config)
     if config.dry_run:
         if os.environ.get("RANK", "0") == "0":
             print(report(config, notes, world))

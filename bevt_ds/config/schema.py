@@ -365,6 +365,10 @@ class Config(TrainingConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    init_head: A[
+        bool,
+        F("take the head of init_from; false: it starts fresh, for a tokenizer of another vocabulary", resume="free"),
+    ] = True
     probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
 
 

@@ -188,8 +188,9 @@ def require_inputs(config: RunConfig) -> None:
     if isinstance(config, InferenceConfig):
         need_shards("data.val", config.data.val)
     if isinstance(config, TrainingConfig):
+        # A run that continues does not read it; one that finds nothing to continue from fails on reading it.
         need(
-            not config.init_from or Path(config.init_from).exists(),
+            not config.init_from or config.resume != "never" or Path(config.init_from).exists(),
             f"init_from={config.init_from}: no such file or folder.",
         )
 

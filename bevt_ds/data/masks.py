@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bevt_ds.config.schema import MaskConfig
+from bevt_ds.errors import UserError
 
 ATTEMPTS = 10  # draws for one block before the mask is left as it is
+# shares of masks without a cell: above the first a note, above the second no run
+MOST_EMPTY_UNNOTED, MOST_EMPTY = 0.001, 0.5
 REFERENCE_CELLS = 14 * 14  # the grid that MaskConfig.min_block is given for
 # rows are padded to a multiple of this, so that few distinct sizes reach the device
 ROW_BUCKET = 256
@@ -49,6 +52,44 @@ def block_mask(rng: np.random.Generator, grid: tuple[int, int], config: MaskConf
             break
         count += added
     return _to_array(cells, grid)
+
+
+def empty_share(grid: tuple[int, int], config: MaskConfig, points: int = 256) -> float:
+    """The expected share of block masks without a cell: of those whose first block fits in none of `ATTEMPTS` draws.
+
+    It is that of a tube's masks too. The probability that a draw fits is summed over `points` x `points` values of the
+    two uniform numbers that decide the block's size.
+    """
+    height, width = grid
+    cap = int(config.ratio * height * width)
+    uniform = (np.arange(points) + 0.5) / points
+    min_area = config.min_block * height * width / REFERENCE_CELLS
+    area = min_area + (cap - min_area) * uniform[:, None]
+    aspect = config.min_aspect ** (1 - 2 * uniform)
+    h, w = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (h > 0) & (h < height) & (w > 0) & (w < width) & (h * w <= cap)
+    return float((1 - fits.mean()) ** ATTEMPTS)
+
+
+def check_empty_masks(grid: tuple[int, int], config: MaskConfig) -> list[str]:
+    """A note about masks without a cell, whose samples teach nothing, if there are more than a few.
+
+    Raises:
+        UserError: most masks would be empty.
+    """
+    share = empty_share(grid, config)
+    if share <= MOST_EMPTY_UNNOTED:
+        return []
+    smaller = (replace(config, min_block=cells) for cells in range(config.min_block - 1, 0, -1))
+    remedies = (f"data.mask.min_block={c.min_block}" for c in smaller if empty_share(grid, c) <= MOST_EMPTY_UNNOTED)
+    remedy = next(remedies, "a larger data.mask.ratio or data.mask.min_aspect")
+    text = (
+        f"{share:.1%} of the masks have no masked cell with data.mask.ratio={config.ratio:g} and data.mask.min_block="
+        f"{config.min_block} on {grid[0]}x{grid[1]} cells, and their samples teach nothing; {remedy} helps."
+    )
+    if share > MOST_EMPTY:
+        raise UserError(text)
+    return [text]
 
 
 def tube_mask(rng: np.random.Generator, grid: tuple[int, int, int], config: MaskConfig) -> np.ndarray:

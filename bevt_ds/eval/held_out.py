@@ -14,6 +14,7 @@ from bevt_ds.batch import Batch
 from bevt_ds.model.tokenizers import Tokenizer, tokenize
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.logging import STREAMS
+from bevt_ds.runtime.runs import require_known_targets
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,31 @@ def unigram(counts: Tensor) -> tuple[float, float]:
     return float(-(present * present.log()).sum()), float(shares.max())
 
 
+def count_ids(targets: Tensor, vocabulary: int) -> Tensor:
+    """How often each id occurs in `targets`: int64 (V,), on their device. What is no id is left out."""
+    ids = targets[(targets >= 0) & (targets < vocabulary)]
+    return torch.bincount(ids, minlength=vocabulary)
+
+
 def evaluate(engine: Engine, tokenizer: Tokenizer, batches: Iterable[Batch]) -> dict[str, StreamSummary]:
-    """Summaries by stream over held-out micro-batches. Collective: every rank evaluates the same batches."""
+    """Summaries by stream over held-out micro-batches; a stream without a masked position has none.
+
+    Collective: every rank evaluates the same batches.
+
+    Raises:
+        UserError: a target is no id of the tokenizer's vocabulary.
+    """
     sums = {s: [0.0, 0, 0] for s in STREAMS}  # loss sum, hits, cells
     counts = {s: torch.zeros(tokenizer.vocab_size, dtype=torch.int64) for s in STREAMS}
     with engine.evaluating():
         for batch in batches:
             batch = tokenize(tokenizer, batch.to(engine.ranks.device))
             metrics = engine.forward(batch).metrics
+            require_known_targets(metrics, tokenizer.vocab_size, "of the held-out shards")
             for name in STREAMS:
                 stream = getattr(batch, name)
                 if stream is not None:
-                    ids = stream.targets[stream.targets >= 0].cpu()
-                    counts[name] += torch.bincount(ids, minlength=tokenizer.vocab_size)
+                    counts[name] += count_ids(stream.targets, tokenizer.vocab_size).cpu()
                     sums[name][0] += float(metrics[f"loss_{name}"])
                     sums[name][1] += int(metrics[f"hits_{name}"])
                     sums[name][2] += int(metrics[f"rows_{name}"])
@@ -82,6 +95,8 @@ def as_json(summaries: dict[str, StreamSummary]) -> dict[str, Any]:
 
 def shortfall(summaries: dict[str, StreamSummary], min_gain: float) -> str | None:
     """Why the run did not learn enough, or None. A gain that is not a number falls short."""
+    if min_gain > 0 and not summaries:
+        return f"the loss must end {min_gain} nats below the unigram entropy, and no masked position was held out"
     low = [f"{name} by {s.gain:.3f}" for name, s in summaries.items() if not s.gain >= min_gain]
     if min_gain <= 0 or not low:
         return None

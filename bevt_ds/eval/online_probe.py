@@ -16,7 +16,7 @@ from bevt_ds.config.schema import Config, ViewsConfig, labelled_as
 from bevt_ds.data.labels import read_classes
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.eval.features import Features, extract, feature_rank, features_of, gathered, ridge_predictions
-from bevt_ds.eval.held_out import unigram
+from bevt_ds.eval.held_out import count_ids, unigram
 from bevt_ds.eval.metrics import Scores
 from bevt_ds.eval.videos import each_video, require_decodable_sets, shards_of
 from bevt_ds.runtime.distributed import Ranks
@@ -52,8 +52,7 @@ class OnlineProbe:
         """Count the target ids of a micro-batch of a step that is due."""
         for stream in (batch.video, batch.image):
             if stream is not None and stream.targets is not None:
-                ids = stream.targets[stream.targets >= 0]
-                self.counts += torch.bincount(ids, minlength=len(self.counts))
+                self.counts += count_ids(stream.targets, len(self.counts))
 
     def measure(self, engine: Engine) -> dict[str, float]:
         """The figures of a log line, on rank 0; empty elsewhere. Collective.

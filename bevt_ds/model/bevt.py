@@ -33,7 +33,8 @@ class BEVTOutput(NamedTuple):
 
     `metrics` are sums over the micro-batch's masked rows, as device scalars that add up over ranks and micro-steps:
     loss_STREAM (cross-entropy, fp32), hits_STREAM (right predictions) and rows_STREAM (rows), for each STREAM of
-    `video` and `image` that the batch holds.
+    `video` and `image` that the batch holds; and unknown_targets, the rows whose target is no id of the head's
+    vocabulary, whose loss is NaN and whose gradient is none.
     """
 
     loss: Tensor
@@ -157,7 +158,8 @@ class BEVT(PretrainedMixin, nn.Module):
         """Loss and metrics of one micro-batch whose targets are filled in.
 
         The loss is the sum over streams of cross-entropy at masked positions, each divided by the stream's `count`: the
-        masked positions of the global batch. Micro-batches of a step therefore add up to the step's loss.
+        masked positions of the global batch. Micro-batches of a step therefore add up to the step's loss. A stream
+        without a masked position adds 0.
         """
         streams: dict[str, Rows] = {}
         if batch.video is not None:
@@ -168,12 +170,13 @@ class BEVT(PretrainedMixin, nn.Module):
         targets = torch.cat([rows.targets for rows in streams.values()])
         segments = tuple(len(rows.targets) for rows in streams.values())
         losses, hits = self.lm_head(features, targets, segments)
-        metrics = {}
+        outside = (targets < 0) | (targets >= self.lm_head.out_features)
+        metrics = {"unknown_targets": (outside & (targets != IGNORE)).sum()}
         for i, (name, rows) in enumerate(streams.items()):
             metrics[f"loss_{name}"] = losses[i].detach()
             metrics[f"hits_{name}"] = hits[i]
             metrics[f"rows_{name}"] = (rows.targets != IGNORE).sum()
-        return BEVTOutput(sum(losses[i] / rows.count for i, rows in enumerate(streams.values())), metrics)
+        return BEVTOutput(sum(losses[i] / max(rows.count, 1) for i, rows in enumerate(streams.values())), metrics)
 
     def _encode_video(self, clip: Tensor, mask: Tensor, keys: Tensor | None) -> list[Tensor]:
         _check_size(clip)

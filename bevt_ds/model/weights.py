@@ -37,6 +37,7 @@ CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT = "bevt_ds"
 ENCODER = "encoder."
 HEAD = "head."  # of a classifier
+TOKEN_HEAD = "lm_head."
 # Constructor arguments that not every model has, and those that may differ between a file and the model it starts.
 NOT_EVERYWHERE = {"vocab_size", "image_windows", "num_classes", "classes", "dropout"}
 MAY_DIFFER = {"window", "drop_path", "num_classes", "classes", "dropout"}
@@ -45,7 +46,7 @@ PARTS = {  # what a file may hold beside the encoder -> why a model without it d
     "image_embed.": "not part of the model: the images' stem",
     "video_decoder.": "not part of the model: decoder",
     "image_decoder.": "not part of the model: decoder",
-    "lm_head.": "not part of the model: classifier of visual tokens",
+    TOKEN_HEAD: "not part of the model: classifier of visual tokens",
     HEAD: "not part of the model: classifier of clips",
 }
 
@@ -125,14 +126,16 @@ class PretrainedMixin:
         return model
 
 
-def load_init(model: PretrainedMixin, path: str | Path) -> LoadReport:
+def load_init(model: PretrainedMixin, path: str | Path, head: bool = True) -> LoadReport:
     """Start `model` (BEVT, VideoSwin or VideoClassifier) from a folder of ours or an official file.
 
-    A classifier keeps the file's head only where it names the same classes.
+    A classifier keeps the file's head only where it names the same classes. Without `head` a BEVT's head, over visual
+    tokens, keeps its initialisation: for a tokenizer of another vocabulary.
 
     Raises UserError where the file is missing, of another architecture, or was trained with other `image_windows`.
     """
-    return _load(model, read_weights(Path(path)))
+    weights = read_weights(Path(path))
+    return _load(model, weights if head else _without_token_head(weights))
 
 
 def read_weights(path: Path) -> Weights:
@@ -220,6 +223,15 @@ def _without_other_parts(model: nn.Module, weights: Weights) -> Weights:
     return replace(weights, state=state, unused=weights.unused | unused, may_be_fresh=fresh)
 
 
+def _without_token_head(weights: Weights) -> Weights:
+    """`weights` without the classifier of visual tokens, and without the size of its vocabulary."""
+    unused = {name: "init_head=false: the head starts fresh" for name in weights.state if name.startswith(TOKEN_HEAD)}
+    state = {name: value for name, value in weights.state.items() if name not in unused}
+    arch = {key: value for key, value in weights.arch.items() if key != "vocab_size"}
+    fresh = (*weights.may_be_fresh, TOKEN_HEAD)
+    return replace(weights, state=state, arch=arch, unused=weights.unused | unused, may_be_fresh=fresh)
+
+
 def _other_classes(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     """Why the file's classifier is of no use to the model, or None."""
     if "num_classes" not in theirs:
@@ -236,7 +248,8 @@ def _check_arch(arch: dict[str, Any], weights: Weights) -> None:
         ours = arch.get(key)
         if key not in arch or key in MAY_DIFFER or plain(ours) == plain(theirs):
             continue
-        raise UserError(f"{weights.source} has {key}={plain(theirs)}, this model {key}={plain(ours)}: make them agree")
+        remedy = "use the same tokenizer, or init_head=false" if key == "vocab_size" else "make them agree"
+        raise UserError(f"{weights.source} has {key}={plain(theirs)}, this model {key}={plain(ours)}: {remedy}")
 
 
 def _fit_tables(state: State, weights: Weights, target: Size3) -> State:

@@ -20,13 +20,19 @@ from bevt_ds.runtime.flops import Sizes, clip_macs, image_macs, peak_flops, trai
 from bevt_ds.runtime.run_dir import LOG
 
 STREAMS = ("video", "image")
+FAULTS = ("unknown_targets",)  # metrics that are 0 unless something is wrong
 
 
 class StepSums:
-    """Metrics of one step, added over its micro-steps without a host sync."""
+    """Metrics of one step, added over its micro-steps without a host sync.
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+    `earlier` are those of the step before, if it had no log line: its counts of FAULTS are carried on, so that the next
+    line reports them.
+    """
+
+    def __init__(self, earlier: StepSums | None = None) -> None:
+        carried = earlier.sums if earlier else {}
+        self.sums: dict[str, Tensor] = {name: carried[name] for name in FAULTS if name in carried}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Add a micro-step's device scalars: sums over its masked cells, or clips, such as BEVTOutput's metrics."""
@@ -42,9 +48,12 @@ class StepSums:
 
 
 def step_metrics(totals: Mapping[str, float]) -> dict[str, float]:
-    """loss, and per stream its loss and masked accuracy, from sums over the global batch."""
+    """loss, and per stream its loss and masked accuracy, from sums over the global batch.
+
+    A stream without a masked position adds nothing to the loss and has no metrics.
+    """
     result = {"loss": 0.0}
-    for stream in (s for s in STREAMS if f"rows_{s}" in totals):
+    for stream in (s for s in STREAMS if totals.get(f"rows_{s}")):
         result[f"loss_{stream}"] = totals[f"loss_{stream}"] / totals[f"rows_{stream}"]
         result[f"acc_{stream}"] = totals[f"hits_{stream}"] / totals[f"rows_{stream}"]
         result["loss"] += result[f"loss_{stream}"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from bevt_ds.config.schema import TrainingConfig
@@ -29,6 +31,19 @@ def require_finite(loss: float, step: int) -> None:
         raise UserError(
             f"the loss of step {step} is {loss}. Resume from the checkpoint before it with a lower optim.lr,"
             " or with train.precision=bf16 or fp32 if it was fp16."
+        )
+
+
+def require_known_targets(metrics: Mapping[str, float | Tensor], vocabulary: int, where: str) -> None:
+    """Stop a run whose tokenizer gives ids that the head does not have.
+
+    Raises:
+        UserError: there were such ids, `where` says where.
+    """
+    if unknown := int(metrics["unknown_targets"]):
+        raise UserError(
+            f"{unknown:,} targets {where} are outside the head's vocabulary of {vocabulary:,} ids: the tokenizer gives"
+            " ids that are negative or not below its vocab_size. Their rows have no gradient."
         )
 
 

@@ -22,7 +22,7 @@ from bevt_ds.eval.held_out import as_json, as_table, evaluate, shortfall
 from bevt_ds.eval.online_probe import OnlineProbe
 from bevt_ds.eval.visualize import draw
 from bevt_ds.model.presets import create_model
-from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, tokenize
+from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, require_vocabulary, tokenize
 from bevt_ds.model.weights import load_init
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.distributed import Ranks
@@ -30,7 +30,14 @@ from bevt_ds.runtime.engine import Engine, start_ranks
 from bevt_ds.runtime.flops import Sizes
 from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums, expected_step_flops, step_metrics
 from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
-from bevt_ds.runtime.runs import find_start, kernel_provider, report_bad, report_wait, require_finite
+from bevt_ds.runtime.runs import (
+    find_start,
+    kernel_provider,
+    report_bad,
+    report_wait,
+    require_finite,
+    require_known_targets,
+)
 from bevt_ds.shards.synthetic.draw import ensure_demo_shards
 
 NOT_LEARNED = 1  # exit code
@@ -50,9 +57,12 @@ class Run:
     probe: OnlineProbe | None
 
 
-def train_step(run: Run, batches: Iterator[Batch], step: int) -> StepSums:
-    """One optimizer update over the global batch; returns its metrics, still on the device."""
-    sums = StepSums()
+def train_step(run: Run, batches: Iterator[Batch], step: int, earlier: StepSums | None = None) -> StepSums:
+    """One optimizer update over the global batch; returns its metrics, still on the device.
+
+    earlier: what the step before returned, if no log line was written of it.
+    """
+    sums = StepSums(earlier)
     for _ in range(micro_steps(run.config, run.ranks.world)):
         batch = tokenize(run.tokenizer, next(batches).to(run.ranks.device, non_blocking=True))
         if probe_due(run, step):
@@ -67,14 +77,15 @@ def train_step(run: Run, batches: Iterator[Batch], step: int) -> StepSums:
 def train(run: Run, batches: Iterator[Batch], log: RunLog, speed: SpeedMeter) -> None:
     """Every step that is left, with its log lines and checkpoints."""
     train = run.config.train
-    steps = range(run.first_step, train.steps)
+    steps, sums = range(run.first_step, train.steps), None
     with tqdm(steps, initial=run.first_step, total=train.steps, unit="step", disable=not run.ranks.is_main) as bar:
         for step in bar:
-            sums = train_step(run, batches, step)
+            sums = train_step(run, batches, step, sums)
             speed.steps += 1
             done = step + 1
             if done % train.log_every == 0 or done == train.steps or probe_due(run, step):
                 bar.set_postfix_str(write_line(run, log, speed, sums, step))
+                sums = None
             if done % train.checkpoint_every == 0 or done == train.steps:
                 save_checkpoint(run, done)
 
@@ -83,9 +94,11 @@ def write_line(run: Run, log: RunLog, speed: SpeedMeter, sums: StepSums, step: i
     """Write the log line of one step; returns the short form for the progress bar. Collective.
 
     Raises:
-        UserError: the loss is not a finite number.
+        UserError: the loss is not a finite number, or targets were outside the vocabulary.
     """
-    values: dict[str, Any] = step_metrics(sums.totals(run.ranks))
+    totals = sums.totals(run.ranks)
+    require_known_targets(totals, run.tokenizer.vocab_size, f"since the last log line (now step {step})")
+    values: dict[str, Any] = step_metrics(totals)
     require_finite(values["loss"], step)
     values |= {"lr": run.engine.last_lr, "grad_norm": run.engine.grad_norm()}
     values["optimizer_bytes"] = run.engine.optimizer_bytes()
@@ -181,7 +194,8 @@ def pretrain(config: Config, ds_values: dict[str, Any], notes: list[str]) -> int
     first_step = start[1].step if start else 0
     skips = start[1].skips if start else None
     with Loader(config, ranks.rank, ranks.world, first_step, ranks.device, folder, skips, ranks.sum_counts) as loader:
-        engine = make_engine(config, ds_values, ranks, tokenizer.vocab_size)
+        engine = make_engine(config, ds_values, ranks, tokenizer.vocab_size, fresh=not start)
+        require_vocabulary(tokenizer, engine.module.arch["vocab_size"])
         run = Run(config, folder, ranks, loader, tokenizer, engine, first_step, probe)
         if start:
             checkpoint.check_continues(start[1], facts(run, first_step), start[0])
@@ -213,13 +227,13 @@ def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
     return tokenizer
 
 
-def make_engine(config: Config, ds_values: dict[str, Any], ranks: Ranks, vocab_size: int) -> Engine:
-    """The model, initialised from the seed or from `init_from`, under DeepSpeed."""
+def make_engine(config: Config, ds_values: dict[str, Any], ranks: Ranks, vocab_size: int, fresh: bool = True) -> Engine:
+    """The model, initialised from the seed and, in a `fresh` run, from `init_from`, under DeepSpeed."""
     options = asdict(config.model)
     model = create_model(options.pop("name"), vocab_size=vocab_size, **options)
     model.init_weights(torch.Generator().manual_seed(config.train.seed))
-    if config.init_from:
-        report = load_init(model, run_dir.weights_of(config.init_from))
+    if config.init_from and fresh:
+        report = load_init(model, run_dir.weights_of(config.init_from), head=config.init_head)
         if ranks.is_main:
             print(report, flush=True)
     freeze_unused(model, trained_streams(config))

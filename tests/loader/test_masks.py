@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bevt_ds.config.schema import MaskConfig
-from bevt_ds.data.masks import block_mask, masked_frames, row_index, tube_mask
+from bevt_ds.config.recipes import PRETRAINING, get_recipe
+from bevt_ds.config.schema import Config, MaskConfig
+from bevt_ds.data.loader import Loader, eval_batches
+from bevt_ds.data.masks import block_mask, check_empty_masks, empty_share, masked_frames, row_index, tube_mask
+from bevt_ds.errors import UserError
 from bevt_ds.rng import Use, generator
 
 SHARED = Path(os.environ.get("BEVT_SHARED", Path(__file__).parents[3] / "shared"))
@@ -131,3 +134,48 @@ def test_row_index_points_at_the_masked_cells(clip: bool) -> None:
     np.testing.assert_array_equal(tokens[real], index.rows[real])
     assert (index.token_rows[~real] == 0).all()
     assert {a.dtype for a in vars(index).values()} == {np.dtype(np.int64)}
+
+
+# --- masks without a cell -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grid", "config"),
+    [
+        ((14, 14), MaskConfig(ratio=0.05)),
+        ((14, 14), MaskConfig(ratio=0.03)),
+        ((7, 9), MaskConfig(ratio=0.9, min_aspect=0.01)),
+        ((2, 2), MaskConfig()),
+        ((14, 14), MaskConfig()),
+    ],
+)
+def test_share_of_empty_masks_is_that_of_drawn_ones(grid: tuple[int, int], config: MaskConfig) -> None:
+    draws, share = 3000, empty_share(grid, config)
+    drawn = np.mean([not block_mask(rng(i), grid, config).any() for i in range(draws)])
+    assert abs(drawn - share) <= Z * np.sqrt(share * (1 - share) / draws) + 0.002
+
+
+def test_many_empty_masks_are_noted_with_numbers_and_most_are_refused() -> None:
+    (note,) = check_empty_masks((14, 14), MaskConfig(ratio=0.05))
+    assert "29.9% of the masks" in note
+    assert "data.mask.ratio=0.05 and data.mask.min_block=16 on 14x14 cells" in note
+    assert "data.mask.min_block=9 helps" in note
+    assert check_empty_masks((14, 14), MaskConfig(ratio=0.05, min_block=9)) == []
+    with pytest.raises(UserError, match=r"62\.6% of the masks have no masked cell.*min_block=5"):
+        check_empty_masks((14, 14), MaskConfig(ratio=0.03))
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_recipes_have_no_empty_masks(name: str) -> None:
+    data = get_recipe(name).data
+    assert check_empty_masks((data.size // 16,) * 2, data.mask) == []
+
+
+def test_batches_without_a_masked_cell(config: Config) -> None:
+    """Every second mask or so is empty: some micro-batches hold no masked cell, and are delivered."""
+    config = replace(config, data=replace(config.data, mask=MaskConfig(ratio=0.07, min_block=1000)))
+    with Loader(config) as loader:
+        batches = [next(loader), *eval_batches(config)]
+    for stream in (s for batch in batches for s in (batch.video, batch.image)):
+        assert (len(stream.rows), len(stream.cells), stream.view.shape[0], stream.count) == (0, 0, 0, 0)
+        assert not stream.mask.any()

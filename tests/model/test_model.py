@@ -303,7 +303,7 @@ def test_one_stream_alone(small_bevt, small_batch):
         both = model(small_batch)
         image = model(Batch(None, small_batch.image))
         video = model(Batch(small_batch.video, None))
-    assert set(image.metrics) == {"loss_image", "hits_image", "rows_image"}
+    assert set(image.metrics) == {"loss_image", "hits_image", "rows_image", "unknown_targets"}
     torch.testing.assert_close(video.loss + image.loss, both.loss)
 
 

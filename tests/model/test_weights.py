@@ -254,6 +254,22 @@ def test_other_architectures_are_refused(change, small_bevt, tmp_path):
         load_init(small_bevt(**change), tmp_path)
 
 
+def test_head_of_another_vocabulary_starts_fresh_where_asked(small_bevt, tmp_path):
+    """Stage 1 to stage 2 with another tokenizer: everything but the head is loaded, and the report says so."""
+    first, second = small_bevt(vocab_size=16), small_bevt(vocab_size=24)
+    first.save_pretrained(tmp_path / "stage1")
+    before = second.lm_head.weight.clone()
+    with pytest.raises(UserError, match=r"vocab_size=16, this model vocab_size=24: .*init_head=false"):
+        load_init(second, tmp_path / "stage1")
+    report = load_init(second, tmp_path / "stage1", head=False)
+    assert report.fresh == ("lm_head.weight", "lm_head.bias")
+    assert "2 not loaded: init_head=false: the head starts fresh" in str(report)
+    assert torch.equal(second.lm_head.weight, before)
+    rest = {name for name in second.state_dict() if not name.startswith("lm_head.")}
+    assert set(report.loaded) == rest
+    assert all(torch.equal(second.state_dict()[name], first.state_dict()[name]) for name in rest)
+
+
 def test_unknown_and_missing_tensors_are_refused(official, tmp_path):
     model, state = official
     for name, broken, message in (

@@ -119,6 +119,10 @@ def test_missing_inputs_are_named(tmp_path):
         require_inputs(configured(*shards))
     with pytest.raises(UserError, match="no such file"):
         require_inputs(configured(*shards, f"tokenizer.weights={tmp_path / 'none.pkl'}"))
+    gone = (*shards, "tokenizer.name=random_projection", f"init_from={tmp_path / 'gone'}")
+    with pytest.raises(UserError, match="init_from=.*no such file"):
+        require_inputs(configured(*gone))
+    require_inputs(configured(*gone, "resume=auto"))  # a run that continues does not read it
 
 
 # --- the DeepSpeed JSON ---------------------------------------------------------------------------

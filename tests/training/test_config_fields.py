@@ -14,12 +14,13 @@ from bevt_ds.config.recipes import finetune_k400, joint_swin_b
 from bevt_ds.config.schema import Config, EvaluateConfig, FinetuneConfig, ProbeRunConfig, TrainingConfig
 from bevt_ds.config.validate import check_fields, validate
 from bevt_ds.errors import UserError
+from bevt_ds.rng import Use, generator
 from bevt_ds.runtime.checkpoint import check_same
 
 MAY_CHANGE = {  # the right answers
     # nothing of these changes what a run computes
     "free": """
-        output_dir init_from resume dry_run model.checkpointing
+        output_dir init_from init_head resume dry_run model.checkpointing
         data.decoder data.workers data.threads data.readers data.prefetch data.decode_seconds data.read_seconds
         data.verify data.max_bad_fraction data.cache_dir data.cache_bytes data.remote_seconds data.allow_pipe
         data.videos data.images data.eval_videos data.eval_images data.train data.val data.classes data.expected_val
@@ -135,6 +136,13 @@ def test_defaults_are_within_their_bounds(kind: type) -> None:
 def test_seed_beyond_64_bits_is_an_error(key: str) -> None:
     with pytest.raises(UserError, match=rf"{key}=\d+: must be below 2\*\*63"):
         validate(set_value(joint_swin_b(), key, 1 << 64))
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 64, 1 << 100])
+def test_seed_of_the_python_interface_beyond_64_bits_is_an_error(seed: int) -> None:
+    with pytest.raises(UserError, match=f"seed={seed}: must be at least 0"):
+        generator(seed, Use.TOKENIZER)
+    assert generator((1 << 64) - 1, Use.TOKENIZER).random() != generator(0, Use.TOKENIZER).random()
 
 
 # --- saved configurations -------------------------------------------------------------------------

@@ -51,12 +51,28 @@ def load_tokenizer(name: str, weights: str | None = None, **options: Any) -> Tok
     return DalleTokenizer.from_file(weights, **options)
 
 
+def require_vocabulary(tokenizer: Tokenizer, head: int) -> None:
+    """Hold a tokenizer's vocabulary against that of a head of so many ids.
+
+    Raises:
+        UserError: the tokenizer gives ids that the head does not have.
+    """
+    if tokenizer.vocab_size > head:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids, the model's head {head:,}: make the model with"
+            f" vocab_size={tokenizer.vocab_size}"
+        )
+
+
 @torch.no_grad()
 def tokenize(tokenizer: Tokenizer, batch: Batch) -> Batch:
     """The batch with `targets` filled in; both streams are encoded in one call."""
     streams = [s for s in (batch.video, batch.image) if s is not None]
     pictures = [stream.view for stream in streams]
-    ids = tokenizer.encode(torch.cat(pictures)).split([len(p) for p in pictures])
+    frames = torch.cat(pictures)
+    # Where nothing is masked there are none, and not every tokenizer takes an empty batch.
+    ids = tokenizer.encode(frames) if len(frames) else streams[0].rows.new_empty((0, *streams[0].mask.shape[-2:]))
+    ids = ids.split([len(p) for p in pictures])
     filled = iter([_with_targets(stream, part) for stream, part in zip(streams, ids, strict=True)])
     return Batch(*(None if s is None else next(filled) for s in (batch.video, batch.image)))
 
