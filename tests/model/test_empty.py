@@ -46,9 +46,8 @@ def engine_of():
 
 
 @pytest.mark.parametrize("streams", [("video", "image"), ("video",), ("image",)])
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_a_stream_without_masked_positions_has_loss_0_and_no_metrics(streams, kernels, small_bevt, unmasked):
-    model = small_bevt(kernels=kernels, vocab_size=8)
+def test_a_stream_without_masked_positions_has_loss_0_and_no_metrics(streams, small_bevt, unmasked):
+    model = small_bevt(vocab_size=8)
     batch = tokenize(RandomProjectionTokenizer(8), unmasked(*streams))
     out = model(batch)
     out.loss.backward()
