@@ -34,8 +34,8 @@ from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import Engine, start_ranks
 from bevt_ds.runtime.flops import Sizes, backbone_macs, training_flops
-from bevt_ds.runtime.layer_decay import learning_rate, parameter_groups
 from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums
+from bevt_ds.runtime.optim import layer_decay_groups, learning_rate
 from bevt_ds.runtime.runs import find_start, kernel_provider, report_bad, report_wait, require_finite
 from bevt_ds.train.mixup import Mixing
 
@@ -275,8 +275,10 @@ def make_engine(
         report = load_init(model, run_dir.weights_of(config.init_from))
         if ranks.is_main:
             print(report, flush=True)
-    groups = parameter_groups(model, model.arch["depths"], config.optim)
-    schedule = partial(learning_rate, optim=config.optim, steps=steps, steps_an_epoch=loader.steps_an_epoch)
+    groups = layer_decay_groups(model, model.arch["depths"], config.optim)
+    epoch = loader.steps_an_epoch
+    warmup = config.optim.warmup_epochs * epoch
+    schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=warmup, steps_an_epoch=epoch)
     return Engine(model, config, ds_values, ranks, Sizes.of(model.arch).width, groups, schedule)
 
 

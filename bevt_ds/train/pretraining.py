@@ -238,5 +238,5 @@ def make_engine(config: Config, ds_values: dict[str, Any], ranks: Ranks, vocab_s
             print(report, flush=True)
     freeze_unused(model, trained_streams(config))
     groups = parameter_groups(model, config.optim.weight_decay)
-    schedule = partial(learning_rate, optim=config.optim, steps=config.train.steps)
+    schedule = partial(learning_rate, optim=config.optim, steps=config.train.steps, warmup=config.optim.warmup_steps)
     return Engine(model, config, ds_values, ranks, Sizes.of(model.arch).width, groups, schedule)

@@ -13,7 +13,7 @@ import torch
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.config.schema import FinetuneConfig, FinetuneOptimConfig
 from bevt_ds.model.presets import create_classifier
-from bevt_ds.runtime.layer_decay import learning_rate, parameter_groups
+from bevt_ds.runtime.optim import layer_decay_groups, learning_rate
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden" / "layer_decay.json").read_text())
 RECIPES = {"k400": ("finetune_k400", 400), "ssv2": ("finetune_ssv2", 174)}
@@ -31,7 +31,7 @@ def test_groups_equal_the_original(data, kind):
     with torch.device("meta"):
         model = create_classifier("swin_b", classes)
     names = {id(p): n for n, p in model.named_parameters()}
-    groups = parameter_groups(model, model.arch["depths"], optim)
+    groups = layer_decay_groups(model, model.arch["depths"], optim)
     ours = {names[id(p)]: (g["lr_scale"] * optim.lr, g["weight_decay"]) for g in groups for p in g["params"]}
     golden = {
         our_name(n): row["effective" if kind == "official" else "intended"]
@@ -47,7 +47,7 @@ def test_groups_are_few_and_never_empty():
     """A rate for the head, the 24 blocks, the 3 mergings and the stem: 29, each decayed or not."""
     with torch.device("meta"):
         model = create_classifier("swin_b", 400)
-    groups = parameter_groups(model, model.arch["depths"], get_recipe("finetune_k400", FinetuneConfig).optim)
+    groups = layer_decay_groups(model, model.arch["depths"], get_recipe("finetune_k400", FinetuneConfig).optim)
     assert all(g["params"] for g in groups)
     assert len(groups) == len({(g["lr_scale"], g["weight_decay"]) for g in groups}) <= 2 * 29
     assert len({g["lr_scale"] for g in groups}) == 29
@@ -58,17 +58,17 @@ def test_without_scales_only_norms_and_tables_differ():
     model = create_classifier("tiny", 3)
     for kind in ("official", "intended"):
         optim = FinetuneOptimConfig(layer_decay=1.0, groups=kind, weight_decay=0.1)
-        groups = parameter_groups(model, model.arch["depths"], optim)
+        groups = layer_decay_groups(model, model.arch["depths"], optim)
         assert {(g["lr_scale"], g["weight_decay"]) for g in groups} == {(1.0, 0.1), (1.0, 0.0)}
 
 
 def test_schedule_is_mmcv_cosine_by_epoch_times_linear_warmup():
     optim = FinetuneOptimConfig(lr=1.0, warmup_epochs=2.5, warmup_ratio=0.1)
-    rate = lambda step: learning_rate(step, optim, steps=100, steps_an_epoch=10)  # noqa: E731
+    rate = lambda step: learning_rate(step, optim, 100, optim.warmup_epochs * 10, 10)  # noqa: E731
     cosine = lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / 10))  # noqa: E731
     assert rate(0) == pytest.approx(0.1)
     assert rate(12) == pytest.approx(cosine(1) * (1 - (1 - 12 / 25) * 0.9))
     assert rate(25) == rate(29) == pytest.approx(cosine(2))
     assert rate(99) == rate(90) == pytest.approx(cosine(9))
     no_warmup = replace(optim, warmup_epochs=0.0)
-    assert learning_rate(0, no_warmup, 100, 10) == 1.0
+    assert learning_rate(0, no_warmup, 100, 0.0, 10) == 1.0

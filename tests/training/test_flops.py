@@ -1,8 +1,16 @@
 """Arithmetic counts against published figures: Video Swin's README and torchvision count GMACs as GFLOPs."""
 
-import pytest
+import time
 
-from bevt_ds.runtime.flops import Sizes, backbone_macs, clip_macs, peak_flops
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bevt_ds.config.recipes import demo
+from bevt_ds.config.schema import LoopConfig
+from bevt_ds.runtime.flops import Sizes, backbone_macs, clip_macs, image_macs, peak_flops, training_flops
+from bevt_ds.runtime.logging import SpeedMeter, expected_step_flops
 
 PUBLISHED = {  # 32x224x224, window (8,7,7): GMACs
     "T": ((96, (2, 2, 6, 2)), 87.9),
@@ -27,3 +35,37 @@ def test_head_counts_masked_cells_only():
 def test_peaks():
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("an unknown device") is None
+
+
+def test_training_flops_are_those_that_torch_counts():
+    """Forward, gradients of inputs and of weights: two FLOPs a multiply-accumulate each."""
+    rows, widths = 5, (8, 16, 4)
+    network = nn.Sequential(nn.Linear(widths[0], widths[1]), nn.ReLU(), nn.Linear(widths[1], widths[2]))
+    with FlopCounterMode(display=False) as counter:
+        network(torch.randn(rows, widths[0], requires_grad=True)).sum().backward()
+    assert training_flops(rows * (8 * 16 + 16 * 4)) == counter.get_total_flops()
+
+
+def test_a_step_counts_the_clips_and_images_of_all_ranks():
+    config, sizes = demo(), Sizes(64, (1, 1, 1, 1), (4, 4, 4), 0)
+    clip = clip_macs(sizes, config.data.frames, config.data.size, 0)
+    images = image_macs(sizes, config.data.size, 0)
+    assert expected_step_flops(config, sizes) == 6 * (4 * clip + 16 * images)
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_mfu_is_the_share_of_the_peak_of_all_ranks(monkeypatch, world):
+    """Two steps in four seconds, each of what one H200 can do in a second."""
+    clock = iter((10.0, 14.0))
+    monkeypatch.setattr(time, "perf_counter", clock.__next__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    speed = SpeedMeter(LoopConfig(precision="bf16"), 989e12, world, torch.device("cuda", 0))
+    speed.steps = 2
+    assert speed.read(0.0)["mfu"] == pytest.approx(0.5 / world)
+
+
+def test_mfu_is_unknown_on_an_unknown_device_and_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    fp32 = SpeedMeter(LoopConfig(precision="fp32"), 1.0, 1, torch.device("cuda", 0))
+    on_cpu = SpeedMeter(LoopConfig(precision="bf16"), 1.0, 1, torch.device("cpu"))
+    assert fp32.read(0.0)["mfu"] is None and on_cpu.read(0.0)["mfu"] is None
