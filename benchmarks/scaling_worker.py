@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -17,7 +18,8 @@ from bevt_ds.config.recipes import demo, joint_swin_b
 from bevt_ds.config.schema import Config, TokenizerConfig
 from bevt_ds.config.validate import validate
 from bevt_ds.runtime.engine import start_ranks
-from bevt_ds.train.pretraining import Run, make_engine, make_tokenizer, train_step
+from bevt_ds.train.loop import Setup, train_step
+from bevt_ds.train.pretraining import Pretraining, make_engine, make_tokenizer
 
 from .common import provenance, quantiles
 from .scaling_traffic import Traffic, expected_bytes, sent_bytes
@@ -55,61 +57,57 @@ def configuration(job: Job) -> Config:
     return validate(replace(recipe, model=replace(recipe.model, name=job.model), tokenizer=tokenizer, train=train))
 
 
-def set_up(job: Job) -> tuple[Run, Batch]:
-    """The training program's own parts, and a micro-batch of noise in place of its loader."""
-    config, ranks = configuration(job), start_ranks()
+def set_up(job: Job) -> tuple[Pretraining, Batch]:
+    """The training program's own parts, but for its loader, and a micro-batch of noise in its place."""
+    config, ranks, values = configuration(job), start_ranks(), read_json(f"zero{job.zero}")
     tokenizer = make_tokenizer(config, ranks)
-    engine = make_engine(config, read_json(f"zero{job.zero}"), ranks, tokenizer.vocab_size)
+    engine = make_engine(config, values, ranks, tokenizer.vocab_size)
     data, train = config.data, config.train
     batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, ranks.rank, data.mask)
-    return bare_run(config=config, ranks=ranks, tokenizer=tokenizer, engine=engine), batch.to(ranks.device)
+    setup = Setup(config, values, Path(), ranks)
+    return Pretraining(setup, None, engine, job.steps, 0.0, tokenizer, probe=None), batch.to(ranks.device)
 
 
-def bare_run(**parts: object) -> Run:
-    """A run with what a step uses; it has no folder, no loader and no probe."""
-    return Run(**{**dict.fromkeys(field.name for field in fields(Run)), **parts})
-
-
-def timed_steps(run: Run, batch: Batch, job: Job) -> list[tuple[float, float]]:
+def timed_steps(task: Pretraining, batch: Batch, job: Job) -> list[tuple[float, float]]:
     """Of each step after the warm-up: milliseconds of the slowest rank, and CPU seconds of all ranks together."""
     times = []
     for step in range(WARM_UP + job.steps):
-        run.ranks.barrier()
+        task.ranks.barrier()
         began, cpu = time.perf_counter(), time.process_time()
-        train_step(run, iter([batch] * job.micro_steps), step)
-        if run.ranks.device.type == "cuda":
+        train_step(task, iter([batch] * job.micro_steps), step)
+        if task.ranks.device.type == "cuda":
             torch.cuda.synchronize()
-        spent = run.ranks.gather((1000 * (time.perf_counter() - began), time.process_time() - cpu))
+        spent = task.ranks.gather((1000 * (time.perf_counter() - began), time.process_time() - cpu))
         times.append((max(wall for wall, _ in spent), sum(cpu for _, cpu in spent)))
     return times[WARM_UP:]
 
 
 def measure(job: Job) -> dict[str, object]:
     """Times without counting; then the collectives of one more step. Collective."""
-    run, batch = set_up(job)
-    times = timed_steps(run, batch, job)
+    task, batch = set_up(job)
+    times = timed_steps(task, batch, job)
     timing = quantiles([wall for wall, _ in times])
     with Traffic() as traffic:
-        train_step(run, iter([batch] * job.micro_steps), WARM_UP + job.steps)
-    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in run.engine.module.parameters())
-    precision = run.config.train.precision
+        train_step(task, iter([batch] * job.micro_steps), WARM_UP + job.steps)
+    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in task.engine.module.parameters())
+    precision = task.config.train.precision
     sent = sent_bytes(traffic.payload, job.ranks)
     expected = expected_bytes(job.zero, parameters, job.ranks, job.micro_steps, WIDTHS[precision])
-    gpu = run.ranks.device.type == "cuda"
+    gpu = task.ranks.device.type == "cuda"
     return {
         "precision": precision,
         "parameters": parameters,
         **timing.in_ms(),
-        "clips_per_s": round(1000 * run.config.train.global_clips / timing.p50, 3),
-        "images_per_s": round(1000 * run.config.train.global_images / timing.p50, 3),
+        "clips_per_s": round(1000 * task.config.train.global_clips / timing.p50, 3),
+        "images_per_s": round(1000 * task.config.train.global_images / timing.p50, 3),
         "cpu_s": round(median(cpu for _, cpu in times), 4),
         "peak_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1) if gpu else None,
-        "optimizer_mb": round(run.engine.optimizer_bytes() / 1e6, 3),
+        "optimizer_mb": round(task.engine.optimizer_bytes() / 1e6, 3),
         "calls": dict(traffic.calls),
         "sent_by_kind": {kind: round(size / 1e6, 3) for kind, size in sent.items()},
         "sent_mb": round(sum(sent.values()) / 1e6, 3),
         "expected_mb": round(expected / 1e6, 3),
-        "provenance": provenance(run.ranks.device.type),
+        "provenance": provenance(task.ranks.device.type),
     }
 
 

@@ -65,10 +65,10 @@ def tokenizer() -> Run:
 def step() -> Run:
     """The training program's step: tokenizer, forward, backward, update under DeepSpeed, tiny model."""
     from benchmarks.scaling_worker import Job, set_up
-    from bevt_ds.train.pretraining import train_step
+    from bevt_ds.train.loop import train_step
 
-    run, batch = set_up(Job(ranks=1, zero=2, micro_steps=1, model="tiny", micro_clips=1, micro_images=2, steps=1))
-    return lambda: train_step(run, iter([batch]), 0)
+    task, batch = set_up(Job(ranks=1, zero=2, micro_steps=1, model="tiny", micro_clips=1, micro_images=2, steps=1))
+    return lambda: train_step(task, iter([batch]), 0)
 
 
 def loader() -> Run:

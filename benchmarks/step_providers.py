@@ -27,7 +27,8 @@ from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import DTYPES
 from bevt_ds.runtime.flops import Sizes
 from bevt_ds.runtime.optim import parameter_groups
-from bevt_ds.train.pretraining import Run, make_engine, train_step
+from bevt_ds.train.loop import Setup, train_step
+from bevt_ds.train.pretraining import Pretraining, make_engine
 
 from .eager_model import EagerBEVT, TorchvisionEncoder
 from .eager_tokenizer import every_id
@@ -162,7 +163,7 @@ class Eager:
 
 
 class Ours:
-    """`bevt_ds.train.pretraining.train_step` under ZeRO-2, some levers taken back or switches set."""
+    """`bevt_ds.train.loop.train_step` under ZeRO-2, some levers taken back or switches set."""
 
     def __init__(self, setting: Setting, levers: Levers, **switches: bool):
         precision = {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]
@@ -173,13 +174,12 @@ class Ours:
         levers.take_back(engine)
         engine.step = in_part("optimizer", engine.step)
         self.levers, self.marks = levers, engine.module
-        self.run = Run(
-            config, Path(), setting.ranks, None, levers.tokenizer(tokenizer), engine, first_step=0, probe=None
-        )
+        setup = Setup(config, values, Path(), setting.ranks)
+        self.task = Pretraining(setup, None, engine, 0, 0.0, levers.tokenizer(tokenizer), probe=None)
 
     def __call__(self, batches: Batches) -> None:
         with self.levers.applied():
-            train_step(self.run, self.levers.batches(waited(batches)), 0)
+            train_step(self.task, self.levers.batches(waited(batches)), 0)
 
 
 def waited(batches: Batches) -> Batches:

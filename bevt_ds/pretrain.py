@@ -15,9 +15,11 @@ except ImportError as error:
 require_own_package(__file__)
 
 from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from bevt_ds.config.command_line import run, start_training  # noqa: E402
+from bevt_ds.config.recipes import get_recipe  # noqa: E402
 from bevt_ds.config.schema import Config  # noqa: E402
 from bevt_ds.data.masks import check_empty_masks  # noqa: E402
 
@@ -54,10 +56,20 @@ def check_masks(config: Config) -> list[str]:
 
 
 def train(config: Config, values: dict[str, Any], notes: list[str]) -> int:
-    """Import what needs torch, and run."""
+    """Draw the demo's shards if they are the run's and absent; import what needs torch, and run."""
+    from bevt_ds.shards.synthetic.draw import ensure_demo_shards
     from bevt_ds.train.pretraining import pretrain
 
+    if shards_of(config) == shards_of(get_recipe("demo", Config)):
+        ensure_demo_shards(Path(config.data.videos).parent)
+
     return pretrain(config, values, notes)
+
+
+def shards_of(config: Config) -> tuple[str, ...]:
+    """All shards that a run reads, as the configuration names them."""
+    data = config.data
+    return data.videos, data.images, data.eval_videos, data.eval_images
 
 
 def report(config: Config, notes: list[str], world: int) -> str:

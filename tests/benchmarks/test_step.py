@@ -19,7 +19,7 @@ from benchmarks.step_providers import CPU_PROVIDERS, Ours, Setting, configuratio
 from bevt_ds import BEVT
 from bevt_ds.model.tokenizers import RandomProjectionTokenizer, tokenize
 from bevt_ds.runtime.engine import start_ranks
-from bevt_ds.train.pretraining import train_step
+from bevt_ds.train.loop import train_step
 
 SIZES = {"embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window": (2, 2, 2), "vocab_size": 16}
 
@@ -164,7 +164,7 @@ def test_levers_change_nothing_but_time(small):
     for levers in (Levers(), LADDER["ours, no lever"]):
         ours = Ours(setting, levers)
         with levers.applied():
-            sums = [train_step(ours.run, levers.batches(repeat(batch)), i).sums for i in (0, 1)]
+            sums = [train_step(ours.task, levers.batches(repeat(batch)), i).sums for i in (0, 1)]
         losses.append([float(s[name]) for s in sums for name in ("loss_video", "loss_image", "hits_video")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

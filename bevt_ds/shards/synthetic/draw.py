@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -46,15 +47,17 @@ def draw(folder: Path, clips: int, images: int, seed: int = 0, jobs: int | None 
 def ensure_demo_shards(folder: Path) -> None:
     """Draw and pack the demo's training and held-out shards into `folder`, unless it is there.
 
-    The folder appears whole or not at all; of two programs that draw it at once, one puts it there.
+    The folder appears whole or not at all; of the programs that want it at once, one draws.
     UserError: it exists and holds something else.
     """
     if _has_demo_shards(folder):
         return
     _require_absent(folder)
     try:
-        with _appearing(folder) as unfinished:
-            _draw_demo(unfinished)
+        with _alone(folder):
+            if not _has_demo_shards(folder):
+                with _appearing(folder) as unfinished:
+                    _draw_demo(unfinished)
     except OSError as error:  # the name was taken meanwhile
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _has_demo_shards(folder):
             raise
@@ -76,6 +79,17 @@ def _draw_demo(folder: Path) -> None:
 def _require_absent(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: remove it or choose another")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of the machine at a time: the ranks of a run all come here, and one of them is to draw."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.parent / f".{folder.name}.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        lock.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,0 +1,260 @@
+"""The training loop, the same for every kind of training: steps, log lines, checkpoints, resume.
+
+A kind of training is a `Task`. It says how a micro-batch becomes a loss, what a log line shows, what else a checkpoint
+holds and what follows the last step; pretraining.py and finetuning.py are two of them. Read `train_step`, then `train`,
+then `run_training`, which sets a run up in the order in which things depend on each other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
+from tqdm import tqdm
+
+from bevt_ds.batch import Batch, LabelledBatch
+from bevt_ds.config.schema import TrainingConfig
+from bevt_ds.config.validate import micro_steps
+from bevt_ds.data.ledger import merge_states
+from bevt_ds.data.loader import BackgroundLoader
+from bevt_ds.runtime import checkpoint, run_dir
+from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.engine import Engine, start_ranks
+from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums
+from bevt_ds.runtime.runs import find_start, kernel_provider, report_bad, report_wait, require_finite
+
+NOT_LEARNED = 1  # exit code
+
+ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+BatchT = TypeVar("BatchT", Batch, LabelledBatch)
+
+
+@dataclass(frozen=True)
+class Setup(Generic[ConfigT]):
+    """What is known of a run before its loader and engine are made. `start`: the checkpoint that it continues from."""
+
+    config: ConfigT
+    ds_values: Mapping[str, Any]  # the DeepSpeed JSON
+    folder: Path
+    ranks: Ranks
+    start: tuple[Path, checkpoint.Facts] | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The number of the first update, from 0."""
+        return self.start[1].step if self.start else 0
+
+    @property
+    def loader_state(self) -> dict[str, Any] | None:
+        """What the loaders of the run that is continued pass on."""
+        return self.start[1].skips if self.start else None
+
+
+@dataclass
+class Task(ABC, Generic[ConfigT, BatchT]):
+    """What one kind of training gives to the loop. `steps` and `step_flops` are of the whole run and of one step."""
+
+    setup: Setup[ConfigT]
+    loader: BackgroundLoader
+    engine: Engine
+    steps: int
+    step_flops: float
+    shown: ClassVar[tuple[str, ...]] = ("loss",)  # fields of a log line that the progress bar shows
+
+    @property
+    def config(self) -> ConfigT:
+        return self.setup.config
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.setup.ranks
+
+    @abstractmethod
+    def forward(self, batch: BatchT, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """A micro-batch's share of the step's loss, and sums for the log line; both on the device."""
+
+    @abstractmethod
+    def metrics(self, totals: Mapping[str, float], step: int) -> dict[str, float]:
+        """Fields of a log line, "loss" among them, from a step's sums over the global batch."""
+
+    def after_step(self) -> None:
+        """What follows every update."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether the step has a log line of its own, whatever train.log_every says."""
+        return False
+
+    def measurements(self, step: int) -> dict[str, float]:
+        """More fields of a log line, whose time is not the step's. Collective."""
+        return {}
+
+    def every_so_often(self, step: int, log: RunLog) -> None:
+        """What follows some steps, such as a validation; its time is not the step's. Collective."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the data that a continued run must find again."""
+        return self.loader.fingerprint
+
+    def weights(self) -> dict[str, Tensor]:
+        """The fp32 weights to export; empty on other ranks than 0. Collective."""
+        return self.engine.weights()
+
+    @property
+    def trained_streams(self) -> list[str]:
+        """The streams that the run trains, of "video" and "image"."""
+        return ["video"]
+
+    def save(self, folder: Path) -> None:
+        """Write what else a checkpoint holds. Collective."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. Collective."""
+
+    def describe(self) -> str:
+        """The size of the task in one line, or nothing."""
+        return ""
+
+    def finish(self, batches: Iterator[BatchT]) -> str | None:
+        """What follows the last step; returns why the run has not learned, or None. Collective."""
+        return None
+
+
+def train_step(task: Task, batches: Iterator, step: int, earlier: StepSums | None = None) -> StepSums:
+    """One optimizer update over the global batch; returns its metrics, still on the device.
+
+    earlier: what the step before returned, if no log line was written of it.
+    """
+    sums = StepSums(earlier)
+    for micro_step in range(micro_steps(task.config, task.ranks.world)):
+        batch = next(batches).to(task.ranks.device, non_blocking=True)
+        loss, metrics = task.forward(batch, step, micro_step)
+        task.engine.backward(loss)
+        task.engine.step(step)
+        sums.add(metrics)
+    task.after_step()
+    return sums
+
+
+def train(task: Task, batches: Iterator, log: RunLog) -> None:
+    """Every step that is left, with its log lines and checkpoints."""
+    config, first, steps = task.config.train, task.setup.first_step, task.steps
+    sums, speed = None, SpeedMeter(config, task.step_flops, task.ranks.world, task.ranks.device)
+    with tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=not task.ranks.is_main) as bar:
+        for step in bar:
+            sums = train_step(task, batches, step, sums)
+            speed.steps += 1
+            done = step + 1
+            if done % config.log_every == 0 or done == steps or task.is_due(step):
+                bar.set_postfix_str(write_line(task, log, speed, sums, step))
+                sums = None
+            with speed.paused():
+                task.every_so_often(step, log)
+            if done % config.checkpoint_every == 0 or done == steps:
+                save_checkpoint(task, done)
+
+
+def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step: int) -> str:
+    """Write the log line of one step; returns the short form for the progress bar. Collective.
+
+    Raises:
+        UserError: the loss is not a finite number, or what the task finds wrong.
+    """
+    values: dict[str, Any] = task.metrics(sums.totals(task.ranks), step)
+    require_finite(values["loss"], step)
+    values |= {"lr": task.engine.last_lr, "grad_norm": task.engine.grad_norm()}
+    values["optimizer_bytes"] = task.engine.optimizer_bytes()
+    values |= speed.read(task.loader.wait_seconds()) | {"bad_samples": task.loader.bad_samples}
+    with speed.paused():
+        values |= task.measurements(step)
+    log.write(step, values)
+    if task.ranks.is_main:
+        report_wait(step, values["data_wait"], task.loader)
+    return ", ".join(f"{name} {values[name]:.3f}" for name in task.shown if name in values)
+
+
+def save_checkpoint(task: Task, steps_done: int) -> None:
+    """Commit a checkpoint: the engine's shards, the task's own part, and the weights on their own. Collective."""
+
+    def write(folder: Path) -> None:
+        task.engine.save(folder)
+        task.save(folder)
+        state = task.weights()
+        if task.ranks.is_main:
+            task.engine.module.save_pretrained(folder / run_dir.WEIGHTS, state, task.trained_streams)
+
+    root = task.setup.folder / run_dir.CHECKPOINTS
+    checkpoint.save(root, facts(task, steps_done), write, task.ranks, task.config.train.keep_checkpoints)
+
+
+def facts(task: Task, steps_done: int) -> checkpoint.Facts:
+    """What a checkpoint says of this run. Collective."""
+    skips = merge_states(task.ranks.gather(task.loader.state()))
+    return checkpoint.Facts(steps_done, task.ranks.world, task.engine.stage, task.config, task.fingerprint, skips)
+
+
+def run_training(
+    config: ConfigT,
+    ds_values: Mapping[str, Any],
+    notes: Sequence[str],
+    open_task: Callable[[Setup[ConfigT]], AbstractContextManager[Task]],
+) -> int:
+    """Set up a run of any kind and train to its end; returns the exit code.
+
+    Args:
+        config: the resolved configuration.
+        ds_values: the DeepSpeed JSON.
+        notes: what the JSON changed in the config, to be printed.
+        open_task: makes the task, loader and engine included; leaving its block ends the loader.
+    """
+    ranks = start_ranks()
+    folder = run_dir.choose_folder(config, ranks)
+    config = replace(config, output_dir=str(folder))
+    if ranks.is_main:
+        print("\n".join([f"recipe {config.recipe}, output in {folder}/", *notes]), flush=True)
+    provider = kernel_provider(config, ranks)
+    setup = Setup(config, ds_values, folder, ranks, find_start(config, folder, ranks))
+    with open_task(setup) as task:
+        continue_run(task)
+        if ranks.is_main:
+            run_dir.write_config(folder, config)
+            print("\n".join([opening(task, provider), *filter(None, [task.describe()])]), flush=True)
+        batches = iter(task.loader)
+        with RunLog(folder, ranks, setup.first_step) as log:
+            train(task, batches, log)
+        if ranks.is_main:
+            commit = folder / run_dir.CHECKPOINTS / checkpoint.name_of(task.steps)
+            run_dir.publish_weights(folder, commit)
+        problem = task.finish(batches)
+    return close_run(setup, task.steps, problem)
+
+
+def continue_run(task: Task) -> None:
+    """Put the state of the checkpoint that the run continues from into the engine and the task. Collective."""
+    if task.setup.start:
+        folder, saved = task.setup.start
+        checkpoint.check_continues(saved, facts(task, saved.step), folder)
+        task.engine.load(folder)
+        task.load(folder)
+
+
+def opening(task: Task, provider: str) -> str:
+    """Where the run begins, and on what."""
+    first = task.setup.first_step
+    origin = f"continuing from step {first}" if task.setup.start else "starting at step 0"
+    return f"{origin}, kernels: {provider}, ZeRO stage {task.engine.stage}, {task.ranks.world} ranks"
+
+
+def close_run(setup: Setup, steps: int, problem: str | None) -> int:
+    """The closing lines; returns the exit code."""
+    if setup.ranks.is_main:
+        report_bad(setup.folder, steps)
+        print(f"\nwrote {setup.folder}/", flush=True)
+        if problem:
+            print(f"not learned: {problem}", flush=True)
+    return NOT_LEARNED if problem else 0

@@ -1,0 +1,151 @@
+"""A third kind of training on the same loop, in one file: linear regression. It logs, commits and resumes exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bevt_ds.config.deepspeed import read_json
+from bevt_ds.config.recipes import demo
+from bevt_ds.config.schema import Config
+from bevt_ds.runtime.engine import Engine
+from bevt_ds.train.loop import Setup, Task, run_training
+
+WEIGHTS = torch.tensor([[2.0, -1.0, 0.5]])
+STEPS = 48
+
+
+@dataclass(frozen=True)
+class Points:
+    """A micro-batch of the toy: inputs (B,3)."""
+
+    inputs: Tensor
+
+    def to(self, device, non_blocking=False):
+        return Points(self.inputs.to(device))
+
+    def cast(self, dtype):
+        return Points(self.inputs.to(dtype))
+
+
+class PointsLoader:
+    """Serves as a loader: the points of a step are a function of its number."""
+
+    fingerprint, bad_samples = "points", 0
+
+    def __init__(self, first_step: int, last: int) -> None:
+        self.step, self.last = first_step, last
+
+    def __iter__(self) -> Iterator[Points]:
+        while self.step < self.last:
+            self.step += 1
+            yield Points(torch.randn(16, 3, generator=torch.Generator().manual_seed(self.step)))
+        raise KeyboardInterrupt  # the run is killed here
+
+    def state(self):
+        return {}
+
+    def wait_seconds(self):
+        return 0.0
+
+    def bottleneck(self):
+        return ""
+
+
+class Line(nn.Module):
+    """What the loop needs of a model: `forward`, and `save_pretrained`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(3, 1, bias=False)
+        nn.init.zeros_(self.line.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.line(inputs)
+
+    def save_pretrained(self, folder: Path, state: dict[str, Tensor], streams: list[str]) -> None:
+        folder.mkdir()
+        torch.save(state, folder / "line.pt")
+
+
+@dataclass
+class Regression(Task[Config, Points]):
+    """Least squares; counts its updates, to have a part of its own in a checkpoint."""
+
+    updates: int = 0
+
+    def forward(self, batch: Points, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        loss = (self.engine.forward(batch.inputs) - batch.inputs @ WEIGHTS.T).square().mean()
+        return loss, {"loss": loss}
+
+    def metrics(self, totals: Mapping[str, float], step: int) -> dict[str, float]:
+        return {"loss": totals["loss"]}
+
+    def after_step(self) -> None:
+        self.updates += 1
+
+    def save(self, folder: Path) -> None:
+        (folder / "updates.json").write_text(json.dumps(self.updates))
+
+    def load(self, folder: Path) -> None:
+        self.updates = json.loads((folder / "updates.json").read_text())
+
+    def finish(self, batches: Iterator[Points]) -> str | None:
+        (self.setup.folder / "updates.json").write_text(json.dumps(self.updates))
+        weight = torch.load(self.setup.folder / "weights" / "line.pt")["line.weight"]
+        return None if torch.allclose(weight, WEIGHTS, atol=0.5) else "the line is off"
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A step a log line, three commits."""
+    base = demo()
+    train = replace(
+        base.train, steps=STEPS, global_clips=16, micro_clips=16, global_images=0, log_every=1, checkpoint_every=16
+    )
+    optim = replace(base.optim, lr=0.2, warmup_steps=0, weight_decay=0.0)
+    return replace(base, train=train, optim=optim, output_dir=str(tmp_path / "run"))
+
+
+def regress(config: Config, last: int = STEPS) -> int:
+    """Train until the loader ends after step `last`."""
+
+    @contextmanager
+    def open_task(setup: Setup[Config]) -> Iterator[Regression]:
+        model = Line()
+        groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+        engine = Engine(
+            model, setup.config, setup.ds_values, setup.ranks, 3, groups, lambda step: setup.config.optim.lr
+        )
+        yield Regression(setup, PointsLoader(setup.first_step, last), engine, STEPS, 0.0)
+
+    return run_training(config, read_json("zero2"), [], open_task)
+
+
+def lines(folder: Path) -> list[tuple]:
+    text = (folder / "log.jsonl").read_text()
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, text.splitlines())]
+
+
+def test_a_third_kind_of_training_resumes_exactly(config, tmp_path, capsys):
+    whole = replace(config, output_dir=str(tmp_path / "whole"))
+    assert regress(whole) == 0
+    with pytest.raises(KeyboardInterrupt):
+        regress(config, last=20)  # after the commit of step 16
+    assert regress(replace(config, resume="auto")) == 0
+    assert "continuing from step 16" in capsys.readouterr().out
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert len(lines(tmp_path / "run")) == STEPS
+    assert json.loads((tmp_path / "run" / "updates.json").read_text()) == STEPS
+
+
+def test_what_a_task_calls_not_learned_is_exit_code_1(config, capsys):
+    assert regress(replace(config, optim=replace(config.optim, lr=1e-4))) == 1
+    assert capsys.readouterr().out.endswith("not learned: the line is off\n")
