@@ -41,11 +41,11 @@ def main(argv: Sequence[str]) -> int:
     return start_training(argv, FinetuneConfig, USAGE, train, report, shown_recipe="finetune_k400")
 
 
-def train(config: FinetuneConfig, values: dict[str, Any], notes: list[str]) -> int:
+def train(config: FinetuneConfig, values: dict[str, Any], notes: list[str], given: set[str]) -> int:
     """Import what needs torch, and run."""
     from bevt_ds.train.finetuning import finetune
 
-    return finetune(config, values, notes)
+    return finetune(config, values, notes, given)
 
 
 def report(config: FinetuneConfig, notes: list[str], world: int) -> str:

@@ -55,7 +55,7 @@ def check_masks(config: Config) -> list[str]:
     return check_empty_masks((side, side), config.data.mask)
 
 
-def train(config: Config, values: dict[str, Any], notes: list[str]) -> int:
+def train(config: Config, values: dict[str, Any], notes: list[str], given: set[str]) -> int:
     """Draw the demo's shards if they are the run's and absent; import what needs torch, and run."""
     from bevt_ds.shards.synthetic.draw import ensure_demo_shards
     from bevt_ds.train.pretraining import pretrain
@@ -63,7 +63,7 @@ def train(config: Config, values: dict[str, Any], notes: list[str]) -> int:
     if shards_of(config) == shards_of(get_recipe("demo", Config)):
         ensure_demo_shards(Path(config.data.videos).parent)
 
-    return pretrain(config, values, notes)
+    return pretrain(config, values, notes, given)
 
 
 def shards_of(config: Config) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from typing import Any, TextIO
 
 from bevt_ds.config.deepspeed import merge, read_json
 from bevt_ds.config.help import page
-from bevt_ds.config.parse import apply_overrides, parse_overrides
+from bevt_ds.config.parse import apply_overrides, config_fields, get_value, parse_overrides
 from bevt_ds.config.recipes import FINETUNING, RECIPES, get_recipe
-from bevt_ds.config.schema import EvaluateConfig, InferenceT, TrainingT
+from bevt_ds.config.schema import EvaluateConfig, InferenceT, TrainingConfig, TrainingT
 from bevt_ds.config.validate import micro_steps, require_inputs, validate
 from bevt_ds.errors import UserError
 
@@ -70,7 +70,7 @@ def start_training(
     argv: Sequence[str],
     kind: type[TrainingT],
     usage: str,
-    train: Callable[[TrainingT, dict[str, Any], list[str]], int],
+    train: Callable[[TrainingT, dict[str, Any], list[str], set[str]], int],
     report: Callable[[TrainingT, list[str], int], str],
     check: Callable[[TrainingT], list[str]] = lambda _: [],
     default_recipe: str = "",
@@ -80,7 +80,8 @@ def start_training(
 
     Args:
         kind: the configuration of its runs.
-        train: takes the configuration, the DeepSpeed JSON, and lines that say what the JSON changed and `check` found.
+        train: takes the configuration, the DeepSpeed JSON, lines that say what the JSON changed and `check` found, and
+            the keys that the command line or the JSON decides.
         report: what a dry run prints, from the configuration, these lines, and the number of ranks.
         check: finds in a valid configuration what works and is hardly meant, a line each, or raises UserError.
         default_recipe: where the command line names none; empty: it must.
@@ -101,7 +102,7 @@ def start_training(
             print(report(config, notes, world))
         return 0
     require_inputs(config)
-    return train(config, values, notes)
+    return train(config, values, notes, given_keys(arguments, config))
 
 
 def resolve_config(
@@ -118,6 +119,14 @@ def resolve_config(
     config, notes = merge(config, set(overrides), values, world)
     micro_steps(validate(config, values), world)
     return config, values, notes
+
+
+def given_keys(arguments: Arguments, config: TrainingConfig) -> set[str]:
+    """The keys that the command line names, and those of which the JSON changed the recipe's value into `config`'s."""
+    kind = type(config)
+    recipe = get_recipe(arguments.recipe, kind)
+    changed = {leaf.key for leaf in config_fields(kind) if get_value(recipe, leaf.key) != get_value(config, leaf.key)}
+    return changed | set(parse_overrides(arguments.overrides, kind))
 
 
 def start_inference(

@@ -259,7 +259,11 @@ class LoopConfig:
     global_clips: A[int, F("clips a step, over all ranks; 0: no video stream")] = 256
     micro_clips: A[int, F("clips a rank takes in one forward pass")] = 4
     precision: A[Precision, F("compute type; master weights are fp32", resume="override")] = "bf16"
-    seed: A[int, F("seed of everything random", resume="override")] = 0
+    seed: A[int, F("seed of everything random; on resume, of what is drawn from there on", resume="override")] = 0
+    skip_steps: A[
+        int,
+        F("steps whose samples are passed over; on resume, a number larger by N skips the next N", resume="override"),
+    ] = 0
     log_every: A[int, F("steps from one line of log.jsonl to the next", least=1, resume="free")] = 10
     checkpoint_every: A[
         int, F("steps from one checkpoint to the next; one is written at the end too", least=1, resume="free")

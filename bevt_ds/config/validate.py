@@ -70,9 +70,14 @@ def _check_value(key: str, leaf: Leaf, value: Any) -> None:
             need(problem is None, f"{key}={value}: must be {problem}.")
 
 
+def zero_stage(values: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed JSON."""
+    return (values.get("zero_optimization") or {}).get("stage", 0)
+
+
 def _check_masters(config: TrainingConfig, values: Mapping[str, Any]) -> None:
     """Half precision needs ZeRO: without it DeepSpeed has neither fp32 sums of gradients nor fp32 weights to save."""
-    precision, stage = config.train.precision, (values.get("zero_optimization") or {}).get("stage", 0)
+    precision, stage = config.train.precision, zero_stage(values)
     need(
         precision == "fp32" or stage != 0,
         f"train.precision={precision} with ZeRO stage 0, where DeepSpeed adds gradients up in {precision}: use"
@@ -135,7 +140,7 @@ def _check_finetuning(config: FinetuneConfig) -> None:
 
 def _check_average(config: FinetuneConfig, values: Mapping[str, Any]) -> None:
     """The moving average needs the fp32 master weights in one piece for each rank."""
-    ema, stage = config.optim.ema, (values.get("zero_optimization") or {}).get("stage", 0)
+    ema, stage = config.optim.ema, zero_stage(values)
     need(
         not ema or stage != 3,
         f"optim.ema={ema} works with ZeRO stages 0 to 2, and the DeepSpeed JSON has stage 3: use"

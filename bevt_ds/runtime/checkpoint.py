@@ -11,19 +11,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bevt_ds.config.parse import config_fields, from_dict, get_value, to_dict
-from bevt_ds.config.schema import Config, TrainingConfig
+from bevt_ds.config.parse import config_fields, from_dict, get_value, set_value, to_dict
+from bevt_ds.config.schema import Config, TrainingConfig, TrainingT
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})")
+Change = dict[str, Any]  # step from which it holds, key, and the values: from, to
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Facts:
     config: TrainingConfig  # of the run
     data: str  # fingerprint of the shards
     skips: dict[str, Any]  # what the loader must know besides the step
+    changes: tuple[Change, ...] = ()  # what has been overridden on resume so far
+    loss: float | None = None  # of the last step; older checkpoints do not say
 
 
 def save(root: Path, facts: Facts, write: Callable[[Path], None], ranks: Ranks, keep: int) -> Path:
@@ -44,7 +48,8 @@ def save(root: Path, facts: Facts, write: Callable[[Path], None], ranks: Ranks, 
     Args:
         root: the folder of all checkpoints.
         write: writes this rank's files under the folder it is given; collective.
-        keep: older checkpoints beyond this number are removed, after the new one is in place.
+        keep: older checkpoints beyond this number are removed, after the new one is in place; except the one with the
+            lowest loss, so that a run which is slowly going wrong can be begun again from before it did.
 
     Raises:
         UserError: the folder cannot be written.
@@ -64,10 +69,22 @@ def save(root: Path, facts: Facts, write: Callable[[Path], None], ranks: Ranks, 
         os.replace(aside, final)
         _sync(root)
         _write_text(root / "latest", final.name)
+        best = _lowest_loss(checkpoints(root))
         for old in checkpoints(root)[keep:]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
     ranks.barrier()
     return final
+
+
+def _lowest_loss(commits: list[Path]) -> Path | None:
+    """The checkpoint whose last step had the lowest loss; None if none says. A damaged one says nothing."""
+    losses = {}
+    for commit in commits:
+        with suppress(UserError):
+            losses[commit] = _read_manifest(commit).get("loss")
+    known = [commit for commit, loss in losses.items() if loss is not None]
+    return min(known, key=losses.__getitem__, default=None)
 
 
 def name_of(step: int) -> str:
@@ -127,7 +144,8 @@ def read_facts(folder: Path, kind: type[TrainingConfig] = Config) -> Facts:
     """
     manifest = _read_manifest(folder)
     plain = {name: manifest[name] for name in ("step", "world", "stage", "data", "skips")}
-    return Facts(config=from_dict(manifest["config"], kind), **plain)
+    later = {"changes": tuple(manifest.get("changes", ())), "loss": manifest.get("loss")}
+    return Facts(config=from_dict(manifest["config"], kind), **plain, **later)
 
 
 def check_continues(saved: Facts, now: Facts, folder: Path) -> None:
@@ -151,19 +169,49 @@ def check_continues(saved: Facts, now: Facts, folder: Path) -> None:
 def check_same(saved: TrainingConfig, now: TrainingConfig, folder: Path) -> None:
     """Refuse a configuration that would compute something else than the one which `folder` was begun with.
 
+    What a user may override on resume may differ, see `keep_settings`.
+
     Raises:
         UserError: the fields that differ.
     """
     changed = [
         f"{f.key}: {get_value(saved, f.key)} -> {get_value(now, f.key)}"
         for f in config_fields(type(now))
-        if f.field.resume != "free" and get_value(saved, f.key) != get_value(now, f.key)
+        if f.field.resume == "never" and get_value(saved, f.key) != get_value(now, f.key)
     ]
     if changed:
         raise UserError(
             f"{folder} belongs to a run with another configuration ({'; '.join(changed)}). Continue it unchanged, or"
             " begin a new run from its weights with init_from and another output_dir."
         )
+
+
+def keep_settings(saved: TrainingT, now: TrainingT, given: Collection[str]) -> TrainingT:
+    """`now`, with the `saved` values of fields that may be overridden on resume and that are not `given`.
+
+    So the command that began a run, started again, takes nothing back.
+
+    Raises:
+        UserError: train.skip_steps below the saved one, which would train on samples again.
+    """
+    for leaf in config_fields(type(now)):
+        if leaf.field.resume == "override" and leaf.key not in given:
+            now = set_value(now, leaf.key, get_value(saved, leaf.key))
+    if now.train.skip_steps < saved.train.skip_steps:
+        raise UserError(
+            f"train.skip_steps={now.train.skip_steps}: the run has passed over the samples of"
+            f" {saved.train.skip_steps} steps so far; give that number, or a larger one to skip more."
+        )
+    return now
+
+
+def overrides(saved: TrainingConfig, now: TrainingConfig, step: int) -> tuple[Change, ...]:
+    """What a run that goes on from `step` overrides of the configuration that was saved there."""
+    return tuple(
+        {"step": step, "key": leaf.key, "from": get_value(saved, leaf.key), "to": get_value(now, leaf.key)}
+        for leaf in config_fields(type(now))
+        if leaf.field.resume == "override" and get_value(saved, leaf.key) != get_value(now, leaf.key)
+    )
 
 
 def make_folder(path: Path) -> None:
@@ -197,6 +245,8 @@ def _seal(folder: Path, facts: Facts) -> None:
         "stage": facts.stage,
         "data": facts.data,
         "skips": facts.skips,
+        "changes": list(facts.changes),
+        "loss": facts.loss,
         "config": to_dict(facts.config),
         "files": files,
     }

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,6 +45,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # All that DeepSpeed's shards of stages 0-3 need beyond tensors and plain containers.
 SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 TAG = "state"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 FROZEN = "frozen.safetensors"  # next to DeepSpeed's shards
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 # DeepSpeed calls collectives by names that newer torch wants replaced; nobody who trains can do anything about it.
@@ -45,6 +56,15 @@ def load_shard(path: str, map_location: Any = None) -> Any:
     """What DeepSpeed's reader returns, except that a pickle in a shard cannot run code: an allow-list of classes."""
     with torch.serialization.safe_globals(SAFE_CLASSES):
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """A model and its AdamW, on the CPU, whole on every rank, fp32, by parameter name."""
+
+    weights: dict[str, Tensor]  # buffers too
+    moments: dict[str, tuple[Tensor, Tensor]]  # as MOMENTS; none for what is frozen
+    updates: int
 
 
 def start_ranks() -> Ranks:
@@ -187,6 +207,77 @@ class Engine:
         """One whole fp32 master weight. Collective."""
         full = safe_get_full_fp32_param(parameter)
         return parameter.detach() if full is None else full  # without ZeRO, in fp32, a parameter is its own master
+
+    def whole_state(self) -> WholeState:
+        """Everything that training changes, for an engine of another precision (ZeRO stages 1 to 3). Collective."""
+        weights = {name: buffer.cpu().clone() for name, buffer in self.module.named_buffers()} | self._frozen
+        moments = {}
+        self._link_moments()
+        for name, parameter in self.module.named_parameters():
+            if name not in self._frozen:
+                weights[name] = self._full(parameter).float().cpu().clone()
+                both = (safe_get_full_optimizer_state(parameter, key) for key in MOMENTS)
+                moments[name] = tuple(moment.float().cpu().clone() for moment in both)
+        return WholeState(weights, moments, max(int(state["step"]) for state in self.ds.optimizer.state.values()))
+
+    def take_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put other weights in the place of the masters, and of the model below stage 3. Collective.
+
+        At stage 3 the model must have begun with these weights: DeepSpeed has made its masters of their rounded values.
+        """
+        for name, parameter in self.module.named_parameters():
+            if name in self._frozen:
+                continue
+            whole = weights[name].to(self.ranks.device)
+            if self.stage < 3:
+                safe_set_full_fp32_param(parameter, whole)
+                parameter.data.copy_(whole)
+            else:
+                size = safe_get_local_fp32_param(parameter).numel()
+                safe_set_local_fp32_param(parameter, self._part(whole, size))
+
+    def take_moments(self, state: WholeState) -> None:
+        """Go on with the AdamW of another engine (ZeRO stages 1 to 3). Collective."""
+        self._link_moments()
+        parameters = dict(self.module.named_parameters())
+        for name, moments in state.moments.items():
+            for key, moment in zip(MOMENTS, moments, strict=True):
+                parameter, whole = parameters[name], moment.to(self.ranks.device)
+                if self.stage < 3:
+                    safe_set_full_optimizer_state(parameter, whole, key)
+                else:
+                    size = safe_get_local_optimizer_state(parameter, key).numel()
+                    safe_set_local_optimizer_state(parameter, self._part(whole, size), key)
+        for own in self.ds.optimizer.state.values():
+            own["step"] = torch.full_like(own["step"], state.updates) if torch.is_tensor(own["step"]) else state.updates
+
+    def _part(self, whole: Tensor, size: int) -> Tensor:
+        """This rank's `size` elements of a tensor that ZeRO-3 splits over ranks; the last part is padded."""
+        padded = torch.cat([whole.flatten(), whole.new_zeros(size * self.ranks.world - whole.numel())])
+        return padded[size * self.ranks.rank :][:size]
+
+    def _link_moments(self) -> None:
+        """Make the moments, which DeepSpeed does at the first step, and let it find those of each parameter.
+
+        Below stage 3 it links them once, in its first step, and then only those of the first group.
+        """
+        optimizer, states = self.ds.optimizer, self.ds.optimizer.state
+        groups = [group["params"][0] for group in optimizer.param_groups] if self.stage < 3 else []
+        for flat in groups or optimizer.fp32_partitioned_groups_flat:
+            if not states[flat]:
+                step = 0 if self.ds.zero_cpu_offload() else torch.zeros((), device=flat.device)
+                states[flat].update({"step": step} | {key: torch.zeros_like(flat.data) for key in MOMENTS})
+        for parameter in self.module.parameters() if groups else ():
+            if mapping := getattr(parameter, "_hp_mapping", None):
+                flat = groups[mapping.param_group_index]
+                mapping.set_optim_state_fragment(flat, states[flat])
+
+    def is_finite(self) -> bool:
+        """Whether all master weights and optimizer state are finite numbers, on every rank. Collective."""
+        masters = [*self.ds.optimizer.state, *self.module.parameters()]
+        tensors = [*masters, *(t for state in self.ds.optimizer.state.values() for t in state.values())]
+        finite = [torch.isfinite(t.detach()).all() for t in tensors if torch.is_tensor(t)]
+        return self.ranks.all_hold(bool(torch.stack([f.to(self.ranks.device) for f in finite]).all()))
 
     def optimizer_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds."""

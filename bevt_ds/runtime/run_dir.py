@@ -2,6 +2,7 @@
 
 runs/joint/
   config.json       the resolved configuration
+  changes.json      what was overridden on resume, and from which step on, if anything
   log.jsonl         a line every train.log_every steps
   tensorboard/      the same numbers
   checkpoints/      step-00001000/ ... : everything that a continuation needs
@@ -16,25 +17,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from bevt_ds.config.parse import from_dict, to_dict
 from bevt_ds.config.schema import Config, TrainingConfig, TrainingT
 from bevt_ds.errors import UserError
-from bevt_ds.runtime.checkpoint import check_same, checkpoints, make_folder
+from bevt_ds.runtime.checkpoint import Change, check_same, checkpoints, make_folder
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.lock import hold
 
 CONFIG = "config.json"
+CHANGES = "changes.json"
 LOG = "log.jsonl"
 SUMMARY = "summary.json"
 SAMPLES = "samples.png"
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
 BEST = "best"
-WRITTEN = (CONFIG, LOG, SUMMARY, SAMPLES, CHECKPOINTS, WEIGHTS, BEST, "tensorboard", "bad_samples.jsonl")
+WRITTEN = (CONFIG, CHANGES, LOG, SUMMARY, SAMPLES, CHECKPOINTS, WEIGHTS, BEST, "tensorboard", "bad_samples.jsonl")
 
 
 def choose_folder(config: TrainingConfig, ranks: Ranks) -> Path:
@@ -72,8 +74,8 @@ def _claim(config: TrainingConfig) -> Path:
     return folder
 
 
-def write_config(folder: Path, config: TrainingConfig) -> None:
-    """Save the resolved configuration. From then on the folder is this run's.
+def write_config(folder: Path, config: TrainingConfig, changes: Sequence[Change] = ()) -> None:
+    """Save the resolved configuration, and what resumes have overridden. From then on the folder is this run's.
 
     Raises:
         UserError: another run has taken the folder in the meantime.
@@ -81,6 +83,8 @@ def write_config(folder: Path, config: TrainingConfig) -> None:
     if config.resume == "never" and (folder / CONFIG).exists():
         raise UserError(f"output_dir={folder} was taken by another run that started at the same time.")
     write_json(folder / CONFIG, to_dict(config))
+    if changes:
+        write_json(folder / CHANGES, list(changes))
 
 
 def _claim_free_name(first: Path, config: TrainingConfig) -> Path:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from bevt_ds.config.schema import TrainingConfig
+from bevt_ds.config.schema import TrainingConfig, TrainingT
 from bevt_ds.data.loader import LEDGER, BackgroundLoader
 from bevt_ds.errors import UserError
 from bevt_ds.kernels import resolve
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.engine import Engine
 
+ADVICE = (
+    "Continue from the last checkpoint: the same command with resume=auto and a lower optim.lr, with"
+    " train.precision=bf16 or fp32 if it was fp16, or with train.skip_steps=N to pass over the samples of N more steps."
+)
 LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
 
 
@@ -28,10 +34,18 @@ def require_finite(loss: float, step: int) -> None:
         UserError: the loss is not a finite number.
     """
     if not abs(loss) < float("inf"):
-        raise UserError(
-            f"the loss of step {step} is {loss}. Resume from the checkpoint before it with a lower optim.lr,"
-            " or with train.precision=bf16 or fp32 if it was fp16."
-        )
+        raise UserError(f"the loss of step {step} is {loss}. {ADVICE}")
+
+
+def require_good(engine: Engine, loss: float, step: int) -> None:
+    """Stop a run that has diverged before it is saved. Collective.
+
+    Raises:
+        UserError: the loss of `step`, or something of the weights and the optimizer after it, is not a finite number.
+    """
+    require_finite(loss, step)
+    if not engine.is_finite():
+        raise UserError(f"after step {step} weights or optimizer are not finite: nothing is saved. {ADVICE}")
 
 
 def require_known_targets(metrics: Mapping[str, float | Tensor], vocabulary: int, where: str) -> None:
@@ -61,6 +75,40 @@ def find_start(config: TrainingConfig, folder: Path, ranks: Ranks) -> tuple[Path
     if damage := checkpoint.find_damage(given, ranks):
         raise UserError(f"resume={given}: {damage}")
     return given, checkpoint.read_facts(given, type(config))
+
+
+def go_on(
+    config: TrainingT, given: Collection[str], folder: Path, start: tuple[Path, checkpoint.Facts] | None
+) -> tuple[TrainingT, tuple[checkpoint.Change, ...], dict[str, Any] | None]:
+    """The configuration with which a run begins or goes on; all that was overridden so far; the loader's skips.
+
+    `given` are the keys that the command line decides: of the fields that may be overridden, all others keep the value
+    that the run has.
+
+    Raises:
+        UserError: the saved configuration cannot be read, or less is to be skipped than has been.
+    """
+    if config.resume == "auto" and (folder / run_dir.CONFIG).is_file():
+        config = checkpoint.keep_settings(run_dir.read_config(folder, type(config)), config, given)
+    elif start:
+        config = checkpoint.keep_settings(start[1].config, config, given)
+    if not start:
+        return config, (), None
+    saved = start[1]
+    skips = saved.skips if saved.config.train.seed == config.train.seed else {**saved.skips, "skips": []}
+    return config, saved.changes + checkpoint.overrides(saved.config, config, saved.step), skips
+
+
+def print_changes(changes: Sequence[checkpoint.Change]) -> None:
+    """Say what the run overrides, and since when."""
+    for change in changes:
+        print(f"from step {change['step']} on, {change['key']}: {change['from']} -> {change['to']}", flush=True)
+
+
+def require_steps(first_step: int, steps: int) -> None:
+    """UserError: the run has gone further than it is now to go."""
+    if first_step > steps:
+        raise UserError(f"the run has done {first_step} steps, and is now to end after {steps}: give more steps.")
 
 
 def kernel_provider(config: TrainingConfig, ranks: Ranks) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from bevt_ds.eval.videos import each_video
 from bevt_ds.model.presets import create_classifier
 from bevt_ds.model.weights import load_init
 from bevt_ds.runtime import run_dir
+from bevt_ds.runtime.continuing import begin_engine
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.flops import Sizes, backbone_macs, training_flops
@@ -36,9 +37,9 @@ from bevt_ds.train.mixup import Mixing
 BEST_SCORES = "scores.json"
 
 
-def finetune(config: FinetuneConfig, ds_values: Mapping[str, Any], notes: Sequence[str]) -> int:
+def finetune(config: FinetuneConfig, ds_values: Mapping[str, Any], notes: Sequence[str], given: Collection[str]) -> int:
     """A whole run; returns the exit code. See `run_training`."""
-    return run_training(config, ds_values, notes, open_finetuning)
+    return run_training(config, ds_values, notes, open_finetuning, given)
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Finetuning(Task[FinetuneConfig, LabelledBatch]):
     loader: LabelledLoader
     average: WeightAverage | None
     mixing: Mixing | None
+    opens_loaded: ClassVar[bool] = True
     shown: ClassVar[tuple[str, ...]] = ("loss", "acc")
 
     def forward(self, batch: LabelledBatch, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -75,7 +77,7 @@ class Finetuning(Task[FinetuneConfig, LabelledBatch]):
     @property
     def fingerprint(self) -> str:
         """The classes' names are part of the data."""
-        return hashlib.sha256(repr((self.loader.fingerprint, self.loader.classes.names)).encode()).hexdigest()
+        return data_digest(self.loader)
 
     def averaged(self) -> AbstractContextManager[None]:
         """What is validated and exported: the moving average where the run keeps one, else the weights themselves."""
@@ -88,10 +90,6 @@ class Finetuning(Task[FinetuneConfig, LabelledBatch]):
     def save(self, folder: Path) -> None:
         if self.average:
             self.average.save(folder)
-
-    def load(self, folder: Path) -> None:
-        if self.average:
-            self.average.load(folder)
 
     def describe(self) -> str:
         loader = self.loader
@@ -109,8 +107,9 @@ def open_finetuning(setup: Setup[FinetuneConfig]) -> Iterator[Finetuning]:
     config = setup.config
     with open_loader(setup) as loader:
         steps = config.train.steps or config.train.epochs * loader.steps_an_epoch
-        engine = make_engine(setup, loader, steps)
-        average = WeightAverage(engine, config.optim.ema) if config.optim.ema else None
+        setup.require_same(data_digest(loader))
+        build = partial(make_engine, setup=setup, loader=loader, steps=steps)
+        engine, average = begin_engine(build, config, setup.start, config.optim.ema)
         mixing = make_mixing(config, loader.classes)
         yield Finetuning(setup, loader, engine, steps, step_flops(config, engine), average, mixing)
 
@@ -123,12 +122,17 @@ def open_loader(setup: Setup[FinetuneConfig]) -> LabelledLoader:
         config.train,
         ranks.rank,
         ranks.world,
-        setup.first_step,
+        setup.first_position,
         ranks.device,
         setup.folder,
         setup.loader_state,
         ranks.sum_counts,
     )
+
+
+def data_digest(loader: LabelledLoader) -> str:
+    """What identifies the samples and their classes."""
+    return hashlib.sha256(repr((loader.fingerprint, loader.classes.names)).encode()).hexdigest()
 
 
 def make_mixing(config: FinetuneConfig, classes: Classes) -> Mixing | None:
@@ -137,9 +141,15 @@ def make_mixing(config: FinetuneConfig, classes: Classes) -> Mixing | None:
     return Mixing(train.mixup, train.cutmix, len(classes), train.seed) if train.mixup or train.cutmix else None
 
 
-def make_engine(setup: Setup[FinetuneConfig], loader: LabelledLoader, steps: int) -> Engine:
-    """The classifier, initialised from the seed and, in a new run, from `init_from`, under DeepSpeed."""
-    config, ranks = setup.config, setup.ranks
+def make_engine(
+    config: FinetuneConfig,
+    setup: Setup[FinetuneConfig],
+    loader: LabelledLoader,
+    steps: int,
+    weights: dict[str, Tensor] | None = None,
+) -> Engine:
+    """The classifier, with these weights or initialised from the seed and, in a new run, from `init_from`."""
+    ranks = setup.ranks
     options, names = asdict(config.model), loader.classes.names
     model = create_classifier(options.pop("name"), len(names), classes=names, **options)
     model.init_weights(torch.Generator().manual_seed(config.train.seed))
@@ -147,6 +157,8 @@ def make_engine(setup: Setup[FinetuneConfig], loader: LabelledLoader, steps: int
         report = load_init(model, run_dir.weights_of(config.init_from))
         if ranks.is_main:
             print(report, flush=True)
+    if weights:
+        model.load_state_dict(weights)
     groups = layer_decay_groups(model, model.arch["depths"], config.optim)
     epoch = loader.steps_an_epoch
     warmup = config.optim.warmup_epochs * epoch

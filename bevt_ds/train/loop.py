@@ -8,7 +8,7 @@ then `run_training`, which sets a run up in the order in which things depend on 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +19,24 @@ from tqdm import tqdm
 
 from bevt_ds.batch import Batch, LabelledBatch
 from bevt_ds.config.schema import TrainingConfig
-from bevt_ds.config.validate import micro_steps
+from bevt_ds.config.validate import micro_steps, zero_stage
 from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import BackgroundLoader
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine, start_ranks
 from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums
-from bevt_ds.runtime.runs import find_start, kernel_provider, report_bad, report_wait, require_finite
+from bevt_ds.runtime.runs import (
+    find_start,
+    go_on,
+    kernel_provider,
+    print_changes,
+    report_bad,
+    report_wait,
+    require_finite,
+    require_good,
+    require_steps,
+)
 
 NOT_LEARNED = 1  # exit code
 
@@ -43,6 +53,8 @@ class Setup(Generic[ConfigT]):
     folder: Path
     ranks: Ranks
     start: tuple[Path, checkpoint.Facts] | None = None
+    changes: tuple[checkpoint.Change, ...] = ()  # what has been overridden on resume so far
+    loader_state: dict[str, Any] | None = None  # what the loaders of the run that is continued pass on
 
     @property
     def first_step(self) -> int:
@@ -50,9 +62,21 @@ class Setup(Generic[ConfigT]):
         return self.start[1].step if self.start else 0
 
     @property
-    def loader_state(self) -> dict[str, Any] | None:
-        """What the loaders of the run that is continued pass on."""
-        return self.start[1].skips if self.start else None
+    def first_position(self) -> int:
+        """The step of the plan whose samples the first update takes."""
+        return self.first_step + self.config.train.skip_steps
+
+    def require_same(self, fingerprint: str) -> None:
+        """Refuse to continue a different run; `fingerprint` is of the data.
+
+        Raises:
+            UserError: another world size, ZeRO stage, data or configuration.
+        """
+        if self.start:
+            folder, saved = self.start
+            stage = zero_stage(self.ds_values)
+            now = replace(saved, world=self.ranks.world, stage=stage, config=self.config, data=fingerprint)
+            checkpoint.check_continues(saved, now, folder)
 
 
 @dataclass
@@ -65,6 +89,7 @@ class Task(ABC, Generic[ConfigT, BatchT]):
     steps: int
     step_flops: float
     shown: ClassVar[tuple[str, ...]] = ("loss",)  # fields of a log line that the progress bar shows
+    opens_loaded: ClassVar[bool] = False  # whether opening the task has loaded the checkpoint: see begin_engine
 
     @property
     def config(self) -> ConfigT:
@@ -144,19 +169,19 @@ def train_step(task: Task, batches: Iterator, step: int, earlier: StepSums | Non
 def train(task: Task, batches: Iterator, log: RunLog) -> None:
     """Every step that is left, with its log lines and checkpoints."""
     config, first, steps = task.config.train, task.setup.first_step, task.steps
-    sums, speed = None, SpeedMeter(config, task.step_flops, task.ranks.world, task.ranks.device)
+    unreported, speed = None, SpeedMeter(config, task.step_flops, task.ranks.world, task.ranks.device)
     with tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=not task.ranks.is_main) as bar:
         for step in bar:
-            sums = train_step(task, batches, step, sums)
+            sums = unreported = train_step(task, batches, step, unreported)
             speed.steps += 1
             done = step + 1
             if done % config.log_every == 0 or done == steps or task.is_due(step):
                 bar.set_postfix_str(write_line(task, log, speed, sums, step))
-                sums = None
+                unreported = None
             with speed.paused():
                 task.every_so_often(step, log)
             if done % config.checkpoint_every == 0 or done == steps:
-                save_checkpoint(task, done)
+                save_checkpoint(task, done, task.metrics(sums.totals(task.ranks), step)["loss"])
 
 
 def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step: int) -> str:
@@ -178,8 +203,13 @@ def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step:
     return ", ".join(f"{name} {values[name]:.3f}" for name in task.shown if name in values)
 
 
-def save_checkpoint(task: Task, steps_done: int) -> None:
-    """Commit a checkpoint: the engine's shards, the task's own part, and the weights on their own. Collective."""
+def save_checkpoint(task: Task, steps_done: int, loss: float) -> None:
+    """Commit a checkpoint: the engine's shards, the task's own part, and the weights on their own. Collective.
+
+    Raises:
+        UserError: the loss, or something that would be saved, is not a finite number. Nothing is saved then.
+    """
+    require_good(task.engine, loss, steps_done - 1)
 
     def write(folder: Path) -> None:
         task.engine.save(folder)
@@ -189,13 +219,15 @@ def save_checkpoint(task: Task, steps_done: int) -> None:
             task.engine.module.save_pretrained(folder / run_dir.WEIGHTS, state, task.trained_streams)
 
     root = task.setup.folder / run_dir.CHECKPOINTS
-    checkpoint.save(root, facts(task, steps_done), write, task.ranks, task.config.train.keep_checkpoints)
+    now = replace(facts(task, steps_done), loss=loss)
+    checkpoint.save(root, now, write, task.ranks, task.config.train.keep_checkpoints)
 
 
 def facts(task: Task, steps_done: int) -> checkpoint.Facts:
     """What a checkpoint says of this run. Collective."""
     skips = merge_states(task.ranks.gather(task.loader.state()))
-    return checkpoint.Facts(steps_done, task.ranks.world, task.engine.stage, task.config, task.fingerprint, skips)
+    world, changes = task.ranks.world, task.setup.changes
+    return checkpoint.Facts(steps_done, world, task.engine.stage, task.config, task.fingerprint, skips, changes)
 
 
 def run_training(
@@ -203,6 +235,7 @@ def run_training(
     ds_values: Mapping[str, Any],
     notes: Sequence[str],
     open_task: Callable[[Setup[ConfigT]], AbstractContextManager[Task]],
+    given: Collection[str] = (),
 ) -> int:
     """Set up a run of any kind and train to its end; returns the exit code.
 
@@ -211,6 +244,7 @@ def run_training(
         ds_values: the DeepSpeed JSON.
         notes: what the JSON changed in the config, to be printed.
         open_task: makes the task, loader and engine included; leaving its block ends the loader.
+        given: keys that the command line or the JSON decides; a run that goes on keeps its values of the others.
     """
     ranks = start_ranks()
     folder = run_dir.choose_folder(config, ranks)
@@ -218,11 +252,15 @@ def run_training(
     if ranks.is_main:
         print("\n".join([f"recipe {config.recipe}, output in {folder}/", *notes]), flush=True)
     provider = kernel_provider(config, ranks)
-    setup = Setup(config, ds_values, folder, ranks, find_start(config, folder, ranks))
+    start = find_start(config, folder, ranks)
+    config, changes, loader_state = go_on(config, given, folder, start)
+    setup = Setup(config, ds_values, folder, ranks, start, changes, loader_state)
     with open_task(setup) as task:
+        require_steps(setup.first_step, task.steps)
         continue_run(task)
         if ranks.is_main:
-            run_dir.write_config(folder, config)
+            run_dir.write_config(folder, config, changes)
+            print_changes(changes)
             print("\n".join([opening(task, provider), *filter(None, [task.describe()])]), flush=True)
         batches = iter(task.loader)
         with RunLog(folder, ranks, setup.first_step) as log:
@@ -236,7 +274,7 @@ def run_training(
 
 def continue_run(task: Task) -> None:
     """Put the state of the checkpoint that the run continues from into the engine and the task. Collective."""
-    if task.setup.start:
+    if task.setup.start and not task.opens_loaded:
         folder, saved = task.setup.start
         checkpoint.check_continues(saved, facts(task, saved.step), folder)
         task.engine.load(folder)
@@ -253,7 +291,7 @@ def opening(task: Task, provider: str) -> str:
 def close_run(setup: Setup, steps: int, problem: str | None) -> int:
     """The closing lines; returns the exit code."""
     if setup.ranks.is_main:
-        report_bad(setup.folder, steps)
+        report_bad(setup.folder, steps + setup.config.train.skip_steps)
         print(f"\nwrote {setup.folder}/", flush=True)
         if problem:
             print(f"not learned: {problem}", flush=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, require_vocabulary, tokenize
 from bevt_ds.model.weights import load_init
 from bevt_ds.runtime import run_dir
+from bevt_ds.runtime.continuing import begin_engine
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.flops import Sizes
@@ -30,9 +31,9 @@ from bevt_ds.runtime.runs import require_known_targets
 from bevt_ds.train.loop import Setup, Task, run_training
 
 
-def pretrain(config: Config, ds_values: Mapping[str, Any], notes: Sequence[str]) -> int:
+def pretrain(config: Config, ds_values: Mapping[str, Any], notes: Sequence[str], given: Collection[str]) -> int:
     """A whole run; returns the exit code. See `run_training`."""
-    return run_training(config, ds_values, notes, open_pretraining)
+    return run_training(config, ds_values, notes, open_pretraining, given)
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Pretraining(Task[Config, Batch]):
 
     tokenizer: Tokenizer
     probe: OnlineProbe | None
+    opens_loaded: ClassVar[bool] = True
     shown: ClassVar[tuple[str, ...]] = ("loss_video", "loss_image", "probe_top1")
 
     def forward(self, batch: Batch, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -88,7 +90,9 @@ def open_pretraining(setup: Setup[Config]) -> Iterator[Pretraining]:
     with closing(eval_batches(config, folder=ledger)) as held_out:
         next(held_out, None)
     with open_loader(setup) as loader:
-        engine = make_engine(config, setup.ds_values, ranks, tokenizer.vocab_size, fresh=setup.start is None)
+        setup.require_same(loader.fingerprint)
+        facts = {"ds_values": setup.ds_values, "ranks": ranks, "vocab_size": tokenizer.vocab_size}
+        engine, _ = begin_engine(partial(make_engine, **facts, fresh=setup.start is None), config, setup.start)
         require_vocabulary(tokenizer, engine.module.arch["vocab_size"])
         flops = expected_step_flops(config, Sizes.of(engine.module.arch))
         yield Pretraining(setup, loader, engine, config.train.steps, flops, tokenizer, probe)
@@ -101,7 +105,7 @@ def open_loader(setup: Setup[Config]) -> Loader:
         setup.config,
         ranks.rank,
         ranks.world,
-        setup.first_step,
+        setup.first_position,
         ranks.device,
         setup.folder,
         setup.loader_state,
@@ -125,8 +129,15 @@ def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
     return tokenizer
 
 
-def make_engine(config: Config, ds_values: dict[str, Any], ranks: Ranks, vocab_size: int, fresh: bool = True) -> Engine:
-    """The model, initialised from the seed and, in a `fresh` run, from `init_from`, under DeepSpeed."""
+def make_engine(
+    config: Config,
+    ds_values: Mapping[str, Any],
+    ranks: Ranks,
+    vocab_size: int,
+    fresh: bool = True,
+    weights: dict[str, Tensor] | None = None,
+) -> Engine:
+    """The model, with these weights or initialised from the seed and, in a `fresh` run, from `init_from`."""
     options = asdict(config.model)
     model = create_model(options.pop("name"), vocab_size=vocab_size, **options)
     model.init_weights(torch.Generator().manual_seed(config.train.seed))
@@ -134,6 +145,8 @@ def make_engine(config: Config, ds_values: dict[str, Any], ranks: Ranks, vocab_s
         report = load_init(model, run_dir.weights_of(config.init_from), head=config.init_head)
         if ranks.is_main:
             print(report, flush=True)
+    if weights:
+        model.load_state_dict(weights)
     freeze_unused(model, trained_streams(config))
     groups = parameter_groups(model, config.optim.weight_decay)
     schedule = partial(learning_rate, optim=config.optim, steps=config.train.steps, warmup=config.optim.warmup_steps)

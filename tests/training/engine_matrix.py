@@ -11,7 +11,8 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,18 @@ from torch import Tensor, nn
 
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.recipes import demo
+from bevt_ds.config.schema import Config
+from bevt_ds.runtime.checkpoint import Facts
+from bevt_ds.runtime.continuing import Build, begin_engine
 from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import DTYPES, TAG, Engine, start_ranks
 
 SAMPLES = 16
 SAVED, STEPS = 2, 4
 SAVED_OFFLOAD, STEPS_OFFLOAD = 20, 24  # the rounding of a running product shows only after some steps
 LR, DECAY = 1e-2, 0.1
+TYPES = ("fp32", "bf16")
 
 
 class Network(nn.Module):
@@ -62,17 +68,25 @@ def sample_batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(SAMPLES, 12, generator=generator), torch.randn(SAMPLES, 5, generator=generator)
 
 
-def make_engine(stage: int, precision: str, accumulation: int, ranks: Ranks, offload: bool = False) -> Engine:
-    """The network under DeepSpeed with the project's JSON of that stage; without ZeRO for stage 0."""
+def make_config(precision: str, accumulation: int, ranks: Ranks) -> Config:
+    """What the engine needs of a run that takes all samples a step."""
     config = demo()
     micro = SAMPLES // (accumulation * ranks.world)
     train = replace(config.train, precision=precision, global_clips=SAMPLES, micro_clips=micro, global_images=0)
-    config = replace(config, train=train, optim=replace(config.optim, lr=LR, eps=1e-2))
+    return replace(config, train=train, optim=replace(config.optim, lr=LR, eps=1e-2))
+
+
+def make_engine(
+    stage: int, offload: bool, ranks: Ranks, config: Config, weights: dict[str, Tensor] | None = None
+) -> Engine:
+    """The network under DeepSpeed with the project's JSON of that stage; without ZeRO for stage 0."""
     values = read_json(f"zero{max(stage, 1)}")
     values["zero_optimization"]["stage"] = stage
     if offload:
         values["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     model = Network()
+    if weights:
+        model.load_state_dict(weights)
     return Engine(model, config, values, ranks, 32, model.groups(), lambda step: LR)
 
 
@@ -132,14 +146,61 @@ def measure(engine: Engine, again: Engine, accumulation: int, saved: int, steps:
     return row
 
 
-def main(folder: Path, cases: Sequence[tuple[int, str, int, bool]]) -> None:
+def hand_over(build: Build, configs: Sequence[Config], accumulation: int, stage: int, folder: Path) -> dict[str, Any]:
+    """What a checkpoint of the first configuration becomes in a run of the second, at once and after more steps."""
+    ema = 0.5 if stage < 3 else 0.0
+    before, average = begin_engine(build, configs[0], None, ema)
+    for step in range(SAVED):
+        advance(before, [step], accumulation)
+        if average:
+            average.update()
+    before.save(folder)
+    if average:
+        average.save(folder)
+    old, old_average = before.whole_state(), averaged(before, average)
+    start = folder, Facts(SAVED, before.ranks.world, stage, configs[0], "", {})
+    after, average = begin_engine(build, configs[1], start, ema)
+    new, new_average = after.whole_state(), averaged(after, average)
+    advance(after, range(SAVED, STEPS), accumulation)
+    got, expected = after.whole_state().weights, reference(configs[1].train.precision, STEPS)
+    return {
+        "compute type": str(after.dtype),
+        "weights kept": equal(old.weights, new.weights) and equal(old_average, new_average),
+        "averages differ": stage == 3 or not equal(old.weights, old_average),
+        "moments kept": all(map(torch.equal, chain(*old.moments.values()), chain(*new.moments.values()))),
+        "updates": (old.updates, new.updates),
+        "deviation": max(float((got[n] - expected[n]).abs().max()) for n in got),
+    }
+
+
+def averaged(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
+    """The averages by name; none where none are kept."""
+    if average is None:
+        return {}
+    with average.applied():
+        return engine.whole_state().weights
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are the same to the last bit."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def main(folder: Path, words: set[str]) -> None:
     """Every case; rank 0 writes the rows."""
-    ranks = start_ranks()
-    for stage, precision, accumulation, offload in cases:
-        engine, again = (make_engine(stage, precision, accumulation, ranks, offload) for _ in range(2))
-        place = folder / f"stage{stage}-{precision}-{accumulation}"
-        lengths = (SAVED_OFFLOAD, STEPS_OFFLOAD) if offload else (SAVED, STEPS)
-        row = measure(engine, again, accumulation, *lengths, place)
+    ranks, offload = start_ranks(), "offload" in words
+    stages = (1, 2, 3) if words & {"offload", "other"} else (0, 1, 2, 3)
+    accumulations = (1, 2, 4) if "wide" in words else (2,)
+    for stage, precision, accumulation in product(stages, TYPES, accumulations):
+        if (stage, precision) == (0, "bf16"):
+            continue  # refused before the start
+        configs = [make_config(name, accumulation, ranks) for name in sorted(TYPES, key=lambda n: n != precision)]
+        build, place = partial(make_engine, stage, offload, ranks), folder / f"{stage}-{precision}-{accumulation}"
+        if "other" in words:
+            row = hand_over(build, configs, accumulation, stage, place)
+        else:
+            lengths = (SAVED_OFFLOAD, STEPS_OFFLOAD) if offload else (SAVED, STEPS)
+            row = measure(build(configs[0]), build(configs[0]), accumulation, *lengths, place)
         if ranks.is_main:
             facts = {"stage": stage, "precision": precision, "accumulation": accumulation}
             with (folder / "rows.jsonl").open("a") as file:
@@ -147,8 +208,4 @@ def main(folder: Path, cases: Sequence[tuple[int, str, int, bool]]) -> None:
 
 
 if __name__ == "__main__":
-    words = set(sys.argv[2:])
-    accumulations = (1, 2, 4) if "wide" in words else (2,)
-    stages = (1, 2, 3) if "offload" in words else (0, 1, 2, 3)
-    every = [(s, p, a, "offload" in words) for s, p, a in product(stages, ("fp32", "bf16"), accumulations)]
-    main(Path(sys.argv[1]), [case for case in every if case[:2] != (0, "bf16")])
+    main(Path(sys.argv[1]), set(sys.argv[2:]))

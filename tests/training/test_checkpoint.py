@@ -118,13 +118,23 @@ def test_retention(tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005", "step-00000004"]
 
 
+def test_retention_keeps_the_lowest_loss_as_well(tmp_path):
+    """A run that goes wrong with finite losses can be begun again from before it did."""
+    for step, loss in enumerate((3.0, 2.0, 2.5, 40.0, 41.0), start=1):
+        save(tmp_path, replace(FACTS, step=step, loss=loss), write_files, ALONE, keep=2)
+    assert [p.name[-1] for p in checkpoints(tmp_path)] == ["5", "4", "2"]
+    (tmp_path / "step-00000002" / "manifest.json").write_text("torn")
+    save(tmp_path, replace(FACTS, step=6, loss=30.0), write_files, ALONE, keep=2)
+    assert [p.name[-1] for p in checkpoints(tmp_path)] == ["6", "5"]
+
+
 @pytest.mark.parametrize(
     ("now", "part"),
     [
         (replace(FACTS, world=2), "written by 1 ranks"),
         (replace(FACTS, stage=3), "ZeRO stage 2"),
         (replace(FACTS, data="xyz"), "other shards"),
-        (replace(FACTS, config=set_value(FACTS.config, "optim.lr", 0.1)), "optim.lr"),
+        (replace(FACTS, config=set_value(FACTS.config, "optim.eps", 0.1)), "optim.eps"),
     ],
 )
 def test_another_run_cannot_be_continued(now, part):
@@ -193,8 +203,8 @@ def test_resume_auto_refuses_another_configuration_before_the_first_checkpoint(t
     config = set_value(set_value(get_recipe("demo"), "output_dir", str(tmp_path)), "resume", "auto")
     write_config(choose_folder(config, ALONE), config)
     assert choose_folder(config, ALONE) == tmp_path
-    with pytest.raises(UserError, match="optim.lr"):
-        choose_folder(set_value(config, "optim.lr", 0.5), ALONE)
+    with pytest.raises(UserError, match="optim.eps"):
+        choose_folder(set_value(config, "optim.eps", 0.5), ALONE)
 
 
 def test_folder_that_cannot_be_written(tmp_path):

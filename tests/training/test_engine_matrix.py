@@ -7,16 +7,23 @@ import pytest
 from tests.training.processes import launch
 
 SLOW_SECONDS = 1800
+ROWS = {(): 7, ("wide",): 21, ("offload",): 6, ("other",): 6}  # by what is run
 TOLERANCE = {"fp32": 2e-6, "bf16": 2e-3}  # weights are moved by about 0.04; bf16 sums differ with the split
 
 
-def check(folder, world: int, *words: str, rows: int, loose: float = 1) -> None:
-    """Run the matrix on `world` ranks and judge each of its `rows`, with `loose` times the tolerance."""
+def run_matrix(folder, world: int, *words: str) -> list[dict]:
+    """The rows that the matrix writes on `world` ranks."""
     output = launch(["-m", "tests.training.engine_matrix", str(folder), *words], world, SLOW_SECONDS)
     path = folder / "rows.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    assert len(found) == rows, output
-    for row in found:
+    assert path.exists(), output
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == ROWS[words], output
+    return rows
+
+
+def check(rows: list[dict], loose: float = 1) -> None:
+    """Judge each row, with `loose` times the tolerance."""
+    for row in rows:
         assert row["moved"] > 0.02, row
         assert row["deviation"] < loose * TOLERANCE[row["precision"]], row
         assert row["resumed exactly"] and row["frozen kept"], row
@@ -25,14 +32,24 @@ def check(folder, world: int, *words: str, rows: int, loose: float = 1) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_stages_and_precisions(tmp_path, world):
-    check(tmp_path, world, rows=7)
+    check(run_matrix(tmp_path, world))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_another_precision_goes_on_with_the_same_state(tmp_path, world):
+    for row in run_matrix(tmp_path, world, "other"):
+        other = {"fp32": "bfloat16", "bf16": "float32"}[row["precision"]]
+        assert row["compute type"] == f"torch.{other}", row
+        assert row["weights kept"] and row["averages differ"] and row["moments kept"], row
+        assert row["updates"] == [2, 2], row
+        assert row["deviation"] < TOLERANCE["bf16"], row
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(SLOW_SECONDS)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_stages_precisions_and_accumulations(tmp_path, world):
-    check(tmp_path, world, "wide", rows=21)
+    check(run_matrix(tmp_path, world, "wide"))
 
 
 @pytest.mark.slow
@@ -40,4 +57,4 @@ def test_stages_precisions_and_accumulations(tmp_path, world):
 @pytest.mark.parametrize("world", [1, 2])
 def test_offloaded_optimizer(tmp_path, world):
     """DeepSpeed compiles its CPU AdamW at the first use, which takes minutes."""
-    check(tmp_path, world, "offload", rows=6, loose=10)
+    check(run_matrix(tmp_path, world, "offload"), loose=10)
