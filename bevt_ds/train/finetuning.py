@@ -50,7 +50,7 @@ class Finetuning(Task[FinetuneConfig, LabelledBatch]):
     average: WeightAverage | None
     mixing: Mixing | None
     opens_loaded: ClassVar[bool] = True
-    shown: ClassVar[tuple[str, ...]] = ("loss", "acc")
+    shown: ClassVar[Mapping[str, str]] = {"loss": ".3f", "acc": ".1%"}
 
     def forward(self, batch: LabelledBatch, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         clips, targets = batch.pixels, batch.labels

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 from tqdm import tqdm
 
-from bevt_ds.batch import Batch, LabelledBatch
 from bevt_ds.config.schema import TrainingConfig
 from bevt_ds.config.validate import micro_steps, zero_stage
 from bevt_ds.data.ledger import merge_states
@@ -41,7 +40,7 @@ from bevt_ds.runtime.runs import (
 NOT_LEARNED = 1  # exit code
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
-BatchT = TypeVar("BatchT", Batch, LabelledBatch)
+BatchT = TypeVar("BatchT")  # has `to(device, non_blocking=...)`
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ class Task(ABC, Generic[ConfigT, BatchT]):
     engine: Engine
     steps: int
     step_flops: float
-    shown: ClassVar[tuple[str, ...]] = ("loss",)  # fields of a log line that the progress bar shows
     opens_loaded: ClassVar[bool] = False  # whether opening the task has loaded the checkpoint: see begin_engine
+    shown: ClassVar[Mapping[str, str]] = {"loss": ".3f"}  # fields of a log line on the progress bar, and their formats
 
     @property
     def config(self) -> ConfigT:
@@ -200,7 +199,7 @@ def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step:
     log.write(step, values)
     if task.ranks.is_main:
         report_wait(step, values["data_wait"], task.loader)
-    return ", ".join(f"{name} {values[name]:.3f}" for name in task.shown if name in values)
+    return ", ".join(f"{name} {values[name]:{form}}" for name, form in task.shown.items() if name in values)
 
 
 def save_checkpoint(task: Task, steps_done: int, loss: float) -> None:

@@ -43,7 +43,7 @@ class Pretraining(Task[Config, Batch]):
     tokenizer: Tokenizer
     probe: OnlineProbe | None
     opens_loaded: ClassVar[bool] = True
-    shown: ClassVar[tuple[str, ...]] = ("loss_video", "loss_image", "probe_top1")
+    shown: ClassVar[Mapping[str, str]] = dict.fromkeys(("loss_video", "loss_image", "probe_top1"), ".3f")
 
     def forward(self, batch: Batch, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         batch = tokenize(self.tokenizer, batch)

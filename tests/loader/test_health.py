@@ -321,7 +321,7 @@ def test_the_loops_lines_report_it(is_main: bool, capsys: pytest.CaptureFixture)
         engine=SimpleNamespace(last_lr=0.1, grad_norm=none, optimizer_bytes=none),
         metrics=lambda totals, step: {"loss": totals["loss"]},
         measurements=lambda step: {},
-        shown=("loss",),
+        shown={"loss": ".3f"},
     )
     speed = SimpleNamespace(read=lambda waited: {"data_wait": waited / 10}, paused=nullcontext)
     sums = SimpleNamespace(totals=lambda ranks: {"loss": 2.0})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -178,19 +180,53 @@ def test_demo_shards_appear_whole_and_once(tmp_path: Path, monkeypatch: pytest.M
         ensure_demo_shards(folder)
 
 
-def test_two_programs_may_draw_the_demo_shards_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_the_first_of_two_drawings_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draw_module, "DEMO_SPLITS", {"train": (1, 1)})
     folder, whole = tmp_path / "demo", draw_module._draw_demo
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
 
     def overtaken(unfinished: Path) -> None:
         monkeypatch.setattr(draw_module, "_draw_demo", whole)
         ensure_demo_shards(folder)  # the other program, which ends first
         whole(unfinished)
 
+    monkeypatch.setattr(draw_module, "fcntl", SimpleNamespace(flock=no_locks, LOCK_EX=fcntl.LOCK_EX))
     monkeypatch.setattr(draw_module, "_draw_demo", overtaken)
     ensure_demo_shards(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert len(list(folder.glob("*.tar"))) == 2
+
+
+RANK = """
+import sys, time
+from pathlib import Path
+from bevt_ds.shards.synthetic import draw
+
+here, rank, world = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+draw.DEMO_SPLITS, whole = {"train": (1, 1)}, draw._draw_demo
+
+def counted(folder):
+    print("drawn")
+    while len(list(here.glob("rank-*"))) < world:
+        time.sleep(0.02)
+    time.sleep(0.3)  # the others have passed their first look
+    whole(folder)
+
+draw._draw_demo = counted
+(here / f"rank-{rank}").touch()
+draw.ensure_demo_shards(here / "demo")
+print(len(list((here / "demo").glob("*.tar"))))
+"""
+
+
+def test_one_rank_draws_the_demo_shards_and_the_others_wait(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RANK, str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(n), "3"], stdout=subprocess.PIPE, text=True) for n in range(3)]
+    outputs = [rank.communicate(timeout=240)[0].split() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    assert sorted(outputs) == [["2"], ["2"], ["drawn", "2"]]
 
 
 def test_an_interrupted_drawing_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

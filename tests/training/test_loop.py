@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +20,7 @@ from bevt_ds.config.recipes import demo
 from bevt_ds.config.schema import Config
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.train.loop import Setup, Task, run_training
+from tests.training.processes import ROOT, SECONDS, environment
 
 WEIGHTS = torch.tensor([[2.0, -1.0, 0.5]])
 STEPS = 48
@@ -47,7 +51,7 @@ class PointsLoader:
         while self.step < self.last:
             self.step += 1
             yield Points(torch.randn(16, 3, generator=torch.Generator().manual_seed(self.step)))
-        raise KeyboardInterrupt  # the run is killed here
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def state(self):
         return {}
@@ -103,19 +107,18 @@ class Regression(Task[Config, Points]):
         return None if torch.allclose(weight, WEIGHTS, atol=0.5) else "the line is off"
 
 
-@pytest.fixture
-def config(tmp_path):
+def toy(folder: Path) -> Config:
     """A step a log line, three commits."""
     base = demo()
     train = replace(
         base.train, steps=STEPS, global_clips=16, micro_clips=16, global_images=0, log_every=1, checkpoint_every=16
     )
     optim = replace(base.optim, lr=0.2, warmup_steps=0, weight_decay=0.0)
-    return replace(base, train=train, optim=optim, output_dir=str(tmp_path / "run"))
+    return replace(base, train=train, optim=optim, output_dir=str(folder))
 
 
 def regress(config: Config, last: int = STEPS) -> int:
-    """Train until the loader ends after step `last`."""
+    """Train; the process kills itself when it has done `last` steps and asks for the next batch."""
 
     @contextmanager
     def open_task(setup: Setup[Config]) -> Iterator[Regression]:
@@ -134,18 +137,32 @@ def lines(folder: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, text.splitlines())]
 
 
-def test_a_third_kind_of_training_resumes_exactly(config, tmp_path, capsys):
-    whole = replace(config, output_dir=str(tmp_path / "whole"))
-    assert regress(whole) == 0
-    with pytest.raises(KeyboardInterrupt):
-        regress(config, last=20)  # after the commit of step 16
-    assert regress(replace(config, resume="auto")) == 0
+def test_a_third_kind_of_training_resumes_exactly_after_a_kill(tmp_path, capsys):
+    assert regress(toy(tmp_path / "whole")) == 0
+    run = tmp_path / "run"
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.training.test_loop", str(run), "20"],
+        cwd=ROOT,
+        env=environment(),
+        timeout=SECONDS,
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(lines(run)) == 20
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000016"]
+    assert regress(replace(toy(run), resume="auto")) == 0
     assert "continuing from step 16" in capsys.readouterr().out
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert len(lines(tmp_path / "run")) == STEPS
     assert json.loads((tmp_path / "run" / "updates.json").read_text()) == STEPS
 
 
-def test_what_a_task_calls_not_learned_is_exit_code_1(config, capsys):
+def test_what_a_task_calls_not_learned_is_exit_code_1(tmp_path, capsys):
+    config = toy(tmp_path / "run")
     assert regress(replace(config, optim=replace(config.optim, lr=1e-4))) == 1
     assert capsys.readouterr().out.endswith("not learned: the line is off\n")
+
+
+if __name__ == "__main__":
+    regress(toy(Path(sys.argv[1])), last=int(sys.argv[2]))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bevt_ds.data.decoding import child
 from bevt_ds.errors import UserError
+from bevt_ds.runtime.lock import NO_LOCKS
 from bevt_ds.shards.pack import pack
 
 DEMO_SPLITS = {"train": (320, 1024), "eval": (48, 96)}  # clips, images
@@ -47,20 +48,21 @@ def draw(folder: Path, clips: int, images: int, seed: int = 0, jobs: int | None 
 def ensure_demo_shards(folder: Path) -> None:
     """Draw and pack the demo's training and held-out shards into `folder`, unless it is there.
 
-    The folder appears whole or not at all; of the programs that want it at once, one draws.
+    The folder appears whole or not at all; of the programs that want it at once, one draws and the others wait.
     UserError: it exists and holds something else.
     """
     if _has_demo_shards(folder):
         return
-    _require_absent(folder)
-    try:
-        with _alone(folder):
-            if not _has_demo_shards(folder):
-                with _appearing(folder) as unfinished:
-                    _draw_demo(unfinished)
-    except OSError as error:  # the name was taken meanwhile
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _has_demo_shards(folder):
-            raise
+    with _alone(folder):
+        if _has_demo_shards(folder):
+            return
+        _require_absent(folder)
+        try:
+            with _appearing(folder) as unfinished:
+                _draw_demo(unfinished)
+        except OSError as error:  # the name was taken meanwhile, where locks are missing
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _has_demo_shards(folder):
+                raise
 
 
 def _has_demo_shards(folder: Path) -> bool:
@@ -83,13 +85,22 @@ def _require_absent(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process of the machine at a time: the ranks of a run all come here, and one of them is to draw."""
+    """One process at a time: the ranks of a run all come here, and one of them is to draw.
+
+    Where the file system has no locks they all draw, and the first to rename wins.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.parent / f".{folder.name}.lock"
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 @contextmanager
