@@ -6,17 +6,18 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from bevt_ds.config.deepspeed import merge, read_json
+from bevt_ds.config.files import ENGINE, read_overrides, saved_config
 from bevt_ds.config.help import page
 from bevt_ds.config.parse import apply_overrides, config_fields, get_value, parse_overrides
 from bevt_ds.config.recipes import FINETUNING, RECIPES, get_recipe
-from bevt_ds.config.schema import EvaluateConfig, InferenceT, TrainingConfig, TrainingT
+from bevt_ds.config.schema import EvaluateConfig, InferenceT, RunConfig, TrainingConfig, TrainingT
 from bevt_ds.config.validate import micro_steps, require_inputs, validate
 from bevt_ds.errors import UserError
 
@@ -27,21 +28,35 @@ CLOSED_PIPE = 141  # as of any program that SIGPIPE has ended
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line, split: DeepSpeed's JSON, the recipe, and the other key=value words."""
+    """The command line, split: DeepSpeed's JSON, the recipe, the file of settings, and the other key=value words."""
 
     deepspeed_config: str
     recipe: str
     overrides: list[str] = field(default_factory=list)
     wants_help: bool = False
+    settings: dict[str, str] = field(default_factory=dict)  # of config=FILE
+
+    def given(self, kind: type[RunConfig]) -> dict[str, str]:
+        """What overrides the recipe, as texts by key: the file's settings, and over them the command line's.
+
+        Raises:
+            UserError: an unknown key, one given twice, or a word without `=`.
+        """
+        file = [f"{key}={text}" for key, text in self.settings.items()]
+        return parse_overrides(file, kind) | parse_overrides(self.overrides, kind)
 
 
 def parse_arguments(argv: Sequence[str], default_recipe: str, default_json: str) -> Arguments:
     """Split a command line. Launchers add `--local_rank`, which is read from the environment instead.
 
+    A run that continues alone, with resume=auto and output_dir=RUN and no recipe, has RUN's settings as its recipe. The
+    DeepSpeed JSON of a run whose settings are taken is taken too, unless another is named.
+
     Raises:
-        UserError: an option that does not exist, or a recipe given twice.
+        UserError: an option that does not exist, a recipe or a file of settings that is given twice or cannot be read.
     """
-    json_path, recipe, overrides, wants_help = default_json, None, [], False
+    named: dict[str, str | None]
+    json_path, named, overrides, wants_help = None, dict.fromkeys(("recipe", "config")), [], False
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
@@ -53,17 +68,29 @@ def parse_arguments(argv: Sequence[str], default_recipe: str, default_json: str)
             _ = value if equals else next(words, "")
         elif name == "--deepspeed_config":
             json_path = value if equals else next(words, "")
-        elif name == "recipe":
-            if recipe is not None:
-                raise UserError(f"recipe is given twice: {recipe!r} and {value!r}.")
-            recipe = value
+        elif name in named and equals:
+            if named[name] is not None:
+                raise UserError(f"{name} is given twice: {named[name]!r} and {value!r}.")
+            named[name] = value
         elif word.startswith("-"):
             raise UserError(f"no option {name!r}: there are --deepspeed_config FILE and --help; all else is key=value.")
         else:
             overrides.append(word)
-    if not json_path:
+    if json_path == "":
         raise UserError("--deepspeed_config needs a file, or a name: zero1, zero2, zero3.")
-    return Arguments(json_path, default_recipe if recipe is None else recipe, overrides, wants_help)
+    settings = {} if named["config"] is None else read_overrides(named["config"])
+    of_file = settings.pop("recipe", "") or _run_to_continue(settings, overrides) or default_recipe
+    recipe = of_file if named["recipe"] is None else named["recipe"]
+    engine = (file := saved_config(recipe)) and file.with_name(ENGINE)
+    default_json = str(engine) if engine and engine.is_file() else default_json
+    return Arguments(json_path or default_json, recipe, overrides, wants_help, settings)
+
+
+def _run_to_continue(settings: Mapping[str, str], overrides: Sequence[str]) -> str:
+    """The folder of the run that these settings continue, if it is there; or nothing."""
+    given = {**settings, **dict(word.partition("=")[::2] for word in overrides)}
+    folder = given.get("output_dir", "")
+    return folder if given.get("resume") == "auto" and folder and saved_config(folder) else ""
 
 
 def start_training(
@@ -113,7 +140,7 @@ def resolve_config(
     Raises:
         UserError: any mistake that shows without looking at shards or weights.
     """
-    overrides = parse_overrides(arguments.overrides, kind)
+    overrides = arguments.given(kind)
     config = apply_overrides(get_recipe(arguments.recipe, kind), overrides)
     values = read_json(arguments.deepspeed_config)
     config, notes = merge(config, set(overrides), values, world)
@@ -122,11 +149,11 @@ def resolve_config(
 
 
 def given_keys(arguments: Arguments, config: TrainingConfig) -> set[str]:
-    """The keys that the command line names, and those of which the JSON changed the recipe's value into `config`'s."""
+    """The keys that the command line or its file names, and those that the JSON changed from the recipe to `config`."""
     kind = type(config)
     recipe = get_recipe(arguments.recipe, kind)
     changed = {leaf.key for leaf in config_fields(kind) if get_value(recipe, leaf.key) != get_value(config, leaf.key)}
-    return changed | set(parse_overrides(arguments.overrides, kind))
+    return changed | set(arguments.given(kind))
 
 
 def start_inference(
@@ -150,7 +177,7 @@ def start_inference(
         recipes = FINETUNING if kind is EvaluateConfig else {}
         print(page(usage, recipes, starting_point("", arguments.recipe)))
         return 0
-    overrides = parse_overrides(arguments.overrides, kind)
+    overrides = arguments.given(kind)
     config = apply_overrides(starting_point(overrides.get("weights", ""), arguments.recipe), overrides)
     require_inputs(validate(config))
     return work(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from bevt_ds.config.files import saved_config, start_from
 from bevt_ds.config.schema import (
     ClassifierConfig,
     Config,
@@ -189,7 +190,9 @@ RECIPES: dict[type[RunConfig], Mapping[str, Callable[[], RunConfig]]] = {
 
 
 def get_recipe(name: str, kind: type[RunT] = Config) -> RunT:
-    """The full configuration of a named recipe, of the `kind` of run that it must be for.
+    """The full configuration of a recipe, of the `kind` of run that it must be for.
+
+    `name`: one of RECIPES, or a run's folder or its config.json, whose settings a new run then starts from.
 
     Raises:
         UserError: none is named, there is none of this name, or it is for another program.
@@ -199,7 +202,9 @@ def get_recipe(name: str, kind: type[RunT] = Config) -> RunT:
         raise UserError(f"recipe= is missing: write recipe=NAME with one of {own}.")
     every = {key: make for recipes in RECIPES.values() for key, make in recipes.items()}
     if name not in every:
-        raise UserError(f"no recipe {name!r}. There are: {own}.")
+        if file := saved_config(name):
+            return start_from(file, kind)
+        raise UserError(f"no recipe {name!r}. There are: {own}; or the folder of a run, to start from its settings.")
     config = every[name]()
     if not isinstance(config, kind):
         raise UserError(f"recipe={name} is a recipe of {config.program}; {kind.program} has {own}.")

@@ -2,6 +2,7 @@
 
 runs/joint/
   config.json       the resolved configuration
+  deepspeed.json    the DeepSpeed JSON with which it was started last
   changes.json      what was overridden on resume, and from which step on, if anything
   log.jsonl         a line every train.log_every steps
   tensorboard/      the same numbers
@@ -17,18 +18,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from bevt_ds.config.parse import from_dict, to_dict
+from bevt_ds.config.files import CONFIG, ENGINE, read_settings
+from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import Config, TrainingConfig, TrainingT
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.checkpoint import Change, check_same, checkpoints, make_folder
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.lock import hold
 
-CONFIG = "config.json"
 CHANGES = "changes.json"
 LOG = "log.jsonl"
 SUMMARY = "summary.json"
@@ -74,8 +76,12 @@ def _claim(config: TrainingConfig) -> Path:
     return folder
 
 
-def write_config(folder: Path, config: TrainingConfig, changes: Sequence[Change] = ()) -> None:
-    """Save the resolved configuration, and what resumes have overridden. From then on the folder is this run's.
+def write_config(
+    folder: Path, config: TrainingConfig, changes: Sequence[Change] = (), engine: Mapping[str, Any] | None = None
+) -> None:
+    """Save the resolved configuration, what resumes have overridden, and the DeepSpeed JSON `engine`.
+
+    From then on the folder is this run's.
 
     Raises:
         UserError: another run has taken the folder in the meantime.
@@ -85,6 +91,8 @@ def write_config(folder: Path, config: TrainingConfig, changes: Sequence[Change]
     write_json(folder / CONFIG, to_dict(config))
     if changes:
         write_json(folder / CHANGES, list(changes))
+    if engine is not None:
+        write_json(folder / ENGINE, engine)
 
 
 def _claim_free_name(first: Path, config: TrainingConfig) -> Path:
@@ -131,12 +139,9 @@ def read_config(folder: Path, kind: type[TrainingT] = Config) -> TrainingT:
     """The configuration that a run's folder was begun with.
 
     Raises:
-        UserError: a run of another kind, or of another version, wrote the folder.
+        UserError: it is damaged, or a run of another kind, or of another version, wrote the folder.
     """
-    try:
-        return from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")), kind)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+    return read_settings(folder / CONFIG, kind)
 
 
 def write_json(path: Path, values: object) -> None:

@@ -258,7 +258,7 @@ def run_training(
         require_steps(setup.first_step, task.steps)
         continue_run(task)
         if ranks.is_main:
-            run_dir.write_config(folder, config, changes)
+            run_dir.write_config(folder, config, changes, ds_values)
             print_changes(changes)
             print("\n".join([opening(task, provider), *filter(None, [task.describe()])]), flush=True)
         batches = iter(task.loader)
