@@ -18,12 +18,12 @@ from bevt_ds.errors import UserError
 from bevt_ds.eval.predictions import Classify, predict
 from bevt_ds.eval.results import as_lines, claim_folder, without_classifier, write_results
 from bevt_ds.eval.videos import each_video, shards_of
+from bevt_ds.folders import weights_of
 from bevt_ds.kernels import resolve
 from bevt_ds.model.classifier import VideoClassifier
 from bevt_ds.model.weights import read_weights
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import DTYPES, start_ranks
-from bevt_ds.runtime.run_dir import weights_of
 
 
 def evaluate(config: EvaluateConfig) -> int:

@@ -23,10 +23,10 @@ from bevt_ds.eval.probes import (
 )
 from bevt_ds.eval.results import as_lines, claim_folder, write_results
 from bevt_ds.eval.videos import each_video, require_decodable_sets, shards_of
+from bevt_ds.folders import weights_of
 from bevt_ds.model.video_swin import VideoSwin
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import DTYPES, start_ranks
-from bevt_ds.runtime.run_dir import weights_of
 
 
 def probe(config: ProbeRunConfig) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bevt_ds.errors import UserError
 
+from .layouts import require_known
 from .windows import Size3, bias_rows
 
 State = dict[str, Tensor]
@@ -103,12 +104,11 @@ def strip(key: str) -> str:
 def from_official(state: State, spatial_window: tuple[int, int] = SPATIAL_WINDOW) -> Weights:
     """A joint, fine-tuned or image-stream checkpoint of the original, its names stripped, as `Weights`.
 
-    An image-stream checkpoint (2-D) is inflated to a window of 8 tokens of time, the joint stage's.
+    An image-stream checkpoint (2-D), and one of Microsoft's Swin, is inflated to a window of 8 tokens of time, the
+    joint stage's. Raises UserError for another layout, naming it.
     """
-    stem = state.get("patch_embed.proj.weight")
-    if stem is None:
-        raise UserError("is not a Swin or BEVT checkpoint: it has no patch_embed.proj.weight")
-    if stem.ndim == 4:
+    require_known(state)
+    if state["patch_embed.proj.weight"].ndim == 4:
         return _from_image_stream(state)
     state, unused = split_unused(state, EXPECTED_UNUSED)
     arch = infer_arch(state, infer_window(state, spatial_window))

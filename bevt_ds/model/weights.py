@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bevt_ds.errors import UserError
+from bevt_ds.folders import weights_of
 
 from .convert import (
     SPATIAL_WINDOW,
@@ -109,8 +110,10 @@ class PretrainedMixin:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **overrides: Any) -> Self:
-        """A model with the weights of a folder of ours or of an official file; prints what was loaded.
+        """A model with the weights at `path`; prints what was loaded.
 
+        `path` is what `init_from` takes: a run's folder, a checkpoint's, a folder of weights, or a file of others
+        (docs/weights.md).
         `overrides` are constructor arguments that win over the file's: another `window` resizes the bias tables.
         """
         weights = read_weights(Path(path))
@@ -127,7 +130,7 @@ class PretrainedMixin:
 
 
 def load_init(model: PretrainedMixin, path: str | Path, head: bool = True) -> LoadReport:
-    """Start `model` (BEVT, VideoSwin or VideoClassifier) from a folder of ours or an official file.
+    """Start `model` (BEVT, VideoSwin or VideoClassifier) from what `path` means, as `from_pretrained`.
 
     A classifier keeps the file's head only where it names the same classes. Without `head` a BEVT's head, over visual
     tokens, keeps its initialisation: for a tokenizer of another vocabulary.
@@ -139,9 +142,8 @@ def load_init(model: PretrainedMixin, path: str | Path, head: bool = True) -> Lo
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a folder written by `save_pretrained`, or an official checkpoint (.pth, .pt or .safetensors)."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a folder with {CONFIG} and {TENSORS}, or a checkpoint file")
+    """Read what `path` means (`folders.weights_of`): a folder of ours or a file of others (.pth, .safetensors)."""
+    path = weights_of(path)
     if path.name == TENSORS and "model" in (_read_config(path.parent / CONFIG) or {}):
         path = path.parent  # the file of a folder of ours
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -20,11 +19,10 @@ from typing import Any
 from bevt_ds.config.parse import config_fields, from_dict, get_value, set_value, to_dict
 from bevt_ds.config.schema import Config, TrainingConfig, TrainingT
 from bevt_ds.errors import UserError
+from bevt_ds.folders import MANIFEST, checkpoints
 from bevt_ds.runtime.distributed import Ranks
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
-NAME = re.compile(r"step-(\d{8})")
 Change = dict[str, Any]  # step from which it holds, key, and the values: from, to
 
 
@@ -90,12 +88,6 @@ def _lowest_loss(commits: list[Path]) -> Path | None:
 def name_of(step: int) -> str:
     """The folder of the checkpoint after `step` updates."""
     return f"step-{step:08d}"
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """Committed checkpoints, the newest first. Order is by step: clocks and `latest` are not trusted."""
-    found = [p for p in root.glob("step-*") if NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: p.name, reverse=True)
 
 
 def newest_valid(root: Path, ranks: Ranks, kind: type[TrainingConfig] = Config) -> tuple[Path, Facts] | None:

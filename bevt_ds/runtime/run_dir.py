@@ -1,4 +1,4 @@
-"""The folder that a run writes, and where its weights are read from.
+"""The folder that a run writes (`bevt_ds.folders`: where its weights are read from).
 
 runs/joint/
   config.json       the resolved configuration
@@ -27,16 +27,14 @@ from bevt_ds.config.files import CONFIG, ENGINE, read_settings
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import Config, TrainingConfig, TrainingT
 from bevt_ds.errors import UserError
-from bevt_ds.runtime.checkpoint import Change, check_same, checkpoints, make_folder
+from bevt_ds.folders import CHECKPOINTS, LOG, WEIGHTS, checkpoints
+from bevt_ds.runtime.checkpoint import Change, check_same, make_folder
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.lock import hold
 
 CHANGES = "changes.json"
-LOG = "log.jsonl"
 SUMMARY = "summary.json"
 SAMPLES = "samples.png"
-CHECKPOINTS = "checkpoints"
-WEIGHTS = "weights"
 BEST = "best"
 WRITTEN = (CONFIG, CHANGES, LOG, SUMMARY, SAMPLES, CHECKPOINTS, WEIGHTS, BEST, "tensorboard", "bad_samples.jsonl")
 
@@ -147,25 +145,6 @@ def read_config(folder: Path, kind: type[TrainingT] = Config) -> TrainingT:
 def write_json(path: Path, values: object) -> None:
     """A JSON file that people read too."""
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def weights_of(path: str, key: str = "init_from") -> Path:
-    """Where `init_from`, or another `key` of a configuration, finds weights: inside a run's folder, or the path itself.
-
-    Raises:
-        UserError: no such path.
-    """
-    given = Path(path)
-    if not given.exists():
-        raise UserError(f"{key}={path}: no such file or folder.")
-    if (given / WEIGHTS).is_dir():
-        return given / WEIGHTS
-    if (given / LOG).is_file():
-        commits = checkpoints(given / CHECKPOINTS)
-        if not commits:
-            raise UserError(f"{key}={path}: this run has not written a checkpoint yet.")
-        return commits[0] / WEIGHTS
-    return given
 
 
 def publish_weights(folder: Path, checkpoint: Path) -> None:

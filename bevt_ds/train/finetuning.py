@@ -22,6 +22,7 @@ from bevt_ds.data.labelled_loader import LabelledLoader
 from bevt_ds.data.labels import Classes
 from bevt_ds.eval.metrics import Scores
 from bevt_ds.eval.videos import each_video
+from bevt_ds.folders import weights_of
 from bevt_ds.model.presets import create_classifier
 from bevt_ds.model.weights import load_init
 from bevt_ds.runtime import run_dir
@@ -154,7 +155,7 @@ def make_engine(
     model = create_classifier(options.pop("name"), len(names), classes=names, **options)
     model.init_weights(torch.Generator().manual_seed(config.train.seed))
     if config.init_from and setup.start is None:
-        report = load_init(model, run_dir.weights_of(config.init_from))
+        report = load_init(model, weights_of(config.init_from, "init_from"))
         if ranks.is_main:
             print(report, flush=True)
     if weights:

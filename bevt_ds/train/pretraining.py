@@ -17,6 +17,7 @@ from bevt_ds.data.loader import Loader, eval_batches
 from bevt_ds.eval.held_out import as_json, as_table, evaluate, shortfall
 from bevt_ds.eval.online_probe import OnlineProbe
 from bevt_ds.eval.visualize import draw
+from bevt_ds.folders import weights_of
 from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, require_vocabulary, tokenize
 from bevt_ds.model.weights import load_init
@@ -142,7 +143,7 @@ def make_engine(
     model = create_model(options.pop("name"), vocab_size=vocab_size, **options)
     model.init_weights(torch.Generator().manual_seed(config.train.seed))
     if config.init_from and fresh:
-        report = load_init(model, run_dir.weights_of(config.init_from), head=config.init_head)
+        report = load_init(model, weights_of(config.init_from, "init_from"), head=config.init_head)
         if ranks.is_main:
             print(report, flush=True)
     if weights:

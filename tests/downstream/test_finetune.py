@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from bevt_ds import BEVT, VideoClassifier
 from bevt_ds.config.schema import FinetuneConfig
-from bevt_ds.runtime.run_dir import read_config, weights_of
+from bevt_ds.folders import weights_of
+from bevt_ds.runtime.run_dir import read_config
 from tests.downstream.finetune_jobs import run_jobs, words
 from tests.training.processes import start_python
 from tests.training.test_runs import wait_for_step

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 MODEL = Path(__file__).parents[2] / "bevt_ds" / "model"
-OURS = {"kernels", "batch", "rng", "errors", "model"}
+OURS = {"kernels", "batch", "rng", "errors", "folders", "model"}
 OTHERS = {"torch", "timm", "einops", "safetensors", "numpy"}
 
 

@@ -1,0 +1,44 @@
+"""Where a run's folder keeps its checkpoints and weights: what a path of weights may be, the same for everyone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bevt_ds.errors import UserError
+
+LOG = "log.jsonl"
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "weights"  # of a run, and of each of its checkpoints
+MANIFEST = "manifest.json"  # of a checkpoint, written last
+CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Committed checkpoints, the newest first. Order is by step: clocks and `latest` are not trusted."""
+    found = [p for p in root.glob("step-*") if CHECKPOINT_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda p: p.name, reverse=True)
+
+
+def weights_of(path: str | Path, key: str = "") -> Path:
+    """The folder or file of weights that `path` means.
+
+    Args:
+        path: a run's folder (its weights/, or those of its newest checkpoint), a checkpoint's folder, a folder of
+            weights, or a file.
+        key: of the configuration, where the path comes from one: messages name it.
+
+    Raises:
+        UserError: no such path, or a run without a checkpoint.
+    """
+    given, named = Path(path), f"{key}={path}" if key else str(path)
+    if not given.exists():
+        raise UserError(f"{named}: no such file or folder.")
+    if (given / WEIGHTS).is_dir():
+        return given / WEIGHTS
+    if (given / LOG).is_file():
+        commits = checkpoints(given / CHECKPOINTS)
+        if not commits:
+            raise UserError(f"{named}: this run has not written a checkpoint yet.")
+        return commits[0] / WEIGHTS
+    return given
