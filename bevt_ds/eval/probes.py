@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bevt_ds.config.schema import ProbeConfig
 from bevt_ds.eval.features import Features
+from bevt_ds.progress import progress_bar
 from bevt_ds.rng import Use, generator
 from bevt_ds.runtime.distributed import Ranks
 
@@ -114,7 +114,8 @@ def train_probe(probe: nn.Module, features: Features, options: ProbeConfig, rank
     rows_of = torch.full((features.total,), -1)
     rows_of[features.places] = torch.arange(len(features.places))
     batches = epochs_of_batches(features.total, options.batch, epochs, options.seed)
-    for step, chosen in enumerate(tqdm(batches, "probe", steps, unit="step", disable=not ranks.is_main)):
+    bar = progress_bar(batches, desc="probe", total=steps, unit="step", disable=not ranks.is_main)
+    for step, chosen in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         mine = rows_of[chosen]

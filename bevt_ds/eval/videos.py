@@ -8,8 +8,6 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
 from bevt_ds.data.labelled_loader import test_batches
@@ -19,6 +17,7 @@ from bevt_ds.data.loader import open_resources
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
+from bevt_ds.progress import progress_bar
 from bevt_ds.runtime.distributed import Ranks
 
 
@@ -58,4 +57,4 @@ def each_video(
     """
     batches = test_batches(data, views, ranks.rank, ranks.world, ranks.device, shards, classes, folder)
     steps = math.ceil(sum(map(len, shards)) / (views.micro_videos * ranks.world))
-    return iter(tqdm(batches, title, steps, unit="batch", leave=None, disable=not ranks.is_main))
+    return iter(progress_bar(batches, desc=title, total=steps, unit="batch", leave=None, disable=not ranks.is_main))

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tqdm import tqdm
-
 from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import fits_gpu
@@ -22,6 +20,7 @@ from bevt_ds.data.reading.patience import StorageStalled
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
+from bevt_ds.progress import progress_bar
 from bevt_ds.shards import manifest
 from bevt_ds.shards.pack import SECONDS_A_FILE
 
@@ -120,7 +119,7 @@ def _each_sample(report: Report, work: str, jobs: int, progress: bool) -> None:
     total = sum(map(len, shards))
     try:
         under_way = _in_order(shards, partial(_submit, storage, pool, work), AHEAD * jobs)
-        for member, future in tqdm(under_way, total=total, disable=not progress, unit="sample"):
+        for member, future in progress_bar(under_way, total=total, disable=not progress, unit="sample"):
             report.samples += 1
             try:
                 facts, _ = future.result()

@@ -12,11 +12,10 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from tqdm import tqdm
-
 from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.reading.patience import Patience, asking
 from bevt_ds.data.reading.remote import is_remote
+from bevt_ds.progress import progress_bar
 
 _CHUNK = 1 << 20
 
@@ -68,7 +67,7 @@ def _other_bytes(entries: Sequence[_Entry], jobs: int, progress: bool) -> Iterat
     """Hash the shards in parallel: from disks that are busy it is waiting, most of all."""
     with ThreadPoolExecutor(jobs) as threads, closing(Patience(DataConfig.read_seconds)) as patience:
         hashes = threads.map(partial(_hash, patience), entries)
-        bar = tqdm(hashes, total=len(entries), disable=not progress or not entries, unit="shard", desc="hash")
+        bar = progress_bar(hashes, total=len(entries), disable=not progress or not entries, unit="shard", desc="hash")
         for entry, found in zip(entries, bar, strict=True):
             if isinstance(found, OSError):
                 yield str(entry.path), f"cannot read the shard: {found.strerror}"

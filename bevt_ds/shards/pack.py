@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from bevt_ds.data.decoding.images import describe_image
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.transcode import Profile
@@ -23,6 +21,7 @@ from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.reading.index import write_atomic
 from bevt_ds.data.reading.members import EXTENSIONS
 from bevt_ds.errors import UserError
+from bevt_ds.progress import progress_bar
 from bevt_ds.shards.file_lists import FILES
 from bevt_ds.shards.sources import Item, list_items
 from bevt_ds.shards.writer import Event, ShardLimits, ShardWriter
@@ -105,7 +104,7 @@ def _write_all(
         return
     prepare = _preparer(kind, profile, jobs, closing)
     under_way = _ahead(items[done:], prepare, AHEAD * jobs)
-    bar = tqdm(under_way, initial=done, total=len(items), disable=not progress, unit="file")
+    bar = progress_bar(under_way, initial=done, total=len(items), disable=not progress, unit="file")
     for i, (item, prepared) in enumerate(bar, start=done):
         note = {"item": i, "path": item.name}
         try:

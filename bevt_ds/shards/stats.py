@@ -153,8 +153,8 @@ def verdict(supply: Supply, recipe: str, config: DataConfig, wanted: float) -> s
     return (
         f"recipe {recipe}: {config.frames} frames at stride {config.stride}, {supply.decoded_frames:.1f} frames decoded"
         f" a clip.\n{wanted:g} clips/s need {need:.0f} frames/s; the {supply.cores} cores of this machine decode"
-        f" {supply.frames_per_second:.0f} frames/s ({supply.clips_per_second:.1f} clips/s, {supply.clips} measured):"
-        f" {answer}."
+        f" {supply.frames_per_second:.0f} frames/s, which is {supply.clips_per_second:.1f} clips/s, by a trial of"
+        f" {supply.clips} clips of these shards: {answer}."
     )
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
-from tqdm import tqdm
 
 from bevt_ds.config.schema import TrainingConfig
 from bevt_ds.config.validate import micro_steps, zero_stage
 from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import BackgroundLoader
+from bevt_ds.progress import progress_bar
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine, start_ranks
@@ -169,13 +169,15 @@ def train(task: Task, batches: Iterator, log: RunLog) -> None:
     """Every step that is left, with its log lines and checkpoints."""
     config, first, steps = task.config.train, task.setup.first_step, task.steps
     unreported, speed = None, SpeedMeter(config, task.step_flops, task.ranks.world, task.ranks.device)
-    with tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=not task.ranks.is_main) as bar:
+    with progress_bar(
+        range(first, steps), initial=first, total=steps, unit="step", disable=not task.ranks.is_main
+    ) as bar:
         for step in bar:
             sums = unreported = train_step(task, batches, step, unreported)
             speed.steps += 1
             done = step + 1
             if done % config.log_every == 0 or done == steps or task.is_due(step):
-                bar.set_postfix_str(write_line(task, log, speed, sums, step))
+                bar.set_postfix_str(write_line(task, log, speed, sums, step), refresh=False)
                 unreported = None
             with speed.paused():
                 task.every_so_often(step, log)
