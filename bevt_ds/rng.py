@@ -21,7 +21,6 @@ class Use(IntEnum):
     JITTER = 5
     MASK = 6
     DROP_PATH = 7
-    MODEL_INIT = 8
     SYNTHETIC = 9
     SUBSTITUTE = 10
     TOKENIZER = 11

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -92,7 +91,6 @@ def _add_pack(verbs) -> None:
     verb.add_argument(
         "--split", type=_name, default="train", help="tars are named SPLIT-000000.tar and so on; default: %(default)s"
     )
-    verb.add_argument("--strict", action="store_true", help="exit code 1 if a file was rejected")
     verb.add_argument("--shard-size", type=_bytes, default=SHARD_BYTES, help="at most, such as 500M; default: 1G")
     verb.add_argument("--shard-samples", type=_whole(1), default=SHARD_SAMPLES, help="at most; default: %(default)s")
     _add_jobs(verb)
@@ -164,9 +162,7 @@ def _add_stats(verbs) -> None:
         default=CLIPS_A_GPU,
         help="what the GPUs of this machine take; default: %(default)g, an estimate for one H200",
     )
-    verb.add_argument(
-        "--out", "--plot", type=_new_file, help="image of the plots; default: stats.png next to the shards"
-    )
+    verb.add_argument("--plot", type=_new_file, default=Path("stats.png"), help="default: %(default)s")
     _add_jobs(verb)
     verb.set_defaults(run=_stats)
 
@@ -176,7 +172,7 @@ def _draw(arguments: argparse.Namespace) -> None:
     print(f"{arguments.folder}: {arguments.clips} clips and {arguments.images} images")
 
 
-def _pack(arguments: argparse.Namespace) -> int:
+def _pack(arguments: argparse.Namespace) -> None:
     profile = Profile(arguments.short_side, arguments.keyframe_every, arguments.crf, arguments.fps)
     if arguments.profile == "copy":
         if profile != Profile():
@@ -198,13 +194,10 @@ def _pack(arguments: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt("the same command goes on where this one was") from interrupt
-    done = "nothing to do: " if packed.repeated else ""
-    print(f"{done}{arguments.out}: {packed.samples} samples in {len(packed.shards)} shards")
+    rejected = f", {packed.rejected} rejected (see {arguments.split}-rejected.jsonl)" if packed.rejected else ""
+    print(f"{arguments.out}: {packed.samples} samples in {len(packed.shards)} shards{rejected}")
     if packed.passed_over:
         print(f"passed over for their ending: {endings(packed.passed_over)}")
-    if packed.rejected:
-        print(f"{packed.rejected} files rejected: {arguments.out}/{arguments.split}-rejected.jsonl says why")
-    return FOUND_FAULTS if packed.rejected and arguments.strict else 0
 
 
 def _index(arguments: argparse.Namespace) -> None:
@@ -267,9 +260,8 @@ def _stats(arguments: argparse.Namespace) -> int:
     if not report.facts:
         return FOUND_FAULTS
     print(table(report.facts))
-    image = arguments.out or _next_to(report.shards[0].path)
-    plot(report.facts, image)
-    print(f"plots: {image}")
+    plot(report.facts, arguments.plot)
+    print(f"plots: {arguments.plot}")
     if any("codec" in facts for facts in report.facts):
         recipe = get_recipe(arguments.recipe).data
         data = replace(recipe, stride=arguments.stride or recipe.stride)
@@ -277,19 +269,13 @@ def _stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _next_to(shard: str) -> Path:
-    """Where the plots go: next to local shards that a folder has room for, else into the working folder."""
-    folder = Path(shard).parent
-    local = not is_remote(shard) and os.access(folder, os.W_OK)
-    return (folder if local else Path()) / "stats.png"
-
-
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A reader of whole numbers from `least` to `most`."""
+    """A reader of whole numbers from `least` to `most`, or below 2**63."""
 
     def read(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < least or (most is not None and int(text) > most):
-            bounds = f"from {least} on" if most is None else f"from {least} to {most}"
+        digits = text.lstrip("-").isdecimal() and len(text) < 20  # no more are 64 bits
+        if not digits or not least <= int(text) <= ((1 << 63) - 1 if most is None else most):
+            bounds = f"from {least} on, below 2**63" if most is None else f"from {least} to {most}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
         return int(text)
 

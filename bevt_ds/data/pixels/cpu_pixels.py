@@ -36,6 +36,7 @@ from bevt_ds.data.timing import StageTimes
 
 _CACHED = 4  # frames at a time, which stay in a core's cache
 _REACH = 3  # pixels beyond the edge that the tokenizer's filter reads
+_CUBIC_REACH = 4  # source rows beyond a row's own place that a cubic resize reads, and some to spare
 _MOST_PHASES = 16  # single precision numbers in a register
 
 
@@ -126,7 +127,7 @@ class ClipPixels:
         height, width, top, left = cut(*frames.shape[1:3], crop)
         bottom, right = top + self._size, left + self._size
         if (height, width) != frames.shape[1:3]:
-            frames = _resized(frames, (height, width), (bottom, right), self._scratch)
+            frames = _resized(frames, (height, width), (bottom, right))
         kept = self._memory.levels(len(frames), self._size, self._size, 3)
         return kept.copy_(frames[:, top:bottom, left:right])
 
@@ -185,16 +186,27 @@ def _chosen(pictures: np.ndarray, rows: np.ndarray, box: Box, scratch: Scratch) 
     return chosen
 
 
-def _resized(frames: Tensor, size: tuple[int, int], needed: tuple[int, int], scratch: Scratch) -> Tensor:
-    """Cubic resize to `size`, of which the first `needed` rows and columns are made, or one more: uint8 (T,...,3)."""
-    scales = [new / old for new, old in zip(size, frames.shape[1:3], strict=True)]
-    # As many rows as the source has would be taken for no resize at all, whatever the scale.
-    needed = [count + (count == old) for count, old in zip(needed, frames.shape[1:3], strict=True)]
-    # Antialiasing widens the kernel only where a picture shrinks; what is left of it is a = -0.5.
-    resize = torch.ops.aten._upsample_bicubic2d_aa if min(scales) >= 1 else torch.ops.aten.upsample_bicubic2d
-    resized = scratch.tensor("resized", torch.uint8, len(frames), *needed, 3)
-    resize.out(frames.permute(0, 3, 1, 2), needed, False, *scales, out=resized.permute(0, 3, 1, 2))
-    return resized
+def _resized(frames: Tensor, size: tuple[int, int], needed: tuple[int, int]) -> Tensor:
+    """Cubic resize to `size`, of which the first `needed` rows and columns are made, or a few more: uint8 (T,...,3)."""
+    (rows, down), (columns, across) = map(_source_of, needed, size, frames.shape[1:3])
+    # Antialiasing widens the kernel only where a frame shrinks; what is left of it is a = -0.5.
+    resized = F.interpolate(
+        frames[:, :rows, :columns].permute(0, 3, 1, 2),
+        scale_factor=(down, across),
+        mode="bicubic",
+        antialias=min(down, across) >= 1,
+    )
+    return resized.permute(0, 2, 3, 1)
+
+
+def _source_of(needed: int, new: int, old: int) -> tuple[int, float]:
+    """How many of `old` rows the first `needed` of `new` rows are made of, and the scale."""
+    if new == old:
+        return needed, 1.0
+    scale = math.nextafter(new / old, math.inf)  # old * scale must not end just below new
+    rows = min(old, math.ceil(needed / scale) + _CUBIC_REACH)
+    # As many rows as were read would be taken for no resize at all, whatever the scale.
+    return (old if int(rows * scale) == rows else rows), scale
 
 
 def _levels(picture: Tensor, scratch: Scratch) -> Tensor:
