@@ -164,13 +164,7 @@ def flex(case: Case, device: str, dtype: torch.dtype) -> Job:
 def ours(case: Case, device: str, dtype: torch.dtype, provider: str) -> Job:
     """bevt_ds.kernels.window_attention."""
     qkv, table = arguments(case, device, dtype)
-    return Job(lambda: (kernels.window_attention(qkv, table, **sizes(case), provider=provider),), (qkv, table))
-
-
-def sizes(case: Case) -> dict[str, tuple[int, int, int]]:
-    """The keyword arguments of window_attention."""
-    names = ("window", "table_window", "shift", "mask_shift")
-    return {name: getattr(case.windows, name) for name in names}
+    return Job(lambda: (kernels.window_attention(qkv, table, case.windows, provider=provider),), (qkv, table))
 
 
 GPU_PROVIDERS = {
@@ -199,7 +193,7 @@ def check_correct(case: Case, device: str, dtype: torch.dtype, provider: str) ->
 
     def results(function: Callable, wide: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.to(wide).requires_grad_() for x in (qkv, table)]
-        out = function(*leaves, **sizes(case))
+        out = function(*leaves, windows)
         return out.detach(), *torch.autograd.grad(out, leaves, grad.to(wide))
 
     actual = results(partial(kernels.window_attention, provider=provider), dtype)

@@ -29,9 +29,9 @@ def attention() -> Run:
 
     def run() -> None:
         for qkv, window, shift in (video, image):
-            sizes = {"window": window, "table_window": (4, 4, 4), "shift": shift, "mask_shift": shift}
+            windows = kernels.Windows(tuple(qkv.shape[1:4]), window, (4, 4, 4), shift, shift)
             for _ in range(16):
-                kernels.window_attention(qkv.requires_grad_(), table, **sizes).sum().backward()
+                kernels.window_attention(qkv.requires_grad_(), table, windows).sum().backward()
 
     return run
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from bevt_ds.batch import Batch
 from bevt_ds.config.schema import Config
 from bevt_ds.data.loader import Loader
+from bevt_ds.model.arch import SwinArch
 from bevt_ds.runtime.engine import start_ranks
 from bevt_ds.runtime.flops import clip_macs, image_macs, peak_flops, training_flops
 from bevt_ds.shards.synthetic.draw import ensure_demo_shards
@@ -63,12 +64,13 @@ class Entry:
 
 def step_flops(setting: Setting, batch: Batch) -> int:
     """Training FLOPs of one step: masked head, no recomputation, no tokenizer."""
-    sizes, data = setting.sizes(), setting.config.data
-    macs = 0
+    arch, data = setting.arch(), setting.config.data
+    swin, vocabulary, macs = SwinArch.of(arch), arch["vocab_size"], 0
     for stream, count in ((batch.video, clip_macs), (batch.image, image_macs)):
         if stream is not None:
             lengths = (data.frames, data.size) if count is clip_macs else (data.size,)
-            macs += count(sizes, *lengths, 0) * len(stream.pixels) + stream.count * sizes.width * sizes.vocab_size
+            macs += count(swin, vocabulary, *lengths, 0) * len(stream.pixels)
+            macs += stream.count * swin.width * vocabulary
     return training_flops(macs)
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from types import MethodType, SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
 from bevt_ds.batch import Batch, Stream
-from bevt_ds.kernels import onednn
 from bevt_ds.model.bevt import BEVT, BEVTOutput
 from bevt_ds.model.tokenizers import DalleTokenizer, Tokenizer
 
@@ -27,7 +24,6 @@ class Levers:
     """All on is the training program as it is."""
 
     kernels: bool = True  # off: PyTorch's operators, as on a GPU without Triton
-    onednn: bool = True  # CPU: products by oneDNN; off: by torch's BLAS
     masked_rows: bool = True  # off: every position through decoders and head
     masked_frames: bool = True  # off: every frame tokenized
     tokenizer_layout: bool = True  # DALL-E's encoder; off: usual layout, weights cast at every call
@@ -57,14 +53,10 @@ class Levers:
 
         return SimpleNamespace(vocab_size=tokenizer.vocab_size, encode=ranged)
 
-    def applied(self) -> AbstractContextManager:
-        """Around a step."""
-        return nullcontext() if self.onednn else patch.object(onednn, "uses_onednn", lambda *_: False)
-
 
 def every_position(model: BEVT, batch: Batch) -> BEVTOutput:
     """`BEVT.forward` with decoders and head over all positions, the masked ones chosen from the logits."""
-    losses, metrics = [], {}
+    losses, metrics = [], {"unknown_targets": torch.zeros((), dtype=torch.int64)}  # cross_entropy refuses them
     for name, stream in (("video", batch.video), ("image", batch.image)):
         if stream is not None:
             encode = model.forward_video if name == "video" else model.forward_image

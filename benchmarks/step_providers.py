@@ -25,7 +25,6 @@ from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import DalleTokenizer, RandomProjectionTokenizer, Tokenizer
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import DTYPES
-from bevt_ds.runtime.flops import Sizes
 from bevt_ds.runtime.optim import parameter_groups
 from bevt_ds.train.loop import Setup, train_step
 from bevt_ds.train.pretraining import Pretraining, make_engine
@@ -120,10 +119,6 @@ class Setting:
             )
         return built.arch
 
-    def sizes(self) -> Sizes:
-        """What FLOPs are counted from."""
-        return Sizes.of(self.arch())
-
 
 class Eager:
     """The original's step: autocast over fp32 weights, all frames tokenized, all positions classified, plain AdamW."""
@@ -178,8 +173,7 @@ class Ours:
         self.task = Pretraining(setup, None, engine, 0, 0.0, levers.tokenizer(tokenizer), probe=None)
 
     def __call__(self, batches: Batches) -> None:
-        with self.levers.applied():
-            train_step(self.task, self.levers.batches(waited(batches)), 0)
+        train_step(self.task, self.levers.batches(waited(batches)), 0)
 
 
 def waited(batches: Batches) -> Batches:

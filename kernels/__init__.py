@@ -1,15 +1,15 @@
 """Windowed 3-D attention, mask tokens and the masked head, as Triton kernels and in plain PyTorch."""
 
+from .geometry import Windows
 from .launches import launch_counts, reset_launch_counts
-from .onednn import linear
 from .ops import gather_masked, insert_mask_tokens, masked_cross_entropy, window_attention
 from .providers import resolve
 
 __all__ = [
+    "Windows",
     "gather_masked",
     "insert_mask_tokens",
     "launch_counts",
-    "linear",
     "masked_cross_entropy",
     "reset_launch_counts",
     "resolve",

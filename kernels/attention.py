@@ -8,7 +8,6 @@ in tiles of TAIL. Exponents are base 2: scores and table carry a factor log2(e).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 import triton
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .attention_backward import launch_backward, launch_fold
 from .configs import PREPARE, forward_tiles
-from .geometry import Size3, Windows
+from .geometry import Windows
 from .launches import launch, launch_regions
 from .tiles import (
     CODES,
@@ -31,20 +30,22 @@ from .tiles import (
     load_rows,
     locate,
     part_size,
+    part_start,
     region,
     store_rows,
 )
 
 
-@triton.jit(do_not_specialize=["heads", "ROWS", "WT", "WH", "WW", "MT", "MH", "MW", "UT", "UH"])
+@triton.jit(do_not_specialize=["heads", "ROWS", "WT", "WH", "WW", "MT", "MH", "MW", "BT", "BH", "BW", "UT", "UH"])
 def prepare_kernel(
-    bias_table, table, codes, heads, ROWS, WT, WH, WW, MT, MH, MW, UT, UH, BLOCK: tl.constexpr
+    bias_table, table, codes, heads, ROWS, WT, WH, WW, MT, MH, MW, BT, BH, BW, UT, UH, BLOCK: tl.constexpr
 ):  # fmt: skip
     """What every program of a call needs, in the form in which it is read.
 
     bias_table (ROWS, heads) of any float type -> table (heads, ROWS), fp32, times log2(e); and codes
     (shapes, N rounded up to CODES): the codes of the tokens of each shape that a region can have, numbered by
-    part of the window along time, height, width, 3 each. The first programs do the former, the rest the latter.
+    part of the window along time, height, width, 3 each. A token's place for the bias is that of its number in the
+    window, in the box (BT, BH, BW). The first programs do the former, the rest the latter.
     """
     blocks = tl.cdiv(ROWS, BLOCK)
     pid = tl.program_id(0)
@@ -63,6 +64,10 @@ def prepare_kernel(
         size_h = tl.maximum(part_size(shape // 3 % 3, WH, MH), 1)
         size_w = tl.maximum(part_size(shape % 3, WW, MW), 1)
         t, h, w = coordinates(n, (size_t, size_h, size_w))
+        t += part_start(shape // 9, WT, MT)
+        h += part_start(shape // 3 % 3, WH, MH)
+        w += part_start(shape % 3, WW, MW)
+        t, h, w = coordinates((t * WH + h) * WW + w, (BT, BH, BW))
         tl.store(codes + shape * stride + n, t * UT + h * UH + w, mask=n < stride)
 
 
@@ -137,7 +142,7 @@ def launch_prepare(bias_table: Tensor, windows: Windows) -> tuple[Tensor, Tensor
     padded = triton.cdiv(windows.tokens, CODES) * CODES
     table = bias_table.new_empty((heads, rows), dtype=torch.float32)
     codes = bias_table.new_empty((windows.shapes, padded), dtype=torch.int32)
-    sizes = (heads, rows, *windows.window, *windows.mask_shift, *windows.table_strides)
+    sizes = (heads, rows, *windows.window, *windows.mask_shift, *windows.bias_box, *windows.table_strides)
     grid = (heads * triton.cdiv(rows, PREPARE) + windows.shapes * triton.cdiv(padded, PREPARE),)
     launch(prepare_kernel, grid, bias_table, table, codes, *sizes, BLOCK=PREPARE)
     return table, codes
@@ -163,14 +168,11 @@ def empty_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
 def forward_op(
     qkv: Tensor,
     bias_table: Tensor,
-    window: Sequence[int],
-    table_window: Sequence[int],
-    shift: Sequence[int],
-    mask_shift: Sequence[int],
+    settings: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out and log-sum-exp; opaque to the compiler."""
-    windows = windows_of(qkv, window, table_window, shift, mask_shift)
+    """out and log-sum-exp, for `Windows.settings`; opaque to the compiler."""
+    windows = Windows.of(tuple(qkv.shape[1:4]), settings)
     return launch_forward(qkv.contiguous(), bias_table.contiguous(), windows, scale)
 
 
@@ -181,14 +183,11 @@ def backward_op(
     bias_table: Tensor,
     out: Tensor,
     lse: Tensor,
-    window: Sequence[int],
-    table_window: Sequence[int],
-    shift: Sequence[int],
-    mask_shift: Sequence[int],
+    settings: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """dqkv and dtable."""
-    windows = windows_of(qkv, window, table_window, shift, mask_shift)
+    windows = Windows.of(tuple(qkv.shape[1:4]), settings)
     bias_table = bias_table.contiguous()
     tables = launch_prepare(bias_table, windows)
     tensors = (dout.contiguous(), qkv.contiguous(), *tables, out, lse)
@@ -196,18 +195,13 @@ def backward_op(
     return dqkv, launch_fold(pairs, bias_table, windows)
 
 
-def windows_of(qkv: Tensor, *sizes: Sequence[int]) -> Windows:
-    """The checked geometry of a call; `sizes`: window, table_window, shift, mask_shift."""
-    return Windows(tuple(qkv.shape[1:4]), *(tuple(size) for size in sizes))
-
-
 @forward_op.register_fake
-def _(qkv, bias_table, window, table_window, shift, mask_shift, scale):
+def _(qkv, bias_table, settings, scale):
     return empty_outputs(qkv)
 
 
 @backward_op.register_fake
-def _(dout, qkv, bias_table, out, lse, window, table_window, shift, mask_shift, scale):
+def _(dout, qkv, bias_table, out, lse, settings, scale):
     return (
         torch.empty_like(qkv, memory_format=torch.contiguous_format),
         torch.empty_like(bias_table, memory_format=torch.contiguous_format),
@@ -216,42 +210,32 @@ def _(dout, qkv, bias_table, out, lse, window, table_window, shift, mask_shift, 
 
 def save_for_backward(ctx, inputs, output) -> None:
     """Keeps what the linear layers around the op keep anyway, plus the log-sum-exp."""
-    qkv, bias_table, *ctx.settings = inputs
+    qkv, bias_table, ctx.settings, ctx.scale = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, bias_table, *output)
 
 
 def backward(ctx, dout: Tensor, _dlse: None) -> tuple:
     """Gradients of forward_op's arguments; the log-sum-exp is not differentiable."""
-    return *backward_op(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+    return *backward_op(dout, *ctx.saved_tensors, ctx.settings, ctx.scale), None, None
 
 
 forward_op.register_autograd(backward, setup_context=save_for_backward)
 
 
 @register_flop_formula(torch.ops.bevt_ds.window_attention)
-def forward_flops(qkv, bias_table, window, *_, **__) -> int:
+def forward_flops(qkv, bias_table, settings, *_, **__) -> int:
     """Dense convention: two products over every pair of every window, masked or not."""
-    b, t, h, w, _, heads, d = qkv
-    return 4 * b * t * h * w * prod(window) * heads * d
+    batch, *grid, _, heads, d = qkv
+    return 4 * batch * Windows.of(tuple(grid), settings).dense_pairs * heads * d
 
 
 @register_flop_formula(torch.ops.bevt_ds.window_attention_backward)
-def backward_flops(dout, qkv, bias_table, out, lse, window, *_, **__) -> int:
+def backward_flops(dout, qkv, bias_table, out, lse, settings, *_, **__) -> int:
     """Five products, the recomputed one included: 2.5 times the forward pass."""
-    return forward_flops(qkv, bias_table, window) * 5 // 2
+    return forward_flops(qkv, bias_table, settings) * 5 // 2
 
 
-def window_attention(
-    qkv: Tensor,
-    bias_table: Tensor,
-    *,
-    window: Size3,
-    table_window: Size3,
-    shift: Size3,
-    mask_shift: Size3,
-    scale: float | None = None,
-) -> Tensor:
+def window_attention(qkv: Tensor, bias_table: Tensor, windows: Windows, scale: float) -> Tensor:
     """`reference.window_attention` by the kernels; d is 16 or 32, the dtype fp32, fp16 or bf16."""
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return forward_op(qkv, bias_table, window, table_window, shift, mask_shift, scale)[0]
+    return forward_op(qkv, bias_table, windows.settings(), scale)[0]

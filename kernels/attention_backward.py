@@ -271,9 +271,12 @@ def window_attention_bwd_small_kernel(
     tl.store(pairs + n[:, None] * tokens + n[None, :], total, mask=both)
 
 
-@triton.jit(do_not_specialize=["heads", "WT", "WH", "WW", "TT", "TH", "TW"])
-def fold_pairs_kernel(pairs, dtable, heads, WT, WH, WW, TT, TH, TW, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """pairs (h, N, N) -> dtable ((2TT-1)(2TH-1)(2TW-1), h), every sum in a fixed order.
+@triton.jit(do_not_specialize=["heads", "tokens", "BT", "BH", "BW", "TT", "TH", "TW"])
+def fold_pairs_kernel(
+    pairs, dtable, heads, tokens, BT, BH, BW, TT, TH, TW, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """pairs (h, N, N) of N tokens numbered in the box (BT, BH, BW) -> dtable ((2TT-1)(2TH-1)(2TW-1), h), every sum in
+    a fixed order.
 
     A program owns one head, one offset (dt, dh) and ROWS neighbouring offsets dw. It walks over the
     queries that have a key at (dt, dh): BLOCK at a time, neighbouring dw on neighbouring keys.
@@ -285,20 +288,19 @@ def fold_pairs_kernel(pairs, dtable, heads, WT, WH, WW, TT, TH, TW, BLOCK: tl.co
     dh = row // blocks % (2 * TH - 1) - (TH - 1)
     dt = row // (blocks * (2 * TH - 1)) - (TT - 1)
     head = tl.program_id(1)
-    deep = tl.maximum(WT - tl.abs(dt), 0)
-    down = tl.maximum(WH - tl.abs(dh), 0)
-    tokens = WT * WH * WW
+    deep = tl.maximum(BT - tl.abs(dt), 0)
+    down = tl.maximum(BH - tl.abs(dh), 0)
     pairs += head.to(tl.int64) * tokens * tokens
     total = tl.zeros([BLOCK, ROWS], tl.float32)
-    for first in range(0, deep * down * WW, BLOCK):
-        t, h, w = coordinates(first + tl.arange(0, BLOCK), (deep, down, WW))
+    for first in range(0, deep * down * BW, BLOCK):
+        t, h, w = coordinates(first + tl.arange(0, BLOCK), (deep, down, BW))
         t += tl.maximum(dt, 0)
         h += tl.maximum(dh, 0)
-        query = (t * WH + h) * WW + w
-        key = (((t - dt) * WH + h - dh) * WW + w)[:, None] - dw[None, :]
+        query = (t * BH + h) * BW + w
+        key = (((t - dt) * BH + h - dh) * BW + w)[:, None] - dw[None, :]
         key_w = w[:, None] - dw[None, :]
-        valid = (first + tl.arange(0, BLOCK) < deep * down * WW)[:, None]
-        valid = valid & (key_w >= 0) & (key_w < WW)
+        valid = ((first + tl.arange(0, BLOCK) < deep * down * BW) & (query < tokens))[:, None]
+        valid = valid & (key_w >= 0) & (key_w < BW) & (key < tokens)
         total += tl.load(pairs + query[:, None] * tokens + key, mask=valid, other=0.0)
     rows = ((dt + TT - 1) * (2 * TH - 1) + dh + TH - 1) * (2 * TW - 1) + column
     tl.store(dtable + rows * heads + head, tl.sum(total, 0), mask=column < 2 * TW - 1)
@@ -309,7 +311,7 @@ def launch_fold(pairs: Tensor, bias_table: Tensor, windows: Windows) -> Tensor:
     heads = pairs.shape[1]
     dtable = torch.empty_like(bias_table)
     t, h, w = (2 * extent - 1 for extent in windows.table_window)
-    sizes = (*windows.window, *windows.table_window)
+    sizes = (windows.tokens, *windows.bias_box, *windows.table_window)
     grid = (t * h * triton.cdiv(w, FOLD["ROWS"]), heads)
     launch(fold_pairs_kernel, grid, pairs.sum(0), dtable, heads, *sizes, **FOLD)
     return dtable

@@ -6,23 +6,37 @@ is a grid of boxes, the *regions*, and attention runs in each of them with no ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Self
 
 Size3 = tuple[int, int, int]
 
 MAX_TOKENS = 1024  # of a window; the kernels' division by multiplication is exact up to here
 
 
+def table_rows(window: Size3) -> int:
+    """Rows of the bias table for `window`: one for each offset between two of its tokens."""
+    t, h, w = window
+    return (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
+
+
 @dataclass(frozen=True)
 class Windows:
-    """A token map (T, H, W), its windows, the window that its bias table was made for, and the shifts."""
+    """Attention windows on a map of tokens, all sizes in tokens along (time, height, width).
 
-    grid: Size3
+    ValueError where the sizes do not fit together.
+    """
+
+    grid: Size3  # the map, in multiples of the window
     window: Size3
-    table_window: Size3
-    shift: Size3
-    mask_shift: Size3
+    table_window: Size3  # the window that the bias table was made for, at least `window`
+    shift: Size3  # of the windows: the map counts as rolled by -shift
+    mask_shift: Size3  # where the last window of each axis is cut into parts that do not see each other
+    # A token's row in the bias table follows its number in the window, counted in a window as wide as the table's,
+    # instead of its place: what the original does, and another bias where the window is narrower than the table's.
+    bias_by_number: bool = False
 
     def __post_init__(self) -> None:
         for name in ("grid", "window", "table_window", "shift", "mask_shift"):
@@ -30,7 +44,7 @@ class Windows:
                 raise ValueError(f"{name}={getattr(self, name)} must have 3 entries: time, height, width")
         for axis in range(3):
             self._check_axis(axis)
-        if self.tokens > MAX_TOKENS:
+        if prod(self.bias_box) > MAX_TOKENS:
             raise ValueError(f"window {self.window} has {self.tokens} tokens; at most {MAX_TOKENS}")
 
     def _check_axis(self, axis: int) -> None:
@@ -47,6 +61,14 @@ class Windows:
     def tokens(self) -> int:
         """Tokens of a whole window, N."""
         return prod(self.window)
+
+    @property
+    def bias_box(self) -> Size3:
+        """The box of tokens in which a token's number in the window gives its place for the bias."""
+        if not self.bias_by_number:
+            return self.window
+        _, height, width = self.table_window
+        return -(-self.tokens // (height * width)), height, width
 
     @property
     def counts(self) -> Size3:
@@ -82,8 +104,7 @@ class Windows:
     @property
     def table_rows(self) -> int:
         """Offsets in the table; the zero offset is the middle row."""
-        t, h, w = self.table_window
-        return (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
+        return table_rows(self.table_window)
 
     @property
     def dense_pairs(self) -> int:
@@ -97,6 +118,16 @@ class Windows:
             (n - (m > 0)) * w * w + (m > 0) * (m * m + (w - m) * (w - m))
             for n, w, m in zip(self.counts, self.window, self.mask_shift, strict=True)
         )
+
+    def settings(self) -> list[int]:
+        """All but the grid, as an operator of torch takes it."""
+        return [*self.window, *self.table_window, *self.shift, *self.mask_shift, int(self.bias_by_number)]
+
+    @classmethod
+    def of(cls, grid: Size3, settings: Sequence[int]) -> Self:
+        """The inverse of `settings`."""
+        window, table_window, shift, mask_shift = (tuple(settings[i : i + 3]) for i in range(0, 12, 3))
+        return cls(grid, window, table_window, shift, mask_shift, bool(settings[12]))
 
     def scalars(self) -> tuple[int, ...]:
         """The kernels' geometry arguments, in the order of `tiles.GEOMETRY`."""

@@ -1,14 +1,15 @@
-"""The public functions: resolve the provider, check what it needs, call it. Each can be differentiated once."""
+"""The public functions: resolve the provider, check what it needs, call it. Each can be differentiated once.
+
+Kernels load when first used: they need the package triton.
+"""
 
 from __future__ import annotations
-
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import torch_ops
-from .geometry import Size3, Windows
+from .geometry import Windows
 from .once import differentiable_once
 from .providers import resolve
 
@@ -16,17 +17,15 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 32)  # what the tiles are made for; BEVT's is 32
 
 
-def _implementation(provider: str, x: Tensor) -> ModuleType:
-    """The module whose functions run the call. Kernels load when first used: they need the package triton."""
+def _runs_kernels(provider: str, x: Tensor) -> bool:
+    """Whether the kernels run a call on x. TypeError where they are to and do not compute in its dtype."""
     if resolve(provider, x.device) == "torch":
-        return torch_ops
-    from . import triton_ops
-
+        return False
     if x.dtype not in KERNEL_DTYPES:
         raise TypeError(f"kernels='triton' computes in {KERNEL_DTYPES}, not {x.dtype}")
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         raise TypeError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16")
-    return triton_ops
+    return True
 
 
 def _check_for_kernels(qkv: Tensor) -> None:
@@ -37,45 +36,35 @@ def _check_for_kernels(qkv: Tensor) -> None:
 
 
 def window_attention(
-    qkv: Tensor,
-    bias_table: Tensor,
-    *,
-    window: Size3,
-    table_window: Size3,
-    shift: Size3,
-    mask_shift: Size3,
-    scale: float | None = None,
-    provider: str = "auto",
+    qkv: Tensor, bias_table: Tensor, windows: Windows, scale: float | None = None, provider: str = "auto"
 ) -> Tensor:
     """Shifted-window attention with a relative position bias, on the map as the qkv layer wrote it.
 
     Args:
-        qkv: (B, T, H, W, 3, h, d), with T, H, W multiples of the window.
-        bias_table: ((2Wt-1)(2Wh-1)(2Ww-1), h), one row per offset query - key, time slowest.
-        window: tokens of a window along time, height, width; at most 1024, none larger than the map.
-        table_window: (Wt, Wh, Ww), the window that the table was made for; at least `window`.
-        shift: tokens by which the windows are shifted: the map counts as rolled by -shift.
-        mask_shift: where the last window of each axis is cut into parts that do not see each other. Equal
-            to `shift` in a usual shifted block; independent because BEVT's image blocks cut without shifting.
+        qkv: (B, T, H, W, 3, h, d), with (T, H, W) the grid of `windows`.
+        bias_table: ((2Wt-1)(2Wh-1)(2Ww-1), h) for the table window (Wt, Wh, Ww) of `windows`, one row per offset
+            query - key, time slowest.
+        windows: which tokens attend to each other.
         scale: of q k^T; d ** -0.5 if not given.
         provider: auto, triton or torch.
 
     Returns:
-        (B, T, H, W, h * d), in the map's own order. Raises ValueError where the sizes do not fit together.
+        (B, T, H, W, h * d), in the map's own order. Raises ValueError where the shapes do not fit the windows.
     """
-    sizes = {"window": window, "table_window": table_window, "shift": shift, "mask_shift": mask_shift}
-    sizes = {name: tuple(size) for name, size in sizes.items()}
-    windows = Windows(tuple(qkv.shape[1:4]), **sizes)
+    if tuple(qkv.shape[1:4]) != windows.grid:
+        raise ValueError(f"qkv has a map of {tuple(qkv.shape[1:4])} tokens, the windows are of one of {windows.grid}")
     if tuple(bias_table.shape) != (windows.table_rows, qkv.shape[5]):
         raise ValueError(
             f"bias_table has shape {tuple(bias_table.shape)}; table_window {windows.table_window} and "
             f"{qkv.shape[5]} heads need {(windows.table_rows, qkv.shape[5])}"
         )
-    module = _implementation(provider, qkv)
-    if module is not torch_ops:
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if _runs_kernels(provider, qkv):
         _check_for_kernels(qkv)
-    qkv, bias_table = differentiable_once("window_attention", qkv, bias_table)
-    return module.window_attention(qkv, bias_table, **sizes, scale=scale)
+        from .attention import window_attention as run
+    else:
+        run = torch_ops.window_attention
+    return run(*differentiable_once("window_attention", qkv, bias_table), windows, scale)
 
 
 def insert_mask_tokens(x: Tensor, mask_token: Tensor, mask: Tensor, provider: str = "auto") -> Tensor:
@@ -87,16 +76,20 @@ def insert_mask_tokens(x: Tensor, mask_token: Tensor, mask: Tensor, provider: st
     b, t, height, width, _ = x.shape
     if mask.shape[:2] != (b, t) or height % mask.shape[2] or width % mask.shape[3]:
         raise ValueError(f"mask {tuple(mask.shape)} does not divide the tokens {tuple(x.shape)}")
-    implementation = _implementation(provider, x)
-    x, mask_token = differentiable_once("insert_mask_tokens", x, mask_token)
-    return implementation.insert_mask_tokens(x, mask_token, mask)
+    if _runs_kernels(provider, x):
+        from .mask_tokens import insert_mask_tokens as run
+    else:
+        run = torch_ops.insert_mask_tokens
+    return run(*differentiable_once("insert_mask_tokens", x, mask_token), mask)
 
 
 def gather_masked(x: Tensor, index: Tensor, provider: str = "auto") -> Tensor:
     """Rows of x (N, C) at index int64 (R,) -> (R, C). Index -1 pads and gives zeros; others are unique."""
-    implementation = _implementation(provider, x)
-    (x,) = differentiable_once("gather_masked", x)
-    return implementation.gather_masked(x, index)
+    if _runs_kernels(provider, x):
+        from .mask_tokens import gather_masked as run
+    else:
+        run = torch_ops.gather_masked
+    return run(*differentiable_once("gather_masked", x), index)
 
 
 def masked_cross_entropy(
@@ -117,6 +110,8 @@ def masked_cross_entropy(
     """
     if sum(segments) != h.shape[0]:
         raise ValueError(f"segments {tuple(segments)} do not sum to the {h.shape[0]} rows")
-    implementation = _implementation(provider, h)
-    h, weight, bias = differentiable_once("masked_cross_entropy", h, weight, bias)
-    return implementation.masked_cross_entropy(h, weight, bias, target, tuple(segments))
+    if _runs_kernels(provider, h):
+        from .head_loss import masked_cross_entropy as run
+    else:
+        run = torch_ops.masked_cross_entropy
+    return run(*differentiable_once("masked_cross_entropy", h, weight, bias), target, tuple(segments))

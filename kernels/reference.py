@@ -10,20 +10,25 @@ window, h heads, d their width, C = h * d, R rows, V vocabulary, S segments.
 from __future__ import annotations
 
 from itertools import product
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Size3
+from .geometry import Size3, Windows
 
 
-def relative_position_index(window: Size3, table_window: Size3) -> Tensor:
+def relative_position_index(window: Size3, table_window: Size3, by_number: bool = False) -> Tensor:
     """Row of the bias table for every (query, key) pair of a window, int64 (N, N).
 
     The table of `table_window` (Wt, Wh, Ww) has one row per offset query - key, time slowest. A window smaller than
-    the table's uses the rows of the offsets that occur in it.
+    the table's uses the rows of the offsets that occur in it; `by_number` those of the first N tokens of a window of
+    the table's size, as the original does.
     """
+    if by_number:
+        tokens = prod(window)
+        return relative_position_index(table_window, table_window)[:tokens, :tokens]
     coordinates = torch.stack(torch.meshgrid(*(torch.arange(n) for n in window), indexing="ij"), dim=-1).reshape(-1, 3)
     offset = coordinates[:, None] - coordinates[None]
     index = torch.zeros(offset.shape[:2], dtype=torch.int64)
@@ -66,31 +71,22 @@ def same_region(grid: Size3, window: Size3, mask_shift: Size3) -> Tensor:
     return region[:, :, None] == region[:, None, :]
 
 
-def window_attention(
-    qkv: Tensor,
-    bias_table: Tensor,
-    *,
-    window: Size3,
-    table_window: Size3,
-    shift: Size3,
-    mask_shift: Size3,
-    scale: float | None = None,
-) -> Tensor:
+def window_attention(qkv: Tensor, bias_table: Tensor, windows: Windows, scale: float | None = None) -> Tensor:
     """Softmax attention inside windows of a rolled map, with a relative position bias from a table.
 
     qkv (B, T, H, W, 3, h, d), bias_table ((2Wt-1)(2Wh-1)(2Ww-1), h); returns (B, T, H, W, h * d).
     """
-    grid, d = tuple(qkv.shape[1:4]), qkv.shape[-1]
-    rolled = torch.roll(qkv, [-s for s in shift], dims=(1, 2, 3))
+    grid, window, d = windows.grid, windows.window, qkv.shape[-1]
+    rolled = torch.roll(qkv, [-s for s in windows.shift], dims=(1, 2, 3))
     q, k, v = partition(rolled, window).permute(2, 0, 3, 1, 4)  # (B * windows, h, N, d) each
     scores = (q * (d**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)
-    index = relative_position_index(window, table_window).to(qkv.device)
+    index = relative_position_index(window, windows.table_window, windows.bias_by_number).to(qkv.device)
     scores = scores + bias_table[index].permute(2, 0, 1).to(scores.dtype)
-    allowed = same_region(grid, window, mask_shift).to(qkv.device)
+    allowed = same_region(grid, window, windows.mask_shift).to(qkv.device)
     allowed = allowed.repeat(qkv.shape[0], 1, 1)[:, None]
     out = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v
     out = unpartition(out.transpose(1, 2).flatten(2), window, grid)
-    return torch.roll(out, list(shift), dims=(1, 2, 3))
+    return torch.roll(out, list(windows.shift), dims=(1, 2, 3))
 
 
 def cell_mask(mask: Tensor, grid: Size3) -> Tensor:

@@ -50,6 +50,12 @@ def part_size(part, window, mask_shift):
 
 
 @triton.jit
+def part_start(part, window, mask_shift):
+    """Where in its window a segment starts."""
+    return tl.where(part == 2, window - mask_shift, 0)
+
+
+@triton.jit
 def segment(i, extent, window, shift, mask_shift):
     """Start in the unrolled map, and part, of segment i of an axis."""
     last = extent // window - 1

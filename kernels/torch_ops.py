@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference
-from .geometry import Size3
-from .onednn import linear
+from .geometry import Size3, Windows
 
 IGNORE = -100  # the target of a padding row
 
@@ -23,15 +21,46 @@ IGNORE = -100  # the target of a padding row
 # Tensors made in inference mode could not be saved for a later backward pass.
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _index(window: Size3, table_window: Size3, device: torch.device) -> Tensor:
-    return reference.relative_position_index(window, table_window).flatten().to(device)
+def _bias_rows(windows: Windows, device: torch.device) -> Tensor:
+    """Row of the bias table for every (query, key) pair of a window, int64 (N * N,).
+
+    A token at (t, h, w) has the code u = t * UT + h * UH + w, and the pair's row is u(query) - u(key) + middle.
+    """
+    box = windows.bias_box
+    number = torch.arange(windows.tokens)
+    t, h, w = number // (box[1] * box[2]), number // box[2] % box[1], number % box[2]
+    strides = windows.table_strides
+    codes = t * strides[0] + h * strides[1] + w
+    return (codes[:, None] - codes + windows.table_rows // 2).flatten().to(device)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _mask(grid: Size3, window: Size3, mask_shift: Size3, device: torch.device) -> Tensor:
-    allowed = reference.same_region(grid, window, mask_shift)
-    return torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf")).to(device)
+def _mask(windows: Windows, device: torch.device) -> Tensor:
+    """Minus infinity for every pair of tokens in different regions, else 0: fp32 (windows, N, N)."""
+    region = torch.zeros(1, 1, 1, dtype=torch.int64)
+    for extent, size, shift in zip(windows.grid, windows.window, windows.mask_shift, strict=True):
+        place = torch.arange(extent)
+        last, behind = place >= extent - size, place >= extent - shift
+        region = region[..., None] * 3 + (last.long() + behind if shift else torch.zeros_like(place))
+    region = _partition(region.reshape(1, *windows.grid), windows.window)
+    same = region[:, :, None] == region[:, None, :]
+    return torch.zeros(same.shape).masked_fill(~same, float("-inf")).to(device)
+
+
+def _partition(x: Tensor, window: Size3) -> Tensor:
+    """(B, T, H, W, ...) -> (B * windows, N, ...), windows and their tokens in raster order."""
+    for axis, size in ((3, window[2]), (2, window[1]), (1, window[0])):
+        x = x.unflatten(axis, (x.shape[axis] // size, size))
+    rest = range(7, x.ndim)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, *rest).flatten(4, 6).flatten(0, 3)
+
+
+def _to_map(x: Tensor, windows: Windows) -> Tensor:
+    """The inverse: (B * windows, N, C) -> (B, T, H, W, C)."""
+    batch = len(x) // windows.whole
+    x = x.view(batch, *windows.counts, *windows.window, x.shape[-1])
+    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, *windows.grid, x.shape[-1])
 
 
 class _BiasedAttention(torch.autograd.Function):
@@ -81,29 +110,18 @@ def _roll(x: Tensor, shift: Sequence[int]) -> Tensor:
     return torch.roll(x, [shift[axis] for axis in axes], [1 + axis for axis in axes]) if axes else x
 
 
-def window_attention(
-    qkv: Tensor,
-    bias_table: Tensor,
-    *,
-    window: Size3,
-    table_window: Size3,
-    shift: Size3,
-    mask_shift: Size3,
-    scale: float | None = None,
-) -> Tensor:
+def window_attention(qkv: Tensor, bias_table: Tensor, windows: Windows, scale: float) -> Tensor:
     """`reference.window_attention` with bias and mask added once for all samples."""
-    grid, heads, d = tuple(qkv.shape[1:4]), *qkv.shape[5:]
-    tokens = window[0] * window[1] * window[2]
-    qkv = _roll(qkv, [-s for s in shift])
+    heads, tokens = qkv.shape[5], windows.tokens
+    qkv = _roll(qkv, [-s for s in windows.shift])
     # (B * windows, N, 3, h, d) -> (3, B * windows, h, N, d)
-    qkv = reference.partition(qkv, window).permute(2, 0, 3, 1, 4).contiguous()
-    rows = bias_table.index_select(0, _index(window, table_window, qkv.device))
+    qkv = _partition(qkv, windows.window).permute(2, 0, 3, 1, 4).contiguous()
+    rows = bias_table.index_select(0, _bias_rows(windows, qkv.device))
     bias = rows.view(tokens, tokens, heads).permute(2, 0, 1).to(qkv.dtype)[None]
-    if any(mask_shift):
-        bias = bias + _mask(grid, window, mask_shift, qkv.device).to(qkv.dtype)[:, None]
-    out = _attend(qkv, bias.contiguous(), d**-0.5 if scale is None else scale)
-    out = reference.unpartition(out.transpose(1, 2).flatten(2), window, grid)
-    return _roll(out, shift)
+    if any(windows.mask_shift):
+        bias = bias + _mask(windows, qkv.device).to(qkv.dtype)[:, None]
+    out = _attend(qkv, bias.contiguous(), scale)
+    return _roll(_to_map(out.transpose(1, 2).flatten(2), windows), windows.shift)
 
 
 def insert_mask_tokens(x: Tensor, mask_token: Tensor, mask: Tensor) -> Tensor:
@@ -142,7 +160,7 @@ def masked_cross_entropy(
     h: Tensor, weight: Tensor, bias: Tensor, target: Tensor, segments: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """`reference.masked_cross_entropy`."""
-    logits = linear(h, weight, bias)
+    logits = F.linear(h, weight, bias)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     known = (target >= 0) & (target < len(weight))
     losses = F.cross_entropy(wide, torch.where(known, target, IGNORE), ignore_index=IGNORE, reduction="none")

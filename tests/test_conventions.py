@@ -153,3 +153,17 @@ def test_a_configuration_has_a_type(path):
         for argument in (*function.args.args, *function.args.kwonlyargs):
             if argument.arg in CONFIGURATIONS and argument.annotation is not None:
                 assert ast.unparse(argument.annotation) != "Any", (function.name, argument.arg)
+
+
+def test_nothing_imports_the_reference():
+    """The definition of the ops is for tests and benchmarks: what shares its helpers is not held to it."""
+    for path in SOURCES:
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {name for node in nodes for name in (node.module or "", *(alias.name for alias in node.names))}
+        assert not any(name.split(".")[-1] == "reference" for name in names), path
+
+
+def test_no_operator_private_to_torch():
+    """They change without notice between versions."""
+    for path in SOURCES:
+        assert not re.search(r"torch\.ops\.(?!bevt_ds\b|load_library)", path.read_text()), path

@@ -34,6 +34,11 @@ class BackboneConfig:
         tuple[int, int, int],
         F("attention window in tokens: time, height, width; loaded tables are resized to it", least=1),
     ] = (8, 7, 7)
+    small_windows: A[
+        Literal["exact", "official"],
+        "maps smaller than the window, at 192 px and below. exact: the bias of each pair is its offset's;"
+        " official: as the original and torchvision, for their weights",
+    ] = "exact"
     drop_path: A[float, F("stochastic depth of the last block, linear from 0", below=1)] = 0.3
     checkpointing: A[bool, F("recompute every block in the backward pass: less memory, more time", resume="free")] = (
         False

@@ -8,9 +8,8 @@ mmaction/models/heads/bevt_multisource_head.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from einops import rearrange
@@ -20,12 +19,12 @@ import bevt_ds.kernels as ops
 from bevt_ds.batch import IGNORE, Batch, Stream
 from bevt_ds.errors import UserError
 
-from .layers import Linear, LMHead, MaskToken, PatchEmbed, Upsample, init_weights
+from .layers import LMHead, MaskToken, PatchEmbed, Upsample, init_weights
 from .video_swin import VideoSwin
 from .weights import PretrainedMixin
-from .windows import Size3, WindowPolicy
+from .windows import WindowPolicy
 
-POLICIES = ("official", "swin")
+POLICIES = get_args(WindowPolicy)
 
 
 class BEVTOutput(NamedTuple):
@@ -60,7 +59,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.upsample = Upsample(dim, (1, 2, 2))
-        self.reduce = Linear(dim // 2 + dim, dim)
+        self.reduce = nn.Linear(dim // 2 + dim, dim)
         self.unfold = Upsample(dim, (frames, 1, 1)) if frames > 1 else nn.Identity()
 
     def forward(self, fine: Tensor, coarse: Tensor, cells: Tensor | None = None) -> Tensor:
@@ -81,51 +80,26 @@ class BEVT(PretrainedMixin, nn.Module):
 
     `encoder.patch_embed` is the clips' stem and `encoder.norm` follows the decoders. Height and width of the pictures
     are multiples of 32, frames of 2. `image_windows="official"` masks images as the released weights expect it,
-    "swin" as the Swin paper does.
+    "swin" as the Swin paper does. `sizes` are the fields of SwinArch, the other arguments VideoSwin's.
     """
 
     def __init__(
         self,
-        embed_dim: int = 128,
-        depths: Sequence[int] = (2, 2, 18, 2),
-        num_heads: Sequence[int] = (4, 8, 16, 32),
-        window: Size3 = (8, 7, 7),
-        patch: Size3 = (2, 4, 4),
-        mlp_ratio: float = 4.0,
+        *,
         vocab_size: int = 8192,
-        drop_path: float = 0.0,
         image_windows: WindowPolicy = "official",
         checkpointing: bool = False,
         compile: bool = False,
         kernels: str = "auto",
+        **sizes: Any,
     ):
         super().__init__()
         if image_windows not in POLICIES:
             raise UserError(f"image_windows={image_windows!r}: choose one of {', '.join(POLICIES)}")
-        self.arch = {
-            "embed_dim": embed_dim,
-            "depths": tuple(depths),
-            "num_heads": tuple(num_heads),
-            "window": tuple(window),
-            "patch": tuple(patch),
-            "mlp_ratio": mlp_ratio,
-            "vocab_size": vocab_size,
-            "drop_path": drop_path,
-            "image_windows": image_windows,
-        }
         self.image_windows: WindowPolicy = image_windows
-        self.encoder = VideoSwin(
-            embed_dim=embed_dim,
-            depths=depths,
-            num_heads=num_heads,
-            window=window,
-            patch=patch,
-            mlp_ratio=mlp_ratio,
-            drop_path=drop_path,
-            checkpointing=checkpointing,
-            compile=compile,
-            kernels=kernels,
-        )
+        self.encoder = VideoSwin(checkpointing=checkpointing, compile=compile, kernels=kernels, **sizes)
+        self.arch = self.encoder.arch | {"vocab_size": vocab_size, "image_windows": image_windows}
+        patch, embed_dim = self.arch["patch"], self.arch["embed_dim"]
         dim = self.encoder.norm.normalized_shape[0]
         self.image_embed = PatchEmbed((1, *patch[1:]), embed_dim)
         self.mask_token = MaskToken(embed_dim, kernels)

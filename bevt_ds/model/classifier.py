@@ -7,6 +7,7 @@ mmaction/models/heads/i3d_head.py with configs/recognition/swin/swin_base_patch2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from .drop_path import uniform
 from .layers import init_weights
 from .video_swin import VideoSwin
 from .weights import PretrainedMixin
-from .windows import Size3
 
 HEAD_STD = 0.01
 DROPOUT_COUNTER = 1 << 20  # drop-path counts its decisions from 0; the two must not share random numbers
@@ -24,7 +24,7 @@ DROPOUT_COUNTER = 1 << 20  # drop-path counts its decisions from 0; the two must
 class VideoClassifier(PretrainedMixin, nn.Module):
     """`encoder` and `head`: clips in, logits out.
 
-    The other arguments are VideoSwin's. `classes` are the names of the labels, or none. Dropout, like drop-path, is a
+    `options` are VideoSwin's arguments. `classes` are the names of the labels, or none. Dropout, like drop-path, is a
     function of each sample's key: ranks and batch sizes do not change it.
     """
 
@@ -33,32 +33,12 @@ class VideoClassifier(PretrainedMixin, nn.Module):
         num_classes: int,
         classes: Sequence[str] = (),
         dropout: float = 0.0,
-        embed_dim: int = 128,
-        depths: Sequence[int] = (2, 2, 18, 2),
-        num_heads: Sequence[int] = (4, 8, 16, 32),
-        window: Size3 = (8, 7, 7),
-        patch: Size3 = (2, 4, 4),
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        checkpointing: bool = False,
-        compile: bool = False,
-        kernels: str = "auto",
+        **options: Any,
     ):
         super().__init__()
         if classes and len(classes) != num_classes:
             raise ValueError(f"{len(classes)} names of {num_classes} classes")
-        self.encoder = VideoSwin(
-            embed_dim=embed_dim,
-            depths=depths,
-            num_heads=num_heads,
-            window=window,
-            patch=patch,
-            mlp_ratio=mlp_ratio,
-            drop_path=drop_path,
-            checkpointing=checkpointing,
-            compile=compile,
-            kernels=kernels,
-        )
+        self.encoder = VideoSwin(**options)
         own = {"num_classes": num_classes, "classes": tuple(classes), "dropout": dropout}
         self.arch = own | self.encoder.arch
         self.dropout = dropout

@@ -21,7 +21,7 @@ from torch import Tensor
 from bevt_ds.errors import UserError
 
 from .layouts import require_known
-from .windows import Size3, bias_rows
+from .windows import Size3, table_rows
 
 State = dict[str, Tensor]
 
@@ -163,7 +163,7 @@ def _reshape(key: str, value: Tensor) -> Tensor:
 def infer_window(state: State, spatial: tuple[int, int]) -> Size3:
     """The 3-D window of official bias tables, from their rows and the spatial window."""
     rows = next((v.shape[0] for k, v in state.items() if k.endswith(TABLE)), 0)
-    offsets, rest = divmod(rows, bias_rows((1, *spatial)))
+    offsets, rest = divmod(rows, table_rows((1, *spatial)))
     if rest or offsets % 2 == 0:
         raise UserError(
             f"has bias tables of {rows} rows, which no window of (time, {spatial[0]}, {spatial[1]}) has: "

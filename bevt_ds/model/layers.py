@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 import bevt_ds.kernels as ops
 
-from .windows import Size3, WindowGeometry, bias_rows
+from .windows import Size3, Windows, table_rows
 
 
-def pad_end(x: Tensor, pad: Size3) -> Tensor:
-    """Append `pad` zero tokens along T, H and W of x (B,T,H,W,C)."""
-    if not any(pad):
-        return x
-    t, h, w = pad
-    return F.pad(x, (0, 0, 0, w, 0, h, 0, t))
+def pad_end(x: Tensor, grid: Size3) -> Tensor:
+    """x (B,T,H,W,C) with zero tokens appended along T, H and W up to `grid`."""
+    t, h, w = (wanted - extent for wanted, extent in zip(grid, x.shape[1:4], strict=True))
+    return F.pad(x, (0, 0, 0, w, 0, h, 0, t)) if t or h or w else x
 
 
 def add_residual(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -35,27 +33,19 @@ def add_residual(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     return x + branch
 
 
-class Linear(nn.Linear):
-    """nn.Linear by the faster of a CPU's libraries."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(...,I) -> (...,O)."""
-        return ops.linear(x, self.weight, self.bias)
-
-
 class Mlp(nn.Module):
     """Linear, GELU (by the error function), Linear."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1, self.act, self.fc2 = Linear(dim, hidden), nn.GELU(), Linear(hidden, dim)
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(...,C) -> (...,C)."""
         return self.fc2(self.act(self.fc1(x)))
 
 
-class PatchProjection(Linear):
+class PatchProjection(nn.Linear):
     """The stem's convolution as a Linear over flattened patches: a class of its own because its initialisation is."""
 
 
@@ -90,11 +80,12 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,T,H,W,C) -> (B,T,ceil(H/2),ceil(W/2),2C). Odd sizes get a row or column of zeros."""
-        x = pad_end(x, (0, x.shape[2] % 2, x.shape[3] % 2))
+        _, t, h, w, _ = x.shape
+        x = pad_end(x, (t, h + h % 2, w + w % 2))
         # Column-major order of the four neighbours: (even,even), (odd,even), (even,odd), (odd,odd) as (row, column).
         x = rearrange(x, "b t (h ph) (w pw) c -> b t h w (pw ph c)", ph=2, pw=2)
         return self.reduction(self.norm(x))
@@ -112,7 +103,7 @@ class Upsample(nn.Module):
         """(B,T,H,W,C) -> (B,T*t,H*h,W*w,C)."""
         t, h, w = self.weight.shape[2:]
         taps = rearrange(self.weight, "i o t h w -> (t h w o) i")
-        x = ops.linear(x, taps, self.bias.repeat(t * h * w))
+        x = F.linear(x, taps, self.bias.repeat(t * h * w))
         return rearrange(x, "b T H W (t h w c) -> b (T t) (H h) (W w) c", t=t, h=h, w=w)
 
 
@@ -129,7 +120,7 @@ class MaskToken(nn.Module):
         return ops.insert_mask_tokens(x.contiguous(), self.token, mask.bool(), provider=self.kernels)
 
 
-class LMHead(Linear):
+class LMHead(nn.Linear):
     """The classifier over token ids. With targets it gives losses, and logits need never exist as a whole."""
 
     def __init__(self, dim: int, vocab_size: int, kernels: str):
@@ -154,24 +145,16 @@ class WindowAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, window: Size3, kernels: str):
         super().__init__()
-        self.num_heads, self.window, self.kernels = num_heads, window, kernels
-        self.relative_position_bias_table = nn.Parameter(torch.empty(bias_rows(window), num_heads))
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.num_heads, self.kernels = num_heads, kernels
+        self.relative_position_bias_table = nn.Parameter(torch.empty(table_rows(window), num_heads))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, geometry: WindowGeometry) -> Tensor:
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
         """(B,T,H,W,C) -> (B,T,H,W,C). Padding tokens are zeros before qkv and take part as keys, as in the original."""
         _, t, h, w, _ = x.shape
-        qkv = self.qkv(pad_end(x, geometry.pad)).unflatten(-1, (3, self.num_heads, -1))  # (B,T,H,W,3,N,D)
-        x = ops.window_attention(
-            qkv,
-            self.relative_position_bias_table,
-            window=geometry.window,
-            table_window=self.window,
-            shift=geometry.shift,
-            mask_shift=geometry.mask_shift,
-            provider=self.kernels,
-        )
+        qkv = self.qkv(pad_end(x, windows.grid)).unflatten(-1, (3, self.num_heads, -1))  # (B,T,H,W,3,N,D)
+        x = ops.window_attention(qkv, self.relative_position_bias_table, windows, provider=self.kernels)
         return self.proj(x[:, :t, :h, :w])
 
 
@@ -185,10 +168,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, geometry: WindowGeometry, scales: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, windows: Windows, scales: Tensor | None = None) -> Tensor:
         """(B,T,H,W,C) -> the same shape; `scales` (2,B) multiplies the two branches per sample."""
         attn_scale, mlp_scale = (None, None) if scales is None else scales
-        x = add_residual(x, self.attn(self.norm1(x), geometry), attn_scale)
+        x = add_residual(x, self.attn(self.norm1(x), windows), attn_scale)
         return add_residual(x, self.mlp(self.norm2(x)), mlp_scale)
 
 

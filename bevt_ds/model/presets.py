@@ -15,16 +15,17 @@ from torch import nn
 
 from bevt_ds.errors import UserError
 
+from .arch import SwinArch
 from .bevt import BEVT
 from .classifier import VideoClassifier
 from .video_swin import VideoSwin
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"embed_dim": 32, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window": (4, 4, 4)},
-    "swin_t": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
-    "swin_s": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
-    "swin_b": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
-    "swin_l": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
+SIZES = {
+    "tiny": SwinArch(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window=(4, 4, 4)),
+    "swin_t": SwinArch(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "swin_s": SwinArch(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "swin_b": SwinArch(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    "swin_l": SwinArch(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
 }
 ENCODERS = {f"video_{name}": name for name in SIZES}
 
@@ -35,9 +36,9 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     `overrides` are arguments of the class's constructor and win over the preset. Raises UserError for an unknown name.
     """
     if name in SIZES:
-        return BEVT(**{**SIZES[name], **overrides})
+        return BEVT(**(SIZES[name].arguments() | overrides))
     if name in ENCODERS:
-        return VideoSwin(**{**SIZES[ENCODERS[name]], **overrides})
+        return VideoSwin(**(SIZES[ENCODERS[name]].arguments() | overrides))
     near = get_close_matches(name, [*SIZES, *ENCODERS], n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise UserError(f"no model named {name!r}{hint}: choose one of {', '.join([*SIZES, *ENCODERS])}")
@@ -50,7 +51,7 @@ def create_classifier(name: str, num_classes: int, **overrides: Any) -> VideoCla
     """
     if name not in SIZES:
         raise UserError(f"no backbone named {name!r}: choose one of {', '.join(SIZES)}")
-    return VideoClassifier(num_classes, **{**SIZES[name], **overrides})
+    return VideoClassifier(num_classes, **(SIZES[name].arguments() | overrides))
 
 
 def _timm_entry(timm_name: str, name: str) -> Callable[..., nn.Module]:

@@ -13,30 +13,34 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .arch import SwinArch
 from .drop_path import residual_scales
 from .layers import Block, PatchEmbed, PatchMerging, init_weights
 from .weights import PretrainedMixin
-from .windows import Size3, WindowPolicy, block_geometry
+from .windows import WindowPolicy, block_windows
 
 
 class Stage(nn.Module):
     """Blocks at one resolution, then (but for the last stage) the merging that leads to the next."""
 
-    def __init__(self, dim: int, depth: int, num_heads: int, window: Size3, mlp_ratio: float, last: bool, kernels: str):
+    def __init__(self, arch: SwinArch, number: int, kernels: str):
         super().__init__()
-        self.window = window
-        self.blocks = nn.ModuleList(Block(dim, num_heads, window, mlp_ratio, kernels) for _ in range(depth))
-        self.downsample = nn.Identity() if last else PatchMerging(dim)
+        self.window, self.small = arch.window, arch.small_windows
+        dim, heads = arch.embed_dim << number, arch.num_heads[number]
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, arch.window, arch.mlp_ratio, kernels) for _ in range(arch.depths[number])
+        )
+        self.downsample = nn.Identity() if number + 1 == len(arch.depths) else PatchMerging(dim)
 
     def forward(self, x: Tensor, policy: WindowPolicy, scales: Sequence[Tensor | None], recompute: bool) -> Tensor:
         """(B,T',H',W',C) -> the same shape, before merging; `scales` holds a (2,B) per block."""
         for index, (block, scale) in enumerate(zip(self.blocks, scales, strict=True)):
             shifted = index % 2 == 1
-            geometry = block_geometry(tuple(x.shape[1:4]), self.window, shifted=shifted, policy=policy)
+            windows = block_windows(tuple(x.shape[1:4]), self.window, shifted=shifted, policy=policy, small=self.small)
             if recompute:  # no block draws random numbers, so that no generator's state need be kept
-                x = checkpoint(block, x, geometry, scale, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, windows, scale, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, geometry, scale)
+                x = block(x, windows, scale)
         return x
 
 
@@ -55,41 +59,19 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
 class VideoSwin(PretrainedMixin, nn.Module):
     """The encoder: patches, four stages of window attention, LayerNorm.
 
-    Sizes are tuples over (time, height, width). `window` counts tokens. Any clip size works: patches, windows and
-    merging pad with zeros at the end, as in the original. `checkpointing` recomputes each block in the backward pass;
-    `compile` puts each through torch.compile; `kernels` is auto, triton or torch.
+    `sizes` are the fields of SwinArch. Any clip size works: patches, windows and merging pad with zeros at the end, as
+    in the original. `checkpointing` recomputes each block in the backward pass; `compile` puts each through
+    torch.compile; `kernels` is auto, triton or torch.
     """
 
-    def __init__(
-        self,
-        embed_dim: int = 128,
-        depths: Sequence[int] = (2, 2, 18, 2),
-        num_heads: Sequence[int] = (4, 8, 16, 32),
-        window: Size3 = (8, 7, 7),
-        patch: Size3 = (2, 4, 4),
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        checkpointing: bool = False,
-        compile: bool = False,
-        kernels: str = "auto",
-    ):
+    def __init__(self, *, checkpointing: bool = False, compile: bool = False, kernels: str = "auto", **sizes: Any):
         super().__init__()
-        self.arch = {
-            "embed_dim": embed_dim,
-            "depths": tuple(depths),
-            "num_heads": tuple(num_heads),
-            "window": tuple(window),
-            "patch": tuple(patch),
-            "mlp_ratio": mlp_ratio,
-            "drop_path": drop_path,
-        }
-        self.depths, self.drop_path, self.checkpointing = tuple(depths), drop_path, checkpointing
-        self.patch_embed = PatchEmbed(tuple(patch), embed_dim)
-        self.layers = nn.ModuleList(
-            Stage(embed_dim << i, depth, heads, tuple(window), mlp_ratio, last=i + 1 == len(depths), kernels=kernels)
-            for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True))
-        )
-        self.norm = nn.LayerNorm(embed_dim << (len(depths) - 1))
+        arch = SwinArch(**sizes)
+        self.arch = arch.arguments()
+        self.depths, self.drop_path, self.checkpointing = arch.depths, arch.drop_path, checkpointing
+        self.patch_embed = PatchEmbed(arch.patch, arch.embed_dim)
+        self.layers = nn.ModuleList(Stage(arch, number, kernels) for number in range(len(arch.depths)))
+        self.norm = nn.LayerNorm(arch.width)
         self.init_weights()
         if compile:
             compile_blocks(self)

@@ -10,7 +10,7 @@ import inspect
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from torch import nn
 from bevt_ds.errors import UserError
 from bevt_ds.folders import weights_of
 
+from .arch import SwinArch
 from .convert import (
     SPATIAL_WINDOW,
     TABLE,
@@ -32,7 +33,7 @@ from .convert import (
     unwrap,
     without_untrained,
 )
-from .windows import Size3, bias_rows
+from .windows import Size3, table_rows
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT = "bevt_ds"
@@ -117,12 +118,13 @@ class PretrainedMixin:
         `overrides` are constructor arguments that win over the file's: another `window` resizes the bias tables.
         """
         weights = read_weights(Path(path))
-        accepted = inspect.signature(cls).parameters
-        unknown = weights.arch.keys() - accepted.keys() - NOT_EVERYWHERE
+        own = inspect.signature(cls).parameters.values()
+        accepted = {p.name for p in own if p.kind is not p.VAR_KEYWORD} | {f.name for f in fields(SwinArch)}
+        unknown = weights.arch.keys() - accepted - NOT_EVERYWHERE
         if unknown:
             raise UserError(f"{path} was written by another version: its {CONFIG} has {', '.join(sorted(unknown))}")
         arch = {key: value for key, value in weights.arch.items() if key in accepted} | overrides
-        if lacking := [p.name for p in accepted.values() if p.default is p.empty and p.name not in arch]:
+        if lacking := [p.name for p in own if p.default is p.empty and p.name in accepted - arch.keys()]:
             raise UserError(f"{path} is not a {cls.__name__}: to start one from it, pass {', '.join(lacking)}")
         model = cls(**arch)
         print(_load(model, weights))
@@ -250,8 +252,10 @@ def _check_arch(arch: dict[str, Any], weights: Weights) -> None:
         ours = arch.get(key)
         if key not in arch or key in MAY_DIFFER or plain(ours) == plain(theirs):
             continue
-        remedy = "use the same tokenizer, or init_head=false" if key == "vocab_size" else "make them agree"
-        raise UserError(f"{weights.source} has {key}={plain(theirs)}, this model {key}={plain(ours)}: {remedy}")
+        fresh_head = ", or start the head fresh with init_head=false" if key == "vocab_size" else ""
+        raise UserError(
+            f"{weights.source} has {key}={plain(theirs)}, this model {key}={plain(ours)}: make them agree{fresh_head}"
+        )
 
 
 def _fit_tables(state: State, weights: Weights, target: Size3) -> State:
@@ -261,7 +265,7 @@ def _fit_tables(state: State, weights: Weights, target: Size3) -> State:
         return {}
     tables = {name: table for name, table in state.items() if name.endswith(TABLE)}
     for name, table in tables.items():
-        if len(table) != bias_rows(source):
+        if len(table) != table_rows(source):
             raise UserError(f"{weights.source} has {len(table)} rows in {name}, its window {source} has not")
     return {name: resize_table(table, source, target) for name, table in tables.items()}
 

@@ -1,44 +1,41 @@
-"""Geometry of one block's attention windows: pure functions of sizes, counted in tokens along (time, height, width).
+"""The attention windows of a block: a pure function of sizes, counted in tokens along (time, height, width).
 
 Source: xyzforever/BEVT@8881b21, mmaction/models/backbones/swin_transformer_bevt.py. An image is a clip with one token
-of time, so the same functions serve both.
+of time, so the same function serves both.
 """
 
 from __future__ import annotations
 
-from math import prod
-from typing import Literal, NamedTuple
+from functools import lru_cache
+from typing import Literal
 
-Size3 = tuple[int, int, int]
+from bevt_ds.kernels.geometry import Size3, Windows, table_rows
+
+__all__ = ["Size3", "SmallWindows", "WindowPolicy", "Windows", "block_windows", "table_rows"]
+
 WindowPolicy = Literal["official", "swin"]
+SmallWindows = Literal["exact", "official"]
 
 
-class WindowGeometry(NamedTuple):
-    """What the attention op needs to know about one block on one grid."""
-
-    window: Size3  # clipped to the grid
-    shift: Size3  # how far the windows are displaced
-    mask_shift: Size3  # tokens on the two sides of the seam that a shift by this much makes do not attend to each other
-    pad: Size3  # tokens appended to each axis, so that windows tile the grid
-
-
-def block_geometry(grid: Size3, window: Size3, *, shifted: bool, policy: WindowPolicy = "swin") -> WindowGeometry:
-    """The windows of a block on `grid`; every second block of a stage is `shifted`.
+@lru_cache(maxsize=1024)
+def block_windows(
+    grid: Size3, window: Size3, *, shifted: bool, policy: WindowPolicy = "swin", small: SmallWindows = "exact"
+) -> Windows:
+    """The windows of a block on `grid`, which is padded to a multiple of them; every second block is `shifted`.
 
     An axis no longer than its window gets one window and no shift. `policy="official"` is what the original does to
     images: it masks along the seam in unshifted blocks too, and still shifts an axis exactly as long as its window.
+    `small` is about windows clipped in height or width: "exact" gives each pair of tokens the bias of its offset,
+    "official" that of the pair with the same numbers in a whole window, as the original and torchvision do.
     """
     quirk = policy == "official"
     clipped = tuple(map(min, grid, window))
     half = tuple(w // 2 if extent > w or (quirk and extent == w) else 0 for extent, w in zip(grid, window, strict=True))
-    return WindowGeometry(
+    return Windows(
+        grid=tuple(extent + -extent % w for extent, w in zip(grid, clipped, strict=True)),
         window=clipped,
+        table_window=window,
         shift=half if shifted else (0, 0, 0),
         mask_shift=half if shifted or quirk else (0, 0, 0),
-        pad=tuple(-extent % w for extent, w in zip(grid, clipped, strict=True)),
+        bias_by_number=small == "official" and clipped[1:] != window[1:],
     )
-
-
-def bias_rows(window: Size3) -> int:
-    """Rows of the relative position bias table: one for every offset between two tokens of a window."""
-    return prod(2 * w - 1 for w in window)

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from bevt_ds.config.schema import Config, LoopConfig
+from bevt_ds.model.arch import SwinArch
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.flops import Sizes, clip_macs, image_macs, peak_flops, training_flops
+from bevt_ds.runtime.flops import clip_macs, image_macs, peak_flops, training_flops
 from bevt_ds.runtime.run_dir import LOG
 
 STREAMS = ("video", "image")
@@ -91,13 +92,16 @@ class SpeedMeter:
         return {**rates, "data_wait": wait, "mfu": rate * self.step_flops / self.peak if self.peak else None}
 
 
-def expected_step_flops(config: Config, sizes: Sizes) -> float:
-    """Training FLOPs of one step with the expected number of masked cells (means of the mask generators)."""
-    data, train = config.data, config.train
+def expected_step_flops(config: Config, arch: Mapping[str, Any]) -> float:
+    """Training FLOPs of one step with the expected number of masked cells (means of the mask generators).
+
+    arch: that of the BEVT.
+    """
+    data, train, swin, vocabulary = config.data, config.train, SwinArch.of(arch), arch["vocab_size"]
     cells = (data.size // 16) ** 2 * data.mask.ratio
     tube = sum(data.mask.tube) / 2
-    macs = train.global_clips * clip_macs(sizes, data.frames, data.size, cells * data.frames * tube)
-    macs += train.global_images * image_macs(sizes, data.size, cells)
+    macs = train.global_clips * clip_macs(swin, vocabulary, data.frames, data.size, cells * data.frames * tube)
+    macs += train.global_images * image_macs(swin, vocabulary, data.size, cells)
     return float(training_flops(macs))
 
 

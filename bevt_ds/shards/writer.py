@@ -34,11 +34,6 @@ class ShardLimits:
     samples: int
 
 
-def unfinished(out: Path, split: str) -> Path:
-    """Where shards are made, until all of them have their names in `out`."""
-    return out / f".{split}.unfinished"
-
-
 class ShardWriter:
     """Shards `{split}-{number:06d}.tar` in the making. Use as a context manager.
 
@@ -48,7 +43,7 @@ class ShardWriter:
 
     def __init__(self, out: Path, split: str, limits: ShardLimits, digest: str) -> None:
         self.out, self.split, self.limits = out, split, limits
-        self.folder = unfinished(out, split)
+        self.folder = out / f".{split}.unfinished"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -13,8 +13,9 @@ from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import Config, FinetuneConfig, TrainingConfig
 from bevt_ds.config.validate import micro_steps, require_inputs
 from bevt_ds.errors import UserError
+from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_model
-from bevt_ds.runtime.flops import Sizes, backbone_macs, training_flops
+from bevt_ds.runtime.flops import backbone_macs, training_flops
 from bevt_ds.runtime.logging import expected_step_flops
 
 DALLE_VOCABULARY = 8192
@@ -34,7 +35,7 @@ def report_pretraining(config: Config, notes: Sequence[str], world: int) -> str:
         parameters=f"{_parameters(model):,}",
         steps=f"{train.steps:,} of {train.global_clips} clips + {train.global_images} images",
         micro=f"{train.micro_clips} clips + {train.micro_images} images",
-        flops=expected_step_flops(config, Sizes.of(model.arch)),
+        flops=expected_step_flops(config, model.arch),
         flops_of="masked head, no recompute, no tokenizer",
     )
 
@@ -46,16 +47,16 @@ def report_finetuning(config: FinetuneConfig, notes: Sequence[str], world: int) 
     del options["dropout"]
     with torch.device("meta"):
         encoder = create_model(f"video_{options.pop('name')}", **options)
-    sizes = Sizes.of(encoder.arch)
+    arch = SwinArch.of(encoder.arch)
     epochs = f"{train.epochs} epochs of (training videos // {train.global_clips})"
     return _report(
         config,
         notes,
         world,
-        parameters=f"{_parameters(encoder):,} + {sizes.width + 1:,} for each class",
+        parameters=f"{_parameters(encoder):,} + {arch.width + 1:,} for each class",
         steps=f"{f'{train.steps:,}' if train.steps else epochs}, each of {train.global_clips} clips",
         micro=f"{train.micro_clips} clips",
-        flops=training_flops(train.global_clips * backbone_macs(sizes, (data.frames, data.size, data.size))),
+        flops=training_flops(train.global_clips * backbone_macs(arch, (data.frames, data.size, data.size))),
         flops_of="no recompute",
     )
 

@@ -23,13 +23,14 @@ from bevt_ds.data.labels import Classes
 from bevt_ds.eval.metrics import Scores
 from bevt_ds.eval.videos import each_video
 from bevt_ds.folders import weights_of
+from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_classifier
 from bevt_ds.model.weights import load_init
 from bevt_ds.runtime import run_dir
 from bevt_ds.runtime.continuing import begin_engine
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import Engine
-from bevt_ds.runtime.flops import Sizes, backbone_macs, training_flops
+from bevt_ds.runtime.flops import backbone_macs, training_flops
 from bevt_ds.runtime.logging import RunLog
 from bevt_ds.runtime.optim import layer_decay_groups, learning_rate
 from bevt_ds.train.loop import Setup, Task, run_training
@@ -164,13 +165,13 @@ def make_engine(
     epoch = loader.steps_an_epoch
     warmup = config.optim.warmup_epochs * epoch
     schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=warmup, steps_an_epoch=epoch)
-    return Engine(model, config, setup.ds_values, ranks, Sizes.of(model.arch).width, groups, schedule)
+    return Engine(model, config, setup.ds_values, ranks, SwinArch.of(model.arch).width, groups, schedule)
 
 
 def step_flops(config: FinetuneConfig, engine: Engine) -> float:
     """Training FLOPs of one step; the head's are left out."""
     data = config.data
-    macs = backbone_macs(Sizes.of(engine.module.arch), (data.frames, data.size, data.size))
+    macs = backbone_macs(SwinArch.of(engine.module.arch), (data.frames, data.size, data.size))
     return float(training_flops(config.train.global_clips * macs))
 
 
@@ -236,6 +237,5 @@ def read_scores(best: Path) -> dict[str, float] | None:
 
 def as_text(scores: dict[str, float]) -> str:
     """Scores as people read them."""
-    names = [name for name in ("top1", "top5", "mean_class_accuracy") if name in scores]
-    shares = ", ".join(f"{name} {scores[name]:.2%}" for name in names)
+    shares = ", ".join(f"{name} {scores[name]:.2%}" for name in ("top1", "top5", "mean_class_accuracy"))
     return f"{shares} of {scores['videos']:,} videos"

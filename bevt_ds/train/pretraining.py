@@ -18,6 +18,7 @@ from bevt_ds.eval.held_out import as_json, as_table, evaluate, shortfall
 from bevt_ds.eval.online_probe import OnlineProbe
 from bevt_ds.eval.visualize import draw
 from bevt_ds.folders import weights_of
+from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, require_vocabulary, tokenize
 from bevt_ds.model.weights import load_init
@@ -25,7 +26,6 @@ from bevt_ds.runtime import run_dir
 from bevt_ds.runtime.continuing import begin_engine
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
-from bevt_ds.runtime.flops import Sizes
 from bevt_ds.runtime.logging import expected_step_flops, step_metrics
 from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
 from bevt_ds.runtime.runs import require_known_targets
@@ -95,7 +95,7 @@ def open_pretraining(setup: Setup[Config]) -> Iterator[Pretraining]:
         facts = {"ds_values": setup.ds_values, "ranks": ranks, "vocab_size": tokenizer.vocab_size}
         engine, _ = begin_engine(partial(make_engine, **facts, fresh=setup.start is None), config, setup.start)
         require_vocabulary(tokenizer, engine.module.arch["vocab_size"])
-        flops = expected_step_flops(config, Sizes.of(engine.module.arch))
+        flops = expected_step_flops(config, engine.module.arch)
         yield Pretraining(setup, loader, engine, config.train.steps, flops, tokenizer, probe)
 
 
@@ -151,4 +151,4 @@ def make_engine(
     freeze_unused(model, trained_streams(config))
     groups = parameter_groups(model, config.optim.weight_decay)
     schedule = partial(learning_rate, optim=config.optim, steps=config.train.steps, warmup=config.optim.warmup_steps)
-    return Engine(model, config, ds_values, ranks, Sizes.of(model.arch).width, groups, schedule)
+    return Engine(model, config, ds_values, ranks, SwinArch.of(model.arch).width, groups, schedule)

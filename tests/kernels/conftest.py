@@ -3,15 +3,14 @@
 Without a GPU the kernels run in Triton's interpreter, which multiplies bfloat16 wrongly: that is tested on a GPU only.
 """
 
-from math import prod
-
 import pytest
 import torch
 
 from bevt_ds import kernels
 
 STILL = (0, 0, 0)
-# grid, window, table_window, shift, mask_shift: BEVT's combinations in small, and awkward remainders
+# grid, window, table_window, shift, mask_shift: BEVT's combinations in small, and awkward remainders; True: the bias
+# goes by a token's number
 CASES = {
     "clip": ((2, 4, 6), (2, 4, 3), (2, 4, 3), STILL, STILL),
     "clip-shifted": ((2, 8, 6), (2, 4, 3), (2, 4, 3), (0, 2, 1), (0, 2, 1)),
@@ -27,6 +26,9 @@ CASES = {
     "large-shifted": ((2, 7, 14), (2, 7, 7), (3, 7, 7), (0, 0, 3), (0, 0, 3)),
     "large-cut-in-time": ((5, 4, 4), (5, 4, 4), (5, 4, 4), STILL, (2, 0, 0)),
     "large-rolled": ((1, 9, 9), (1, 9, 9), (1, 9, 9), (0, 4, 2), STILL),
+    "small-map-by-number": ((2, 3, 3), (2, 3, 3), (2, 4, 5), STILL, STILL, True),
+    "small-map-by-number-shifted": ((4, 3, 4), (2, 3, 2), (3, 4, 3), (1, 0, 1), (1, 0, 1), True),
+    "large-by-number-cut": ((4, 6, 5), (4, 6, 5), (4, 7, 7), STILL, (2, 0, 0), True),
 }
 
 KERNEL_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -58,12 +60,11 @@ def inputs():
     """Makes the arguments of window_attention for a case."""
 
     def make(case, dtype, device, batch=1, heads=2, d=16):
-        """qkv, table and the sizes of a case."""
-        grid, window, table_window, shift, mask_shift = CASES[case]
-        qkv = torch.randn(batch, *grid, 3, heads, d, device=device).to(dtype)
-        table = torch.randn(prod(2 * w - 1 for w in table_window), heads, device=device).to(dtype)
-        sizes = {"window": window, "table_window": table_window, "shift": shift, "mask_shift": mask_shift}
-        return qkv, table, sizes
+        """qkv, table and the windows of a case."""
+        windows = kernels.Windows(*CASES[case])
+        qkv = torch.randn(batch, *windows.grid, 3, heads, d, device=device).to(dtype)
+        table = torch.randn(windows.table_rows, heads, device=device).to(dtype)
+        return qkv, table, windows
 
     return make
 

@@ -21,7 +21,7 @@ def test_competitors_agree_with_us(case, rival):
     """From the same qkv and table, to float32 rounding; the original's mask is -100 and not minus infinity."""
     torch.manual_seed(0)
     qkv, table = kernels_providers.arguments(case, "cpu", torch.float32)
-    ours = kernels.window_attention(qkv, table, **kernels_providers.sizes(case), provider="torch")
+    ours = kernels.window_attention(qkv, table, case.windows, provider="torch")
     job = kernels_providers.CPU_PROVIDERS[rival](case, "cpu", torch.float32)
     with torch.no_grad():
         if rival == "sdpa":

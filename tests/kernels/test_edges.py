@@ -24,8 +24,8 @@ def calls(provider, device, batch):
 
     def attend(window, qkv, table):
         shift = tuple(size // 2 for size in window)
-        sizes = {"window": window, "table_window": window, "shift": shift, "mask_shift": shift}
-        return kernels.window_attention(qkv, table, **sizes, provider=provider)
+        windows = kernels.Windows(tuple(qkv.shape[1:4]), window, window, shift, shift)
+        return kernels.window_attention(qkv, table, windows, provider=provider)
 
     rows = 3 * batch
     index, target = torch.arange(rows, device=device), torch.arange(rows, device=device)

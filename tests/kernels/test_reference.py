@@ -41,14 +41,8 @@ def test_equals_torchvision(shift, frames):
     clipped = (min(window[0], frames), *window[1:])
     shift = (shift[0] if frames > window[0] else 0, *shift[1:])
     qkv = theirs.qkv(x).unflatten(-1, (3, heads, -1))
-    out = reference.window_attention(
-        qkv,
-        theirs.relative_position_bias_table,
-        window=clipped,
-        table_window=window,
-        shift=shift,
-        mask_shift=shift,
-    )
+    windows = Windows((frames, 8, 6), clipped, window, shift, shift)
+    out = reference.window_attention(qkv, theirs.relative_position_bias_table, windows)
     torch.testing.assert_close(theirs.proj(out), expected, rtol=1e-12, atol=1e-12)
 
 

@@ -1,6 +1,7 @@
 """The torch provider, the path of every CPU, against the reference."""
 
 from functools import partial
+from itertools import islice, product
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ from bevt_ds import kernels
 from bevt_ds.kernels import reference, torch_ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+STILL = (0, 0, 0)
 attend = partial(kernels.window_attention, provider="torch")
 
 
 @pytest.mark.parametrize("low", DTYPES, ids=str)
 def test_window_attention(every_case, low, device, inputs, check_op):
     """Output, dqkv and dtable."""
-    qkv, table, sizes = inputs(every_case, low, device, batch=2)
-    check_op(attend, reference.window_attention, (qkv, table), **sizes)
+    qkv, table, windows = inputs(every_case, low, device, batch=2)
+    check_op(attend, reference.window_attention, (qkv, table), windows=windows)
 
 
 @pytest.mark.parametrize("low", DTYPES, ids=str)
@@ -47,11 +49,11 @@ def test_masked_cross_entropy(low, device, check_op):
 
 def test_one_graph(device, inputs):
     """torch.compile needs no break."""
-    qkv, table, sizes = inputs("clip-shifted", torch.float32, device)
+    qkv, table, windows = inputs("clip-shifted", torch.float32, device)
     index = torch.tensor([3, -1, 0], device=device)
 
     def all_ops(qkv, table):
-        out = attend(qkv, table, **sizes)
+        out = attend(qkv, table, windows)
         rows = kernels.gather_masked(out.flatten(0, 3), index, "torch")
         target = torch.zeros(3, dtype=torch.int64, device=rows.device)
         return kernels.masked_cross_entropy(rows, rows, rows[:, 0], target, (2, 1), "torch")[0].sum()
@@ -66,16 +68,33 @@ def test_one_graph(device, inputs):
 
 def test_training_after_inference_mode(device, inputs):
     """What is cached during an evaluation serves a later backward pass."""
-    qkv, table, sizes = inputs("window-below-table", torch.float32, device)
-    torch_ops._index.cache_clear()
+    qkv, table, windows = inputs("window-below-table", torch.float32, device)
+    torch_ops._bias_rows.cache_clear()
     with torch.inference_mode():
-        attend(qkv, table, **sizes)
-    attend(qkv.requires_grad_(), table.requires_grad_(), **sizes).sum().backward()
+        attend(qkv, table, windows)
+    attend(qkv.requires_grad_(), table.requires_grad_(), windows).sum().backward()
     assert table.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("window", [(2, 3, 4), (8, 7, 7)])
+def test_bias_rows_are_numbered_by_query_minus_key(window):
+    """The row of every offset, counted up by hand: the table's last axis is the fastest, its first row the offset
+    of the window's first token as query and its last as key."""
+    windows = kernels.Windows(window, window, window, STILL, STILL)
+    rows = torch_ops._bias_rows(windows, torch.device("cpu")).view(windows.tokens, windows.tokens)
+    places = list(product(*(range(extent) for extent in window)))
+    offsets = list(product(*(range(1 - extent, extent) for extent in window)))
+    row_of = {offset: row for row, offset in enumerate(offsets)}
+    assert rows[0, -1] == 0
+    for q, k in islice(product(range(len(places)), repeat=2), 0, None, 37):
+        offset = tuple(a - b for a, b in zip(places[q], places[k], strict=True))
+        assert rows[q, k] == row_of[offset]
 
 
 def test_table_and_sizes_must_fit(device, inputs):
     """A table of another window is named with the shape that is needed."""
-    qkv, table, sizes = inputs("clip", torch.float32, device)
+    qkv, table, windows = inputs("clip", torch.float32, device)
     with pytest.raises(ValueError, match=r"bias_table has shape \(104, 2\)"):
-        attend(qkv, table[:-1], **sizes)
+        attend(qkv, table[:-1], windows)
+    with pytest.raises(ValueError, match=r"qkv has a map of \(1, 4, 6\) tokens"):
+        attend(qkv[:, :1], table, windows)

@@ -27,12 +27,13 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.table = nn.Parameter(0.02 * torch.randn(7 * 7, width // 16))
-        self.sizes = {"window": window, "table_window": (1, 4, 4), "shift": shift, "mask_shift": mask_shift}
+        self.window, self.shift, self.mask_shift = window, shift, mask_shift
         self.provider = provider
 
     def forward(self, x):
         qkv = self.qkv(self.norms[0](x)).unflatten(-1, (3, -1, 16))
-        x = x + self.proj(kernels.window_attention(qkv, self.table, **self.sizes, provider=self.provider))
+        windows = kernels.Windows(tuple(x.shape[1:4]), self.window, (1, 4, 4), self.shift, self.mask_shift)
+        x = x + self.proj(kernels.window_attention(qkv, self.table, windows, provider=self.provider))
         return x + self.mlp(self.norms[1](x))
 
 

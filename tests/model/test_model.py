@@ -14,7 +14,7 @@ from bevt_ds import BEVT, Batch, UserError, VideoSwin, create_model
 from bevt_ds.model.bevt import Decoder
 from bevt_ds.model.drop_path import residual_scales, splitmix64, uniform
 from bevt_ds.model.layers import PatchEmbed, PatchMerging, Upsample, init_weights
-from bevt_ds.model.windows import WindowGeometry, bias_rows, block_geometry
+from bevt_ds.model.windows import Windows, block_windows, table_rows
 
 SIZES = {  # name: (encoder, encoder with both decoders, images' stem and mask token), measured on the original classes
     "swin_t": (27_850_470, 35_527_014),
@@ -22,6 +22,8 @@ SIZES = {  # name: (encoder, encoder with both decoders, images' stem and mask t
     "swin_b": (87_638_984, 101_282_248),
     "swin_l": (196_339_116, 227_027_628),
 }
+
+TABLE = (8, 7, 7)
 
 
 def parameters(module: nn.Module) -> int:
@@ -63,23 +65,32 @@ def test_create_model_by_name():
 @pytest.mark.parametrize(
     ("grid", "shifted", "policy", "expected"),
     [
-        ((8, 56, 56), False, "swin", WindowGeometry((8, 7, 7), (0, 0, 0), (0, 0, 0), (0, 0, 0))),
-        ((8, 56, 56), True, "swin", WindowGeometry((8, 7, 7), (0, 3, 3), (0, 3, 3), (0, 0, 0))),
-        ((16, 7, 7), True, "swin", WindowGeometry((8, 7, 7), (4, 0, 0), (4, 0, 0), (0, 0, 0))),
-        ((10, 59, 55), True, "swin", WindowGeometry((8, 7, 7), (4, 3, 3), (4, 3, 3), (6, 4, 1))),
-        ((8, 7, 6), True, "swin", WindowGeometry((8, 7, 6), (0, 0, 0), (0, 0, 0), (0, 0, 0))),
-        ((1, 56, 56), True, "swin", WindowGeometry((1, 7, 7), (0, 3, 3), (0, 3, 3), (0, 0, 0))),
-        ((1, 56, 56), False, "official", WindowGeometry((1, 7, 7), (0, 0, 0), (0, 3, 3), (0, 0, 0))),
-        ((1, 7, 7), True, "official", WindowGeometry((1, 7, 7), (0, 3, 3), (0, 3, 3), (0, 0, 0))),
-        ((1, 4, 4), True, "official", WindowGeometry((1, 4, 4), (0, 0, 0), (0, 0, 0), (0, 0, 0))),
+        ((8, 56, 56), False, "swin", Windows((8, 56, 56), (8, 7, 7), TABLE, (0, 0, 0), (0, 0, 0))),
+        ((8, 56, 56), True, "swin", Windows((8, 56, 56), (8, 7, 7), TABLE, (0, 3, 3), (0, 3, 3))),
+        ((16, 7, 7), True, "swin", Windows((16, 7, 7), (8, 7, 7), TABLE, (4, 0, 0), (4, 0, 0))),
+        ((10, 59, 55), True, "swin", Windows((16, 63, 56), (8, 7, 7), TABLE, (4, 3, 3), (4, 3, 3))),
+        ((8, 7, 6), True, "swin", Windows((8, 7, 6), (8, 7, 6), TABLE, (0, 0, 0), (0, 0, 0))),
+        ((1, 56, 56), True, "swin", Windows((1, 56, 56), (1, 7, 7), TABLE, (0, 3, 3), (0, 3, 3))),
+        ((1, 56, 56), False, "official", Windows((1, 56, 56), (1, 7, 7), TABLE, (0, 0, 0), (0, 3, 3))),
+        ((1, 7, 7), True, "official", Windows((1, 7, 7), (1, 7, 7), TABLE, (0, 3, 3), (0, 3, 3))),
+        ((1, 4, 4), True, "official", Windows((1, 4, 4), (1, 4, 4), TABLE, (0, 0, 0), (0, 0, 0))),
     ],
 )
 def test_window_geometry(grid, shifted, policy, expected):
-    assert block_geometry(grid, (8, 7, 7), shifted=shifted, policy=policy) == expected
+    assert block_windows(grid, TABLE, shifted=shifted, policy=policy) == expected
 
 
-def test_bias_rows():
-    assert (bias_rows((8, 7, 7)), bias_rows((16, 7, 7)), bias_rows((1, 7, 7))) == (2535, 5239, 169)
+@pytest.mark.parametrize(
+    ("grid", "by_number"), [((8, 7, 7), False), ((4, 7, 7), False), ((8, 6, 7), True), ((8, 14, 4), True)]
+)
+def test_small_windows_matter_where_height_or_width_is_clipped(grid, by_number):
+    """A window clipped in time alone numbers its tokens as the whole one does."""
+    assert block_windows(grid, TABLE, shifted=False, small="official").bias_by_number == by_number
+    assert not block_windows(grid, TABLE, shifted=False).bias_by_number
+
+
+def test_table_rows():
+    assert (table_rows((8, 7, 7)), table_rows((16, 7, 7)), table_rows((1, 7, 7))) == (2535, 5239, 169)
 
 
 @pytest.mark.parametrize("patch", [(2, 4, 4), (1, 4, 4)])

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bevt_ds.config.recipes import demo
 from bevt_ds.config.schema import LoopConfig
-from bevt_ds.runtime.flops import Sizes, backbone_macs, clip_macs, image_macs, peak_flops, training_flops
+from bevt_ds.model.arch import SwinArch
+from bevt_ds.runtime.flops import backbone_macs, clip_macs, image_macs, peak_flops, training_flops
 from bevt_ds.runtime.logging import SpeedMeter, expected_step_flops
 
 PUBLISHED = {  # 32x224x224, window (8,7,7): GMACs
@@ -23,13 +24,13 @@ PUBLISHED = {  # 32x224x224, window (8,7,7): GMACs
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_backbone_matches_published_counts(name):
     (width, depths), gmacs = PUBLISHED[name]
-    count = backbone_macs(Sizes(width, depths, (8, 7, 7), 8192), (32, 224, 224))
+    count = backbone_macs(SwinArch(width, depths), (32, 224, 224))
     assert count / 1e9 == pytest.approx(gmacs, rel=3e-3)
 
 
 def test_head_counts_masked_cells_only():
-    sizes = Sizes(128, (2, 2, 18, 2), (8, 7, 7), 8192)
-    assert clip_macs(sizes, 16, 224, 100) - clip_macs(sizes, 16, 224, 0) == 100 * 1024 * 8192
+    arch = SwinArch()
+    assert clip_macs(arch, 8192, 16, 224, 100) - clip_macs(arch, 8192, 16, 224, 0) == 100 * 1024 * 8192
 
 
 def test_peaks():
@@ -47,10 +48,10 @@ def test_training_flops_are_those_that_torch_counts():
 
 
 def test_a_step_counts_the_clips_and_images_of_all_ranks():
-    config, sizes = demo(), Sizes(64, (1, 1, 1, 1), (4, 4, 4), 0)
-    clip = clip_macs(sizes, config.data.frames, config.data.size, 0)
-    images = image_macs(sizes, config.data.size, 0)
-    assert expected_step_flops(config, sizes) == 6 * (4 * clip + 16 * images)
+    config, arch = demo(), SwinArch(64, (1, 1, 1, 1), window=(4, 4, 4))
+    clip = clip_macs(arch, 0, config.data.frames, config.data.size, 0)
+    images = image_macs(arch, 0, config.data.size, 0)
+    assert expected_step_flops(config, arch.arguments() | {"vocab_size": 0}) == 6 * (4 * clip + 16 * images)
 
 
 @pytest.mark.parametrize("world", [1, 4])

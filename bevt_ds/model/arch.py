@@ -1,0 +1,51 @@
+"""What a Video Swin is: the sizes that its constructor, its checkpoints, the presets and FLOP counts share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self, get_args
+
+from bevt_ds.errors import UserError
+
+from .windows import Size3, SmallWindows
+
+
+@dataclass(frozen=True)
+class SwinArch:
+    """Sizes of a Video Swin: tuples are over (time, height, width), or over stages.
+
+    The defaults are Swin-B's in BEVT. Raises UserError where depths and heads do not fit together, or for an unknown
+    `small_windows`.
+    """
+
+    embed_dim: int = 128  # channels of the first stage; each merging doubles them
+    depths: tuple[int, ...] = (2, 2, 18, 2)  # blocks
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    window: Size3 = (8, 7, 7)  # tokens
+    patch: Size3 = (2, 4, 4)  # pixels
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.0  # of the last block, linear from 0
+    small_windows: SmallWindows = "exact"  # see windows.block_windows
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "num_heads", "window", "patch"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.depths) != len(self.num_heads):
+            raise UserError(f"depths={self.depths} and num_heads={self.num_heads}: one of each a stage")
+        if self.small_windows not in get_args(SmallWindows):
+            raise UserError(f"small_windows={self.small_windows!r}: choose one of {', '.join(get_args(SmallWindows))}")
+
+    @classmethod
+    def of(cls, arch: Mapping[str, Any]) -> Self:
+        """From the constructor arguments that a model keeps in `arch`."""
+        return cls(**{f.name: arch[f.name] for f in fields(cls) if f.name in arch})
+
+    def arguments(self) -> dict[str, Any]:
+        """As constructor arguments."""
+        return asdict(self)
+
+    @property
+    def width(self) -> int:
+        """Channels of the last stage."""
+        return self.embed_dim << (len(self.depths) - 1)
