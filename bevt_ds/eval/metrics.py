@@ -49,6 +49,8 @@ class Scores:
     def result(self) -> dict[str, float]:
         """Shares in [0,1] top1, top5 and mean_class_accuracy (over the classes that occur), and the number of videos.
 
+        top5 is left out where there are no more than five classes: it would be 1 whatever the classifier does.
+
         Raises:
             UserError: nothing was counted.
         """
@@ -58,7 +60,7 @@ class Scores:
         occurs = each > 0
         return {
             "top1": int(hits.sum()) / videos,
-            "top5": self.hits_top5 / videos,
+            **({"top5": self.hits_top5 / videos} if len(hits) > TOP else {}),
             "mean_class_accuracy": float((hits[occurs].double() / each[occurs]).mean()),
             "videos": videos,
         }

@@ -130,7 +130,7 @@ def class_accuracies(scores: Scores, names: tuple[str, ...]) -> list[dict[str, A
 def as_lines(values: dict[str, Any], folder: Path) -> str:
     """The results as people read them."""
     rows = (("top-1", "top1"), ("top-5", "top5"), ("mean class accuracy", "mean_class_accuracy"))
-    lines = [f"{title:<20}{values[key]:8.2%}" for title, key in rows]
+    lines = [f"{title:<20}{values[key]:8.2%}" for title, key in rows if key in values]
     share = values["videos"] / max(values["expected"], 1)
     lines.append(f"{'coverage':<20}{values['videos']:,} of {values['expected']:,} expected ({share:.1%})")
     occurring = sum(entry["videos"] > 0 for entry in values["classes"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -91,6 +92,7 @@ def _add_pack(verbs) -> None:
     verb.add_argument(
         "--split", type=_name, default="train", help="tars are named SPLIT-000000.tar and so on; default: %(default)s"
     )
+    verb.add_argument("--strict", action="store_true", help="exit code 1 if a file was rejected")
     verb.add_argument("--shard-size", type=_bytes, default=SHARD_BYTES, help="at most, such as 500M; default: 1G")
     verb.add_argument("--shard-samples", type=_whole(1), default=SHARD_SAMPLES, help="at most; default: %(default)s")
     _add_jobs(verb)
@@ -162,7 +164,9 @@ def _add_stats(verbs) -> None:
         default=CLIPS_A_GPU,
         help="what the GPUs of this machine take; default: %(default)g, an estimate for one H200",
     )
-    verb.add_argument("--plot", type=_new_file, default=Path("stats.png"), help="default: %(default)s")
+    verb.add_argument(
+        "--out", "--plot", type=_new_file, help="image of the plots; default: stats.png next to the shards"
+    )
     _add_jobs(verb)
     verb.set_defaults(run=_stats)
 
@@ -172,7 +176,7 @@ def _draw(arguments: argparse.Namespace) -> None:
     print(f"{arguments.folder}: {arguments.clips} clips and {arguments.images} images")
 
 
-def _pack(arguments: argparse.Namespace) -> None:
+def _pack(arguments: argparse.Namespace) -> int:
     profile = Profile(arguments.short_side, arguments.keyframe_every, arguments.crf, arguments.fps)
     if arguments.profile == "copy":
         if profile != Profile():
@@ -194,10 +198,13 @@ def _pack(arguments: argparse.Namespace) -> None:
         )
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt("the same command goes on where this one was") from interrupt
-    rejected = f", {packed.rejected} rejected (see {arguments.split}-rejected.jsonl)" if packed.rejected else ""
-    print(f"{arguments.out}: {packed.samples} samples in {len(packed.shards)} shards{rejected}")
+    done = "nothing to do: " if packed.repeated else ""
+    print(f"{done}{arguments.out}: {packed.samples} samples in {len(packed.shards)} shards")
     if packed.passed_over:
         print(f"passed over for their ending: {endings(packed.passed_over)}")
+    if packed.rejected:
+        print(f"{packed.rejected} files rejected: {arguments.out}/{arguments.split}-rejected.jsonl says why")
+    return FOUND_FAULTS if packed.rejected and arguments.strict else 0
 
 
 def _index(arguments: argparse.Namespace) -> None:
@@ -260,13 +267,21 @@ def _stats(arguments: argparse.Namespace) -> int:
     if not report.facts:
         return FOUND_FAULTS
     print(table(report.facts))
-    plot(report.facts, arguments.plot)
-    print(f"plots: {arguments.plot}")
+    image = arguments.out or _next_to(report.shards[0].path)
+    plot(report.facts, image)
+    print(f"plots: {image}")
     if any("codec" in facts for facts in report.facts):
         recipe = get_recipe(arguments.recipe).data
         data = replace(recipe, stride=arguments.stride or recipe.stride)
         print(verdict(measure(report.shards, data), arguments.recipe, data, arguments.clips_per_second))
     return 0
+
+
+def _next_to(shard: str) -> Path:
+    """Where the plots go: next to local shards that a folder has room for, else into the working folder."""
+    folder = Path(shard).parent
+    local = not is_remote(shard) and os.access(folder, os.W_OK)
+    return (folder if local else Path()) / "stats.png"
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -24,7 +24,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.progress import progress_bar
 from bevt_ds.shards.file_lists import FILES
 from bevt_ds.shards.sources import Item, list_items
-from bevt_ds.shards.writer import Event, ShardLimits, ShardWriter
+from bevt_ds.shards.writer import Event, ShardLimits, ShardWriter, unfinished
 
 SHARD_BYTES = 1 << 30
 SHARD_SAMPLES = 10_000
@@ -42,6 +42,7 @@ class Packed:
     samples: int
     rejected: int
     passed_over: Mapping[str, int]  # ending -> files of the source that were left out for it
+    repeated: bool = False  # an earlier call had written all of it
 
 
 def pack(
@@ -63,20 +64,23 @@ def pack(
     many `jobs` (default: one a core) and however often it was killed and started again. What cannot be read is listed
     in `{split}-rejected.jsonl` with the reason; `{split}-manifest.json` says what is in the shards.
 
-    profile: rewrite the videos; None: their bytes as they are. UserError: nothing to pack, or shards of this split are
-    already in `out`.
+    profile: rewrite the videos; None: their bytes as they are. Where the same call has ended before, nothing is done.
+    UserError: nothing to pack, or other shards of this split are in `out`.
     """
     if profile and kind != "video":
         raise UserError("only videos can be rewritten: leave out the profile for images")
     listing = list_items(str(source), kind, root, class_folders)
     items = listing.items
     jobs, full = jobs or len(os.sched_getaffinity(0)), ShardLimits(shard_bytes, shard_samples)
+    digest = _digest(items, kind, profile, full)
+    if finished := _finished(out, split, digest, listing.passed_over):
+        return finished
     with ExitStack() as closing:
-        writer = closing.enter_context(ShardWriter(out, split, full, _digest(items, kind, profile, full)))
+        writer = closing.enter_context(ShardWriter(out, split, full, digest))
         _write_all(items, writer, kind, profile, jobs, progress, closing)
         shards = writer.publish()
         rejected = [event for event in writer.events if "reason" in event]
-        _write_reports(writer, kind, profile, shards, rejected, listing.passed_over)
+        _write_reports(writer, digest, kind, profile, shards, rejected, listing.passed_over)
         writer.remove()
     if not shards:
         first, reasons = rejected[0], out / f"{split}-rejected.jsonl"
@@ -86,6 +90,18 @@ def pack(
         )
     samples = sum(shard["samples"] for shard in shards)
     return Packed(tuple(out / shard["name"] for shard in shards), samples, len(rejected), listing.passed_over)
+
+
+def _finished(out: Path, split: str, digest: str, passed_over: Mapping[str, int]) -> Packed | None:
+    """What an earlier call with the same input wrote to its end; None: there is no such thing, or a shard is gone."""
+    try:
+        manifest = json.loads((out / f"{split}-manifest.json").read_text(encoding="utf-8"))
+        shards = [out / shard["name"] for shard in manifest["shards"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if manifest.get("input") != digest or unfinished(out, split).exists() or not all(map(Path.exists, shards)):
+        return None
+    return Packed(tuple(shards), manifest["samples"], manifest["rejected"], passed_over, repeated=True)
 
 
 def _write_all(
@@ -185,6 +201,7 @@ def _summary(item: Item, facts: Event) -> Event:
 
 def _write_reports(
     writer: ShardWriter,
+    digest: str,
     kind: str,
     profile: Profile | None,
     shards: list[Event],
@@ -194,6 +211,7 @@ def _write_reports(
     samples = [event for event in writer.events if "shard" in event]
     manifest = {
         "version": 1,
+        "input": digest,
         "kind": kind,
         "profile": profile and asdict(profile),
         "samples": len(samples),

@@ -34,6 +34,11 @@ class ShardLimits:
     samples: int
 
 
+def unfinished(out: Path, split: str) -> Path:
+    """Where shards are made, until all of them have their names in `out`."""
+    return out / f".{split}.unfinished"
+
+
 class ShardWriter:
     """Shards `{split}-{number:06d}.tar` in the making. Use as a context manager.
 
@@ -43,7 +48,7 @@ class ShardWriter:
 
     def __init__(self, out: Path, split: str, limits: ShardLimits, digest: str) -> None:
         self.out, self.split, self.limits = out, split, limits
-        self.folder = out / f".{split}.unfinished"
+        self.folder = unfinished(out, split)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -237,5 +237,6 @@ def read_scores(best: Path) -> dict[str, float] | None:
 
 def as_text(scores: dict[str, float]) -> str:
     """Scores as people read them."""
-    shares = ", ".join(f"{name} {scores[name]:.2%}" for name in ("top1", "top5", "mean_class_accuracy"))
+    names = [name for name in ("top1", "top5", "mean_class_accuracy") if name in scores]
+    shares = ", ".join(f"{name} {scores[name]:.2%}" for name in names)
     return f"{shares} of {scores['videos']:,} videos"

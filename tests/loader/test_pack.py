@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,7 +90,11 @@ def test_broken_links_and_other_endings_are_written_down(source: Path, tmp_path:
     (source / "again").symlink_to(".")
     out = tmp_path / "out"
     assert cli.main(["shards", "pack", str(source), str(out), "--kind", "image", "--jobs", "1"]) == 0
-    assert "4 rejected (see train-rejected.jsonl)\npassed over for their ending: 1 .txt" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"passed over for their ending: 1 .txt\n4 files rejected: {out}/train-rejected.jsonl says why\n" in shown
+    again = ["shards", "pack", str(source), str(out), "--kind", "image", "--jobs", "1", "--strict"]
+    assert cli.main(again) == 1, "rejected files"
+    assert capsys.readouterr().out.startswith("nothing to do: ")
     reasons = {event["path"]: event["reason"] for event in map(json.loads, (out / "train-rejected.jsonl").open())}
     assert "it is a link to 'gone', which cannot be opened" in reasons["linked"]
     assert "it is a link to '.', a folder that it lies in itself" in reasons["again"]
@@ -128,7 +133,7 @@ def test_pack_overwrites_nothing_and_leaves_nothing_half_done(
 ) -> None:
     pack(source, tmp_path / "out", "image", "train")
     with pytest.raises(UserError, match="train-000000.tar exists"):
-        pack(source, tmp_path / "out", "image", "train")
+        pack(source, tmp_path / "out", "image", "train", shard_samples=1)
     pack(source, tmp_path / "out", "image", "eval-2024")
     pack(source, tmp_path / "out", "image", "eval")  # the others' names begin with its name
 
@@ -344,3 +349,17 @@ def test_mistakes_are_one_line(words: str, message: str, tmp_path: Path, monkeyp
     assert code == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_a_finished_packing_repeated_is_nothing_to_do(tmp_path: Path, source: Path) -> None:
+    """But other files, other options or a shard that is gone are not the same call."""
+    out = tmp_path / "out"
+    first = pack(source, out, "image")
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = pack(source, out, "image")
+    assert again == replace(first, repeated=True)
+    assert times == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    with pytest.raises(UserError, match=r"train-000000\.tar exists"):
+        pack(source, out, "image", shard_samples=1)
+    (out / "train-000000.tar").unlink()
+    assert not pack(source, out, "image").repeated
