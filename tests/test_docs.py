@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from bevt_ds.config.parse import apply_overrides, parse_overrides
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.config.schema import EvaluateConfig, FinetuneConfig, ProbeRunConfig
 from bevt_ds.model.presets import create_classifier
+from bevt_ds.shards.synthetic.draw_worker import encode_mp4
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/pretraining.md", "docs/finetuning.md", "docs/evaluation.md")
@@ -61,11 +63,16 @@ def test_words_of_a_test_are_known(entry, command):
 def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bevt_ds.create_model("tiny", vocab_size=32).save_pretrained("runs/joint/weights")
+    create_classifier("tiny", 2, classes=("left", "right")).save_pretrained("runs/ssv2/weights")
+    frames = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), np.uint8)
+    Path("clip.mp4").write_bytes(encode_mp4(frames))
     code = re.search(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)[1]
-    names = {"clip": torch.randn(1, 3, 4, 64, 64), "mask": torch.ones(1, 2, 4, 4, dtype=torch.bool)}
+    names = {"mask": torch.ones(1, 8, 14, 14, dtype=torch.bool)}
     exec(code, names)
-    assert names["features"].shape == (1, 4 * 4 * 4, 256)
-    assert names["maps"].shape == (1, 256, 2, 2, 2)
+    assert names["features"].shape == (1, 16 * 14 * 14, 256)
+    assert names["maps"].shape == (1, 256, 8, 7, 7)
+    assert names["pooled"].shape == (256,)
+    assert {name for name, _ in names["best"]} == {"left", "right"}
 
 
 def test_finetuning_code_runs(tmp_path, monkeypatch):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +70,27 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(value)
         return value
+
+
+DRIVER = Path("/proc/driver/nvidia/version")  # is there where an NVIDIA driver is loaded
+OLDEST = (8, 0)  # compute capability: bf16 in hardware, and the oldest GPU that the kernels are compiled for
+
+
+def describe_device(device: torch.device) -> str:
+    """One line on what a run computes on, with the reason and the remedy where that is not what the machine has."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        old = "" if capability >= OLDEST else "; older than the kernels are made for (8.0): use model.kernels=torch"
+        name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+        return f"device: {name}, compute capability {version}, CUDA {torch.version.cuda}{old}"
+    line = f"device: CPU, {len(os.sched_getaffinity(0))} cores"
+    if not DRIVER.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # hidden on purpose
+        return line
+    needs = "it is a build for CPUs" if torch.version.cuda is None else f"its CUDA is {torch.version.cuda}"
+    return (
+        f"{line}. An NVIDIA driver is loaded, but torch {torch.__version__} can use no GPU: {needs}, and CUDA 13 needs"
+        " driver 580 or later; README, Requirements, says how to install for an older driver."
+    )
 
 
 def choose_rendezvous(environment: MutableMapping[str, str]) -> None:

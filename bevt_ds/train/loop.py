@@ -22,7 +22,7 @@ from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import BackgroundLoader
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime import checkpoint, run_dir
-from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.distributed import Ranks, describe_device
 from bevt_ds.runtime.engine import Engine, start_ranks
 from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums
 from bevt_ds.runtime.runs import (
@@ -251,7 +251,10 @@ def run_training(
     folder = run_dir.choose_folder(config, ranks)
     config = replace(config, output_dir=str(folder))
     if ranks.is_main:
-        print("\n".join([f"recipe {config.recipe}, output in {folder}/", *notes]), flush=True)
+        print(
+            "\n".join([f"recipe {config.recipe}, output in {folder}/", describe_device(ranks.device), *notes]),
+            flush=True,
+        )
     provider = kernel_provider(config, ranks)
     start = find_start(config, folder, ranks)
     config, changes, loader_state = go_on(config, given, folder, start)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 
 import pytest
+import torch
 
 from bevt_ds import UserError
-from bevt_ds.runtime.distributed import choose_rendezvous
+from bevt_ds.runtime import distributed
+from bevt_ds.runtime.distributed import choose_rendezvous, describe_device
 
 
 @pytest.fixture
@@ -54,3 +56,33 @@ def test_a_free_port_is_kept(taken):
     environment = rank(0, 2, port)
     choose_rendezvous(environment)
     assert environment["MASTER_PORT"] == port
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """A machine with an NVIDIA driver that torch cannot use."""
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15\n")
+    monkeypatch.setattr(distributed, "DRIVER", tmp_path / "version")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_driver_that_is_too_old_is_named(driver, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    line = describe_device(torch.device("cpu"))
+    assert "its CUDA is 13.0, and CUDA 13 needs driver 580" in line and "\n" not in line
+
+
+def test_a_hidden_gpu_and_a_machine_without_one_need_no_word(driver, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "driver" not in describe_device(torch.device("cpu"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(distributed, "DRIVER", tmp_path / "none")
+    assert "driver" not in describe_device(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("capability", "old"), [((9, 0), False), ((8, 0), False), ((7, 5), True)])
+def test_a_gpu_older_than_the_kernels_is_named(monkeypatch, capability, old):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
+    line = describe_device(torch.device("cuda"))
+    assert line.startswith("device: NVIDIA T4") and ("model.kernels=torch" in line) is old
