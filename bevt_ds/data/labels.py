@@ -135,7 +135,8 @@ def _are_numbers(shards: Sequence[Shard]) -> bool:
 
 def _from_file(file: str) -> tuple[str, ...]:
     try:
-        names = tuple(line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip())
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # Unicode's separators may be in a name
+        names = tuple(line.strip() for line in lines if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read data.classes={file}: {error}") from error
     if not names:

@@ -22,7 +22,7 @@ from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 from bevt_ds.progress import progress_bar
 from bevt_ds.shards import manifest
-from bevt_ds.shards.pack import SECONDS_A_FILE
+from bevt_ds.shards.pack import READING
 
 AHEAD = 4  # samples under way for each process
 
@@ -40,27 +40,36 @@ class Report:
         self.findings.append({"shard": shard, "key": key, "reason": reason})
 
 
-def check(paths: Sequence[str], jobs: int | None = None, progress: bool = False, whole: bool = False) -> Report:
+def check(
+    paths: Sequence[str],
+    jobs: int | None = None,
+    progress: bool = False,
+    whole: bool = False,
+    reading: DataConfig = READING,
+) -> Report:
     """Read, hash and fully decode every sample of the shards, in parallel.
 
-    whole: `paths` are to be all shards of their manifests.
+    whole: `paths` are to be all shards of their manifests. reading: its limits and times hold.
     """
     report, jobs = Report(), jobs or len(os.sched_getaffinity(0))
-    report.shards = _openable(paths, report)
-    for path, reason in manifest.compare([shard.path for shard in report.shards], jobs, progress, whole):
+    report.shards = _openable(paths, report, reading)
+    names = [shard.path for shard in report.shards]
+    for path, reason in manifest.compare(names, jobs, progress, whole, reading.read_seconds):
         report.add(path, "", reason)
     for shard in report.shards:
         _check_labels(shard, report)
     _find_twins(report.shards, report)
-    _each_sample(report, "check", jobs, progress)
+    _each_sample(report, "check", jobs, progress, reading)
     return report
 
 
-def survey(paths: Sequence[str], jobs: int | None = None, progress: bool = False) -> Report:
-    """What the headers of every sample say; only a frame of each video is decoded."""
+def survey(
+    paths: Sequence[str], jobs: int | None = None, progress: bool = False, reading: DataConfig = READING
+) -> Report:
+    """What the headers of every sample say; only a frame of each video is decoded. reading: as of `check`."""
     report, jobs = Report(), jobs or len(os.sched_getaffinity(0))
-    report.shards = _openable(paths, report)
-    _each_sample(report, "describe", jobs, progress)
+    report.shards = _openable(paths, report, reading)
+    _each_sample(report, "describe", jobs, progress, reading)
     return report
 
 
@@ -81,9 +90,9 @@ def _kind(facts: dict[str, Any]) -> str:
     return kind if facts["is_plain"] else f"{kind}, whose timestamps or keyframes do not tell its frames"
 
 
-def _openable(paths: Sequence[str], report: Report) -> list[Shard]:
+def _openable(paths: Sequence[str], report: Report, reading: DataConfig) -> list[Shard]:
     shards = []
-    with closing(Storage(DataConfig())) as storage:
+    with closing(Storage(reading)) as storage:
         for path in paths:
             try:
                 shards.append(storage.load_shard(path))
@@ -111,10 +120,10 @@ def _find_twins(shards: Sequence[Shard], report: Report) -> None:
                 report.add(shard.path, member.key, f"the same sample is in {other} too")
 
 
-def _each_sample(report: Report, work: str, jobs: int, progress: bool) -> None:
+def _each_sample(report: Report, work: str, jobs: int, progress: bool, reading: DataConfig) -> None:
     """Send every sample to the decode workers and note what comes back."""
     shards = report.shards
-    storage, pool = Storage(DataConfig()), DecodePool(jobs, SECONDS_A_FILE, Limits())
+    storage, pool = Storage(reading), DecodePool(jobs, reading.decode_seconds, Limits.of(reading))
     labels = {(shard.path, key): label for shard in shards for key, label in zip(shard.keys, shard.labels, strict=True)}
     total = sum(map(len, shards))
     try:

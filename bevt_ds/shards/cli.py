@@ -13,8 +13,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from bevt_ds.config.parse import apply_overrides, get_value, parse_overrides
 from bevt_ds.config.recipes import PRETRAINING, get_recipe
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.schema import Config, DataConfig
+from bevt_ds.config.validate import check_fields
 from bevt_ds.data.decoding.transcode import Profile
 from bevt_ds.data.reading.index import load_shard, write_atomic
 from bevt_ds.data.reading.members import EXTENSIONS
@@ -24,7 +26,7 @@ from bevt_ds.data.reading.storage import Storage
 from bevt_ds.errors import UserError
 from bevt_ds.shards.check import Report, check, outlook, survey
 from bevt_ds.shards.dali_index import write_dali_index
-from bevt_ds.shards.pack import SHARD_BYTES, SHARD_SAMPLES, pack
+from bevt_ds.shards.pack import READING, SHARD_BYTES, SHARD_SAMPLES, pack
 from bevt_ds.shards.sources import endings
 from bevt_ds.shards.synthetic.draw import draw, ensure_demo_shards
 
@@ -38,13 +40,32 @@ lists:
     "clip 7" "push left"                  quotes where a path has no extension, a path a comma, a label commas in a .csv
     path,label                            first line, if you like: names of columns, in any order and beside others
 """
+READING_KEYS = (  # which the messages of these commands name
+    "max_pixels",
+    "max_frames",
+    "max_file_bytes",
+    "max_clip_bytes",
+    "decode_seconds",
+    "read_seconds",
+    "remote_seconds",
+    "cache_dir",
+    "cache_bytes",
+    "allow_pipe",
+)
+_READING = re.compile(r"data\.\w+=")
 LEAST_FPS, MOST_FPS = 0.01, 1000.0
 CLIPS_A_GPU = 100.0  # a second: what a Swin-B on one H200 takes at about 30 % of its peak
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one verb; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    # argparse takes no positional words behind options, and these may stand anywhere
+    reading = [word for word in argv if _READING.match(word)]
+    arguments = _parser().parse_args([word for word in argv if word not in reading])
+    if reading and "reading" not in arguments:
+        raise UserError(f"{reading[0]}: this command reads no shards and no files")
+    if reading:
+        arguments.reading += reading
     return arguments.run(arguments) or 0
 
 
@@ -132,6 +153,17 @@ def _add_profile(verb: argparse.ArgumentParser) -> None:
 
 def _add_jobs(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--jobs", type=_whole(1), help="processes; default: one a core")
+    _add_reading(verb)
+
+
+def _add_reading(verb: argparse.ArgumentParser) -> None:
+    keys = ", ".join(f"{key}={getattr(READING, key)}" for key in READING_KEYS if getattr(READING, key) != "")
+    verb.add_argument(
+        "reading",
+        nargs="*",
+        metavar="data.KEY=VALUE",
+        help=f"limits and times, under their names in a run, which needs the same: {keys}",
+    )
 
 
 def _add_index(verbs) -> None:
@@ -142,6 +174,7 @@ def _add_index(verbs) -> None:
         "--dedupe", choices=("refuse", "first"), default="refuse", help="when a tar holds two of a kind under a key"
     )
     verb.add_argument("--dali", action="store_true", help="write DALI's .idx files too")
+    _add_reading(verb)
     verb.set_defaults(run=_index)
 
 
@@ -195,6 +228,7 @@ def _pack(arguments: argparse.Namespace) -> int:
             root=arguments.root,
             jobs=arguments.jobs,
             class_folders=arguments.class_folders,
+            reading=_reading(arguments),
         )
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt("the same command goes on where this one was") from interrupt
@@ -208,10 +242,11 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    paths = _paths(arguments.shards)
+    reading = _reading(arguments)
+    paths = _paths(arguments.shards, reading)
     if remote := [path for path in paths if is_remote(path)]:
         raise UserError(f"{remote[0]} is remote: it is indexed by the run that reads it")
-    with closing(Patience(DataConfig().read_seconds)) as patience:
+    with closing(Patience(reading.read_seconds)) as patience:
         for path in paths:
             print(f"{path}: {patience.call(partial(_index_one, path, arguments), f'shard {path}')}")
 
@@ -227,16 +262,27 @@ def _index_one(path: str, arguments: argparse.Namespace) -> str:
     return counts + ignored + dropped + dali
 
 
-def _paths(patterns: str) -> list[str]:
+def _reading(arguments: argparse.Namespace) -> DataConfig:
+    """What a file may be, and how long a read may take."""
+    values = parse_overrides(arguments.reading)
+    if unknown := [key for key in values if key.removeprefix("data.") not in READING_KEYS]:
+        raise UserError(f"{unknown[0]} is none of {', '.join(f'data.{key}' for key in READING_KEYS)}")
+    reading = apply_overrides(Config(data=READING), values).data
+    check_fields(reading, "data.")
+    return reading
+
+
+def _paths(patterns: str, reading: DataConfig) -> list[str]:
     """The shards that they name. StorageStalled: a disk or file server does not answer."""
-    with closing(Storage(DataConfig())) as storage:
+    with closing(Storage(reading)) as storage:
         return storage.paths(patterns)
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    with closing(Storage(DataConfig())) as storage:
+    reading = _reading(arguments)
+    with closing(Storage(reading)) as storage:
         paths, all_there_are = storage.paths(arguments.shards), storage.has_wildcard(arguments.shards)
-    report = check(paths, arguments.jobs, progress=True, whole=all_there_are)
+    report = check(paths, arguments.jobs, progress=True, whole=all_there_are, reading=reading)
     _print_findings(report)
     for note in outlook(report.facts):
         print(f"note: {note}")
@@ -261,7 +307,8 @@ def _print_findings(report: Report) -> None:
 def _stats(arguments: argparse.Namespace) -> int:
     from bevt_ds.shards.stats import measure, plot, table, verdict  # matplotlib is slow to import
 
-    report = survey(_paths(arguments.shards), arguments.jobs, progress=True)
+    reading = _reading(arguments)
+    report = survey(_paths(arguments.shards, reading), arguments.jobs, progress=True, reading=reading)
     _print_findings(report)
     print(f"{len(report.facts)} samples in {len(report.shards)} shards, {len(report.findings)} unreadable")
     if not report.facts:
@@ -272,7 +319,11 @@ def _stats(arguments: argparse.Namespace) -> int:
     print(f"plots: {image}")
     if any("codec" in facts for facts in report.facts):
         recipe = get_recipe(arguments.recipe).data
-        data = replace(recipe, stride=arguments.stride or recipe.stride)
+        given = {
+            key.removeprefix("data."): get_value(Config(data=reading), key)
+            for key in parse_overrides(arguments.reading)
+        }
+        data = replace(recipe, stride=arguments.stride or recipe.stride, **given)
         print(verdict(measure(report.shards, data), arguments.recipe, data, arguments.clips_per_second))
     return 0
 

@@ -35,11 +35,17 @@ class _Entry:
         return self.manifest.parent / self.name
 
 
-def compare(paths: Sequence[str], jobs: int, progress: bool = False, whole: bool = False) -> list[Fault]:
+def compare(
+    paths: Sequence[str],
+    jobs: int,
+    progress: bool = False,
+    whole: bool = False,
+    seconds: float = DataConfig.read_seconds,
+) -> list[Fault]:
     """Faults of local shards by the manifests beside them: one cannot be read, or a shard has other bytes.
 
     whole: a shard is missing too, of a manifest that names any of `paths`.
-    StorageStalled: a disk or file server does not answer.
+    StorageStalled: a disk or file server does not answer within `seconds`.
     """
     local = {Path(path) for path in paths if not is_remote(path)}
     faults: list[Fault] = []
@@ -54,7 +60,7 @@ def compare(paths: Sequence[str], jobs: int, progress: bool = False, whole: bool
         missing = [entry for entry in named if whole and mine and not entry.path.exists()]
         faults += [(str(entry.path), f"it is missing: {manifest.name} names it") for entry in missing]
         entries += mine
-    return faults + list(_other_bytes(entries, jobs, progress))
+    return faults + list(_other_bytes(entries, jobs, progress, seconds))
 
 
 def _read(manifest: Path) -> list[_Entry]:
@@ -63,9 +69,9 @@ def _read(manifest: Path) -> list[_Entry]:
     return [_Entry(manifest, str(shard["name"]), str(shard["sha256"])) for shard in shards]
 
 
-def _other_bytes(entries: Sequence[_Entry], jobs: int, progress: bool) -> Iterator[Fault]:
+def _other_bytes(entries: Sequence[_Entry], jobs: int, progress: bool, seconds: float) -> Iterator[Fault]:
     """Hash the shards in parallel: from disks that are busy it is waiting, most of all."""
-    with ThreadPoolExecutor(jobs) as threads, closing(Patience(DataConfig.read_seconds)) as patience:
+    with ThreadPoolExecutor(jobs) as threads, closing(Patience(seconds)) as patience:
         hashes = threads.map(partial(_hash, patience), entries)
         bar = progress_bar(hashes, total=len(entries), disable=not progress or not entries, unit="shard", desc="hash")
         for entry, found in zip(entries, bar, strict=True):

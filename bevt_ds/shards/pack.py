@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.decoding.images import describe_image
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.transcode import Profile
@@ -28,7 +30,8 @@ from bevt_ds.shards.writer import Event, ShardLimits, ShardWriter, unfinished
 
 SHARD_BYTES = 1 << 30
 SHARD_SAMPLES = 10_000
-SECONDS_A_FILE = 600.0  # a video that takes longer to rewrite, or to check, is rejected
+# What a file may be; a video that takes longer to rewrite, or to check, is rejected.
+READING = DataConfig(decode_seconds=600.0)
 AHEAD = 3  # files under way for each process
 
 Prepare = Callable[[Item], "Future[tuple[bytes, Event]]"]
@@ -57,6 +60,7 @@ def pack(
     root: Path | None = None,
     jobs: int | None = None,
     class_folders: bool = False,
+    reading: DataConfig = READING,
 ) -> Packed:
     """Pack the media of `kind` ("video" or "image") that a source names, in its order; see `list_items`.
 
@@ -64,20 +68,22 @@ def pack(
     many `jobs` (default: one a core) and however often it was killed and started again. What cannot be read is listed
     in `{split}-rejected.jsonl` with the reason; `{split}-manifest.json` says what is in the shards.
 
-    profile: rewrite the videos; None: their bytes as they are. Where the same call has ended before, nothing is done.
-    UserError: nothing to pack, or other shards of this split are in `out`.
+    profile: rewrite the videos; None: their bytes as they are. reading: its limits (`Limits.of`), and decode_seconds,
+    hold for every file. Where the same call has ended before, nothing is done. UserError: nothing to pack, or other
+    shards of this split are in `out`.
     """
     if profile and kind != "video":
         raise UserError("only videos can be rewritten: leave out the profile for images")
     listing = list_items(str(source), kind, root, class_folders)
     items = listing.items
     jobs, full = jobs or len(os.sched_getaffinity(0)), ShardLimits(shard_bytes, shard_samples)
-    digest = _digest(items, kind, profile, full)
+    digest = _digest(items, kind, profile, full, Limits.of(reading))
     if finished := _finished(out, split, digest, listing.passed_over):
         return finished
     with ExitStack() as closing:
         writer = closing.enter_context(ShardWriter(out, split, full, digest))
-        _write_all(items, writer, kind, profile, jobs, progress, closing)
+        prepare = partial(_preparer, kind, profile, reading, jobs, closing)
+        _write_all(items, writer, prepare, bool(profile), AHEAD * jobs, progress)
         shards = writer.publish()
         rejected = [event for event in writer.events if "reason" in event]
         _write_reports(writer, digest, kind, profile, shards, rejected, listing.passed_over)
@@ -107,19 +113,17 @@ def _finished(out: Path, split: str, digest: str, passed_over: Mapping[str, int]
 def _write_all(
     items: Sequence[Item],
     writer: ShardWriter,
-    kind: str,
-    profile: Profile | None,
-    jobs: int,
+    preparer: Callable[[], Prepare],
+    rewritten: bool,
+    ahead: int,
     progress: bool,
-    closing: ExitStack,
 ) -> None:
-    """Prepare the files in parallel and write them in order, after those that are written already."""
+    """Prepare the files in parallel, `ahead` of them, and write them in order, after those that are written already."""
     done = sum("item" in event for event in writer.events)
     keys = {event["key"] for event in writer.events if "key" in event}
     if done == len(items):
         return
-    prepare = _preparer(kind, profile, jobs, closing)
-    under_way = _ahead(items[done:], prepare, AHEAD * jobs)
+    under_way = _ahead(items[done:], preparer(), ahead)
     bar = progress_bar(under_way, initial=done, total=len(items), disable=not progress, unit="file")
     for i, (item, prepared) in enumerate(bar, start=done):
         note = {"item": i, "path": item.name}
@@ -131,7 +135,7 @@ def _write_all(
             writer.note({**note, "reason": str(bad)})
             continue
         keys.add(item.key)
-        extension = "mp4" if profile else item.extension
+        extension = "mp4" if rewritten else item.extension
         writer.add(_sample(item, extension, data, facts), {**note, "key": item.key, **_summary(item, facts)})
 
 
@@ -145,13 +149,13 @@ def _ahead(items: Sequence[Item], prepare: Prepare, count: int) -> Iterator[tupl
     yield from under_way
 
 
-def _preparer(kind: str, profile: Profile | None, jobs: int, closing: ExitStack) -> Prepare:
+def _preparer(kind: str, profile: Profile | None, reading: DataConfig, jobs: int, closing: ExitStack) -> Prepare:
     """A function Item -> future of (bytes, facts); the future raises BadSample."""
-    limits = Limits()
+    limits = Limits.of(reading)
     threads = closing.enter_context(ThreadPoolExecutor(jobs + 2))
     if kind == "image":
         return lambda item: threads.submit(_prepare_image, item, limits)
-    pool = DecodePool(jobs, SECONDS_A_FILE, limits)
+    pool = DecodePool(jobs, reading.decode_seconds, limits)
     closing.callback(pool.close)
     work = {"work": "rewrite", "profile": asdict(profile)} if profile else {"work": "describe", "kind": "video"}
     return lambda item: threads.submit(_prepare_video, item, pool, work, limits)
@@ -181,7 +185,7 @@ def _read(item: Item, kind: str, limits: Limits) -> bytes:
         if item.extension not in EXTENSIONS[kind]:  # as a member of that name it would be no sample
             raise BadSample(f"it is no {kind} by its name, which ends with none of {', '.join(FILES[kind])}")
         if facts.st_size > limits.file_bytes:
-            raise BadSample(f"it is larger than {limits.file_bytes} bytes")
+            raise BadSample(f"it has {facts.st_size} bytes, over data.max_file_bytes={limits.file_bytes}")
         return item.path.read_bytes()
     except OSError as error:
         raise BadSample(f"cannot read it: {error.strerror}") from error
@@ -232,9 +236,9 @@ def _write_reports(
     write_atomic(writer.out / f"{writer.split}-manifest.json", text.encode())
 
 
-def _digest(items: Sequence[Item], kind: str, profile: Profile | None, full: ShardLimits) -> str:
+def _digest(items: Sequence[Item], kind: str, profile: Profile | None, full: ShardLimits, limits: Limits) -> str:
     """What the shards depend on: names, labels, sizes and times of the files, how they are rewritten, and parted."""
-    digest = hashlib.sha256(repr((kind, profile, full)).encode())
+    digest = hashlib.sha256(repr((kind, profile, full, limits)).encode())
     for item in items:
         try:
             facts = item.path.stat()

@@ -146,10 +146,10 @@ def _from_list(path: Path, root: Path, kind: str) -> list[Item]:
 
 
 def _listed(root: Path, name: str, label: str, kind: str) -> Item:
-    """A list may leave out the extension, and Kinetics puts videos into a folder for each class."""
+    """A list may leave out extensions; Kinetics has a folder for each class, perhaps with underscores for spaces."""
     is_whole = Path(name).suffix[1:].lower() in FILES[kind]
     names = [name] if is_whole else [f"{name}.{extension}" for extension in FILES[kind]]
-    folders = [root, root / label] if label else [root]
+    folders = [root, root / label, root / label.replace(" ", "_")] if label else [root]
     found = ((folder / choice, choice) for choice in names for folder in folders if os.path.isfile(folder / choice))
     path, chosen = next(found, (root / name, name))
     return Item(path, chosen, label)

@@ -15,13 +15,11 @@ import numpy as np
 import pytest
 
 from bevt_ds import cli
-from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.decoding import verify
 from bevt_ds.data.decoding.video import full_decode
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.patience import Patience, StorageStalled
-from bevt_ds.shards import cli as shards_cli
 from bevt_ds.shards import manifest, stats
 from bevt_ds.shards.check import check
 from bevt_ds.shards.synthetic.draw_worker import encode_mp4
@@ -126,15 +124,13 @@ def test_looking_for_shards_does_not_wait_for_ever(
     monkeypatch.setattr(
         os, call, lambda path=".", **kw: released.wait(20) if str(folder) in str(path) else real(path, **kw)
     )
-    monkeypatch.setattr(shards_cli, "DataConfig", lambda: DataConfig(read_seconds=0.2))
-    assert cli.main(["shards", verb, f"{folder}/{pattern}"]) == 5
+    assert cli.main(["shards", verb, f"{folder}/{pattern}", "data.read_seconds=0.2"]) == 5
     assert "no answer for data.read_seconds=0.2 s" in capsys.readouterr().err
 
 
 def test_indexing_does_not_wait_for_ever(packed: Path, monkeypatch, released: threading.Event, capsys) -> None:
     monkeypatch.setattr("bevt_ds.data.reading.index._open_tar", lambda path: released.wait(20))
-    monkeypatch.setattr(shards_cli, "DataConfig", lambda: DataConfig(read_seconds=0.2))
-    assert cli.main(["shards", "index", f"{packed}/*.tar"]) == 5
+    assert cli.main(["shards", "index", f"{packed}/*.tar", "data.read_seconds=0.2"]) == 5
     assert "image-000000.tar: no answer" in capsys.readouterr().err
 
 

@@ -34,6 +34,15 @@ from bevt_ds.shards.file_lists import LONGEST, read_rows
         ("78687", ("78687", "")),
         ("with space.webm", ("with space.webm", "")),
         ("a.JPEG 0", ("a.JPEG", "0")),
+        ("100218;Something falling, like a feather", ("100218", "Something falling, like a feather")),
+        ("a b.mp4 ; Push left", ("a b.mp4", "Push left")),
+        ('"clip 7";"push; then pull"', ("clip 7", "push; then pull")),
+        ("a.mp4 Push; then pull", ("a.mp4", "Push; then pull")),
+        ("a;b.mp4 3", ("a;b.mp4", "3")),
+        ('"#1.mp4" 3', ("#1.mp4", "3")),
+        ("a.mp4 push\u2028left", ("a.mp4", "push\u2028left")),
+        ("a.mp4 push\x85left\x0bright\x1c", ("a.mp4", "push\x85left\x0bright")),
+        ("a\u2028b.mp4\tpush\xa0left", ("a\u2028b.mp4", "push\xa0left")),
     ],
 )
 def test_a_line_without_a_header(line: str, row: tuple[str, str]) -> None:
@@ -62,6 +71,10 @@ def test_a_csv_has_commas_between() -> None:
         ("own.txt", "path label\na b.mp4 Push left\n", ("a b.mp4", "Push left")),
         ("own.txt", "class,file\n3,a b\n", ("a b", "3")),
         ("own.txt", "path\na b.mp4\n", ("a b.mp4", "")),
+        ("v1.csv", "id;label\n100218;Falling, like a feather\n", ("100218", "Falling, like a feather")),
+        ("own.csv", "# made by hand\npath,label\n#\na.mp4,push\u2028left\n## end\n", ("a.mp4", "push\u2028left")),
+        ("own.txt", "#path,label\na.mp4 3\n#no more\n# b.mp4 4\n", ("a.mp4", "3")),
+        ("jester.csv", "34870;Drumming Fingers\n", ("34870", "Drumming Fingers")),
     ],
 )
 def test_headers(name: str, text: str, row: tuple[str, str]) -> None:
@@ -98,6 +111,14 @@ def test_headers(name: str, text: str, row: tuple[str, str]) -> None:
         ),
         ("a.csv", "youtube_id,time_start,time_end\nx,1,inf\n", "line 2: .* times that are no seconds in time_start"),
         ("a.csv", "youtube_id,time_start,time_end\nx,1\n", "line 2: 'x,1' has 2 fields, the header 3"),
+        ("a.txt", "a.mp4 1\n#b.mp4 1\n", "line 2: '#b.mp4 1' may be a comment or a row: put a space behind '#'"),
+        ("a.csv", "a,1\n\n#b,1\n", "line 3: '#b,1' may be a comment or a row: .* or quotes around its first part"),
+        ("a.csv", "label,path\n#selfie,a.mp4\n", "line 2: '#selfie,a.mp4' may be a comment or a row"),
+        ("a.csv", "class,video\n#selfie,a\n", "line 2: '#selfie,a' may be a comment or a row"),
+        ("a.csv", "1;left;3\n", "line 1: '1;left;3' has more than a path and one label: .* commas or semicolons into"),
+        ("a.txt", "clip 7;left\n", "line 1: 'clip 7;left' does not show where its path ends: .* put it into quotes"),
+        ("a.csv", "clip;motion\n1;left\n", "line 1: 'clip;motion' looks like a header with unknown names"),
+        ("a.txt", "a.mp4\xa03\n", r"line 1: .* has U\+00A0 behind its path: write a space"),
         ("a.txt", "a.mp4 1\nb\0.mp4 1\n", r"line 2: 'b\\x00.mp4 1' names no file"),
         ("a.json", '[{"id": "7"}, {"id": ".."}]', "a.json, object 2: .* names no file"),
         (

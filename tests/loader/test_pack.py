@@ -18,6 +18,7 @@ import pytest
 import webdataset
 
 from bevt_ds import cli
+from bevt_ds.data.labels import read_classes
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.reading import index as index_module
 from bevt_ds.data.reading.index import load_shard
@@ -102,6 +103,35 @@ def test_broken_links_and_other_endings_are_written_down(source: Path, tmp_path:
     assert (manifest["rejected"], manifest["passed_over"]) == (4, {".txt": 1})
 
 
+LIMITED = {  # words -> what the messages cite
+    "data.max_pixels=599": "its header says 30x20 pixels, over data.max_pixels=599",
+    "data.max_file_bytes=99": "bytes, over data.max_file_bytes=99",
+}
+
+
+@pytest.mark.parametrize("limit", LIMITED)
+def test_limits_that_messages_cite_can_be_set(source: Path, tmp_path: Path, capsys, limit: str) -> None:
+    out = tmp_path / "out"
+    pack_it = ["shards", "pack", str(source), str(out), "--kind", "image", "--jobs", "1"]
+    assert cli.main([*pack_it[:2], limit, *pack_it[2:], "--split", "none"]) == 2
+    assert LIMITED[limit] in capsys.readouterr().err
+    assert cli.main([*pack_it, limit.replace("99", "99999")]) == 0
+    check_it = ["shards", "check", f"{out}/train-*.tar", "--jobs", "1"]
+    assert cli.main([*check_it, limit]) == 1
+    assert LIMITED[limit] in capsys.readouterr().out
+    assert cli.main(check_it) == 0
+
+
+def test_a_videos_limits_can_be_set(tmp_path: Path, make: SimpleNamespace, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(make.clip(make.noise(6, 48, 64), "mp4", "libx264"))
+    command = ["shards", "pack", str(tmp_path / "in"), str(tmp_path / "out"), "--jobs", "1"]
+    for words in (["data.max_frames=5"], ["--profile", "train", "data.max_frames=5"]):
+        assert cli.main([*command, *words]) == 2
+        assert "it has 6 frames, over data.max_frames=5" in capsys.readouterr().err
+    assert cli.main([*command, "data.max_frames=6"]) == 0
+
+
 def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(source, tmp_path / "elsewhere" / "source")
     first = pack(source, tmp_path / "1", "image", shard_bytes=4000)
@@ -157,6 +187,27 @@ def test_pack_overwrites_nothing_and_leaves_nothing_half_done(
 def test_pack_needs_something_to_pack(source: Path, tmp_path: Path, make_source, message: str) -> None:
     with pytest.raises(UserError, match=message):
         pack(make_source(source), tmp_path / "out", "video")
+
+
+def test_a_label_keeps_its_separators(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Unicode has line separators of its own; a list's lines end with line feeds only."""
+    (tmp_path / "list.csv").write_text("a.jpg,push\u2028left\nb.jpg,x\x85y\n")
+    for i, name in enumerate("ab"):
+        (tmp_path / f"{name}.jpg").write_bytes(encode_jpeg(make.noise(20, 30, seed=i)))
+    packed = pack(tmp_path / "list.csv", tmp_path / "out", "image", jobs=1)
+    shard = load_shard(str(packed.shards[0]))
+    assert (shard.keys, shard.labels) == (("a", "b"), ("push\u2028left", "x\x85y"))
+    (tmp_path / "names.txt").write_text("push\u2028left\nx\x85y\n")
+    for file in ("", str(tmp_path / "names.txt")):
+        assert read_classes([shard], [], file).names == ("push\u2028left", "x\x85y")
+
+
+def test_a_folder_of_frames_is_no_file(tmp_path: Path) -> None:
+    """As Something-Something V1 and Jester come."""
+    (tmp_path / "100218").mkdir()
+    (tmp_path / "v1.csv").write_text("100218;Something falling, like a feather\n")
+    with pytest.raises(UserError, match="it is a folder: frames in folders are packed once ffmpeg has made a video"):
+        pack(tmp_path / "v1.csv", tmp_path / "out", "video", jobs=1)
 
 
 def test_drawing_is_repeatable_and_never_overwrites(tmp_path: Path) -> None:
@@ -334,6 +385,11 @@ def test_usage(argv: list[str], code: int, capsys: pytest.CaptureFixture) -> Non
         ("draw . --clips -1", "'-1' is not a whole number from 0 on"),
         ("draw . --seed 9223372036854775808", "is not a whole number from 0 on, below 2**63"),
         ("draw . --seed 99999999999999999999999", "is not a whole number from 0 on, below 2**63"),
+        ("pack . out data.max_pixel=3", "unknown key 'data.max_pixel'. Near: data.max_pixels"),
+        ("pack . out data.size=3", "data.size is none of data.max_pixels, data.max_frames"),
+        ("pack . out data.max_pixels=many", "data.max_pixels=many"),
+        ("check a.tar data.decode_seconds=0", "data.decode_seconds"),
+        ("draw . data.max_pixels=3", "data.max_pixels=3: this command reads no shards and no files"),
     ],
 )
 def test_mistakes_are_one_line(words: str, message: str, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -62,6 +62,20 @@ def test_lists(media: Path, name: str, text: str, expected: list) -> None:
     assert items == full
 
 
+def test_kinetics_folders_may_have_underscores(media: Path) -> None:
+    touched(media, "pull_ups/a_000001_000011.mp4", "abseiling/b_000001_000011.mp4", "tap dancing/c_000001_000011.mp4")
+    rows = ["pull ups,a,1,11", "abseiling,b,1,11", "tap dancing,c,1,11", "pull ups,gone,1,11"]
+    (media / "k700.csv").write_text("\n".join(["label,youtube_id,time_start,time_end", *rows]))
+    items = list_items(str(media / "k700.csv"), "video").items
+    assert [str(item.path.relative_to(media)) for item in items if item.path.exists()] == [
+        "pull_ups/a_000001_000011.mp4",
+        "abseiling/b_000001_000011.mp4",
+        "tap dancing/c_000001_000011.mp4",
+    ]
+    assert [item.label for item in items] == ["pull ups", "abseiling", "tap dancing", "pull ups"]
+    assert items[-1].name == "gone_000001_000011"  # packing it is what fails
+
+
 def test_a_list_may_lie_elsewhere(media: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     place = tmp_path_factory.mktemp("lists") / "list.txt"
     place.write_text("78687.webm 3\n")
