@@ -110,6 +110,12 @@ class BatchReader:
         on_gpu = self._device.type == "cuda"
         return {stream.name: decoder for stream, decoder in self.decoders.items()} if on_gpu else {}
 
+    @property
+    def steps_an_epoch(self) -> float:
+        """Steps in which each sample of the first stream is read once."""
+        plan = next(iter(self._readers.values())).plan
+        return plan.order.total * plan.clips_per_sample / plan.global_size
+
     def require_few_bad(self) -> None:
         """DataLimitError: this rank's bad samples are over the budget."""
         for stream, ledger in self.ledgers.items():
@@ -314,6 +320,11 @@ class Loader(BackgroundLoader):
         parts = micro_steps(config, world)
         reader = BatchReader(config, _training_sources(config), rank, world, device, folder, state)
         super().__init__(reader, parts, config.data, start_step, exchange)
+
+    @property
+    def steps_an_epoch(self) -> float:
+        """Steps in which each video, or image where there are no videos, is read once."""
+        return self._reader.steps_an_epoch
 
     def __next__(self) -> Batch:
         return _used_here(super().__next__())

@@ -164,6 +164,11 @@ class Engine:
         norm = self.ds.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    @property
+    def skipped_steps(self) -> int:
+        """Updates that DeepSpeed has left out since step 0, because fp16 gradients were not finite."""
+        return int(self.ds.skipped_steps)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients, inside the block."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,16 +11,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
-from bevt_ds.config.schema import Config, LoopConfig
+from bevt_ds.config.parse import config_fields, get_value
+from bevt_ds.config.schema import Config, LoopConfig, TrainingConfig
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.flops import clip_macs, image_macs, peak_flops, training_flops
 from bevt_ds.runtime.run_dir import LOG
+from bevt_ds.runtime.run_record import now
 
+KIBIBYTE = 1024
 STREAMS = ("video", "image")
 FAULTS = ("unknown_targets",)  # metrics that are 0 unless something is wrong
 
@@ -105,6 +112,13 @@ def expected_step_flops(config: Config, arch: Mapping[str, Any]) -> float:
     return float(training_flops(macs))
 
 
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this rank has had in use since it started: tensors on its GPU, or else the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
+
+
 class RunLog:
     """log.jsonl and TensorBoard events of one run; does nothing on other ranks than 0."""
 
@@ -117,14 +131,27 @@ class RunLog:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line for update number `step`."""
+        """One line for update number `step`, with the time in UTC (ISO 8601)."""
         if self.file is None or self.board is None:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(json.dumps({"step": step, "time": now(), **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
             if value is not None:
                 self.board.add_scalar(name, value, step)
+
+    def write_settings(self, config: TrainingConfig) -> None:
+        """The configuration as TensorBoard's hyperparameters, next to the loss."""
+        if self.board is not None:
+            values = {leaf.key: get_value(config, leaf.key) for leaf in config_fields(type(config))}
+            plain = {key: str(value) if isinstance(value, tuple) else value for key, value in values.items()}
+            for summary in hparams(plain, {"loss": 0.0}):  # add_hparams would begin a second run for them
+                self.board.file_writer.add_summary(summary)
+
+    def write_image(self, step: int, path: Path) -> None:
+        """An image file, if it is there, under the name of the file."""
+        if self.board is not None and path.exists():
+            self.board.add_image(path.stem, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
 
     def __enter__(self) -> RunLog:
         return self

@@ -3,6 +3,8 @@
 runs/joint/
   config.json       the resolved configuration
   deepspeed.json    the DeepSpeed JSON with which it was started last
+  run.json          each start: command, commit, versions, hosts, GPUs, dates
+  console.log       what rank 0 printed
   changes.json      what was overridden on resume, and from which step on, if anything
   log.jsonl         a line every train.log_every steps
   tensorboard/      the same numbers

@@ -22,9 +22,11 @@ from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import BackgroundLoader
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime import checkpoint, run_dir
+from bevt_ds.runtime.console import keep_console
 from bevt_ds.runtime.distributed import Ranks, describe_device
 from bevt_ds.runtime.engine import Engine, start_ranks
-from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums
+from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums, peak_bytes
+from bevt_ds.runtime.run_record import RunRecord
 from bevt_ds.runtime.runs import (
     find_start,
     go_on,
@@ -134,6 +136,11 @@ class Task(ABC, Generic[ConfigT, BatchT]):
         """The streams that the run trains, of "video" and "image"."""
         return ["video"]
 
+    @property
+    def tokenizer_file(self) -> str:
+        """The file of the tokenizer's weights, if the task has one."""
+        return ""
+
     def save(self, folder: Path) -> None:
         """Write what else a checkpoint holds. Collective."""
 
@@ -194,7 +201,8 @@ def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step:
     values: dict[str, Any] = task.metrics(sums.totals(task.ranks), step)
     require_finite(values["loss"], step)
     values |= {"lr": task.engine.last_lr, "grad_norm": task.engine.grad_norm()}
-    values["optimizer_bytes"] = task.engine.optimizer_bytes()
+    values |= {"optimizer_bytes": task.engine.optimizer_bytes(), "peak_bytes": peak_bytes(task.ranks.device)}
+    values["skipped_steps"] = task.engine.skipped_steps
     values |= speed.read(task.loader.wait_seconds()) | {"bad_samples": task.loader.bad_samples}
     with speed.paused():
         values |= task.measurements(step)
@@ -251,6 +259,7 @@ def run_training(
     folder = run_dir.choose_folder(config, ranks)
     config = replace(config, output_dir=str(folder))
     if ranks.is_main:
+        keep_console(folder)
         print(
             "\n".join([f"recipe {config.recipe}, output in {folder}/", describe_device(ranks.device), *notes]),
             flush=True,
@@ -259,7 +268,7 @@ def run_training(
     start = find_start(config, folder, ranks)
     config, changes, loader_state = go_on(config, given, folder, start)
     setup = Setup(config, ds_values, folder, ranks, start, changes, loader_state)
-    with open_task(setup) as task:
+    with open_task(setup) as task, RunRecord(folder, ranks, setup.first_step, task.tokenizer_file):
         require_steps(setup.first_step, task.steps)
         continue_run(task)
         if ranks.is_main:
@@ -268,11 +277,13 @@ def run_training(
             print("\n".join([opening(task, provider), *filter(None, [task.describe()])]), flush=True)
         batches = iter(task.loader)
         with RunLog(folder, ranks, setup.first_step) as log:
+            log.write_settings(config)
             train(task, batches, log)
-        if ranks.is_main:
-            commit = folder / run_dir.CHECKPOINTS / checkpoint.name_of(task.steps)
-            run_dir.publish_weights(folder, commit)
-        problem = task.finish(batches)
+            if ranks.is_main:
+                commit = folder / run_dir.CHECKPOINTS / checkpoint.name_of(task.steps)
+                run_dir.publish_weights(folder, commit)
+            problem = task.finish(batches)
+            log.write_image(task.steps - 1, folder / run_dir.SAMPLES)
     return close_run(setup, task.steps, problem)
 
 

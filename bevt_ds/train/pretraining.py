@@ -41,6 +41,7 @@ def pretrain(config: Config, ds_values: Mapping[str, Any], notes: Sequence[str],
 class Pretraining(Task[Config, Batch]):
     """Masked image modelling, or joint masked image and video modelling. `probe`: None where the run has none."""
 
+    loader: Loader
     tokenizer: Tokenizer
     probe: OnlineProbe | None
     opens_loaded: ClassVar[bool] = True
@@ -56,7 +57,7 @@ class Pretraining(Task[Config, Batch]):
     def metrics(self, totals: Mapping[str, float], step: int) -> dict[str, float]:
         """UserError: targets outside the head's vocabulary since the last line."""
         require_known_targets(totals, self.tokenizer.vocab_size, f"since the last log line (now step {step})")
-        return step_metrics(totals)
+        return step_metrics(totals) | {"epoch": (step + 1) / self.loader.steps_an_epoch}
 
     def is_due(self, step: int) -> bool:
         return self.probe is not None and self.probe.due(step)
@@ -67,6 +68,10 @@ class Pretraining(Task[Config, Batch]):
     @property
     def trained_streams(self) -> list[str]:
         return trained_streams(self.config)
+
+    @property
+    def tokenizer_file(self) -> str:
+        return self.config.tokenizer.weights if self.config.tokenizer.name == "dalle" else ""
 
     def finish(self, batches: Iterator[Batch]) -> str | None:
         """Write samples.png, measure the held-out losses, and print them with their baselines."""

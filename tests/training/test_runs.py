@@ -43,6 +43,12 @@ def test_what_a_run_writes(tmp_path, small, shards):
     assert {"step", "loss", "loss_video", "acc_image", "lr", "grad_norm", "clips_per_s", "data_wait", "mfu"} <= set(
         run.log()[0]
     )
+    assert {"time", "epoch", "peak_bytes", "skipped_steps"} <= set(run.log()[0])
+    assert run.log()[1]["epoch"] == 2 * run.log()[0]["epoch"] > 0
+    (start,) = json.loads((run.folder / "run.json").read_text())["starts"]
+    assert start["outcome"] == "finished" and "bevt_ds/pretrain.py" in start["command"]
+    console = (run.folder / "console.log").read_text()
+    assert "output in" in console and "2/2" in console and "unigram entropy" in console and "\r" not in run.output
     assert list((run.folder / "tensorboard").glob("events*"))
     summary = json.loads((run.folder / "summary.json").read_text())
     assert {"loss", "accuracy", "unigram_entropy", "commonest_rate", "gain"} <= set(summary["video"])
@@ -175,6 +181,8 @@ def test_mistake_is_one_line_and_exit_code_2(tmp_path, small, settings, part):
     assert part in errors[0]
     assert "Traceback" not in run.output
     assert run.output.splitlines()[-1] == errors[0]
+    kept = tmp_path / "run" / "console.log"  # not there if the command line was refused before the folder was made
+    assert not kept.exists() or kept.read_text().splitlines()[-1] == errors[0]
 
 
 def test_checkout_beside_another_installed_copy_is_an_error(tmp_path):

@@ -1,0 +1,132 @@
+"""run.json, console.log, and what TensorBoard gets besides the numbers of the log."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+from datetime import datetime
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bevt_ds.config.recipes import get_recipe
+from bevt_ds.errors import UserError
+from bevt_ds.runtime.console import Tee
+from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.logging import RunLog, peak_bytes
+from bevt_ds.runtime.run_record import RunRecord, commit_of, read_record
+from tests.training.processes import environment
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def test_starts_are_appended(tmp_path):
+    weights = tmp_path / "encoder.pkl"
+    weights.write_bytes(b"weights")
+    with pytest.raises(KeyboardInterrupt), RunRecord(tmp_path, ALONE, 0, str(weights)):
+        (going,) = read_record(tmp_path / "run.json")
+        assert "ended" not in going
+        raise KeyboardInterrupt
+    with RunRecord(tmp_path, ALONE, 4):
+        pass
+    first, second = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert (first["outcome"], second["outcome"]) == ("KeyboardInterrupt", "finished")
+    assert (first["first_step"], second["first_step"], second["ranks"]) == (0, 4, 1)
+    assert first["tokenizer"] == {"file": str(weights), "sha256": hashlib.sha256(b"weights").hexdigest()}
+    assert "tokenizer" not in second
+    assert {"bevt_ds", "torch", "deepspeed", "python"} <= set(second["versions"])
+    assert second["command"] and second["hosts"] and second["devices"][0].startswith("cpu")
+    assert datetime.fromisoformat(first["started"]) <= datetime.fromisoformat(second["ended"])
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="run.json is damaged"):
+        RunRecord(tmp_path, ALONE, 4)
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    gathered = SimpleNamespace(is_main=False, device=torch.device("cpu"), gather=lambda value: [value] * 2, world=2)
+    with RunRecord(tmp_path, gathered, 0):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commit_of_a_checkout(tmp_path):
+    assert commit_of(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    (tmp_path / "file").write_text("one")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "one"], ["tag", "v1"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert commit_of(tmp_path) == head
+    (tmp_path / "file").write_text("two")
+    assert commit_of(tmp_path) == f"{head}-dirty"
+
+
+def test_console_keeps_what_a_terminal_shows():
+    screen, log = io.StringIO(), io.StringIO()
+    tee = Tee(screen, log)
+    written = [
+        "one\ntw",
+        "o\n",
+        "\r 10%|#  ",
+        "\r 20%|## ",
+        "\r        \r",
+        "said\n",
+        "\r 50%",
+        "\r100%",
+        "\n",
+        "\n",
+        "end\n",
+    ]
+    for text in written:
+        tee.write(text)
+    assert screen.getvalue() == "".join(written)
+    assert log.getvalue() == "one\ntwo\nsaid\n100%\n\nend\n"
+    assert tee.isatty() is False
+
+
+def test_console_gets_all_streams_and_loggers(tmp_path):
+    code = """
+import logging, sys
+from pathlib import Path
+handler = logging.StreamHandler(sys.stdout)
+logging.getLogger("of a library").addHandler(handler)
+from bevt_ds.runtime.console import keep_console
+keep_console(Path(sys.argv[1])); keep_console(Path(sys.argv[1]))
+print("printed"); print("warned", file=sys.stderr); logging.getLogger("of a library").warning("logged")
+raise ValueError("of a bug")
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment(), capture_output=True, text=True)
+    lines = (tmp_path / "console.log").read_text().splitlines()
+    assert lines[:3] == ["printed", "warned", "logged"]
+    assert lines[-1] == "ValueError: of a bug"
+    assert done.stdout.splitlines() == ["printed", "logged"]
+    assert done.stderr.splitlines()[-1] == lines[-1]
+
+
+def test_tensorboard_gets_settings_and_images(tmp_path):
+    Image.new("RGB", (8, 4), (255, 0, 0)).save(tmp_path / "samples.png")
+    with RunLog(tmp_path, ALONE, 0) as log:
+        log.write_settings(get_recipe("demo"))
+        log.write(3, {"loss": 1.5, "mfu": None})
+        log.write_image(3, tmp_path / "samples.png")
+        log.write_image(3, tmp_path / "none.png")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(image.step, image.width, image.height) for image in events.Images("samples")] == [(3, 8, 4)]
+    assert events.Tags()["images"] == ["samples"]
+    settings = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"optim.lr" in settings and b"demo" in settings
+    (line,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert datetime.fromisoformat(line.pop("time")).tzinfo
+    assert line == {"step": 3, "loss": 1.5, "mfu": None}
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = peak_bytes(torch.device("cpu"))
+    held = torch.ones(before // 4 + (64 << 20))  # 4 bytes each: more than the process has ever had
+    assert peak_bytes(torch.device("cpu")) > max(before, held.nbytes - 1)
