@@ -19,6 +19,16 @@ import bevt_ds.kernels as ops
 from bevt_ds.batch import IGNORE, Batch, Stream
 from bevt_ds.errors import UserError
 
+from .inputs import (
+    CLIPS,
+    IMAGES,
+    look_at_values,
+    require_batch,
+    require_keys,
+    require_mask,
+    require_multiples,
+    require_pixels,
+)
 from .layers import LMHead, MaskToken, PatchEmbed, Upsample, init_weights
 from .video_swin import VideoSwin
 from .weights import PretrainedMixin
@@ -115,15 +125,28 @@ class BEVT(PretrainedMixin, nn.Module):
     def forward_video(self, clip: Tensor, mask: Tensor, sample_keys: Tensor | None = None) -> Tensor:
         """Features of every output position of clips, after the shared norm.
 
-        clip (B,3,T,H,W) float, mask (B,T/2,h,w) bool -> (B,T*h*w,C), frame by frame, row by row.
+        clip (B,3,T,H,W) float, normalised; mask (B,T/2,h,w) bool -> (B,T*h*w,C), frame by frame, row by row.
+
+        Raises UserError for other shapes, types or ranges: see `inputs`.
         """
+        require_pixels(clip, CLIPS)
+        look_at_values(clip, CLIPS, self)
+        self._require_fit(clip, mask, sample_keys)
         fine, coarse = self._encode_video(clip, mask, sample_keys)
         x = self.encoder.norm(self.video_decoder(fine, coarse))
         b, t, h, w, _ = fine.shape
         return rearrange(x, "(b t h w) f c -> b (t f h w) c", b=b, t=t, h=h, w=w)
 
     def forward_image(self, image: Tensor, mask: Tensor, sample_keys: Tensor | None = None) -> Tensor:
-        """Features of every output position of images: image (B,3,H,W) float, mask (B,h,w) bool -> (B,h*w,C)."""
+        """Features of every output position of images, after the shared norm.
+
+        image (B,3,H,W) float, normalised; mask (B,h,w) bool -> (B,h*w,C), row by row.
+
+        Raises UserError for other shapes, types or ranges: see `inputs`.
+        """
+        require_pixels(image, IMAGES)
+        look_at_values(image, IMAGES, self)
+        self._require_fit(image, mask, sample_keys)
         fine, coarse = self._encode_image(image, mask, sample_keys)
         x = self.encoder.norm(self.image_decoder(fine, coarse))
         return rearrange(x, "(b n) 1 c -> b n c", b=len(image))
@@ -134,7 +157,10 @@ class BEVT(PretrainedMixin, nn.Module):
         The loss is the sum over streams of cross-entropy at masked positions, each divided by the stream's `count`: the
         masked positions of the global batch. Micro-batches of a step therefore add up to the step's loss. A stream
         without a masked position adds 0.
+
+        Raises UserError for a batch without targets, and for streams of other shapes or types: see `inputs`.
         """
+        require_batch(batch)
         streams: dict[str, Rows] = {}
         if batch.video is not None:
             streams["video"] = self._video_rows(batch.video)
@@ -152,28 +178,30 @@ class BEVT(PretrainedMixin, nn.Module):
             metrics[f"rows_{name}"] = (rows.targets != IGNORE).sum()
         return BEVTOutput(sum(losses[i] / max(rows.count, 1) for i, rows in enumerate(streams.values())), metrics)
 
+    def _require_fit(self, pixels: Tensor, mask: Tensor, keys: Tensor | None) -> None:
+        """UserError unless the size suits the network, and mask and keys the pixels."""
+        require_multiples(pixels, 2, 32, "BEVT")
+        t, *patch = self.arch["patch"]
+        cell = [side << len(self.arch["depths"]) - 2 for side in patch]
+        grid = [extent // side for extent, side in zip(pixels.shape[-2:], cell, strict=True)]
+        time = [pixels.shape[2] // t] if pixels.ndim == 5 else []
+        require_mask(mask, [len(pixels), *time, *grid])
+        require_keys(keys, len(pixels))
+
     def _encode_video(self, clip: Tensor, mask: Tensor, keys: Tensor | None) -> list[Tensor]:
-        _check_size(clip)
         tokens = self.mask_token(self.encoder.patch_embed(clip), mask)
         return self.encoder.encode(tokens, "swin", keys)[-2:]
 
     def _encode_image(self, image: Tensor, mask: Tensor, keys: Tensor | None) -> list[Tensor]:
-        _check_size(image)
         tokens = self.mask_token(self.image_embed(image.unsqueeze(2)), mask.unsqueeze(1))
         return self.encoder.encode(tokens, self.image_windows, keys)[-2:]
 
     def _video_rows(self, stream: Stream) -> Rows:
+        self._require_fit(stream.pixels, stream.mask, stream.sample_keys)
         fine, coarse = self._encode_video(stream.pixels, stream.mask, stream.sample_keys)
         return Rows(self.video_decoder(fine, coarse, stream.cells).flatten(0, 1), stream.targets, stream.count)
 
     def _image_rows(self, stream: Stream) -> Rows:
+        self._require_fit(stream.pixels, stream.mask, stream.sample_keys)
         fine, coarse = self._encode_image(stream.pixels, stream.mask, stream.sample_keys)
         return Rows(self.image_decoder(fine, coarse, stream.cells).flatten(0, 1), stream.targets, stream.count)
-
-
-def _check_size(pixels: Tensor) -> None:
-    height, width = pixels.shape[-2:]
-    if height % 32 or width % 32:
-        raise UserError(f"pictures of {height}x{width} pixels: BEVT needs multiples of 32 (data.size)")
-    if pixels.ndim == 5 and pixels.shape[2] % 2:
-        raise UserError(f"clips of {pixels.shape[2]} frames: BEVT needs a multiple of 2 (data.frames)")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .drop_path import uniform
+from .inputs import CLIPS, require_pixels
 from .layers import init_weights
 from .video_swin import VideoSwin
 from .weights import PretrainedMixin
@@ -55,7 +56,10 @@ class VideoClassifier(PretrainedMixin, nn.Module):
         """Logits of clips: (B,3,T,H,W) float -> (B,K).
 
         `sample_keys` int64 (B,) decide what training drops; without them torch's own generator draws keys.
+
+        Raises UserError for other shapes, types or ranges: see `inputs`.
         """
+        require_pixels(clip, CLIPS)
         if self.training and sample_keys is None:
             sample_keys = torch.randint(2**63 - 1, (len(clip),), device=clip.device)
         pooled = self.encoder.forward_features(clip, sample_keys).mean((2, 3, 4))

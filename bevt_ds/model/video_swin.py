@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .arch import SwinArch
 from .drop_path import residual_scales
+from .inputs import CLIPS, look_at_values, require_keys, require_pixels
 from .layers import Block, PatchEmbed, PatchMerging, init_weights
 from .weights import PretrainedMixin
 from .windows import WindowPolicy, block_windows
@@ -99,14 +100,19 @@ class VideoSwin(PretrainedMixin, nn.Module):
         """A clip (B,3,T,H,W) -> (the last stage's output after the norm, every stage's before merging and norm).
 
         All are channels first: (B,C_i,T',H'_i,W'_i).
+
+        Raises UserError for other shapes, types or ranges: see `inputs`.
         """
+        require_pixels(clip, CLIPS)
+        require_keys(sample_keys, len(clip))
+        look_at_values(clip, CLIPS, self)
         outputs = self.encode(self.patch_embed(clip), sample_keys=sample_keys)
         features = self.norm(outputs[-1])
         first = lambda x: rearrange(x, "b t h w c -> b c t h w")  # noqa: E731
         return first(features), [first(x) for x in outputs]
 
     def forward_features(self, clip: Tensor, sample_keys: Tensor | None = None) -> Tensor:
-        """A clip (B,3,T,H,W) -> (B,8C,T',H',W') after the last norm."""
+        """A clip (B,3,T,H,W), normalised -> (B,8C,T',H',W') after the last norm. Raises as `forward_intermediates`."""
         return self.forward_intermediates(clip, sample_keys)[0]
 
     def forward(self, clip: Tensor, sample_keys: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bevt_ds.errors import UserError
 
+from ..inputs import require_frames
 from .dalle_pickle import read_pickled_module
 
 GROUPS, BLOCKS = 4, 2
@@ -94,12 +95,13 @@ class DalleTokenizer(nn.Module):
         return model.float()
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Pictures (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64."""
+        """Frames (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64. Raises UserError for others: see `inputs`."""
         return self.logits(frames).argmax(1)
 
     @torch.no_grad()
     def logits(self, frames: Tensor) -> Tensor:
-        """Pictures (N,3,v,v), float RGB in [0,1] -> logits (N,V,v/8,v/8), fp32."""
+        """Frames (N,3,v,v), float RGB in [0,1] -> logits (N,V,v/8,v/8), fp32. Raises as `encode`."""
+        require_frames(frames, self)
         self._settle(torch.float16 if frames.is_cuda else torch.float32)
         return self(frames)
 

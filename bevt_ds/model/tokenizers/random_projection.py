@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from bevt_ds.errors import UserError
 from bevt_ds.rng import Use, generator
 
+from ..inputs import require_frames
+
 POOL = 2  # pixels averaged along each axis first: finer detail is mostly the codec's noise
 PATCH = 4  # averages a patch has along each axis: 8 pixels of the view, 16 of the network's, one mask cell
 DIM = 16  # BEST-RQ's codebook dimension
@@ -36,7 +38,8 @@ class RandomProjectionTokenizer(nn.Module):
         self.register_buffer("codebook", F.normalize(torch.from_numpy(codebook), dim=-1))
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Pictures (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64."""
+        """Frames (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64. Raises UserError for others: see `inputs`."""
+        require_frames(frames, self)
         return self(frames)
 
     def forward(self, frames: Tensor) -> Tensor:
