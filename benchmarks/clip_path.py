@@ -22,11 +22,11 @@ from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tuple(f"{ROOT / folder}{os.sep}" for folder in ("bevt_ds", "kernels"))
 WORKER = "decode worker"  # a process of its own: its threads are not the trainer's
-FOLDER_VARIABLE = "BEVT_CLIP_PATH"  # tells the decode worker where to write its calls
 VIDEOS, WARM_UP, RECORDED = 64, 4, 4  # micro-batches of four clips: all within one epoch, with those prepared ahead
 
 
@@ -61,11 +61,6 @@ class Recorder:
             self._file.write(f"{code.co_filename}\t{code.co_qualname}\t{threading.current_thread().name}\n")
 
 
-def install_in_worker() -> None:
-    """Called by the `sitecustomize` of a decode worker."""
-    Recorder(Path(os.environ[FOLDER_VARIABLE])).install()
-
-
 def calls(folder: Path) -> set[Call]:
     """What all processes have written. Comprehensions and generator expressions are no functions of their own."""
     found = set()
@@ -87,18 +82,16 @@ def _kind(thread: str) -> str:
 @contextmanager
 def _hooked(folder: Path) -> Iterator[None]:
     """Processes and threads that start in this block are recorded."""
-    (folder / "sitecustomize.py").write_text("from benchmarks.clip_path import install_in_worker as i\ni()\n")
-    before = {name: os.environ.get(name) for name in (FOLDER_VARIABLE, "PYTHONPATH")}
-    paths = [str(folder), str(ROOT), *filter(None, [before["PYTHONPATH"]])]
-    os.environ |= {FOLDER_VARIABLE: str(folder), "PYTHONPATH": os.pathsep.join(paths)}
-    Recorder(folder).install()
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    hook = f"from benchmarks.clip_path import Path, Recorder\nRecorder(Path({str(folder)!r})).install()\n"
+    (folder / "sitecustomize.py").write_text(hook)  # which the decode worker imports at its start
+    paths = [str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(paths)}):
+        Recorder(folder).install()
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+            threading.setprofile(None)
 
 
 def clip_path(videos: str) -> set[Call]:

@@ -243,8 +243,10 @@ def scaling(rows: Rows) -> Page:
     parts = ["Made by `python -m benchmarks.scaling`.", facts(rows)]
     for mode, group in split(rows).items():
         parts += [f"## {mode.capitalize()}", table(group, names | _times(group, cpu), names=3)]
-    parts += ["## Sent a step, MB a rank (calls)", table(several, names | _sent(), names=3)]
-    return Page("Scaling", [*parts, SCALING.format(**rows[0] | text)], [_speed(rows, cpu), _bytes(several)])
+    if several:
+        parts += ["## Sent a step, MB a rank (calls)", table(several, names | _sent(), names=3)]
+    panels = [_speed(rows, cpu), *([_bytes(several)] if several else [])]
+    return Page("Scaling", [*parts, SCALING.format(**rows[0] | text)], panels)
 
 
 def _times(group: Rows, cpu: bool) -> Columns:

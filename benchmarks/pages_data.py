@@ -147,7 +147,8 @@ between the last two columns. `deadline`: the read is made by a thread that may 
 
 
 def reading(rows: Rows) -> Page:
-    """What reading a sample costs."""
+    """What reading a sample costs: of the newest commit, each row as last measured."""
+    rows = list({row["row"]: row for row in newest(rows)}.values())
     intro = READING.format(**rows[-1])
     columns = fields("what row s | median p50 .3f | 20 % p20 .3f | 80 % p80 .3f")
     return Page("Reading", [intro, facts(rows), table(rows, columns)])
@@ -170,9 +171,10 @@ def damaged_media(rows: Rows) -> Page:
         "bytes a case after the first tenth": lambda row: f"{slope(row['curve']):.0f}",
     }
     intro = "Made by `python -m tests.loader.fuzz --out loader_fuzz.jsonl`; `make fuzz` runs other numbers of cases."
-    memory = "Memory and open files of the process and its workers on the way:"
-    with_curves = [row for row in rows if row["curve"]]
-    return Page("Damaged media", [intro, facts(rows), table(rows, columns), memory, table(with_curves, curves)])
+    parts, with_curves = [intro, facts(rows), table(rows, columns)], [row for row in rows if row["curve"]]
+    if with_curves:
+        parts += ["Memory and open files of the process and its workers on the way:", table(with_curves, curves)]
+    return Page("Damaged media", parts)
 
 
 def _six_of(row: Row, name: str, scale: float = 1) -> str:

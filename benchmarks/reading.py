@@ -1,7 +1,7 @@
 """What reading a sample costs: its bytes, the check of their CRC-32 (`data.verify`), and the deadline of a read.
 
-`python -m benchmarks.reading` writes results/reading.jsonl and its page. CPU time, all threads, of files that are in
-the page cache; the variants take turns, so that what else the machine does falls on all of them.
+`python -m benchmarks.reading` appends to results/reading.jsonl and writes its page. CPU time, all threads, of files that
+are in the page cache; the variants take turns, so that other load on the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def decoding() -> dict[str, Callable[[], object]]:
         with opened(data, Limits()) as video:
             video.frames(clip_frames(0.5, video.total, 16, 8, 0.0))
 
-    videos = {size: draw_clip(0, *shape) for size, shape in SIZES.items()}
+    videos = {size: draw_clip(0, size) for size in SIZES}
     return {f"decode 16x8, {size}, {len(data) >> 10} KiB": lambda d=data: decode(d) for size, data in videos.items()}
 
 
@@ -82,7 +82,6 @@ def main() -> None:
         for _ in trange(rounds, disable=None):
             for name, (work, samples) in works.items():
                 spent[name].append(cpu_ms(work, 1) / samples)
-    ROWS.unlink(missing_ok=True)
     for name, values in spent.items():
         facts = {"row": name, **vars(quantiles(values)), "rounds": rounds}
         append_row(ROWS, {**facts, **provenance("cpu"), **machine()})

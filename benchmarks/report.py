@@ -88,16 +88,18 @@ def spread(values: Sequence[float | None], form: str) -> str:
 
 
 def table(rows: Iterable[Any], columns: Columns, names: int = 1) -> str:
-    """Markdown. Columns in which no row has anything are left out.
+    """Markdown; of no rows, nothing. Columns in which no row has anything are left out.
 
     names: how many of the first columns name a row; of one that failed, the others give the reason.
     """
-    lines = []
+    lines: list[list[str]] = []
     for row in rows:
         reason = next((row[key] for key in FAILED if key in row), None) if isinstance(row, dict) else None
         cells = [cell(row) for cell in list(columns.values())[: names if reason else None]]
         lines.append([*cells, f"not measured: {reason}", *[""] * (len(columns) - names - 1)] if reason else cells)
     kept = [i for i in range(len(columns)) if i < names or any(line[i] not in ("", "-") for line in lines)]
+    if not lines:
+        return ""
     heads = [list(columns), ["---"] * len(columns)]
     return "\n".join(f"| {' | '.join(line[i] for i in kept)} |" for line in [*heads, *lines]).replace("| --- ", "|---")
 

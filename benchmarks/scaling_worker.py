@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -14,8 +14,6 @@ import torch
 
 from bevt_ds.batch import Batch
 from bevt_ds.config.deepspeed import read_json
-from bevt_ds.config.recipes import demo, joint_swin_b
-from bevt_ds.config.schema import Config, TokenizerConfig
 from bevt_ds.config.validate import validate
 from bevt_ds.runtime.engine import start_ranks
 from bevt_ds.train.loop import Setup, train_step
@@ -23,7 +21,7 @@ from bevt_ds.train.pretraining import Pretraining, make_engine, make_tokenizer
 
 from .common import provenance, quantiles
 from .scaling_traffic import Traffic, expected_bytes, sent_bytes
-from .step_batch import resident_batch
+from .step_batch import base_configuration, resident_batch
 
 WARM_UP = 2
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes a gradient or parameter takes on the wire
@@ -42,24 +40,10 @@ class Job:
     steps: int  # timed
 
 
-def configuration(job: Job) -> Config:
-    """The demo's run for `tiny`, else joint_swin_b's with another backbone; a tokenizer that needs no file."""
-    recipe = demo() if job.model == "tiny" else joint_swin_b()
-    samples = job.ranks * job.micro_steps
-    train = replace(
-        recipe.train,
-        micro_clips=job.micro_clips,
-        micro_images=job.micro_images,
-        global_clips=job.micro_clips * samples,
-        global_images=job.micro_images * samples,
-    )
-    tokenizer = TokenizerConfig(name="random_projection", vocab_size=recipe.tokenizer.vocab_size)
-    return validate(replace(recipe, model=replace(recipe.model, name=job.model), tokenizer=tokenizer, train=train))
-
-
 def set_up(job: Job) -> tuple[Pretraining, Batch]:
     """The training program's own parts, but for its loader, and a micro-batch of noise in its place."""
-    config, ranks, values = configuration(job), start_ranks(), read_json(f"zero{job.zero}")
+    samples, ranks, values = job.ranks * job.micro_steps, start_ranks(), read_json(f"zero{job.zero}")
+    config = validate(base_configuration(job.model, job.micro_clips, job.micro_images, samples))
     tokenizer = make_tokenizer(config, ranks)
     engine = make_engine(config, values, ranks, tokenizer.vocab_size)
     data, train = config.data, config.train

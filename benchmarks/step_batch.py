@@ -1,4 +1,4 @@
-"""Batches of random images with the recipe's masks, made once and kept on the device."""
+"""The configuration of a benchmark's step, and batches of random images that stay on the device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,24 @@ import torch
 from torch import Tensor
 
 from bevt_ds.batch import Batch, Stream
-from bevt_ds.config.schema import DataConfig, MaskConfig
+from bevt_ds.config.recipes import demo, joint_swin_b
+from bevt_ds.config.schema import Config, DataConfig, MaskConfig, TokenizerConfig
 from bevt_ds.data.masks import masked_frames, row_index
 from bevt_ds.data.plan import StreamId, StreamPlan
+
+
+def base_configuration(model: str, clips: int, images: int, micro_batches: int = 1, ids: int | None = None) -> Config:
+    """The demo's run for `tiny`, else joint_swin_b's with another backbone; a tokenizer that needs no file.
+
+    clips, images: of a micro-batch. micro_batches: of a step, over all ranks. ids: size of the vocabulary, if not the
+    recipe's: 64 for `tiny`, else 8192.
+    """
+    recipe = demo() if model == "tiny" else joint_swin_b()
+    sizes = {"micro_clips": clips, "micro_images": images}
+    sizes |= {"global_clips": clips * micro_batches, "global_images": images * micro_batches}
+    tokenizer = TokenizerConfig(name="random_projection", vocab_size=ids or recipe.tokenizer.vocab_size)
+    backbone, train = replace(recipe.model, name=model), replace(recipe.train, **sizes)
+    return replace(recipe, model=backbone, tokenizer=tokenizer, train=train)
 
 
 def resident_batch(

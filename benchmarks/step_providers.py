@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
 from bevt_ds.config.deepspeed import read_json
-from bevt_ds.config.recipes import demo, joint_swin_b
-from bevt_ds.config.schema import Config, TokenizerConfig
+from bevt_ds.config.recipes import joint_swin_b
+from bevt_ds.config.schema import Config
 from bevt_ds.config.validate import validate
 from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import DalleTokenizer, RandomProjectionTokenizer, Tokenizer
@@ -31,6 +31,7 @@ from bevt_ds.train.pretraining import Pretraining, make_engine
 
 from .eager_model import EagerBEVT, TorchvisionEncoder
 from .eager_tokenizer import every_id
+from .step_batch import base_configuration
 from .step_levers import LADDER, Levers
 from .step_parts import part
 
@@ -48,17 +49,10 @@ class Step(Protocol):
 
 
 def configuration(model: str, clips: int, images: int, ids: int | None = None) -> Config:
-    """The demo's run for `tiny`, else joint_swin_b's with another backbone; a step is one micro-batch on one rank.
-
-    `ids` is the size of the vocabulary, if not the recipe's: 64 for `tiny`, else 8192.
-    """
-    recipe = demo() if model == "tiny" else joint_swin_b()
-    train = replace(
-        recipe.train, micro_clips=clips, micro_images=images, global_clips=clips, global_images=images, steps=10**6
-    )
-    options = replace(recipe.model, name=model, image_windows="official", drop_path=joint_swin_b().model.drop_path)
-    tokenizer = TokenizerConfig(name="random_projection", vocab_size=ids or recipe.tokenizer.vocab_size)
-    return validate(replace(recipe, model=options, tokenizer=tokenizer, train=train))
+    """`base_configuration` with the original's windows and drop path; a step is one micro-batch on one rank."""
+    config = base_configuration(model, clips, images, ids=ids)
+    options = replace(config.model, image_windows="official", drop_path=joint_swin_b().model.drop_path)
+    return validate(replace(config, model=options, train=replace(config.train, steps=10**6)))
 
 
 class NoTokenizer:

@@ -23,38 +23,13 @@ BATCH = 16  # clips a step of fine-tuning
 POINTS = 20  # at most, of the curve of a pretraining
 TAIL = 20  # lines of a log that a failure shows
 
-PRETRAIN = (
-    "recipe=demo",
-    f"data.frames={FRAMES}",
-    f"data.size={SIZE}",
-    f"data.token_size={SIZE // 2}",
-    f"data.short_side={SIZE},{SIZE}",
-    "data.eval_videos=",
-    "data.eval_images=",
-    "data.mask.ratio=0.75",
-    "data.mask.min_block=16",
-    "data.mask.tube=0.25,0.5",
-    "tokenizer.vocab_size=32",
-    "optim.lr=2e-3",
-    "train.min_gain=0",
-    "train.log_every=50",
-    "train.checkpoint_every=500",
-    "train.keep_checkpoints=1",
-)
-FINETUNE = (
-    "recipe=finetune_demo",
-    f"data.frames={FRAMES}",
-    f"data.size={SIZE}",
-    f"data.short_side={SIZE}",
-    "optim.layer_decay=1",
-    f"train.global_clips={BATCH}",
-    f"train.micro_clips={BATCH}",
-    "train.log_every=20",
-    "train.checkpoint_every=1000",
-    "train.keep_checkpoints=1",
-    f"views.short_side={SIZE}",
-    "views.micro_videos=32",
-)
+PRETRAIN = f"""recipe=demo data.eval_videos= data.eval_images= tokenizer.vocab_size=32 optim.lr=2e-3
+data.frames={FRAMES} data.size={SIZE} data.token_size={SIZE // 2} data.short_side={SIZE},{SIZE}
+data.mask.ratio=0.75 data.mask.min_block=16 data.mask.tube=0.25,0.5
+train.min_gain=0 train.log_every=50 train.checkpoint_every=500 train.keep_checkpoints=1""".split()
+FINETUNE = f"""recipe=finetune_demo data.frames={FRAMES} data.size={SIZE} data.short_side={SIZE} optim.layer_decay=1
+train.global_clips={BATCH} train.micro_clips={BATCH} train.log_every=20 train.checkpoint_every=1000
+train.keep_checkpoints=1 views.short_side={SIZE} views.micro_videos=32""".split()
 
 
 @dataclass(frozen=True)

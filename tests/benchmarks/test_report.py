@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.loader import BACKENDS, STRIDES, configuration
 from benchmarks.pages import SETTING, runs, step
+from benchmarks.pages_data import reading
 from benchmarks.report import RESULTS, Page, Panel, draw, fields, load, page_of, plot_of, table, write
 from benchmarks.step_parts import PARTS
 
@@ -48,6 +49,10 @@ def test_columns_without_a_value_are_left_out_and_failures_give_their_reason() -
     assert table(rows, columns).splitlines() == lines
 
 
+def test_a_table_of_no_rows_is_empty() -> None:
+    assert table([], fields("row name s")) == ""
+
+
 def test_every_kind_of_panel_is_drawn(tmp_path: Path) -> None:
     bars = {"one": [1.0, None], "two": [2.0, 3.0]}
     stacked = Panel("MB", names=["a", "b"], bars={"x": [1.0, 2.0]}, marks={"paper": [1.5, 2.5]}, stacked=True)
@@ -64,6 +69,12 @@ def test_rows_without_provenance_need_the_folders(tmp_path: Path) -> None:
         load(path)
     (tmp_path / "provenance.json").write_text('{"commit": "abc"}')
     assert load(path) == [{"step": 9, "provenance": {"commit": "abc"}}]
+
+
+def test_reading_page_shows_the_last_measurement_of_each_row() -> None:
+    rows = [{"row": "read", "p50": p, "p20": p, "p80": p, "rounds": 3, **MACHINE} for p in (1.0, 2.0)]
+    text = reading(rows).markdown()
+    assert "| read | 2.000 | 2.000 | 2.000 |" in text and "1.000" not in text
 
 
 def test_an_unknown_file_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import pages, scaling
+from benchmarks import pages, report, scaling
+from benchmarks.common import append_row
 from benchmarks.scaling_traffic import Traffic, expected_bytes, sent_bytes
 from benchmarks.scaling_worker import Job
 
@@ -111,6 +112,13 @@ def test_page_shows_times_and_traffic():
     assert "| 2 | 2 | 1 | 3.00 (5) | 0.00 | 3.00 | 2.00 | 1.50 |" in text
     assert speed.lines["weak, ZeRO 2"] == ([1, 2], [1.0, pytest.approx(1.6)])
     assert sent.bars == {"all-reduce": [3.0]} and sent.marks == {"paper": [2.0]}
+
+
+def test_page_of_one_rank_has_no_traffic(tmp_path):
+    path = tmp_path / "scaling.jsonl"
+    append_row(path, made_row(1, 1, 100) | {"provenance": {"device": "CPU", "commit": "abc"}})
+    assert "Sent a step" not in report.write(path)
+    assert path.with_suffix(".png").exists()
 
 
 @pytest.mark.dist
