@@ -1,7 +1,7 @@
 """What reading a sample costs: its bytes, the check of their CRC-32 (`data.verify`), and the deadline of a read.
 
-`python -m benchmarks.reading` appends to results/reading.jsonl and writes its page. CPU time, all threads, of files that
-are in the page cache; the variants take turns, so that other load on the machine affects all of them alike.
+`python -m benchmarks.reading` appends to results/reading.jsonl and writes its page. CPU time, all threads, of files
+that are in the page cache; the variants take turns, so that other load on the machine affects all of them alike.
 """
 
 from __future__ import annotations
