@@ -86,13 +86,15 @@ def remuxed(
     change: Callable[[av.Packet], None] = lambda packet: None,
     first: int = 0,
     payload: Callable[[int, bytes], bytes] | None = None,
+    muxer: dict[str, str] | None = None,
 ) -> bytes:
     """A stream copy into another container.
 
     change: of each packet; first: packets before it are left out; payload: other bytes for the i-th packet.
+    muxer: FFmpeg's options.
     """
     buffer = io.BytesIO()
-    with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format=container) as out:
+    with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format=container, options=muxer or {}) as out:
         stream = source.streams.video[0]
         copy = out.add_stream_from_template(stream)
         packets = [packet for packet in source.demux(stream) if packet.size]

@@ -14,7 +14,7 @@ from bevt_ds.data.decoding.container import check_container
 from bevt_ds.data.decoding.verify import verify_video
 from bevt_ds.data.decoding.video import fits_gpu, probe
 from bevt_ds.data.limits import BadSample, Limits
-from tests.loader.media import decode_clip
+from tests.loader.media import decode_clip, remuxed
 from tests.loader.test_containers import put, u32, with_sound
 
 LIMITS = Limits()
@@ -37,16 +37,18 @@ def frames(make: SimpleNamespace) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def fragmented(make: SimpleNamespace, frames: np.ndarray) -> dict[str, bytes]:
-    return {
-        name: make.clip(frames, "mp4", "libx264", g="8", bf="2", muxer={"movflags": flags})
-        for name, flags in FORMS.items()
-    }
+def plain(make: SimpleNamespace, frames: np.ndarray) -> bytes:
+    return make.clip(frames, "mp4", "libx264", g="8", bf="2")
+
+
+@pytest.fixture(scope="module")
+def fragmented(plain: bytes) -> dict[str, bytes]:
+    """The same packets."""
+    return {name: remuxed(plain, "mp4", muxer={"movflags": flags}) for name, flags in FORMS.items()}
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_its_frames_are_those_of_a_plain_file(fragmented, make, frames: np.ndarray, form: str) -> None:
-    plain = make.clip(frames, "mp4", "libx264", g="8", bf="2")
+def test_its_frames_are_those_of_a_plain_file(plain: bytes, fragmented: dict[str, bytes], form: str) -> None:
     data = fragmented[form]
     assert b"moof" in data and check_container(data, LIMITS).name == "fragmented mp4"
     np.testing.assert_array_equal(decode_clip(data, np.arange), decode_clip(plain, np.arange))
