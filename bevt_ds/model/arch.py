@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from typing import Any, Self, get_args
 
 from bevt_ds.errors import UserError
@@ -35,6 +36,21 @@ class SwinArch:
             raise UserError(f"depths={self.depths} and num_heads={self.num_heads}: one of each a stage")
         if self.small_windows not in get_args(SmallWindows):
             raise UserError(f"small_windows={self.small_windows!r}: choose one of {', '.join(get_args(SmallWindows))}")
+
+    @classmethod
+    def from_arguments(cls, sizes: Mapping[str, Any]) -> Self:
+        """From what a model's constructor has not taken itself. Raises UserError for a name that is no field."""
+        known = [f.name for f in fields(cls)]
+        for name in sizes:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise UserError(
+                    f"unknown argument {name}{hint}: sizes of a model are {', '.join(known)}; how it runs:"
+                    " checkpointing, compile, kernels; BEVT has vocab_size and image_windows, VideoClassifier"
+                    " num_classes, classes and dropout"
+                )
+        return cls(**sizes)
 
     @classmethod
     def of(cls, arch: Mapping[str, Any]) -> Self:

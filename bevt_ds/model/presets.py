@@ -6,12 +6,12 @@ and window of its experiments); `tiny` is ours, for 128 px and 8 frames on a CPU
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from timm.models import register_model
-from torch import nn
+from timm.models import FeatureInfo, register_model
+from torch import Tensor, nn
 
 from bevt_ds.errors import UserError
 
@@ -30,15 +30,60 @@ SIZES = {
 ENCODERS = {f"video_{name}": name for name in SIZES}
 
 
-def create_model(name: str, **overrides: Any) -> nn.Module:
-    """A BEVT (`tiny`, `swin_t`, `swin_s`, `swin_b`, `swin_l`) or its bare encoder (`video_tiny`, `video_swin_b`, ...).
+class StageFeatures(nn.Module):
+    """The outputs of an encoder's stages, with timm's `feature_info` of channels and spatial reduction.
 
-    `overrides` are arguments of the class's constructor and win over the preset. Raises UserError for an unknown name.
+    `out_indices` are the stages, in order; negative ones count from the end. Raises UserError for a stage that is not.
     """
-    if name in SIZES:
-        return BEVT(**(SIZES[name].arguments() | overrides))
-    if name in ENCODERS:
-        return VideoSwin(**(SIZES[ENCODERS[name]].arguments() | overrides))
+
+    def __init__(self, encoder: VideoSwin, out_indices: Sequence[int] | None = None):
+        super().__init__()
+        stages = len(encoder.arch["depths"])
+        chosen = range(stages) if out_indices is None else out_indices
+        if wrong := [i for i in chosen if not -stages <= i < stages]:
+            raise UserError(f"out_indices={list(chosen)}: there is no stage {wrong[0]}, the model has {stages}")
+        self.encoder, self.indices = encoder, [i % stages for i in chosen]
+        width, patch = encoder.arch["embed_dim"], encoder.arch["patch"][-1]
+        info = [{"num_chs": width << i, "reduction": patch << i, "module": f"layers.{i}"} for i in range(stages)]
+        self.feature_info = FeatureInfo(info, self.indices)
+
+    def forward(self, clip: Tensor) -> list[Tensor]:
+        """A clip (B,3,T,H,W), normalised -> (B,C_i,T',H'_i,W'_i) of each chosen stage, before merging and norm."""
+        _, outputs = self.encoder.forward_intermediates(clip)
+        return [outputs[i] for i in self.indices]
+
+
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """A model by name: `tiny`, `swin_t`, `swin_s`, `swin_b`, `swin_l`, or an encoder: `video_tiny`, `video_swin_b`, ...
+
+    Args:
+        num_classes: none: a BEVT, or the bare VideoSwin of a `video_` name; 0: a bare VideoSwin; more: a
+            VideoClassifier of so many classes.
+        features_only: a StageFeatures instead, of the stages `out_indices` (default: all).
+        overrides: arguments of the class's constructor, which win over the preset.
+
+    Raises:
+        UserError: an unknown name or argument.
+    """
+    arguments = _sizes(name).arguments() | overrides
+    if features_only:
+        return StageFeatures(VideoSwin(**arguments), out_indices)
+    if out_indices is not None:
+        raise UserError("out_indices needs features_only=True")
+    if num_classes:
+        return VideoClassifier(num_classes, **arguments)
+    return VideoSwin(**arguments) if num_classes == 0 or name in ENCODERS else BEVT(**arguments)
+
+
+def _sizes(name: str) -> SwinArch:
+    if name in SIZES or name in ENCODERS:
+        return SIZES[ENCODERS.get(name, name)]
     near = get_close_matches(name, [*SIZES, *ENCODERS], n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise UserError(f"no model named {name!r}{hint}: choose one of {', '.join([*SIZES, *ENCODERS])}")
@@ -76,4 +121,4 @@ TIMM_NAMES = {f"bevt_{name}": name for name in SIZES} | {name: name for name in 
 for _timm_name, _name in TIMM_NAMES.items():
     register_model(_timm_entry(_timm_name, _name))
 # register_model appends names that are no attributes
-__all__ = ["ENCODERS", "SIZES", "TIMM_NAMES", "create_classifier", "create_model"]
+__all__ = ["ENCODERS", "SIZES", "TIMM_NAMES", "StageFeatures", "create_classifier", "create_model"]

@@ -67,7 +67,7 @@ class VideoSwin(PretrainedMixin, nn.Module):
 
     def __init__(self, *, checkpointing: bool = False, compile: bool = False, kernels: str = "auto", **sizes: Any):
         super().__init__()
-        arch = SwinArch(**sizes)
+        arch = SwinArch.from_arguments(sizes)
         self.arch = arch.arguments()
         self.depths, self.drop_path, self.checkpointing = arch.depths, arch.drop_path, checkpointing
         self.patch_embed = PatchEmbed(arch.patch, arch.embed_dim)
