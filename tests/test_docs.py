@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import bevt_ds
 from bevt_ds import evaluate, finetune, pretrain, probe
@@ -24,6 +26,7 @@ PAGES = ("README.md", "docs/pretraining.md", "docs/finetuning.md", "docs/evaluat
 TEXTS = {Path(page).name: (ROOT / page).read_text() for page in PAGES}
 TEXTS |= {"pretrain.py --help": pretrain.USAGE, "finetune.py --help": finetune.USAGE}
 TEXTS |= {"evaluate.py --help": evaluate.USAGE, "probe.py --help": probe.USAGE}
+API = (ROOT / "docs" / "api.md").read_text()
 ENTRIES = {"pretrain": pretrain.main, "finetune": finetune.main}
 TESTS = {"evaluate": EvaluateConfig, "probe": ProbeRunConfig}
 
@@ -82,3 +85,41 @@ def test_finetuning_code_runs(tmp_path, monkeypatch):
     exec(re.search(r"```python\n(.*?)```", TEXTS["finetuning.md"], re.DOTALL)[1], names)
     assert names["logits"].shape == (1, 2)
     assert names["names"] == ("left", "right")
+
+
+@pytest.fixture(scope="module")
+def after_api(tmp_path_factory):
+    """What the names of api.md's code stand for after all of it has run."""
+    names, frames = {}, np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("api"))
+        Path("clip.mp4").write_bytes(encode_mp4(frames))
+        Image.fromarray(frames[0]).save("image.jpg")
+        exec("\n".join(re.findall(r"```python\n(.*?)```", API, re.DOTALL)), names)
+    return names
+
+
+@pytest.mark.parametrize("name", bevt_ds.__all__)
+def test_public_name_is_documented(name):
+    """A docstring, a section of api.md with the signature as it is, and code that uses the name."""
+    value = getattr(bevt_ds, name)
+    section = re.search(rf"^## `{name}`\n(.*?)(?=^## |\Z)", API, re.MULTILINE | re.DOTALL)
+    assert section and f"bevt_ds.{name}" in API
+    if callable(value):
+        assert inspect.getdoc(value)
+    if callable(value) and value is not bevt_ds.UserError:
+        signature = inspect.signature(value)
+        plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+        wanted = str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+        assert f"`{name}{wanted}`" in " ".join(section[1].split())
+
+
+def test_api_code_gives_what_it_says(after_api):
+    shapes = {"clip": (1, 3, 16, 224, 224), "image": (1, 3, 224, 224), "features": (1, 16 * 14 * 14, 256)}
+    shapes |= {"tokens": (1, 256, 8, 7, 7), "logits": (1, 2), "pooled": (256,), "view": (1, 3, 112, 112)}
+    shapes |= {"ids": (1, 14, 14)}
+    assert {name: tuple(after_api[name].shape) for name in shapes} == shapes
+    assert [tuple(x.shape) for x in after_api["maps"]] == [(1, 128, 8, 14, 14), (1, 256, 8, 7, 7)]
+    assert after_api["channels"] == [128, 256] and isinstance(after_api["same"], bevt_ds.VideoClassifier)
+    assert {name for name, _ in after_api["best"]} == {"left", "right"}
+    assert after_api["loss"].isfinite() and "clip[None] makes a batch of one" in after_api["message"]
