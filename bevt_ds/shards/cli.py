@@ -36,8 +36,9 @@ SHOWN = 20  # findings on the screen; all of them are in the report
 LISTS = """\
 lists:
   Kinetics' CSV, Something-Something V2's JSON, Diving48 V2's JSON; or a line for each file, its path and its label:
-    videos/clip 7.mp4 push left           a tab, a comma or spaces between; a path ends with its extension
+    videos/clip 7.mp4 push left           a tab, comma, semicolon or spaces between; a path ends with its extension
     "clip 7" "push left"                  quotes where a path has no extension, a path a comma, a label commas in a .csv
+    # a comment                           a line that begins with '#' and a space
     path,label                            first line, if you like: names of columns, in any order and beside others
 """
 READING_KEYS = (  # which the messages of these commands name
