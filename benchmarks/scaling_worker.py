@@ -42,13 +42,13 @@ class Job:
 
 def set_up(job: Job) -> tuple[Pretraining, Batch]:
     """The training program's own parts, but for its loader, and a micro-batch of noise in its place."""
-    samples, ranks, values = job.ranks * job.micro_steps, start_ranks(), read_json(f"zero{job.zero}")
+    samples, ranks = job.ranks * job.micro_steps, start_ranks()
     config = validate(base_configuration(job.model, job.micro_clips, job.micro_images, samples))
+    setup = Setup(config, read_json(f"zero{job.zero}"), Path(), ranks)
     tokenizer = make_tokenizer(config, ranks)
-    engine = make_engine(config, values, ranks, tokenizer.vocab_size)
+    engine = make_engine(config, setup, tokenizer.vocab_size)
     data, train = config.data, config.train
     batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, ranks.rank, data.mask)
-    setup = Setup(config, values, Path(), ranks)
     return Pretraining(setup, None, engine, job.steps, 0.0, tokenizer, probe=None), batch.to(ranks.device)
 
 

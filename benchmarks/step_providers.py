@@ -158,12 +158,12 @@ class Ours:
         precision = {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]
         model = replace(setting.config.model, kernels="auto" if levers.kernels else "torch", **switches)
         config = replace(setting.config, model=model, train=replace(setting.config.train, precision=precision))
-        values, tokenizer = read_json("zero2"), setting.make_tokenizer(model.compile)
-        engine = make_engine(config, values, setting.ranks, tokenizer.vocab_size)
+        setup = Setup(config, read_json("zero2"), Path(), setting.ranks)
+        tokenizer = setting.make_tokenizer(model.compile)
+        engine = make_engine(config, setup, tokenizer.vocab_size)
         levers.take_back(engine)
         engine.step = in_part("optimizer", engine.step)
         self.levers, self.marks = levers, engine.module
-        setup = Setup(config, values, Path(), setting.ranks)
         self.task = Pretraining(setup, None, engine, 0, 0.0, levers.tokenizer(tokenizer), probe=None)
 
     def __call__(self, batches: Batches) -> None:

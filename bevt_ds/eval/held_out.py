@@ -13,8 +13,7 @@ from torch import Tensor
 from bevt_ds.batch import Batch
 from bevt_ds.model.tokenizers import Tokenizer, tokenize
 from bevt_ds.runtime.engine import Engine
-from bevt_ds.runtime.logging import STREAMS
-from bevt_ds.runtime.runs import require_known_targets
+from bevt_ds.runtime.logging import STREAMS, require_known_targets
 
 
 @dataclass(frozen=True)

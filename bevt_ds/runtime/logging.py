@@ -20,6 +20,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from bevt_ds.config.parse import config_fields, get_value
 from bevt_ds.config.schema import Config, LoopConfig, TrainingConfig
+from bevt_ds.errors import UserError
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.flops import clip_macs, image_macs, peak_flops, training_flops
@@ -66,6 +67,19 @@ def step_metrics(totals: Mapping[str, float]) -> dict[str, float]:
         result[f"acc_{stream}"] = totals[f"hits_{stream}"] / totals[f"rows_{stream}"]
         result["loss"] += result[f"loss_{stream}"]
     return result
+
+
+def require_known_targets(metrics: Mapping[str, float | Tensor], vocabulary: int, where: str) -> None:
+    """Stop a run whose tokenizer gives ids that the head does not have.
+
+    Raises:
+        UserError: there were such ids, `where` says where.
+    """
+    if unknown := int(metrics["unknown_targets"]):
+        raise UserError(
+            f"{unknown:,} targets {where} are outside the head's vocabulary of {vocabulary:,} ids: the tokenizer gives"
+            " ids that are negative or not below its vocab_size. Their rows have no gradient."
+        )
 
 
 class SpeedMeter:

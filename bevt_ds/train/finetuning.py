@@ -22,12 +22,9 @@ from bevt_ds.data.labelled_loader import LabelledLoader
 from bevt_ds.data.labels import Classes
 from bevt_ds.eval.metrics import Scores
 from bevt_ds.eval.videos import each_video
-from bevt_ds.folders import weights_of
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_classifier
-from bevt_ds.model.weights import load_init
 from bevt_ds.runtime import run_dir
-from bevt_ds.runtime.continuing import begin_engine
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.flops import backbone_macs, training_flops
@@ -51,7 +48,6 @@ class Finetuning(Task[FinetuneConfig, LabelledBatch]):
     loader: LabelledLoader
     average: WeightAverage | None
     mixing: Mixing | None
-    opens_loaded: ClassVar[bool] = True
     shown: ClassVar[Mapping[str, str]] = {"loss": ".3f", "acc": ".1%"}
 
     def forward(self, batch: LabelledBatch, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -107,29 +103,12 @@ class Finetuning(Task[FinetuneConfig, LabelledBatch]):
 def open_finetuning(setup: Setup[FinetuneConfig]) -> Iterator[Finetuning]:
     """Loader, engine and moving average of a run; every label is checked."""
     config = setup.config
-    with open_loader(setup) as loader:
+    with LabelledLoader(config.data, config.train, **setup.loading) as loader:
         steps = config.train.steps or config.train.epochs * loader.steps_an_epoch
-        setup.require_same(data_digest(loader))
         build = partial(make_engine, setup=setup, loader=loader, steps=steps)
-        engine, average = begin_engine(build, config, setup.start, config.optim.ema)
+        engine, average = setup.begin_engine(build, data_digest(loader), config.optim.ema)
         mixing = make_mixing(config, loader.classes)
         yield Finetuning(setup, loader, engine, steps, step_flops(config, engine), average, mixing)
-
-
-def open_loader(setup: Setup[FinetuneConfig]) -> LabelledLoader:
-    """The loader of the training clips, from the first step on."""
-    config, ranks = setup.config, setup.ranks
-    return LabelledLoader(
-        config.data,
-        config.train,
-        ranks.rank,
-        ranks.world,
-        setup.first_position,
-        ranks.device,
-        setup.folder,
-        setup.loader_state,
-        ranks.sum_counts,
-    )
 
 
 def data_digest(loader: LabelledLoader) -> str:
@@ -150,22 +129,15 @@ def make_engine(
     steps: int,
     weights: dict[str, Tensor] | None = None,
 ) -> Engine:
-    """The classifier, with these weights or initialised from the seed and, in a new run, from `init_from`."""
-    ranks = setup.ranks
+    """The classifier under DeepSpeed, with these weights or as the run begins; `config` may be of another precision."""
     options, names = asdict(config.model), loader.classes.names
     model = create_classifier(options.pop("name"), len(names), classes=names, **options)
-    model.init_weights(torch.Generator().manual_seed(config.train.seed))
-    if config.init_from and setup.start is None:
-        report = load_init(model, weights_of(config.init_from, "init_from"))
-        if ranks.is_main:
-            print(report, flush=True)
-    if weights:
-        model.load_state_dict(weights)
+    setup.initialise(model, weights)
     groups = layer_decay_groups(model, model.arch["depths"], config.optim)
     epoch = loader.steps_an_epoch
     warmup = config.optim.warmup_epochs * epoch
     schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=warmup, steps_an_epoch=epoch)
-    return Engine(model, config, setup.ds_values, ranks, SwinArch.of(model.arch).width, groups, schedule)
+    return Engine(model, config, setup.ds_values, setup.ranks, SwinArch.of(model.arch).width, groups, schedule)
 
 
 def step_flops(config: FinetuneConfig, engine: Engine) -> float:

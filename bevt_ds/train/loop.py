@@ -7,39 +7,43 @@ then `run_training`, which sets a run up in the order in which things depend on 
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from bevt_ds.config.schema import TrainingConfig
 from bevt_ds.config.validate import micro_steps, zero_stage
 from bevt_ds.data.ledger import merge_states
-from bevt_ds.data.loader import BackgroundLoader
+from bevt_ds.data.loader import LEDGER, BackgroundLoader
+from bevt_ds.errors import UserError
+from bevt_ds.folders import weights_of
+from bevt_ds.kernels import resolve
+from bevt_ds.model.weights import load_init
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.console import keep_console
+from bevt_ds.runtime.continuing import Build, Start, begin_engine, find_start, go_on, print_changes, require_steps
 from bevt_ds.runtime.distributed import Ranks, describe_device
+from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import Engine, start_ranks
 from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums, peak_bytes
 from bevt_ds.runtime.run_record import RunRecord
-from bevt_ds.runtime.runs import (
-    find_start,
-    go_on,
-    kernel_provider,
-    print_changes,
-    report_bad,
-    report_wait,
-    require_finite,
-    require_good,
-    require_steps,
-)
 
 NOT_LEARNED = 1  # exit code
+LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
+ADVICE = (
+    "Continue from the last checkpoint: the same command with resume=auto and a lower optim.lr, with"
+    " train.precision=bf16 or fp32 if it was fp16, or with train.skip_steps=N to pass over the samples of N more steps."
+)
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 BatchT = TypeVar("BatchT")  # has `to(device, non_blocking=...)`
@@ -53,7 +57,7 @@ class Setup(Generic[ConfigT]):
     ds_values: Mapping[str, Any]  # the DeepSpeed JSON
     folder: Path
     ranks: Ranks
-    start: tuple[Path, checkpoint.Facts] | None = None
+    start: Start | None = None
     changes: tuple[checkpoint.Change, ...] = ()  # what has been overridden on resume so far
     loader_state: dict[str, Any] | None = None  # what the loaders of the run that is continued pass on
 
@@ -67,17 +71,41 @@ class Setup(Generic[ConfigT]):
         """The step of the plan whose samples the first update takes."""
         return self.first_step + self.config.train.skip_steps
 
-    def require_same(self, fingerprint: str) -> None:
-        """Refuse to continue a different run; `fingerprint` is of the data.
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What every loader is told of the run: its ranks, where it begins, and where bad samples are listed."""
+        ranks, start = self.ranks, {"start_step": self.first_position, "state": self.loader_state}
+        place = {"rank": ranks.rank, "world": ranks.world, "device": ranks.device, "folder": self.folder}
+        return {**place, **start, "exchange": ranks.sum_counts}
+
+    def initialise(self, model: nn.Module, weights: dict[str, Tensor] | None = None, **options: Any) -> None:
+        """Give a model these weights, or those of the seed and, in a new run, of `init_from`; see load_init's options.
 
         Raises:
-            UserError: another world size, ZeRO stage, data or configuration.
+            UserError: `init_from` does not fit.
+        """
+        model.init_weights(torch.Generator().manual_seed(self.config.train.seed))
+        if self.config.init_from and self.start is None:
+            report = load_init(model, weights_of(self.config.init_from, "init_from"), **options)
+            if self.ranks.is_main:
+                print(report, flush=True)
+        if weights:
+            model.load_state_dict(weights)
+
+    def begin_engine(self, build: Build, fingerprint: str, ema: float = 0.0) -> tuple[Engine, WeightAverage | None]:
+        """The engine, and the average of its weights if `ema` is not 0, as the run begins or continues. Collective.
+
+        fingerprint: of the data that the run reads.
+
+        Raises:
+            UserError: the checkpoint is of another world size, ZeRO stage, data or configuration.
         """
         if self.start:
             folder, saved = self.start
             stage = zero_stage(self.ds_values)
             now = replace(saved, world=self.ranks.world, stage=stage, config=self.config, data=fingerprint)
             checkpoint.check_continues(saved, now, folder)
+        return begin_engine(build, self.config, self.start, ema)
 
 
 @dataclass
@@ -89,7 +117,6 @@ class Task(ABC, Generic[ConfigT, BatchT]):
     engine: Engine
     steps: int
     step_flops: float
-    opens_loaded: ClassVar[bool] = False  # whether opening the task has loaded the checkpoint: see begin_engine
     shown: ClassVar[Mapping[str, str]] = {"loss": ".3f"}  # fields of a log line on the progress bar, and their formats
 
     @property
@@ -145,7 +172,7 @@ class Task(ABC, Generic[ConfigT, BatchT]):
         """Write what else a checkpoint holds. Collective."""
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote. Collective."""
+        """Read what `save` wrote, once the engine is loaded. Collective."""
 
     def describe(self) -> str:
         """The size of the task in one line, or nothing."""
@@ -212,6 +239,34 @@ def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step:
     return ", ".join(f"{name} {values[name]:{form}}" for name, form in task.shown.items() if name in values)
 
 
+def require_finite(loss: float, step: int) -> None:
+    """Stop a run that has diverged.
+
+    Raises:
+        UserError: the loss is not a finite number.
+    """
+    if not abs(loss) < float("inf"):
+        raise UserError(f"the loss of step {step} is {loss}. {ADVICE}")
+
+
+def require_good(engine: Engine, loss: float, step: int) -> None:
+    """Stop a run that has diverged before it is saved. Collective.
+
+    Raises:
+        UserError: the loss of `step`, or something of the weights and the optimizer after it, is not a finite number.
+    """
+    require_finite(loss, step)
+    if not engine.is_finite():
+        raise UserError(f"after step {step} weights or optimizer are not finite: nothing is saved. {ADVICE}")
+
+
+def report_wait(step: int, share: float, loader: BackgroundLoader) -> None:
+    """Say what the data is short of, if the loop has waited for it for a good `share` of its time. On rank 0."""
+    cause = loader.bottleneck()  # also where nothing is said: the next line's cause is of its own stretch of time
+    if share > LONG_WAIT:
+        tqdm.write(f"step {step}: {share:.0%} of the time went into waiting; {cause}")
+
+
 def save_checkpoint(task: Task, steps_done: int, loss: float) -> None:
     """Commit a checkpoint: the engine's shards, the task's own part, and the weights on their own. Collective.
 
@@ -270,7 +325,8 @@ def run_training(
     setup = Setup(config, ds_values, folder, ranks, start, changes, loader_state)
     with open_task(setup) as task, RunRecord(folder, ranks, setup.first_step, task.tokenizer_file):
         require_steps(setup.first_step, task.steps)
-        continue_run(task)
+        if start:
+            task.load(start[0])
         if ranks.is_main:
             run_dir.write_config(folder, config, changes, ds_values)
             print_changes(changes)
@@ -287,13 +343,16 @@ def run_training(
     return close_run(setup, task.steps, problem)
 
 
-def continue_run(task: Task) -> None:
-    """Put the state of the checkpoint that the run continues from into the engine and the task. Collective."""
-    if task.setup.start and not task.opens_loaded:
-        folder, saved = task.setup.start
-        checkpoint.check_continues(saved, facts(task, saved.step), folder)
-        task.engine.load(folder)
-        task.load(folder)
+def kernel_provider(config: TrainingConfig, ranks: Ranks) -> str:
+    """What `model.kernels` comes to on this device: triton or torch.
+
+    Raises:
+        UserError: triton was asked for and cannot run.
+    """
+    try:
+        return resolve(config.model.kernels, ranks.device)
+    except RuntimeError as error:
+        raise UserError(f"model.{error}") from error
 
 
 def opening(task: Task, provider: str) -> str:
@@ -311,3 +370,22 @@ def close_run(setup: Setup, steps: int, problem: str | None) -> int:
         if problem:
             print(f"not learned: {problem}", flush=True)
     return NOT_LEARNED if problem else 0
+
+
+def report_bad(folder: Path, steps: int) -> None:
+    """Say how many samples of the first `steps` could not be used, if there were any. On rank 0.
+
+    Each counts once, though the list is of all that was read: ahead of the last step, or again after a resume. A line
+    that a crash cut short is passed over.
+    """
+    if not (path := folder / LEDGER).exists():
+        return
+    places = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            event = json.loads(line)
+            places.add(tuple(event[name] for name in ("stream", "step", "slot", "attempt")))
+    counts = Counter(stream for stream, step, *_ in places if step < steps)
+    if counts:
+        named = ", ".join(f"{n} of {stream}" for stream, n in sorted(counts.items()))
+        print(f"\ncould not be used: {named}; see {path}", flush=True)

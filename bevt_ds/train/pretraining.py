@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from bevt_ds.batch import Batch
@@ -17,18 +16,14 @@ from bevt_ds.data.loader import Loader, eval_batches
 from bevt_ds.eval.held_out import as_json, as_table, evaluate, shortfall
 from bevt_ds.eval.online_probe import OnlineProbe
 from bevt_ds.eval.visualize import draw
-from bevt_ds.folders import weights_of
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, require_vocabulary, tokenize
-from bevt_ds.model.weights import load_init
 from bevt_ds.runtime import run_dir
-from bevt_ds.runtime.continuing import begin_engine
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
-from bevt_ds.runtime.logging import expected_step_flops, step_metrics
+from bevt_ds.runtime.logging import expected_step_flops, require_known_targets, step_metrics
 from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
-from bevt_ds.runtime.runs import require_known_targets
 from bevt_ds.train.loop import Setup, Task, run_training
 
 
@@ -44,7 +39,6 @@ class Pretraining(Task[Config, Batch]):
     loader: Loader
     tokenizer: Tokenizer
     probe: OnlineProbe | None
-    opens_loaded: ClassVar[bool] = True
     shown: ClassVar[Mapping[str, str]] = dict.fromkeys(("loss_video", "loss_image", "probe_top1"), ".3f")
 
     def forward(self, batch: Batch, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -95,28 +89,12 @@ def open_pretraining(setup: Setup[Config]) -> Iterator[Pretraining]:
     probe = OnlineProbe(config, tokenizer.vocab_size, ranks) if config.probe.every else None
     with closing(eval_batches(config, folder=ledger)) as held_out:
         next(held_out, None)
-    with open_loader(setup) as loader:
-        setup.require_same(loader.fingerprint)
-        facts = {"ds_values": setup.ds_values, "ranks": ranks, "vocab_size": tokenizer.vocab_size}
-        engine, _ = begin_engine(partial(make_engine, **facts, fresh=setup.start is None), config, setup.start)
+    with Loader(config, **setup.loading) as loader:
+        build = partial(make_engine, setup=setup, vocab_size=tokenizer.vocab_size)
+        engine, _ = setup.begin_engine(build, loader.fingerprint)
         require_vocabulary(tokenizer, engine.module.arch["vocab_size"])
         flops = expected_step_flops(config, engine.module.arch)
         yield Pretraining(setup, loader, engine, config.train.steps, flops, tokenizer, probe)
-
-
-def open_loader(setup: Setup[Config]) -> Loader:
-    """The loader of the training samples, from the first step on."""
-    ranks = setup.ranks
-    return Loader(
-        setup.config,
-        ranks.rank,
-        ranks.world,
-        setup.first_position,
-        ranks.device,
-        setup.folder,
-        setup.loader_state,
-        ranks.sum_counts,
-    )
 
 
 def trained_streams(config: Config) -> list[str]:
@@ -136,24 +114,13 @@ def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
 
 
 def make_engine(
-    config: Config,
-    ds_values: Mapping[str, Any],
-    ranks: Ranks,
-    vocab_size: int,
-    fresh: bool = True,
-    weights: dict[str, Tensor] | None = None,
+    config: Config, setup: Setup[Config], vocab_size: int, weights: dict[str, Tensor] | None = None
 ) -> Engine:
-    """The model, with these weights or initialised from the seed and, in a `fresh` run, from `init_from`."""
+    """The model under DeepSpeed, with these weights or as the run begins; `config` may be of another precision."""
     options = asdict(config.model)
     model = create_model(options.pop("name"), vocab_size=vocab_size, **options)
-    model.init_weights(torch.Generator().manual_seed(config.train.seed))
-    if config.init_from and fresh:
-        report = load_init(model, weights_of(config.init_from, "init_from"), head=config.init_head)
-        if ranks.is_main:
-            print(report, flush=True)
-    if weights:
-        model.load_state_dict(weights)
+    setup.initialise(model, weights, head=config.init_head)
     freeze_unused(model, trained_streams(config))
     groups = parameter_groups(model, config.optim.weight_decay)
     schedule = partial(learning_rate, optim=config.optim, steps=config.train.steps, warmup=config.optim.warmup_steps)
-    return Engine(model, config, ds_values, ranks, SwinArch.of(model.arch).width, groups, schedule)
+    return Engine(model, config, setup.ds_values, setup.ranks, SwinArch.of(model.arch).width, groups, schedule)

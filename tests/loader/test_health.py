@@ -29,8 +29,7 @@ from bevt_ds.data.reading.patience import StorageStalled
 from bevt_ds.data.stream import StreamReader
 from bevt_ds.data.timing import StageTimes, bottleneck
 from bevt_ds.runtime.logging import SpeedMeter
-from bevt_ds.runtime.runs import report_wait
-from bevt_ds.train.loop import write_line
+from bevt_ds.train.loop import report_wait, write_line
 
 MEMBER = Member("/data/s.tar", "k\x1b[31m", "mp4", 512, 10, 0)
 
@@ -316,9 +315,9 @@ def test_the_loops_lines_report_it(is_main: bool, capsys: pytest.CaptureFixture)
     """On the main rank alone, from what the loop has waited since its last line."""
     none = lambda *_: None  # noqa: E731
     task = SimpleNamespace(
-        ranks=SimpleNamespace(is_main=is_main),
+        ranks=SimpleNamespace(is_main=is_main, device=torch.device("cpu")),
         loader=SimpleNamespace(wait_seconds=lambda: 3.0, bottleneck=lambda: "it is decode", bad_samples=0),
-        engine=SimpleNamespace(last_lr=0.1, grad_norm=none, optimizer_bytes=none),
+        engine=SimpleNamespace(last_lr=0.1, grad_norm=none, optimizer_bytes=none, skipped_steps=0),
         metrics=lambda totals, step: {"loss": totals["loss"]},
         measurements=lambda step: {},
         shown={"loss": ".3f"},

@@ -31,7 +31,7 @@ from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
-from bevt_ds.runtime.runs import report_bad
+from bevt_ds.train.loop import report_bad
 
 MEMBER = Callable[..., Config]
 

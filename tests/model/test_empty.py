@@ -16,8 +16,7 @@ from bevt_ds.eval.visualize import draw
 from bevt_ds.model.tokenizers import require_vocabulary, tokenize
 from bevt_ds.model.tokenizers.dalle import DalleTokenizer
 from bevt_ds.model.tokenizers.random_projection import RandomProjectionTokenizer
-from bevt_ds.runtime.logging import StepSums, step_metrics
-from bevt_ds.runtime.runs import require_known_targets
+from bevt_ds.runtime.logging import StepSums, require_known_targets, step_metrics
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,17 +118,21 @@ def toy(folder: Path) -> Config:
     return replace(base, train=train, optim=optim, output_dir=str(folder))
 
 
+def make_engine(setup: Setup[Config], config: Config) -> Engine:
+    """The line under DeepSpeed."""
+    model = Line()
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    return Engine(model, config, setup.ds_values, setup.ranks, 3, groups, lambda step: config.optim.lr)
+
+
 def regress(config: Config, last: int = STEPS) -> int:
     """Train; the process kills itself when it has done `last` steps and asks for the next batch."""
 
     @contextmanager
     def open_task(setup: Setup[Config]) -> Iterator[Regression]:
-        model = Line()
-        groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
-        engine = Engine(
-            model, setup.config, setup.ds_values, setup.ranks, 3, groups, lambda step: setup.config.optim.lr
-        )
-        yield Regression(setup, PointsLoader(setup.first_step, last), engine, STEPS, 0.0)
+        loader = PointsLoader(setup.first_step, last)
+        engine, _ = setup.begin_engine(partial(make_engine, setup), loader.fingerprint)
+        yield Regression(setup, loader, engine, STEPS, 0.0)
 
     return run_training(config, read_json("zero2"), [], open_task)
 

@@ -14,10 +14,11 @@ from bevt_ds.config.parse import set_value
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.checkpoint import Facts, read_facts
+from bevt_ds.runtime.continuing import go_on, require_steps
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.run_dir import CHECKPOINTS, read_config, write_config
-from bevt_ds.runtime.runs import go_on, require_good, require_steps
+from bevt_ds.train.loop import require_good
 from tests.training.processes import run_ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
