@@ -73,7 +73,8 @@ def start_ranks() -> Ranks:
     Raises:
         UserError: another program uses the port at which the ranks are to meet.
     """
-    choose_rendezvous(os.environ)
+    if not torch.distributed.is_initialized():  # a second run of the same processes meets where the first did
+        choose_rendezvous(os.environ)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # Its shared-memory all-reduce compiles for over a minute at the first start; gloo needs no compiler.
