@@ -51,11 +51,13 @@ def train(config: FinetuneConfig, values: dict[str, Any], notes: list[str], give
     return finetune(config, values, notes, given)
 
 
-def report(config: FinetuneConfig, notes: list[str], world: int) -> str:
-    """What a dry run prints."""
+def report(
+    config: FinetuneConfig, values: dict[str, Any], notes: list[str], world: int, sound: bool
+) -> tuple[str, list[str]]:
+    """What a dry run prints, and what would stop the run."""
     from bevt_ds.train.dry_run import report_finetuning
 
-    return report_finetuning(config, notes, world)
+    return report_finetuning(config, values, notes, world, sound)
 
 
 if __name__ == "__main__":

@@ -75,11 +75,13 @@ def shards_of(config: Config) -> tuple[str, ...]:
     return data.videos, data.images, data.eval_videos, data.eval_images
 
 
-def report(config: Config, notes: list[str], world: int) -> str:
-    """What a dry run prints."""
+def report(config: Config, values: dict[str, Any], notes: list[str], world: int, sound: bool) -> tuple[str, list[str]]:
+    """What a dry run prints, and what would stop the run."""
     from bevt_ds.train.dry_run import report_pretraining
 
-    return report_pretraining(config, notes, world)
+    return report_pretraining(
+        config, values, notes, world, sound, drawn=shards_of(config) == shards_of(get_recipe("demo", Config))
+    )
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ from bevt_ds.config.help import page
 from bevt_ds.config.parse import apply_overrides, config_fields, get_value, parse_overrides
 from bevt_ds.config.recipes import FINETUNING, RECIPES, get_recipe
 from bevt_ds.config.schema import EvaluateConfig, InferenceT, RunConfig, TrainingConfig, TrainingT
-from bevt_ds.config.validate import micro_steps, require_inputs, validate
+from bevt_ds.config.validate import micro_steps, problems, require_inputs, validate
 from bevt_ds.errors import UserError
 
 OTHERS_WAIT = 5.0  # seconds
 INTERRUPTED = 130  # as of any program that Ctrl-C has ended
 CLOSED_PIPE = 141  # as of any program that SIGPIPE has ended
+# From a configuration, the JSON, notes, ranks, and whether the settings are sound: what is printed, what stops the run.
+Report = Callable[[Any, dict[str, Any], list[str], int, bool], tuple[str, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def start_training(
     kind: type[TrainingT],
     usage: str,
     train: Callable[[TrainingT, dict[str, Any], list[str], set[str]], int],
-    report: Callable[[TrainingT, list[str], int], str],
+    report: Report,
     check: Callable[[TrainingT], list[str]] = lambda _: [],
     default_recipe: str = "",
     shown_recipe: str = "",
@@ -109,7 +111,7 @@ def start_training(
         kind: the configuration of its runs.
         train: takes the configuration, the DeepSpeed JSON, lines that say what the JSON changed and `check` found, and
             the keys that the command line or the JSON decides.
-        report: what a dry run prints, from the configuration, these lines, and the number of ranks.
+        report: what a dry run prints, and what would stop the run.
         check: finds in a valid configuration what works and is hardly meant, a line each, or raises UserError.
         default_recipe: where the command line names none; empty: it must.
         shown_recipe: the one whose defaults `--help` shows then.
@@ -122,14 +124,44 @@ def start_training(
         print(page(usage, RECIPES[kind], get_recipe(arguments.recipe or shown_recipe, kind)))
         return 0
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if apply_overrides(get_recipe(arguments.recipe, kind), arguments.given(kind)).dry_run:
+        return dry_run(arguments, kind, world, report, check) if os.environ.get("RANK", "0") == "0" else 0
     config, values, notes = resolve_config(arguments, kind, world)
     notes += check(config)
-    if config.dry_run:
-        if os.environ.get("RANK", "0") == "0":
-            print(report(config, notes, world))
-        return 0
     require_inputs(config)
     return train(config, values, notes, given_keys(arguments, config))
+
+
+def dry_run(
+    arguments: Arguments,
+    kind: type[TrainingT],
+    world: int,
+    report: Report,
+    check: Callable[[TrainingT], list[str]],
+) -> int:
+    """Print what a run would be, then all that would stop it; returns the exit code. See `start_training`.
+
+    What the run would be is not worked out from settings that are themselves at fault.
+    """
+    overrides = arguments.given(kind)
+    config = apply_overrides(get_recipe(arguments.recipe, kind), overrides)
+    values = read_json(arguments.deepspeed_config)
+    stops: list[str] = []
+    config, notes = _listed(stops, partial(merge, config, set(overrides), values, world), (config, []))
+    stops += problems(config, values)
+    notes += [] if stops else _listed(stops, partial(check, config), [])
+    text, more = report(config, values, notes, world, not stops)
+    print("\n".join([text, *(f"would stop     {problem}" for problem in [*stops, *more])]))
+    return UserError.exit_code if stops or more else 0
+
+
+def _listed(stops: list[str], work: Callable[[], Any], otherwise: Any) -> Any:
+    """The result of `work`; if a user's mistake ends it, that joins the list and the result is `otherwise`."""
+    try:
+        return work()
+    except UserError as error:
+        stops.append(str(error))
+        return otherwise
 
 
 def resolve_config(

@@ -5,7 +5,7 @@ What a single field may be stands with the field (schema.py); here are the rules
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -34,19 +34,30 @@ def validate(config: RunT, values: Mapping[str, Any] | None = None) -> RunT:
     Raises:
         UserError: the first field that cannot work, with the reason.
     """
-    check_fields(config)
-    if isinstance(config, TrainingConfig) and values is not None:
-        _check_masters(config, values)
-    if isinstance(config, Config):
-        _check_samples(config.data)
-        _check_pretraining(config)
-    elif isinstance(config, FinetuneConfig):
-        _check_finetuning(config)
-        _check_average(config, values or {})
-    if isinstance(config, FinetuneConfig | InferenceConfig):
-        check_labelled(config.data)
-        check_views(config.data, config.views)
+    _raise_first(problems(config, values))
     return config
+
+
+def problems(config: RunConfig, values: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """All that `validate` finds. Rules that join fields are held only against fields that are in their own bounds."""
+    out_of_bounds = list(_field_problems(config))
+    yield from out_of_bounds
+    if not out_of_bounds:
+        yield from _rules(config, values)
+
+
+def _rules(config: RunConfig, values: Mapping[str, Any] | None) -> Iterator[str]:
+    if isinstance(config, TrainingConfig) and values is not None:
+        yield from _masters(config, values)
+    if isinstance(config, Config):
+        yield from _samples(config.data)
+        yield from _pretraining(config)
+    elif isinstance(config, FinetuneConfig):
+        yield from _finetuning(config)
+        yield from _average(config, values or {})
+    if isinstance(config, FinetuneConfig | InferenceConfig):
+        yield from _labelled(config.data)
+        yield from _crop("views.short_side", config.views.short_side, config.data.size)
 
 
 def check_fields(config: Section, prefix: str = "") -> None:
@@ -55,19 +66,23 @@ def check_fields(config: Section, prefix: str = "") -> None:
     Raises:
         UserError: the first that does not fit, with what it must be.
     """
+    _raise_first(_field_problems(config, prefix))
+
+
+def _field_problems(config: Section, prefix: str = "") -> Iterator[str]:
     for leaf in config_fields(type(config)):
-        _check_value(prefix + leaf.key, leaf, get_value(config, leaf.key))
+        yield from _value_problems(prefix + leaf.key, leaf, get_value(config, leaf.key))
 
 
-def _check_value(key: str, leaf: Leaf, value: Any) -> None:
+def _value_problems(key: str, leaf: Leaf, value: Any) -> Iterator[str]:
     if get_origin(leaf.type) is Literal:
         allowed = get_args(leaf.type)
-        need(value in allowed, f"{key}={value}: must be {' or '.join(map(str, allowed))}.")
+        yield from unless(value in allowed, f"{key}={value}: must be {' or '.join(map(str, allowed))}.")
         return
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, (int, float)) and not isinstance(number, bool):
             problem = leaf.field.problem(number)
-            need(problem is None, f"{key}={value}: must be {problem}.")
+            yield from unless(problem is None, f"{key}={value}: must be {problem}.")
 
 
 def zero_stage(values: Mapping[str, Any]) -> int:
@@ -75,73 +90,75 @@ def zero_stage(values: Mapping[str, Any]) -> int:
     return (values.get("zero_optimization") or {}).get("stage", 0)
 
 
-def _check_masters(config: TrainingConfig, values: Mapping[str, Any]) -> None:
+def _masters(config: TrainingConfig, values: Mapping[str, Any]) -> Iterator[str]:
     """Half precision needs ZeRO: without it DeepSpeed has neither fp32 sums of gradients nor fp32 weights to save."""
     precision, stage = config.train.precision, zero_stage(values)
-    need(
+    yield from unless(
         precision == "fp32" or stage != 0,
         f"train.precision={precision} with ZeRO stage 0, where DeepSpeed adds gradients up in {precision}: use"
         " --deepspeed_config zero1, which needs no more memory, or train.precision=fp32.",
     )
 
 
-def _check_samples(data: DataConfig) -> None:
+def _samples(data: DataConfig) -> Iterator[str]:
     """The sizes of pretraining's samples, and their masks."""
     mask, cells = data.mask, (data.size // 16) ** 2
-    need(
+    yield from unless(
         data.token_size * 2 == data.size,
         f"data.token_size={data.token_size}: must be half of data.size={data.size}.",
     )
-    need(
+    yield from unless(
         data.short_side[0] <= data.short_side[1],
         f"data.short_side={data.short_side}: the first must not be larger.",
     )
-    check_holds_crop("data.short_side", data.short_side[0], data.size)
-    need(
+    yield from _crop("data.short_side", data.short_side[0], data.size)
+    yield from unless(
         int(mask.ratio * cells) >= 1,
         f"data.mask.ratio={mask.ratio}: must mask at least one of {cells} cells.",
     )
-    need(
+    yield from unless(
         mask.tube[0] <= mask.tube[1],
         f"data.mask.tube={mask.tube}: must be two shares of the clip, the smaller first.",
     )
 
 
-def _check_pretraining(config: Config) -> None:
+def _pretraining(config: Config) -> Iterator[str]:
     data, train, probe = config.data, config.train, config.probe
-    need(
+    yield from unless(
         train.global_clips + train.global_images > 0,
         "train.global_clips and train.global_images are both 0: there is nothing to train on.",
     )
-    need(
+    yield from unless(
         train.micro_clips % data.clips_per_video == 0,
         f"train.micro_clips={train.micro_clips}: must be a multiple of data.clips_per_video={data.clips_per_video},"
         " because one rank decodes a video once for all its clips.",
     )
-    need(
+    yield from unless(
         train.min_gain <= 0 or bool(data.eval_videos or data.eval_images),
         f"train.min_gain={train.min_gain} needs held-out shards: data.eval_videos, data.eval_images.",
     )
-    need(
+    yield from unless(
         not probe.every or bool(probe.train and probe.val and train.global_clips),
         f"probe.every={probe.every} needs labelled shards, probe.train and probe.val, and clips to train on.",
     )
 
 
-def _check_finetuning(config: FinetuneConfig) -> None:
+def _finetuning(config: FinetuneConfig) -> Iterator[str]:
     train, data = config.train, config.data
-    need(train.epochs + train.steps > 0, "train.epochs and train.steps are both 0: there is nothing to do.")
-    check_holds_crop("data.short_side", data.short_side, data.size)
-    need(
+    yield from unless(
+        train.epochs + train.steps > 0, "train.epochs and train.steps are both 0: there is nothing to do."
+    )
+    yield from _crop("data.short_side", data.short_side, data.size)
+    yield from unless(
         not (train.mixup or train.cutmix) or train.micro_clips % 2 == 0,
         f"train.mixup and train.cutmix mix pairs of clips: train.micro_clips={train.micro_clips} must be even.",
     )
 
 
-def _check_average(config: FinetuneConfig, values: Mapping[str, Any]) -> None:
+def _average(config: FinetuneConfig, values: Mapping[str, Any]) -> Iterator[str]:
     """The moving average needs the fp32 master weights in one piece for each rank."""
     ema, stage = config.optim.ema, zero_stage(values)
-    need(
+    yield from unless(
         not ema or stage != 3,
         f"optim.ema={ema} works with ZeRO stages 0 to 2, and the DeepSpeed JSON has stage 3: use"
         " --deepspeed_config ds_configs/zero2.json, or optim.ema=0.",
@@ -155,15 +172,21 @@ def check_labelled(data: LabelledDataConfig) -> None:
         UserError: the first field that cannot work, with the reason.
     """
     check_fields(data, "data.")
-    need(
+    _raise_first(_labelled(data))
+
+
+def _labelled(data: LabelledDataConfig) -> Iterator[str]:
+    yield from unless(
         data.crop_area[0] <= data.crop_area[1],
         f"data.crop_area={data.crop_area}: must be two shares of the frame, the smaller first.",
     )
-    need(
+    yield from unless(
         data.crop_aspect[0] <= data.crop_aspect[1],
         f"data.crop_aspect={data.crop_aspect}: must be two ratios, the smaller first.",
     )
-    need(data.decoder != "gpu", "data.decoder=gpu: labelled videos are decoded on the CPU; use data.decoder=auto.")
+    yield from unless(
+        data.decoder != "gpu", "data.decoder=gpu: labelled videos are decoded on the CPU; use data.decoder=auto."
+    )
 
 
 def check_views(data: LabelledDataConfig, views: ViewsConfig) -> None:
@@ -174,7 +197,11 @@ def check_views(data: LabelledDataConfig, views: ViewsConfig) -> None:
 
 def check_holds_crop(key: str, side: int, size: int) -> None:
     """The crop is taken from a frame whose short side is `side` pixels. UserError: it does not fit."""
-    need(side >= size, f"{key}={side}: a side below data.size={size} cannot hold the crop.")
+    _raise_first(_crop(key, side, size))
+
+
+def _crop(key: str, side: int, size: int) -> Iterator[str]:
+    yield from unless(side >= size, f"{key}={side}: a side below data.size={size} cannot hold the crop.")
 
 
 def require_inputs(config: RunConfig) -> None:
@@ -183,49 +210,58 @@ def require_inputs(config: RunConfig) -> None:
     Raises:
         UserError: what is missing, and where it goes.
     """
+    _raise_first(missing_inputs(config))
+
+
+def missing_inputs(config: RunConfig) -> Iterator[str]:
+    """All that `require_inputs` finds."""
     if isinstance(config, InferenceConfig):
-        _require_weights(config)
+        yield from _weights(config)
     if isinstance(config, Config):
-        _require_streams(config)
-        _require_tokenizer(config.tokenizer)
+        yield from _streams(config)
+        yield from _tokenizer(config.tokenizer)
     if isinstance(config, FinetuneConfig | ProbeRunConfig):
-        need_shards("data.train", config.data.train)
+        yield from _shards("data.train", config.data.train)
     if isinstance(config, InferenceConfig):
-        need_shards("data.val", config.data.val)
+        yield from _shards("data.val", config.data.val)
     if isinstance(config, TrainingConfig):
         # A run that continues does not read it; one that finds nothing to continue from fails on reading it.
-        need(
+        yield from unless(
             not config.init_from or config.resume != "never" or Path(config.init_from).exists(),
             f"init_from={config.init_from}: no such file or folder.",
         )
 
 
-def _require_streams(config: Config) -> None:
+def _streams(config: Config) -> Iterator[str]:
     data, train = config.data, config.train
-    need(
+    yield from unless(
         bool(data.videos) or not train.global_clips,
         "data.videos is empty: name the shards, or train.global_clips=0.",
     )
-    need(
+    yield from unless(
         bool(data.images) or not train.global_images,
         "data.images is empty: name the shards, or train.global_images=0.",
     )
 
 
-def _require_tokenizer(tokenizer: TokenizerConfig) -> None:
+def _tokenizer(tokenizer: TokenizerConfig) -> Iterator[str]:
     if tokenizer.name != "dalle":
         return
-    need(
+    yield from unless(
         bool(tokenizer.weights),
         "tokenizer.weights is empty: download encoder.pkl of the DALL-E dVAE (about 215 MB; openai/DALL-E names the"
         " address) and pass tokenizer.weights=PATH/encoder.pkl, or use tokenizer.name=random_projection.",
     )
-    need(Path(tokenizer.weights).is_file(), f"tokenizer.weights={tokenizer.weights}: no such file.")
+    there = not tokenizer.weights or Path(tokenizer.weights).is_file()
+    yield from unless(there, f"tokenizer.weights={tokenizer.weights}: no such file.")
 
 
-def _require_weights(config: InferenceConfig) -> None:
-    need(bool(config.weights), "weights= is missing: name a run's folder, saved weights, or an official file.")
-    need(Path(config.weights).exists(), f"weights={config.weights}: no such file or folder.")
+def _weights(config: InferenceConfig) -> Iterator[str]:
+    yield from unless(
+        bool(config.weights), "weights= is missing: name a run's folder, saved weights, or an official file."
+    )
+    there = not config.weights or Path(config.weights).exists()
+    yield from unless(there, f"weights={config.weights}: no such file or folder.")
 
 
 def micro_steps(config: TrainingConfig, world: int) -> int:
@@ -263,12 +299,20 @@ def _accumulation(name: str, total: int, micro: int, world: int) -> int:
     )
 
 
-def need(holds: bool, message: str) -> None:
-    """Raise `message` as a UserError unless something holds."""
-    if not holds:
+def unless(holds: bool, message: str) -> list[str]:
+    """The message, unless something holds."""
+    return [] if holds else [message]
+
+
+def _raise_first(messages: Iterable[str]) -> None:
+    for message in messages:
         raise UserError(message)
 
 
 def need_shards(key: str, patterns: str) -> None:
     """Labelled shards must be named at a dotted key. UserError: they are not."""
-    need(bool(patterns), f"{key} is empty: name the labelled shards.")
+    _raise_first(_shards(key, patterns))
+
+
+def _shards(key: str, patterns: str) -> list[str]:
+    return unless(bool(patterns), f"{key} is empty: name the labelled shards.")

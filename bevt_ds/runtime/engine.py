@@ -88,6 +88,21 @@ def start_ranks() -> Ranks:
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, host)
 
 
+def require_supported(config: TrainingConfig, device: torch.device, stage: int) -> None:
+    """Check what a run of this ZeRO stage asks of the device.
+
+    Raises:
+        UserError: a precision that the device cannot do, or compiled blocks under ZeRO-3.
+    """
+    if config.train.precision == "fp16" and device.type == "cpu":
+        raise UserError("train.precision=fp16: DeepSpeed has no fp16 on a CPU. Use bf16 or fp32.")
+    if config.model.compile and stage == 3:
+        raise UserError(
+            "model.compile=true: ZeRO-3 fetches parameters in hooks that torch.compile does not see."
+            " Use ds_configs/zero2.json or model.compile=false."
+        )
+
+
 class Engine:
     """A model under DeepSpeed, stepped by this project's schedule."""
 
@@ -112,15 +127,9 @@ class Engine:
         Raises:
             UserError: a precision that the device cannot do, or compiled blocks under ZeRO-3.
         """
-        if config.train.precision == "fp16" and ranks.device.type == "cpu":
-            raise UserError("train.precision=fp16: DeepSpeed has no fp16 on a CPU. Use bf16 or fp32.")
         sizes = [p.numel() for p in model.parameters()]
         settings = resolve(values, config, ranks.world, max(sizes), sum(sizes), width)
-        if config.model.compile and settings.get("zero_optimization", {}).get("stage") == 3:
-            raise UserError(
-                "model.compile=true: ZeRO-3 fetches parameters in hooks that torch.compile does not see."
-                " Use ds_configs/zero2.json or model.compile=false."
-            )
+        require_supported(config, ranks.device, settings.get("zero_optimization", {}).get("stage", 0))
         self.ranks, self._schedule = ranks, schedule
         self._lr_scales = [group.pop("lr_scale", 1.0) for group in groups]
         self.dtype = DTYPES[config.train.precision]

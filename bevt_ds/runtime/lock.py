@@ -48,6 +48,25 @@ def hold(folder: Path) -> str | None:
     return None
 
 
+def owner_of(folder: Path) -> str | None:
+    """Who holds the lock of a folder, as `hold` says it, without taking it. None: no one, or this process."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None  # no run has been there
+    try:
+        if folder.resolve() not in _held:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _described(os.read(descriptor, 4096))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def _described(owner: bytes) -> str:
     """What the lock's file says of its owner; a file that is being written says little."""
     try:

@@ -19,9 +19,11 @@ runs/joint/
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, count, dropwhile, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.folders import CHECKPOINTS, LOG, WEIGHTS, checkpoints
 from bevt_ds.runtime.checkpoint import Change, check_same, make_folder
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.lock import hold
+from bevt_ds.runtime.lock import hold, owner_of
 
 CHANGES = "changes.json"
 SUMMARY = "summary.json"
@@ -64,16 +66,38 @@ def _claim(config: TrainingConfig) -> Path:
     if not config.output_dir:
         return _claim_free_name(Path("runs") / config.recipe, config)
     folder = Path(config.output_dir)
+    require_fit(folder, config)
+    make_folder(folder)
+    if owner := hold(folder):
+        raise UserError(f"output_dir={folder} is in use by another run ({owner}): end it, or name another folder.")
+    return folder
+
+
+def require_fit(folder: Path, config: TrainingConfig) -> None:
+    """Whether what a folder holds is what `config` may write to. UserError: it is not."""
     if config.resume == "auto" and (folder / CONFIG).is_file():
         check_same(read_config(folder, type(config)), config, folder)
     elif config.resume not in ("never", "auto") and Path(config.resume).resolve().parent == _commits(folder).resolve():
         _require_newest(Path(config.resume), folder)
     else:
         _require_unused(folder)
-    make_folder(folder)
-    if owner := hold(folder):
+
+
+def require_writable(folder: Path) -> None:
+    """Whether a folder can be made or written, without doing it, and no run is at work in it. UserError: it is not."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"output_dir={folder}: {there} is no folder that can be written to.")
+    if owner := owner_of(folder):
         raise UserError(f"output_dir={folder} is in use by another run ({owner}): end it, or name another folder.")
-    return folder
+
+
+def folder_of(config: TrainingConfig) -> Path:
+    """The folder that a run would write, which is not made."""
+    if config.output_dir:
+        return Path(config.output_dir)
+    resumable, free = _numbered(Path("runs") / config.recipe)
+    return resumable[-1] if config.resume == "auto" and resumable else free
 
 
 def write_config(
@@ -97,20 +121,30 @@ def write_config(
 
 def _claim_free_name(first: Path, config: TrainingConfig) -> Path:
     """runs/demo, or runs/demo-2, ...; resume=auto without a name means the newest of them that has a checkpoint."""
-    taken, number, candidate = [], 1, first
-    while any((candidate / name).exists() for name in WRITTEN):
-        taken.append(candidate)
-        number += 1
-        candidate = first.with_name(f"{first.name}-{number}")
-    resumable = [folder for folder in taken if checkpoints(_commits(folder))]
+    resumable, candidate = _numbered(first)
     if config.resume == "auto" and resumable:
         return _claim(replace(config, output_dir=str(resumable[-1])))
     make_folder(candidate)
     while hold(candidate):  # by a run that started at the same time and has written nothing yet
-        number += 1
-        candidate = first.with_name(f"{first.name}-{number}")
+        candidate = next(name for name in _names(first, after=candidate) if not _is_taken(name))
         make_folder(candidate)
     return _claim(replace(config, output_dir=str(candidate)))
+
+
+def _numbered(first: Path) -> tuple[list[Path], Path]:
+    """Of runs/demo, runs/demo-2, ...: those that have a checkpoint, and the first that is free."""
+    taken = list(takewhile(_is_taken, _names(first)))
+    free = next(name for name in _names(first) if not _is_taken(name))
+    return [folder for folder in taken if checkpoints(_commits(folder))], free
+
+
+def _names(first: Path, after: Path | None = None) -> Iterator[Path]:
+    names = chain([first], (first.with_name(f"{first.name}-{number}") for number in count(2)))
+    return names if after is None else islice(dropwhile(lambda name: name != after, names), 1, None)
+
+
+def _is_taken(folder: Path) -> bool:
+    return any((folder / name).exists() for name in WRITTEN)
 
 
 def _require_unused(folder: Path) -> None:

@@ -1,97 +1,297 @@
-"""`dry_run=true`: what a run would be, without shards, weights or a device."""
+"""`dry_run=true`: what a run would be, and everything that would stop it, as far as it shows without the run itself."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import tarfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import Config, FinetuneConfig, TrainingConfig
-from bevt_ds.config.validate import micro_steps, require_inputs
+from bevt_ds.config.validate import micro_steps, missing_inputs, zero_stage
+from bevt_ds.data.reading.index import index_places, read_index, tar_identity
+from bevt_ds.data.reading.remote import is_remote
+from bevt_ds.data.reading.shards import expand
 from bevt_ds.errors import UserError
+from bevt_ds.folders import weights_of
 from bevt_ds.model.arch import SwinArch
-from bevt_ds.model.presets import create_model
+from bevt_ds.model.presets import create_classifier, create_model
+from bevt_ds.model.tokenizers import load_tokenizer
+from bevt_ds.model.weights import load_init
+from bevt_ds.runtime import checkpoint, run_dir
+from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.engine import require_supported
 from bevt_ds.runtime.flops import backbone_macs, training_flops
 from bevt_ds.runtime.logging import expected_step_flops
+from bevt_ds.runtime.runs import find_start, kernel_provider
 
 DALLE_VOCABULARY = 8192
+GIB = 1 << 30
+BLOCK = 512  # of a tar
 
 
-def report_pretraining(config: Config, notes: Sequence[str], world: int) -> str:
-    """The resolved config as JSON, then parameters, steps and arithmetic, and what is still missing."""
-    train = config.train
+class Plan(NamedTuple):
+    """What is said of a run. `steps`: None where they depend on shards that cannot be counted."""
+
+    parameters: str
+    steps: int | None
+    step: str  # what each takes
+    micro: str
+    flops: float  # of one step
+    flops_of: str
+    size: int  # parameters
+
+
+class Shards(NamedTuple):
+    """The shards at one key. `samples`: None where not every shard has been indexed or packed with a manifest."""
+
+    files: int
+    samples: int | None
+
+
+def report_pretraining(
+    config: Config,
+    values: Mapping[str, Any],
+    notes: Sequence[str],
+    world: int,
+    sound: bool = True,
+    drawn: bool = False,
+) -> tuple[str, list[str]]:
+    """What a run would be, line by line, and what would stop it.
+
+    Args:
+        config, values, notes, world: the run's settings, the DeepSpeed JSON, what the JSON changed, and the ranks.
+        sound: whether the settings can be; else what the run would be is left out.
+        drawn: the run draws its shards itself.
+    """
+    train, found = config.train, []
+    wanted = {} if drawn else pretraining_shards(config)
+    shards = {key: survey(key, patterns, kind, config, found) for key, (patterns, kind) in wanted.items()}
+    stops = [*missing_inputs(config), *_batch_faults(config, world), *found, *_tokenizer_faults(config)]
+    if not sound:
+        return _settings(config, notes), [*stops, *common_faults(config, values, world)]
+    model = meta_model(config)
+    plan = Plan(
+        f"{_parameters(model):,}",
+        train.steps,
+        f"{train.global_clips} clips + {train.global_images} images",
+        f"{train.micro_clips} clips + {train.micro_images} images",
+        expected_step_flops(config, model.arch),
+        "masked head, no recompute, no tokenizer",
+        _parameters(model),
+    )
+    reads = {"data.videos": train.global_clips / config.data.clips_per_video, "data.images": train.global_images}
+    supply = ["shards         drawn by the run itself"] if drawn else _supply(shards, reads, train.steps)
+    stops += common_faults(config, values, world, lambda init: load_init(model, init, head=config.init_head))
+    return _text(config, values, notes, world, plan, supply), stops
+
+
+def report_finetuning(
+    config: FinetuneConfig, values: Mapping[str, Any], notes: Sequence[str], world: int, sound: bool = True
+) -> tuple[str, list[str]]:
+    """The same for fine-tuning, whose head has as many classes as the shards, whose labels are not read."""
+    data, train, found = config.data, config.train, []
+    wanted = {key: patterns for key, patterns in (("data.train", data.train), ("data.val", data.val)) if patterns}
+    shards = {key: survey(key, patterns, "video", config, found) for key, patterns in wanted.items()}
+    stops = [*missing_inputs(config), *_batch_faults(config, world), *found]
+    if data.classes and not Path(data.classes).is_file():
+        stops.append(f"data.classes={data.classes}: no such file.")
+    if not sound:
+        return _settings(config, notes), [*stops, *common_faults(config, values, world)]
+    options = asdict(config.model)
+    with torch.device("meta"):
+        model = create_classifier(options.pop("name"), 1, **options)
+    arch, head = SwinArch.of(model.arch), SwinArch.of(model.arch).width + 1
+    videos = shards["data.train"].samples if "data.train" in shards else None
+    steps = train.steps or (None if videos is None else train.epochs * (videos // train.global_clips))
+    if steps == 0:
+        stops.append(f"data.train: {videos} videos are less than a step of train.global_clips={train.global_clips}.")
+    plan = Plan(
+        f"{_parameters(model) - head:,} + {head:,} for each class",
+        steps,
+        f"{train.global_clips} clips",
+        f"{train.micro_clips} clips",
+        training_flops(train.global_clips * backbone_macs(arch, (data.frames, data.size, data.size))),
+        "no recompute",
+        _parameters(model),
+    )
+    supply = _supply(shards, {"data.train": train.global_clips}, steps)
+    if steps is None:
+        supply.append(f"epochs         {train.epochs}, each of (training videos // {train.global_clips}) steps")
+    if not data.val:
+        supply.append("validation     none: data.val is empty")
+    stops += common_faults(config, values, world, lambda init: load_init(model, init))
+    return _text(config, values, notes, world, plan, supply), stops
+
+
+def meta_model(config: Config) -> nn.Module:
+    """The model of a pretraining run, without memory."""
     vocabulary = DALLE_VOCABULARY if config.tokenizer.name == "dalle" else config.tokenizer.vocab_size
     options = asdict(config.model)
     with torch.device("meta"):
-        model = create_model(options.pop("name"), vocab_size=vocabulary, **options)
-    return _report(
-        config,
-        notes,
-        world,
-        parameters=f"{_parameters(model):,}",
-        steps=f"{train.steps:,} of {train.global_clips} clips + {train.global_images} images",
-        micro=f"{train.micro_clips} clips + {train.micro_images} images",
-        flops=expected_step_flops(config, model.arch),
-        flops_of="masked head, no recompute, no tokenizer",
-    )
+        return create_model(options.pop("name"), vocab_size=vocabulary, **options)
 
 
-def report_finetuning(config: FinetuneConfig, notes: Sequence[str], world: int) -> str:
-    """The same for fine-tuning, whose head has as many classes as the shards, which are not read."""
-    data, train = config.data, config.train
-    options = asdict(config.model)
-    del options["dropout"]
-    with torch.device("meta"):
-        encoder = create_model(f"video_{options.pop('name')}", **options)
-    arch = SwinArch.of(encoder.arch)
-    epochs = f"{train.epochs} epochs of (training videos // {train.global_clips})"
-    return _report(
-        config,
-        notes,
-        world,
-        parameters=f"{_parameters(encoder):,} + {arch.width + 1:,} for each class",
-        steps=f"{f'{train.steps:,}' if train.steps else epochs}, each of {train.global_clips} clips",
-        micro=f"{train.micro_clips} clips",
-        flops=training_flops(train.global_clips * backbone_macs(arch, (data.frames, data.size, data.size))),
-        flops_of="no recompute",
-    )
+def memory_bytes(parameters: int, precision: str, stage: int, world: int) -> float:
+    """Bytes that weights, gradients and optimizer take on a rank, by ZeRO stage; no activations, no buffers.
+
+    bf16 adds gradients up in fp32. The optimizer is AdamW's two moments and, under ZeRO or in half precision, fp32
+    master weights. Source: Rajbhandari et al. 2020, "ZeRO", section 3.
+    """
+    weights = 4 if precision == "fp32" else 2
+    gradients = 2 if precision == "fp16" else 4
+    optimizer = 12 if stage or precision != "fp32" else 8
+    parts = [(optimizer, 1), (gradients, 2), (weights, 3)]  # each spread over the ranks from that stage on
+    return parameters * sum(size / (world if stage >= first else 1) for size, first in parts)
 
 
-def _report(
+def pretraining_shards(config: Config) -> dict[str, tuple[str, str]]:
+    """The shards that a pretraining run reads: patterns and kind of sample, by key."""
+    data, train, probe = config.data, config.train, config.probe
+    wanted = {
+        "data.videos": (data.videos, "video", train.global_clips),
+        "data.images": (data.images, "image", train.global_images),
+        "data.eval_videos": (data.eval_videos, "video", train.global_clips),
+        "data.eval_images": (data.eval_images, "image", train.global_images),
+        "probe.train": (probe.train, "video", probe.every),
+        "probe.val": (probe.val, "video", probe.every),
+    }
+    return {key: (patterns, kind) for key, (patterns, kind, used) in wanted.items() if patterns and used}
+
+
+def survey(key: str, patterns: str, kind: str, config: TrainingConfig, found: list[str]) -> Shards:
+    """Count shards and samples from their indexes and manifests, and add what cannot be read to `found`."""
+    try:
+        paths = expand(patterns, config.data.allow_pipe)
+    except UserError as error:
+        found.append(f"{key}: {error}")
+        return Shards(0, None)
+    counts: list[int | None] = []
+    for path in paths:
+        try:
+            counts.append(None if is_remote(path) else _samples_in(Path(path), kind))
+        except (OSError, tarfile.HeaderError, UserError) as error:
+            found.append(f"{key}: {path} is not a readable tar file ({getattr(error, 'strerror', None) or error}).")
+    return Shards(len(paths), None if None in counts else sum(counts))
+
+
+def _samples_in(path: Path, kind: str) -> int | None:
+    """Samples of a local shard, from its index or its manifest. OSError, HeaderError: it cannot be read."""
+    with path.open("rb") as tar:
+        tarfile.TarInfo.frombuf(tar.read(BLOCK), "utf-8", "surrogateescape")
+        identity = tar_identity(tar)
+    for place in index_places(str(path)):
+        stored = read_index(place, str(path))
+        if stored and stored[1] == identity:
+            if not (samples := len(stored[0].only(kind))):
+                raise UserError(f"it holds no {kind}")
+            return samples
+    for manifest in path.parent.glob("*-manifest.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # `bevt shards check` is for those
+            for shard in json.loads(manifest.read_text(encoding="utf-8"))["shards"]:
+                if (shard["name"], shard["bytes"]) == (path.name, identity["size"]):
+                    return int(shard["samples"])
+    return None
+
+
+def common_faults(
+    config: TrainingConfig, values: Mapping[str, Any], world: int, load: Callable[[Path], object] | None = None
+) -> Iterator[str]:
+    """What of device, output folder, resume and starting weights would stop a run of any kind.
+
+    `load` puts weights into the run's model; None: they are not looked at.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    alone, stage = Ranks(0, 1, device), zero_stage(values)
+    yield from _fault(lambda: require_supported(config, device, stage))
+    yield from _fault(lambda: kernel_provider(config, alone))
+    folder = run_dir.folder_of(config)
+    yield from _fault(lambda: run_dir.require_fit(folder, replace(config, output_dir=str(folder))))
+    yield from _fault(lambda: run_dir.require_writable(folder))
+    starts: list[Any] = []
+    yield from _fault(lambda: starts.append(find_start(config, folder, alone)))
+    if start := next(iter(starts), None):
+        now = replace(start[1], world=world, stage=stage, config=config)
+        yield from _fault(lambda: checkpoint.check_continues(start[1], now, start[0]))
+    elif config.init_from and Path(config.init_from).exists():
+        if load is None:
+            return
+        with warnings.catch_warnings(action="ignore"):  # nothing is copied into a model without memory
+            yield from _fault(lambda: load(weights_of(config.init_from, "init_from")))
+    elif config.init_from and config.resume != "never":
+        yield f"init_from={config.init_from}: no such file or folder, and there is nothing to continue."
+
+
+def _batch_faults(config: TrainingConfig, world: int) -> list[str]:
+    return _fault(lambda: micro_steps(config, world)) if any(n for n, _ in config.train.streams.values()) else []
+
+
+def _tokenizer_faults(config: Config) -> Iterator[str]:
+    tokenizer = config.tokenizer
+    if tokenizer.name == "dalle" and Path(tokenizer.weights).is_file():
+        yield from _fault(lambda: load_tokenizer("dalle", weights=tokenizer.weights))
+
+
+def _fault(check: Callable[[], object]) -> list[str]:
+    """What a check raises for the user, if it does."""
+    try:
+        check()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _supply(shards: Mapping[str, Shards], reads: Mapping[str, float], steps: int | None) -> list[str]:
+    """A line for each key; `reads` are the samples that a step takes of it."""
+    lines = []
+    for key, (files, samples) in shards.items():
+        if not files:
+            continue
+        count = "samples not counted yet (no index, no manifest)" if samples is None else f"{samples:,} samples"
+        known = samples and steps and key in reads
+        epochs = f", {steps * reads[key] / samples:,.2f} epochs" if known else ""
+        lines.append(f"{key:<14} {count} in {files:,} shards{epochs}")
+    return lines
+
+
+def _settings(config: TrainingConfig, notes: Sequence[str]) -> str:
+    return "\n".join([json.dumps(to_dict(config), indent=1), *notes])
+
+
+def _text(
     config: TrainingConfig,
+    values: Mapping[str, Any],
     notes: Sequence[str],
     world: int,
-    *,
-    parameters: str,
-    steps: str,
-    micro: str,
-    flops: float,
-    flops_of: str,
+    plan: Plan,
+    supply: Sequence[str],
 ) -> str:
+    stage, precision = zero_stage(values), config.train.precision
+    memory = memory_bytes(plan.size, precision, stage, world) / GIB
+    whole = "" if plan.steps is None else f", {plan.steps * plan.flops / 1e15:,.2f} PFLOP in all"
+    steps = "not known" if plan.steps is None else f"{plan.steps:,}"
+    passes = "?" if _batch_faults(config, world) else micro_steps(config, world)
     lines = [
-        json.dumps(to_dict(config), indent=1),
-        *notes,
-        f"parameters     {parameters}",
-        f"steps          {steps}",
-        f"{f'on {world} rank' + 's' * (world > 1):<15}{micro_steps(config, world)} forward passes a step of {micro}",
-        f"arithmetic     {flops / 1e12:,.2f} TFLOP a step ({flops_of})",
+        _settings(config, notes),
+        f"output         {run_dir.folder_of(config)}/",
+        f"parameters     {plan.parameters}",
+        *supply,
+        f"steps          {steps}, each of {plan.step}",
+        f"{f'on {world} rank' + 's' * (world > 1):<15}{passes} forward passes a step of {plan.micro}",
+        f"memory         {memory:,.2f} GiB a rank for weights, gradients and optimizer, without activations"
+        f" ({precision}, ZeRO stage {stage})",
+        f"arithmetic     {plan.flops / 1e12:,.2f} TFLOP a step ({plan.flops_of}){whole}",
     ]
-    return "\n".join([*lines, *_missing(config)])
+    return "\n".join(lines)
 
 
 def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _missing(config: TrainingConfig) -> list[str]:
-    try:
-        require_inputs(config)
-    except UserError as error:
-        return [f"not yet there  {error}"]
-    if isinstance(config, FinetuneConfig) and not config.data.val:
-        return ["not yet there  data.val is empty: nothing would be validated"]
-    return []

@@ -155,9 +155,9 @@ def test_help_and_dry_run():
     text = page(USAGE, FINETUNING, finetune_ssv2())
     assert all(name in text for name in FINETUNING)
     assert all(f"  {f.key}=" in text for f in config_fields(FinetuneConfig) if f.key != "recipe")
-    summary = report_finetuning(resolved("recipe=finetune_ssv2"), [], world=1)
+    summary, stops = report_finetuning(resolved("recipe=finetune_ssv2"), {"zero_optimization": {"stage": 2}}, [], 1)
     assert "88,655,688 + 1,025 for each class" in summary
-    assert "data.train is empty" in summary
+    assert stops == ["data.train is empty: name the labelled shards."]
 
 
 # --- loss, mixing, moving average -----------------------------------------------------------------

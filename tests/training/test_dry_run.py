@@ -1,0 +1,102 @@
+"""`dry_run=true`: everything that would stop a run, the exit code, and what the run would be."""
+
+from __future__ import annotations
+
+import pytest
+
+import bevt_ds
+from bevt_ds import finetune, pretrain
+from bevt_ds.data.reading.index import load_shard
+from bevt_ds.runtime.lock import hold, owner_of
+from bevt_ds.train.dry_run import memory_bytes
+
+
+@pytest.fixture
+def dry(capsys, small):
+    """Run dry with the settings of a small run and others; returns the exit code, the lines, and what would stop it."""
+
+    def run(program=pretrain, /, base=small, **settings):
+        words = [f"{key}={value}" for key, value in {**base, **settings}.items()]
+        code = program.main([*words, "dry_run=true"])
+        lines = capsys.readouterr().out.splitlines()
+        stops = [line.removeprefix("would stop").strip() for line in lines if line.startswith("would stop")]
+        return code, lines, stops
+
+    return run
+
+
+def test_nothing_in_the_way(dry, shards, tmp_path):
+    samples = len(load_shard(str(shards["data.videos"])).only("video"))
+    code, lines, stops = dry(**{"output_dir": tmp_path / "run"})
+    assert (code, stops) == (0, [])
+    assert any(f"{samples:,} samples in 1 shards, {6 * 4 / samples:,.2f} epochs" in line for line in lines)
+    assert any(line.startswith("steps          6, each of 4 clips + 8 images") for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_that_would_stop_it_is_listed(dry, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
+    bevt_ds.create_model("tiny", vocab_size=64, embed_dim=64).save_pretrained(tmp_path / "other")
+    code, _, stops = dry(
+        **{
+            "train.micro_clips": 3,
+            "data.videos": tmp_path / "bad.tar",
+            "data.images": tmp_path / "none-*.tar",
+            "train.precision": "fp16",
+            "output_dir": tmp_path / "run",
+            "init_from": tmp_path / "other",
+        }
+    )
+    parts = ["micro_clips=3", "bad.tar is not a readable tar", "data.images: no file", "fp16 on a CPU"]
+    assert code == 2
+    for part in [*parts, "holds log.jsonl", "embed_dim=64"]:
+        assert sum(part in stop for stop in stops) >= 1, (part, stops)
+    assert len(stops) == 6
+
+
+def test_fields_out_of_bounds_are_all_listed_with_the_rest(dry, tmp_path):
+    code, lines, stops = dry(**{"optim.lr": 0, "data.size": 65, "data.images": tmp_path / "none.tar"})
+    assert code == 2
+    assert [
+        part for part in ("optim.lr=0", "data.size=65", "none.tar") if not any(part in stop for stop in stops)
+    ] == []
+    assert not [line for line in lines if line.startswith("parameters")]
+
+
+@pytest.mark.parametrize(
+    ("resume", "part"), [("nowhere/step-00000001", "not a checkpoint"), ("auto", "nothing to continue")]
+)
+def test_resume_that_cannot_be(dry, tmp_path, resume, part):
+    code, _, stops = dry(**{"resume": resume, "output_dir": tmp_path / "run", "init_from": tmp_path / "gone"})
+    assert code == 2 and any(part in stop for stop in stops), stops
+
+
+def test_finetuning_lists_too(dry, tmp_path):
+    base = {"recipe": "finetune_demo", "data.train": tmp_path / "none.tar", "data.classes": tmp_path / "classes.txt"}
+    code, lines, stops = dry(finetune, base=base, **{"train.micro_clips": 3})
+    assert code == 2
+    for part in ("micro_clips=3", "none.tar", "classes.txt: no such file"):
+        assert any(part in stop for stop in stops), (part, stops)
+    assert "validation     none: data.val is empty" in lines
+
+
+def test_memory_of_a_rank():
+    """Bytes a parameter on 4 ranks: weights, gradients, and 12 of the optimizer (8 in fp32 without ZeRO)."""
+    expected = {
+        ("bf16", 1): 2 + 4 + 12 / 4,
+        ("bf16", 2): 2 + (4 + 12) / 4,
+        ("bf16", 3): (2 + 4 + 12) / 4,
+        ("fp16", 2): 2 + (2 + 12) / 4,
+        ("fp32", 0): 4 + 4 + 8,
+    }
+    for (precision, stage), size in expected.items():
+        assert memory_bytes(1000, precision, stage, world=4) == 1000 * size
+
+
+def test_owner_is_seen_without_taking_the_lock(tmp_path):
+    assert owner_of(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+    assert hold(tmp_path) is None
+    assert owner_of(tmp_path) is None  # this process itself
