@@ -46,7 +46,7 @@ def set_up(job: Job) -> tuple[Pretraining, Batch]:
     config = validate(base_configuration(job.model, job.micro_clips, job.micro_images, samples))
     setup = Setup(config, read_json(f"zero{job.zero}"), Path(), ranks)
     tokenizer = make_tokenizer(config, ranks)
-    engine = make_engine(config, setup, tokenizer.vocab_size)
+    engine = make_engine(config, setup, tokenizer.vocab_size, config.train.steps)
     data, train = config.data, config.train
     batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, ranks.rank, data.mask)
     return Pretraining(setup, None, engine, job.steps, 0.0, tokenizer, probe=None), batch.to(ranks.device)

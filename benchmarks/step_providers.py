@@ -160,7 +160,7 @@ class Ours:
         config = replace(setting.config, model=model, train=replace(setting.config.train, precision=precision))
         setup = Setup(config, read_json("zero2"), Path(), setting.ranks)
         tokenizer = setting.make_tokenizer(model.compile)
-        engine = make_engine(config, setup, tokenizer.vocab_size)
+        engine = make_engine(config, setup, tokenizer.vocab_size, config.train.steps)
         levers.take_back(engine)
         engine.step = in_part("optimizer", engine.step)
         self.levers, self.marks = levers, engine.module

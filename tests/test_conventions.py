@@ -38,7 +38,7 @@ DATA_LAYERS = [  # the same within data/
     {"limits", "masks", "timing", "delivery"},
     {"plan"},
     {"reading", "decoding"},
-    {"ledger", "pixels"},
+    {"ledger", "pixels", "holdout"},
     {"stream", "decoder_choice", "labels", "labelled_plan"},
     {"loader"},
     {"files", "labelled_reader", "labelled_loader", "labelled_trial"},

@@ -16,7 +16,7 @@ from bevt_ds.config.deepspeed import merge, read_json
 from bevt_ds.config.files import ENGINE, read_overrides, saved_config
 from bevt_ds.config.help import page
 from bevt_ds.config.parse import apply_overrides, config_fields, get_value, parse_overrides
-from bevt_ds.config.recipes import FINETUNING, RECIPES, get_recipe
+from bevt_ds.config.recipes import FINETUNING, RECIPES, get_recipe, recipe_for
 from bevt_ds.config.schema import EvaluateConfig, InferenceT, RunConfig, TrainingConfig, TrainingT
 from bevt_ds.config.validate import micro_steps, problems, require_inputs, validate
 from bevt_ds.errors import UserError
@@ -173,7 +173,7 @@ def resolve_config(
         UserError: any mistake that shows without looking at shards or weights.
     """
     overrides = arguments.given(kind)
-    config = apply_overrides(get_recipe(arguments.recipe, kind), overrides)
+    config = apply_overrides(recipe_for(arguments.recipe, kind, overrides), overrides)
     values = read_json(arguments.deepspeed_config)
     config, notes = merge(config, set(overrides), values, world)
     micro_steps(validate(config, values), world)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from decimal import Decimal
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
 
 from bevt_ds.config.fields import Field
@@ -20,6 +22,16 @@ class Section(Protocol):
 
 
 S = TypeVar("S", bound=Section)
+ELSEWHERE = {  # what other programs call it, and what it is here
+    **dict.fromkeys(("batch", "batch_size", "bs"), ("train.global_clips", "train.global_images")),
+    **dict.fromkeys(("learning_rate", "base_lr"), ("optim.lr",)),
+    **dict.fromkeys(("num_frames", "clip_len"), ("data.frames",)),
+    **dict.fromkeys(("img_size", "image_size", "crop_size", "resolution"), ("data.size",)),
+    "num_workers": ("data.workers",),
+    "num_epochs": ("train.epochs",),
+    "num_steps": ("train.steps",),
+    "max_steps": ("train.steps",),
+}
 
 
 @dataclass(frozen=True)
@@ -109,10 +121,29 @@ def parse_value(key: str, kind: Any, text: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{key}={text}: expected true or false.")
         return text.lower() == "true"
+    if kind is not str and not text.strip():
+        raise UserError(f"{key}= has no value: expected {type_name(kind)}. Leave it out for the recipe's value.")
     try:
-        return kind(text)
+        return _whole(text) if kind is int else kind(text)
     except ValueError:
         raise UserError(f"{key}={text}: expected {type_name(kind)}.") from None
+
+
+def _whole(text: str) -> int:
+    """An int, also as 1e5 or 100000.0. ValueError: it is no whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        if (number := Decimal(_number(text))) != number.to_integral_value():
+            raise
+        return int(number)
+
+
+def _number(text: str) -> str:
+    """The text of a finite number that a float can hold. ValueError: it is none."""
+    if not math.isfinite(float(text)):
+        raise ValueError(text)
+    return text
 
 
 def type_name(kind: Any) -> str:
@@ -158,6 +189,10 @@ def _build(kind: Any, value: Any) -> Any:
 
 
 def _near(key: str, known: set[str]) -> str:
+    last = key.rpartition(".")[2]
+    matches = [meant for meant in ELSEWHERE.get(last, ()) if meant in known]
+    if matches:
+        return f"{last} is called {' or '.join(matches)} here."
     matches = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    matches += [k for k in sorted(known) if k.rpartition(".")[2] == key.rpartition(".")[2] and k not in matches]
+    matches += [k for k in sorted(known) if k.rpartition(".")[2] == last and k not in matches]
     return f"Near: {', '.join(matches)}." if matches else "--help lists the keys."

@@ -27,6 +27,8 @@ from bevt_ds.errors import UserError
 
 IMAGENET_STEPS_AN_EPOCH = 625  # 1,281,167 images / 2048
 DIVING48_CLIPS = 15_027  # training videos of V2
+FOR_OWN_DATA = ("demo", "small", "small_images")  # recipes that train on whatever shards are given
+STREAM_SIZES = {"videos": "global_clips", "images": "global_images"}  # shards, and how many a step takes of them
 SSV2_MICRO_STEPS = 8
 SSV2_MOMENTUM = 0.0002  # of mmcv's EMA hook, which the original leaves at its default
 
@@ -67,6 +69,33 @@ def demo() -> Config:
             min_gain=0.2,
         ),
     )
+
+
+def small() -> Config:
+    """One's own clips, images or both on one GPU or a CPU: `tiny`, 128 px, no download; 2 % of the data is held out."""
+    return Config(
+        recipe="small",
+        model=demo().model,
+        tokenizer=TokenizerConfig(name="random_projection", vocab_size=512),
+        data=DataConfig(holdout=0.02, frames=8, stride=4, size=128, token_size=64, short_side=(128, 160)),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50),
+        train=TrainConfig(
+            epochs=20,
+            steps=0,
+            global_clips=8,
+            global_images=32,
+            micro_clips=8,
+            micro_images=32,
+            precision="fp32",
+            checkpoint_every=500,
+        ),
+    )
+
+
+def small_images() -> Config:
+    """One's own images alone on one GPU or a CPU: as `small`, for 50 epochs."""
+    base = small()
+    return replace(base, recipe="small_images", train=replace(base.train, epochs=50, global_clips=0, micro_clips=0))
 
 
 def image_swin_b() -> Config:
@@ -181,7 +210,7 @@ def _named(*recipes: Callable[[], RunT]) -> dict[str, Callable[[], RunT]]:
     return {recipe.__name__: recipe for recipe in recipes}
 
 
-PRETRAINING = _named(demo, image_swin_b, joint_swin_b, joint_swin_t, joint_swin_s, joint_swin_l)
+PRETRAINING = _named(demo, small, small_images, image_swin_b, joint_swin_b, joint_swin_t, joint_swin_s, joint_swin_l)
 FINETUNING = _named(finetune_k400, finetune_ssv2, finetune_diving48, finetune_demo)
 RECIPES: dict[type[RunConfig], Mapping[str, Callable[[], RunConfig]]] = {
     Config: PRETRAINING,
@@ -209,3 +238,34 @@ def get_recipe(name: str, kind: type[RunT] = Config) -> RunT:
     if not isinstance(config, kind):
         raise UserError(f"recipe={name} is a recipe of {config.program}; {kind.program} has {own}.")
     return config
+
+
+def recipe_for(name: str, kind: type[RunT], given: Mapping[str, str]) -> RunT:
+    """`get_recipe`, less what no longer holds where `given` overrides it: its number of steps, and its shards.
+
+    Raises:
+        UserError: as `get_recipe`.
+    """
+    config = get_recipe(name, kind)
+    if isinstance(config, FinetuneConfig | Config) and "train.epochs" in given and "train.steps" not in given:
+        config = replace(config, train=replace(config.train, steps=0))
+    return _on_own_data(config, given, is_new=name in PRETRAINING) if isinstance(config, Config) else config
+
+
+def _on_own_data(config: Config, given: Mapping[str, str], is_new: bool) -> Config:
+    """A recipe for other shards than its own: the demo's held-out shards and its check of the result leave.
+
+    So does a stream of which no shards are given, except from the settings of a run, which has chosen its streams.
+    """
+    drawn, data, train = demo().data, config.data, config.train
+    own = {key for key in STREAM_SIZES if given.get(f"data.{key}", "") not in ("", getattr(drawn, key))}
+    if not own:
+        return config
+    shown = [key for key in ("eval_videos", "eval_images") if getattr(data, key) == getattr(drawn, key)]
+    if shown:
+        data, train = replace(data, **dict.fromkeys(shown, "")), replace(train, min_gain=0.0)
+    if is_new and config.recipe in FOR_OWN_DATA:
+        missing = STREAM_SIZES.keys() - own
+        data = replace(data, **dict.fromkeys(missing, ""))
+        train = replace(train, **{STREAM_SIZES[key]: 0 for key in missing})
+    return replace(config, data=data, train=train)

@@ -137,8 +137,12 @@ class DataConfig(SamplingConfig):
         ""
     )
     images: A[str, F("the same for images", resume="free")] = ""
-    eval_videos: A[str, F("held-out clips for the closing summary; empty: none", resume="free")] = ""
-    eval_images: A[str, F("held-out images for the closing summary; empty: none", resume="free")] = ""
+    eval_videos: A[str, F("held-out clips for the closing summary; empty: those of holdout", resume="free")] = ""
+    eval_images: A[str, F("held-out images for the closing summary; empty: those of holdout", resume="free")] = ""
+    holdout: A[
+        float,
+        F("share of the samples of videos and images that is never trained on, by key; see eval_videos", most=0.5),
+    ] = 0.0
     frames: A[int, F("frames a clip; a token spans 2 of them", least=1, multiple=2)] = 16
     clips_per_video: A[
         int, F("clips, each with its crop and mask, from one decode of a video; 1: the original", least=1)
@@ -285,7 +289,10 @@ class LoopConfig:
 class TrainConfig(LoopConfig):
     """Length and batch of pretraining."""
 
-    steps: A[int, F("optimizer steps (PT: 150 epochs of 240k clips)", least=1, resume="override")] = 140_550
+    epochs: A[
+        int, F("passes over the videos, or images if there are only these; in place of steps", resume="override")
+    ] = 0
+    steps: A[int, F("optimizer steps (PT: 150 epochs of 240k clips); 0: from epochs", resume="override")] = 140_550
     global_images: A[int, F("images a step, over all ranks; 0: no image stream")] = 2048
     micro_images: A[int, F("images a rank takes in one forward pass")] = 32
     eval_batches: A[int, F("held-out micro-batches of the closing summary", least=1, resume="free")] = 4

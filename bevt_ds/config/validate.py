@@ -125,6 +125,9 @@ def _samples(data: DataConfig) -> Iterator[str]:
 def _pretraining(config: Config) -> Iterator[str]:
     data, train, probe = config.data, config.train, config.probe
     yield from unless(
+        train.epochs + train.steps > 0, "train.epochs and train.steps are both 0: there is nothing to do."
+    )
+    yield from unless(
         train.global_clips + train.global_images > 0,
         "train.global_clips and train.global_images are both 0: there is nothing to train on.",
     )
@@ -134,8 +137,9 @@ def _pretraining(config: Config) -> Iterator[str]:
         " because one rank decodes a video once for all its clips.",
     )
     yield from unless(
-        train.min_gain <= 0 or bool(data.eval_videos or data.eval_images),
-        f"train.min_gain={train.min_gain} needs held-out shards: data.eval_videos, data.eval_images.",
+        train.min_gain <= 0 or bool(data.eval_videos or data.eval_images or data.holdout),
+        f"train.min_gain={train.min_gain} needs held-out samples: data.holdout, or the shards data.eval_videos and"
+        " data.eval_images.",
     )
     yield from unless(
         not probe.every or bool(probe.train and probe.val and train.global_clips),

@@ -27,6 +27,7 @@ from bevt_ds.config.validate import micro_steps
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores, taken_over
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.delivery import Aside, used_here
+from bevt_ds.data.holdout import split
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, require_few_bad
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels
@@ -54,6 +55,7 @@ class Source:
     shards: str  # pattern
     global_size: int
     micro_size: int
+    held_out: bool = False  # whether it takes the samples that `data.holdout` holds out, or the others
 
 
 class BatchReader:
@@ -82,7 +84,8 @@ class BatchReader:
         with ExitStack() as resources:
             has_videos = any(source.stream.kind == "video" for source in sources)
             shared = open_resources(config.data, has_videos, self.times, resources)
-            shards = {s.stream: shared.storage.shards(s.shards, s.stream.kind) for s in sources}
+            shards = {s.stream: _samples(s, shared.storage, config.data.holdout) for s in sources}
+            self.samples = {s.kind: sum(map(len, parts)) for s, parts in shards.items()}
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
             self._aside = Aside(device)
             known = taken_over(state, config.data.decoder, device.type == "cuda")
@@ -326,6 +329,11 @@ class Loader(BackgroundLoader):
         """Steps in which each video, or image where there are no videos, is read once."""
         return self._reader.steps_an_epoch
 
+    @property
+    def samples(self) -> dict[str, int]:
+        """How many samples are trained on, by kind."""
+        return self._reader.samples
+
     def __next__(self) -> Batch:
         return _used_here(super().__next__())
 
@@ -340,7 +348,7 @@ def eval_batches(
     """This rank's held-out micro-batches, the same at every call: centre crops and fixed masks.
 
     All of them, over all ranks, form one global batch: `Stream.count` is the whole evaluation's, so the sum of the
-    losses is the mean over every masked cell. Nothing is yielded without held-out shards. A rank gets
+    losses is the mean over every masked cell. Nothing is yielded without held-out samples. A rank gets
     train.eval_batches of them. folder: where bad samples are listed. DataLimitError, at the end: too many of them.
     """
     sources = _eval_sources(config, world)
@@ -377,11 +385,23 @@ def _eval_sources(config: Config, world: int) -> list[Source]:
     """Held-out streams of the modalities that are trained; together they form one global batch."""
     data, train = config.data, config.train
     share = train.eval_batches * world
-    candidates = [
-        Source(StreamId.EVAL_VIDEO, data.eval_videos, share * train.micro_clips, train.micro_clips),
-        Source(StreamId.EVAL_IMAGE, data.eval_images, share * train.micro_images, train.micro_images),
-    ]
-    return [source for source in candidates if source.global_size and source.shards]
+    sources = []
+    for stream, own, named, total, micro in (
+        (StreamId.EVAL_VIDEO, data.videos, data.eval_videos, train.global_clips, train.micro_clips),
+        (StreamId.EVAL_IMAGE, data.images, data.eval_images, train.global_images, train.micro_images),
+    ):
+        if total and (named or data.holdout):
+            sources.append(Source(stream, named or own, share * micro, micro, held_out=not named))
+    return sources
+
+
+def _samples(source: Source, storage: Storage, share: float) -> list[Shard]:
+    """The shards of a source: without what is held out of a run's own, or only with that."""
+    shards = storage.shards(source.shards, source.stream.kind)
+    if source.stream.held_out and not source.held_out:
+        return shards
+    rest, held = split(shards, share, source.stream.kind)
+    return held if source.held_out else rest
 
 
 def _fingerprint(shards: dict[StreamId, list[Shard]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,8 +74,8 @@ def evaluate(engine: Engine, tokenizer: Tokenizer, batches: Iterable[Batch]) -> 
     }
 
 
-def as_table(summaries: dict[str, StreamSummary]) -> str:
-    """The summary as people read it."""
+def as_table(summaries: dict[str, StreamSummary], data: Mapping[str, str]) -> str:
+    """The summary as people read it. data: what each stream's figures are of."""
     lines = [
         "held-out        loss   unigram entropy     gain   masked accuracy   commonest id   perplexity",
     ]
@@ -84,7 +84,7 @@ def as_table(summaries: dict[str, StreamSummary]) -> str:
             f"{name:<10}{s.loss:10.3f}{s.unigram_entropy:18.3f}{s.gain:9.3f}{s.accuracy:18.1%}{s.commonest_rate:15.1%}"
             f"{math.exp(s.loss):13.1f}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{name} figures are of {data[name]}" for name in summaries)])
 
 
 def as_json(summaries: dict[str, StreamSummary]) -> dict[str, Any]:
@@ -92,11 +92,25 @@ def as_json(summaries: dict[str, StreamSummary]) -> dict[str, Any]:
     return {name: {**asdict(s), "gain": s.gain} for name, s in summaries.items()}
 
 
-def shortfall(summaries: dict[str, StreamSummary], min_gain: float) -> str | None:
-    """Why the run did not learn enough, or None. A gain that is not a number falls short."""
+def shortfall(summaries: dict[str, StreamSummary], min_gain: float, data: Mapping[str, str]) -> str | None:
+    """Why the run did not learn enough, or None. A gain that is not a number falls short. data: as in `as_table`."""
     if min_gain > 0 and not summaries:
         return f"the loss must end {min_gain} nats below the unigram entropy, and no masked position was held out"
-    low = [f"{name} by {s.gain:.3f}" for name, s in summaries.items() if not s.gain >= min_gain]
+    low = [
+        f"the {name} loss on {data[name]} {_standing(s.gain)}"
+        for name, s in summaries.items()
+        if not s.gain >= min_gain
+    ]
     if min_gain <= 0 or not low:
         return None
-    return f"the loss must end {min_gain} nats below the unigram entropy; it is below for {', '.join(low)}"
+    return (
+        f"{'; '.join(low)} the unigram entropy, the loss of a guess that ignores the input, and must end"
+        f" {min_gain} below (train.min_gain). Train longer (train.steps, train.epochs), look at samples.png and at the"
+        " loss in log.jsonl; train.min_gain=0 leaves the check out."
+    )
+
+
+def _standing(gain: float) -> str:
+    if not math.isfinite(gain):
+        return "is not a number, against"
+    return f"ended {abs(gain):.3f} nats {'below' if gain >= 0 else 'above'}"

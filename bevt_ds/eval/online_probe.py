@@ -28,13 +28,13 @@ MOST_BYTES = 4 << 30  # of pooled features on a rank: far more than a small labe
 class OnlineProbe:
     """The labelled videos of a run's `probe` section, and the visual tokens counted since the last measurement."""
 
-    def __init__(self, config: Config, vocab_size: int, ranks: Ranks) -> None:
-        """Read the labels and try a few videos.
+    def __init__(self, config: Config, vocab_size: int, ranks: Ranks, steps: int) -> None:
+        """Read the labels and try a few videos. steps: of the whole run; the last is followed by a measurement.
 
         Raises:
             UserError: shards or labels that cannot be used, or a set without a video that can be decoded.
         """
-        self.ranks, self.every, self.steps = ranks, config.probe.every, config.train.steps
+        self.ranks, self.every, self.steps = ranks, config.probe.every, steps
         self.data = labelled_as(config.data)
         self.views = ViewsConfig(
             clips=1, crops=1, short_side=self.data.short_side, micro_videos=config.train.micro_clips

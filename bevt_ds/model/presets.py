@@ -14,11 +14,13 @@ from timm.models import FeatureInfo, register_model
 from torch import Tensor, nn
 
 from bevt_ds.errors import UserError
+from bevt_ds.folders import weights_of
 
 from .arch import SwinArch
 from .bevt import BEVT
 from .classifier import VideoClassifier
 from .video_swin import VideoSwin
+from .weights import read_weights
 
 SIZES = {
     "tiny": SwinArch(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window=(4, 4, 4)),
@@ -97,6 +99,28 @@ def create_classifier(name: str, num_classes: int, **overrides: Any) -> VideoCla
     if name not in SIZES:
         raise UserError(f"no backbone named {name!r}: choose one of {', '.join(SIZES)}")
     return VideoClassifier(num_classes, **(SIZES[name].arguments() | overrides))
+
+
+def require_same_sizes(name: str, path: str) -> None:
+    """Hold the weights that `init_from=path` names against the preset `name`, before anything else is made.
+
+    Raises:
+        UserError: they are of another width, depth or number of heads, and of which preset.
+    """
+    theirs, ours = read_weights(weights_of(path, "init_from")).arch, SIZES[name].arguments()
+    differing = [key for key in ("embed_dim", "depths", "num_heads") if not _same(theirs, ours, key)]
+    if not differing:
+        return
+    fitting = [other for other, arch in SIZES.items() if all(_same(theirs, arch.arguments(), key) for key in differing)]
+    advice = f"say model.name={fitting[0]}" if fitting else "no preset of model.name has these sizes"
+    values = ", ".join(f"{key}={theirs[key]} (model.name={name} has {ours[key]})" for key in differing)
+    raise UserError(f"init_from={path} has {values}: {advice}.")
+
+
+def _same(theirs: dict[str, Any], ours: dict[str, Any], key: str) -> bool:
+    """Whether two architectures agree in a size, as far as the first says it."""
+    plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731
+    return key not in theirs or plain(theirs[key]) == plain(ours[key])
 
 
 def _timm_entry(timm_name: str, name: str) -> Callable[..., nn.Module]:

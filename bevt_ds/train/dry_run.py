@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from bevt_ds.config.parse import to_dict
-from bevt_ds.config.schema import Config, FinetuneConfig, TrainingConfig
+from bevt_ds.config.schema import Config, FinetuneConfig, TrainConfig, TrainingConfig
 from bevt_ds.config.validate import micro_steps, missing_inputs, zero_stage
 from bevt_ds.data.reading.index import index_places, read_index, tar_identity
 from bevt_ds.data.reading.remote import is_remote
@@ -78,18 +79,20 @@ def report_pretraining(
     stops = [*missing_inputs(config), *_batch_faults(config, world), *found, *_tokenizer_faults(config)]
     if not sound:
         return _settings(config, notes), [*stops, *common_faults(config, values, world)]
-    model = meta_model(config)
+    model, steps = meta_model(config), train.steps or _steps_of_epochs(config, shards)
     plan = Plan(
         f"{_parameters(model):,}",
-        train.steps,
-        f"{train.global_clips} clips + {train.global_images} images",
-        f"{train.micro_clips} clips + {train.micro_images} images",
+        steps,
+        _batch(train, 0),
+        _batch(train, 1),
         expected_step_flops(config, model.arch),
         "masked head, no recompute, no tokenizer",
         _parameters(model),
     )
     reads = {"data.videos": train.global_clips / config.data.clips_per_video, "data.images": train.global_images}
-    supply = ["shards         drawn by the run itself"] if drawn else _supply(shards, reads, train.steps)
+    supply = ["shards         drawn by the run itself"] if drawn else _supply(shards, reads, steps)
+    if not train.steps:
+        supply.append(f"epochs         {train.epochs}, of all but about {config.data.holdout:.1%} that is held out")
     stops += common_faults(config, values, world, lambda init: load_init(model, init, head=config.init_head))
     return _text(config, values, notes, world, plan, supply), stops
 
@@ -291,6 +294,21 @@ def _text(
         f"arithmetic     {plan.flops / 1e12:,.2f} TFLOP a step ({plan.flops_of}){whole}",
     ]
     return "\n".join(lines)
+
+
+def _batch(train: TrainConfig, part: int) -> str:
+    """What a step takes over all ranks (`part` 0), or a rank's forward pass (1), of the streams that are trained."""
+    return " + ".join(f"{sizes[part]:,} {name}" for name, sizes in train.streams.items() if sizes[0])
+
+
+def _steps_of_epochs(config: Config, shards: Mapping[str, Shards]) -> int | None:
+    """About how many: which samples are held out shows when the shards are read."""
+    data, train = config.data, config.train
+    key, batch = ("data.videos", train.global_clips / data.clips_per_video)
+    if not train.global_clips:
+        key, batch = "data.images", train.global_images
+    samples = shards[key].samples if key in shards else None
+    return None if samples is None or not batch else math.ceil(train.epochs * samples * (1 - data.holdout) / batch)
 
 
 def _parameters(model: nn.Module) -> int:

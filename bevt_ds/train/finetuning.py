@@ -23,7 +23,7 @@ from bevt_ds.data.labels import Classes
 from bevt_ds.eval.metrics import Scores
 from bevt_ds.eval.videos import each_video
 from bevt_ds.model.arch import SwinArch
-from bevt_ds.model.presets import create_classifier
+from bevt_ds.model.presets import create_classifier, require_same_sizes
 from bevt_ds.runtime import run_dir
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import Engine
@@ -103,6 +103,8 @@ class Finetuning(Task[FinetuneConfig, LabelledBatch]):
 def open_finetuning(setup: Setup[FinetuneConfig]) -> Iterator[Finetuning]:
     """Loader, engine and moving average of a run; every label is checked."""
     config = setup.config
+    if config.init_from and setup.start is None:
+        require_same_sizes(config.model.name, config.init_from)
     with LabelledLoader(config.data, config.train, **setup.loading) as loader:
         steps = config.train.steps or config.train.epochs * loader.steps_an_epoch
         build = partial(make_engine, setup=setup, loader=loader, steps=steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from bevt_ds.eval.held_out import as_json, as_table, evaluate, shortfall
 from bevt_ds.eval.online_probe import OnlineProbe
 from bevt_ds.eval.visualize import draw
 from bevt_ds.model.arch import SwinArch
-from bevt_ds.model.presets import create_model
+from bevt_ds.model.presets import create_model, require_same_sizes
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, require_vocabulary, tokenize
 from bevt_ds.runtime import run_dir
 from bevt_ds.runtime.distributed import Ranks
@@ -67,6 +68,11 @@ class Pretraining(Task[Config, Batch]):
     def tokenizer_file(self) -> str:
         return self.config.tokenizer.weights if self.config.tokenizer.name == "dalle" else ""
 
+    def describe(self) -> str:
+        trained = " and ".join(f"{n:,} {kind}s" for kind, n in self.loader.samples.items())
+        epoch = self.loader.steps_an_epoch
+        return f"{trained} to train on; {self.steps:,} steps, {epoch:,.1f} an epoch: {self.steps / epoch:,.2f} epochs"
+
     def finish(self, batches: Iterator[Batch]) -> str | None:
         """Write samples.png, measure the held-out losses, and print them with their baselines."""
         folder, ranks = self.setup.folder, self.ranks
@@ -76,8 +82,8 @@ class Pretraining(Task[Config, Batch]):
         summaries = evaluate(self.engine, self.tokenizer, held_out)
         if ranks.is_main and summaries:
             run_dir.write_json(folder / run_dir.SUMMARY, as_json(summaries))
-            print(f"\n{as_table(summaries)}", flush=True)
-        return shortfall(summaries, self.config.train.min_gain)
+            print(f"\n{as_table(summaries, judged_on(self.config))}", flush=True)
+        return shortfall(summaries, self.config.train.min_gain, judged_on(self.config))
 
 
 @contextmanager
@@ -85,16 +91,28 @@ def open_pretraining(setup: Setup[Config]) -> Iterator[Pretraining]:
     """Tokenizer, probe, loader and engine of a run. Shards that cannot be evaluated are found before the first step."""
     config, ranks = setup.config, setup.ranks
     ledger = setup.folder if ranks.is_main else None
+    if config.init_from and setup.start is None:
+        require_same_sizes(config.model.name, config.init_from)
     tokenizer = make_tokenizer(config, ranks)
-    probe = OnlineProbe(config, tokenizer.vocab_size, ranks) if config.probe.every else None
     with closing(eval_batches(config, folder=ledger)) as held_out:
         next(held_out, None)
     with Loader(config, **setup.loading) as loader:
-        build = partial(make_engine, setup=setup, vocab_size=tokenizer.vocab_size)
+        steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_an_epoch)
+        probe = OnlineProbe(config, tokenizer.vocab_size, ranks, steps) if config.probe.every else None
+        build = partial(make_engine, setup=setup, vocab_size=tokenizer.vocab_size, steps=steps)
         engine, _ = setup.begin_engine(build, loader.fingerprint)
         require_vocabulary(tokenizer, engine.module.arch["vocab_size"])
         flops = expected_step_flops(config, engine.module.arch)
-        yield Pretraining(setup, loader, engine, config.train.steps, flops, tokenizer, probe)
+        yield Pretraining(setup, loader, engine, steps, flops, tokenizer, probe)
+
+
+def judged_on(config: Config) -> dict[str, str]:
+    """By stream, which data its held-out figures are of."""
+    data, named = config.data, {"video": config.data.eval_videos, "image": config.data.eval_images}
+    return {
+        stream: f"data.eval_{stream}s={shards}" if shards else f"{data.holdout:.1%} of data.{stream}s={own}, held out"
+        for (stream, shards), own in zip(named.items(), (data.videos, data.images), strict=True)
+    }
 
 
 def trained_streams(config: Config) -> list[str]:
@@ -114,13 +132,13 @@ def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
 
 
 def make_engine(
-    config: Config, setup: Setup[Config], vocab_size: int, weights: dict[str, Tensor] | None = None
+    config: Config, setup: Setup[Config], vocab_size: int, steps: int, weights: dict[str, Tensor] | None = None
 ) -> Engine:
-    """The model under DeepSpeed, with these weights or as the run begins; `config` may be of another precision."""
+    """The model under DeepSpeed, these weights or as the run begins; `config` may be of another precision."""
     options = asdict(config.model)
     model = create_model(options.pop("name"), vocab_size=vocab_size, **options)
     setup.initialise(model, weights, head=config.init_head)
     freeze_unused(model, trained_streams(config))
     groups = parameter_groups(model, config.optim.weight_decay)
-    schedule = partial(learning_rate, optim=config.optim, steps=config.train.steps, warmup=config.optim.warmup_steps)
+    schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=config.optim.warmup_steps)
     return Engine(model, config, setup.ds_values, setup.ranks, SwinArch.of(model.arch).width, groups, schedule)

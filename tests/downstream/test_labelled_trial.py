@@ -73,7 +73,7 @@ def test_the_online_probe_does_not_start(labelled: LabelledDataConfig, tar: Call
     probe = replace(OnlineProbeConfig(2, labelled.train, labelled.val), **{field: tar(set())})
     config = Config("test", data=data, train=TrainConfig(steps=5, micro_clips=2), probe=probe)
     with pytest.raises(UserError, match=rf"^probe\.{field}: {DAMAGE}"):
-        on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks))
+        on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks, config.train.steps))
 
 
 def test_the_probe_does_not_start(

@@ -50,7 +50,7 @@ def targets(*ids: int) -> Batch:
 
 def test_ranks_agree_and_the_generator_is_not_touched(config):
     def work(ranks):
-        probe = OnlineProbe(config, 8, ranks)
+        probe = OnlineProbe(config, 8, ranks, config.train.steps)
         probe.count(targets(*([ranks.rank] * 6)))
         return probe.measure(engines[ranks.rank])
 
@@ -69,7 +69,7 @@ def test_ranks_agree_and_the_generator_is_not_touched(config):
 
 
 def test_tokens_are_counted_anew_for_each_measurement(config):
-    (probe,) = on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks))
+    (probe,) = on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks, config.train.steps))
     engine = StillEngine()
     probe.count(targets(0, 1, 2, 3, -100))
     assert probe.measure(engine)["codebook_use"] == 0.5
@@ -83,7 +83,7 @@ def test_codebook_use_has_known_values():
 
 
 def test_it_is_due_every_few_steps_and_at_the_end(config):
-    (probe,) = on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks))
+    (probe,) = on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks, config.train.steps))
     assert [step for step in range(5) if probe.due(step)] == [1, 3, 4]
 
 

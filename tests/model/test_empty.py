@@ -77,9 +77,9 @@ def test_summary_and_samples_without_masked_positions(small_bevt, unmasked, engi
     summaries = evaluate(engine, tokenizer, [batch])
     assert summaries == {}
     assert as_json(summaries) == {}
-    assert as_table(summaries).count("\n") == 0
-    assert shortfall(summaries, 0.0) is None
-    assert "no masked position was held out" in shortfall(summaries, 0.1)
+    assert as_table(summaries, {}).count("\n") == 0
+    assert shortfall(summaries, 0.0, {}) is None
+    assert "no masked position was held out" in shortfall(summaries, 0.1, {})
     draw(engine, tokenize(tokenizer, batch), tmp_path / "samples.png")
     assert Image.open(tmp_path / "samples.png").width > 100
 

@@ -63,6 +63,12 @@ def test_every_field_can_be_set_from_the_command_line():
         (["train.steps"], ["key=value"]),
         (["data.videos=a-000.tar", "data.videos=a-001.tar"], ["given twice", "quotes"]),
         (["train.steps=many"], ["expected int"]),
+        (["train.steps=1.5"], ["expected int"]),
+        (["train.steps=inf"], ["expected int"]),
+        (["train.steps="], ["train.steps= has no value", "expected int"]),
+        (["optim.lr="], ["optim.lr= has no value"]),
+        (["train.batch_size=8"], ["train.global_clips"]),
+        (["learning_rate=1"], ["optim.lr"]),
         (["model.window=8,7"], ["expected 3 values"]),
         (["train.precision=int8"], ["bf16, fp16, fp32"]),
         (["model.checkpointing=yes"], ["true or false"]),
@@ -73,6 +79,13 @@ def test_mistakes_on_the_command_line_are_named(words, parts):
         configured(*words)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    for text in ("100000", "1e5", "100000.0"):
+        value = configured(f"train.steps={text}").train.steps
+        assert (value, type(value)) == (100_000, int)
+    assert configured("train.seed=9007199254740993.0").train.seed == 9007199254740993  # which no float is
 
 
 @pytest.mark.parametrize(
@@ -89,9 +102,10 @@ def test_mistakes_on_the_command_line_are_named(words, parts):
         ("data.mask.tube=1.0,0.4", "smaller first"),
         ("train.global_clips=-2", "at least 0"),
         ("optim.weight_decay=nan", "finite"),
-        ("train.min_gain=0.2", "held-out shards"),
+        ("train.min_gain=0.2", "held-out samples"),
+        ("data.holdout=0.6", "in [0, 0.5]"),
         ("data.clips_per_video=3", "multiple of data.clips_per_video"),
-        ("train.steps=0", "at least 1"),
+        ("train.steps=0", "both 0"),
         ("train.log_every=0", "at least 1"),
     ],
 )

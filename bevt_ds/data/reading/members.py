@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import BinaryIO
 
@@ -68,7 +68,11 @@ class Shard:
 
     def only(self, kind: str) -> Shard:
         """The members of one kind, "video" or "image"."""
-        keep = [i for i, extension in enumerate(self.extensions) if KINDS[extension] == kind]
+        return self.at(i for i, extension in enumerate(self.extensions) if KINDS[extension] == kind)
+
+    def at(self, members: Iterable[int]) -> Shard:
+        """The members with these numbers."""
+        keep = list(members)
         return replace(self, **{name: tuple(getattr(self, name)[i] for i in keep) for name in COLUMNS})
 
 
