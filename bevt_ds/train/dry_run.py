@@ -28,11 +28,12 @@ from bevt_ds.model.presets import create_classifier, create_model
 from bevt_ds.model.tokenizers import load_tokenizer
 from bevt_ds.model.weights import load_init
 from bevt_ds.runtime import checkpoint, run_dir
+from bevt_ds.runtime.continuing import find_start
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import require_supported
 from bevt_ds.runtime.flops import backbone_macs, training_flops
 from bevt_ds.runtime.logging import expected_step_flops
-from bevt_ds.runtime.runs import find_start, kernel_provider
+from bevt_ds.train.loop import kernel_provider
 
 DALLE_VOCABULARY = 8192
 GIB = 1 << 30

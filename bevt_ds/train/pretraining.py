@@ -134,7 +134,7 @@ def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
 def make_engine(
     config: Config, setup: Setup[Config], vocab_size: int, steps: int, weights: dict[str, Tensor] | None = None
 ) -> Engine:
-    """The model under DeepSpeed, these weights or as the run begins; `config` may be of another precision."""
+    """The model under DeepSpeed, with these weights or as the run begins; `config` may be of another precision."""
     options = asdict(config.model)
     model = create_model(options.pop("name"), vocab_size=vocab_size, **options)
     setup.initialise(model, weights, head=config.init_head)

@@ -100,3 +100,12 @@ def test_owner_is_seen_without_taking_the_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert hold(tmp_path) is None
     assert owner_of(tmp_path) is None  # this process itself
+
+
+def test_a_run_by_epochs_says_its_steps_and_only_the_streams_it_trains(dry, shards, tmp_path):
+    samples = len(load_shard(str(shards["data.videos"])).only("video"))
+    settings = {"train.steps": 0, "train.epochs": 3, "train.global_images": 0, "output_dir": tmp_path / "run"}
+    code, lines, stops = dry(**settings)
+    assert (code, stops) == (0, [])
+    steps = -(-3 * samples // 4)
+    assert any(line == f"steps          {steps}, each of 4 clips" for line in lines)
