@@ -25,7 +25,6 @@ from bevt_ds.data.plan import clip_frames
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import Member, read_member
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.timing import StageTimes
 from bevt_ds.shards.writer import sample_records
 
 ROWS = RESULTS / "reading.jsonl"
@@ -50,11 +49,11 @@ def write_shard(path: Path, kib: int) -> list[Member]:
 
 def reading(members: list[Member]) -> dict[str, Callable[[], object]]:
     """Each variant reads all members."""
-    storage, times = Storage(DataConfig()), StageTimes()
+    storage = Storage(DataConfig())
     return {
         "read": lambda: [read_member(member, verify=False) for member in members],
         "read, verify": lambda: [read_member(member) for member in members],
-        "read, verify, deadline": lambda: [storage.read(member, times) for member in members],
+        "read, verify, deadline": lambda: [storage.read(member) for member in members],
     }
 
 

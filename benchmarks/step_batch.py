@@ -12,6 +12,7 @@ from bevt_ds.config.recipes import demo, joint_swin_b
 from bevt_ds.config.schema import Config, DataConfig, MaskConfig, TokenizerConfig
 from bevt_ds.data.masks import masked_frames, row_index
 from bevt_ds.data.plan import StreamId, StreamPlan
+from bevt_ds.rng import sample_key
 
 
 def base_configuration(model: str, clips: int, images: int, micro_batches: int = 1, ids: int | None = None) -> Config:
@@ -49,8 +50,8 @@ def _stream(kind: StreamId, data: DataConfig, count: int, draw: torch.Generator)
         rows=torch.from_numpy(index.rows),
         cells=torch.from_numpy(index.cells),
         token_rows=torch.from_numpy(index.token_rows),
-        sample_keys=torch.tensor([plan.key(0, slot) for slot in range(count)]),
-        count=plan.masked_cells(0),
+        sample_keys=torch.tensor([sample_key(plan.seed, plan.stream, 0, slot) for slot in range(count)]),
+        count=int(masks.sum()) * plan.frames_per_cell,
     )
 
 

@@ -35,13 +35,15 @@ NEVER = {  # what a layer does without
     "shards": {"torch", "deepspeed", "triton", "timm"},
 }
 DATA_LAYERS = [  # the same within data/
-    {"limits", "masks", "timing", "delivery"},
+    {"limits", "masks", "timing"},
     {"plan"},
     {"reading", "decoding"},
     {"ledger", "pixels", "holdout"},
-    {"stream", "decoder_choice", "labels", "labelled_plan"},
+    {"stream", "decoder_choice", "labels"},
+    {"graph_stream"},
+    {"open_stream"},
     {"loader"},
-    {"files", "labelled_reader", "labelled_loader", "labelled_trial"},
+    {"files", "labelled_reader", "labelled_loader"},
 ]
 
 

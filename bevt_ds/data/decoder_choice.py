@@ -39,7 +39,7 @@ def choose(candidates: dict[str, Callable[[], float]], facts: tuple, folder: Pat
     return best
 
 
-def taken_over(state: dict[str, Any] | None, setting: str, on_gpu: bool) -> dict[str, str]:
+def resumed_decoders(state: dict[str, Any] | None, setting: str, on_gpu: bool) -> dict[str, str]:
     """Stream -> decoder that a resumed run need not measure again. Only `auto` leaves a choice, and only on a GPU.
 
     state: BackgroundLoader.state of the run that is resumed. setting: data.decoder.

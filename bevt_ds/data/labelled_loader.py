@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,19 +14,23 @@ import torch
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
 from bevt_ds.config.validate import check_holds_crop, check_labelled, check_views, micro_steps_of, need_shards
-from bevt_ds.data.delivery import Aside, used_here
-from bevt_ds.data.labelled_plan import LabelledPlan, ViewPlan
-from bevt_ds.data.labelled_reader import ClipReader, LabelledShards, ViewReader
-from bevt_ds.data.labelled_trial import require_decodable
+from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.labelled_reader import LabelledShards, TrainingReader, ViewReader
 from bevt_ds.data.labels import Classes, expected_count, read_classes
 from bevt_ds.data.ledger import Ledger, Skips
-from bevt_ds.data.loader import LEDGER, BackgroundLoader, Exchange, open_resources
-from bevt_ds.data.pixels.cpu_pixels import single_core_threads
-from bevt_ds.data.plan import StreamId, slots_of
+from bevt_ds.data.limits import BadSample
+from bevt_ds.data.loader import ALONE, LEDGER, BackgroundLoader, Ranks, SideStream, record_stream
+from bevt_ds.data.open_stream import open_resources
+from bevt_ds.data.plan import LabelledPlan, StreamId, ViewPlan, slots_of
 from bevt_ds.data.reading.members import Shard
+from bevt_ds.data.reading.remote import redacted
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.stream import Resources, Ticket
+from bevt_ds.data.stream import PendingBatch
 from bevt_ds.data.timing import StageTimes
+from bevt_ds.errors import UserError
+
+TRIED = 8  # videos of a set that are tried before the start, at most
+ONE_VIEW = ViewsConfig(clips=1, crops=1)
 
 
 class Batching(Protocol):
@@ -40,15 +43,14 @@ class Batching(Protocol):
     def streams(self) -> dict[str, tuple[int, int]]: ...
 
 
-class LabelledReader:
+class LabelledBatchReader:
     """Makes the micro-batches of one rank, as BatchReader does for pretraining."""
 
     def __init__(
         self,
         config: LabelledDataConfig,
         train: Batching,
-        rank: int,
-        world: int,
+        ranks: Ranks,
         device: torch.device | str,
         folder: Path | None,
         state: dict[str, Any] | None,
@@ -57,13 +59,13 @@ class LabelledReader:
         need_shards("data.train", config.train)
         if config.val:
             check_holds_crop("data.short_side", config.short_side, config.size)
-        self._rank, self._world, self._device = rank, world, torch.device(device)
+        self._ranks, self._device = ranks, torch.device(device)
         global_size, self._micro_size = train.streams["clips"]
         self.skips, self.times = Skips(state), StageTimes()
         ledger = Ledger(StreamId.LABELLED, folder and folder / LEDGER, self.skips)
         self.ledgers, self.decoder_choices = {ledger.stream: ledger}, {}
         with ExitStack() as resources:
-            augmenters, shared = _open(config, self.times, resources)
+            shared = open_resources(config, True, self.times, resources)
             shards = shared.storage.shards(config.train, "video")
             self.val_shards = shared.storage.shards(config.val, "video") if config.val else []
             self.classes = read_classes(shards, self.val_shards, config.classes)
@@ -71,8 +73,8 @@ class LabelledReader:
             require_decodable({"data.train": shards, "data.val": self.val_shards}, config, shared.storage, shared.pool)
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
             plan = LabelledPlan(data.counts, config, train.seed, global_size)
-            self._clips = ClipReader(plan, data, config, shared, augmenters, ledger, self._device)
-            self._aside = Aside(self._device)
+            self._clips = TrainingReader(plan, data, config, shared, ledger, self._device)
+            self._side_stream = SideStream(self._device)
             self._resources = resources.pop_all()
 
     @property
@@ -84,14 +86,14 @@ class LabelledReader:
         """The decode processes."""
         return self._pool.pids
 
-    def begin(self, step: int, micro_step: int) -> Ticket:
+    def begin(self, step: int, micro_step: int) -> PendingBatch:
         """Start on a micro-batch."""
-        return self._clips.begin(step, slots_of(micro_step, self._rank, self._world, self._micro_size))
+        return self._clips.begin(step, slots_of(micro_step, self._ranks.rank, self._ranks.world, self._micro_size))
 
-    def finish(self, ticket: Ticket) -> LabelledBatch:
+    def finish(self, pending: PendingBatch) -> LabelledBatch:
         """Wait for a micro-batch that was begun."""
-        with self._aside.making():
-            return self._clips.finish(ticket).to(self._device, non_blocking=True)
+        with self._side_stream.context():
+            return self._clips.finish(pending).to(self._device, non_blocking=True)
 
     def close(self) -> None:
         """End the decode processes and threads."""
@@ -112,27 +114,22 @@ class LabelledLoader(BackgroundLoader):
         self,
         data: LabelledDataConfig,
         train: Batching,
-        rank: int = 0,
-        world: int = 1,
+        ranks: Ranks = ALONE,
         start_step: int = 0,
         device: torch.device | str = "cpu",
         folder: Path | None = None,
         state: dict[str, Any] | None = None,
-        exchange: Exchange | None = None,
     ) -> None:
-        parts = micro_steps_of(train.streams, world)
-        reader = LabelledReader(data, train, rank, world, device, folder, state)
+        parts = micro_steps_of(train.streams, ranks.world)
+        reader = LabelledBatchReader(data, train, ranks, device, folder, state)
         self.classes, self.videos, self.val_shards = reader.classes, reader.videos, reader.val_shards
         self.steps_an_epoch = max(self.videos // train.streams["clips"][0], 1)
-        super().__init__(reader, parts, data, start_step, exchange)
+        super().__init__(reader, parts, data, ranks, start_step)
 
     def __next__(self) -> LabelledBatch:
         batch = super().__next__()
-        used_here(batch)
+        record_stream(batch)
         return batch
-
-    def _lanes(self) -> dict[str, int]:
-        return {**super()._lanes(), "augment": self._config.threads}
 
 
 def test_batches(
@@ -157,16 +154,15 @@ def test_batches(
     check_views(data, views)
     if shards is None:
         need_shards("data.val", data.val)
-    times = StageTimes()
     with ExitStack() as resources:
-        augmenters, shared = _open(data, times, resources)
+        shared = open_resources(data, True, StageTimes(), resources)
         shards = shared.storage.shards(data.val, "video") if shards is None else shards
         classes = classes or _classes_of(data, shards, shared.storage)
         labelled = LabelledShards.of(shards, classes)
         plan = ViewPlan(labelled.counts, data, views, views.micro_videos * world)
         ledger = Ledger(StreamId.TEST, folder and folder / LEDGER, Skips())
-        reader = ViewReader(plan, labelled, data, views, shared, augmenters, ledger, torch.device(device))
-        under_way: deque[Ticket] = deque()
+        reader = ViewReader(plan, labelled, data, shared, ledger, torch.device(device), views=views)
+        under_way: deque[PendingBatch] = deque()
         for step in range(plan.steps):
             under_way.append(reader.begin(step, slots_of(0, rank, world, views.micro_videos)))
             if len(under_way) > data.prefetch:
@@ -185,15 +181,42 @@ def _classes_of(data: LabelledDataConfig, val: Sequence[Shard], storage: Storage
     return read_classes(train, val, data.classes)
 
 
-def _open(data: LabelledDataConfig, times: StageTimes, closing: ExitStack) -> tuple[ThreadPoolExecutor, Resources]:
-    """Threads that augment, and what reads and decodes; `closing` ends the latter first, for which the former wait."""
-    augmenters = closing.enter_context(single_core_threads(data.threads))
-    return augmenters, open_resources(data, True, times, closing)
-
-
 def _fingerprint(shards: Sequence[Shard]) -> str:
     """Names, sizes, checksums and labels of the samples; where the tars lie does not matter."""
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(repr((shard.keys, shard.sizes, shard.crcs, shard.labels)).encode())
     return digest.hexdigest()
+
+
+def require_decodable(
+    sets: Mapping[str, Sequence[Shard]], config: LabelledDataConfig, storage: Storage, pool: DecodePool
+) -> None:
+    """Decode a clip of one video of each set, or of up to TRIED, all over the set, until one succeeds.
+
+    sets: shards by the name of the field that they come from; a set may be empty. A few bad videos among good ones are
+    no reason to stop: the loader replaces them and counts them.
+
+    UserError: none can be decoded; it names set, shard, key and reason. StorageStalled: as Storage.read.
+    """
+    for name, shards in sets.items():
+        if shards and (faults := _faults(shards, config, storage, pool)):
+            raise UserError(
+                f"{name}: none of the {len(faults)} videos that were tried can be decoded. Sample {faults[0]}."
+                " `bevt shards check` lists all that is wrong."
+            )
+
+
+def _faults(shards: Sequence[Shard], config: LabelledDataConfig, storage: Storage, pool: DecodePool) -> list[str]:
+    """What is wrong with each video that was tried; nothing if one of them could be decoded."""
+    plan = ViewPlan([len(shard) for shard in shards], config, ONE_VIEW, 1)
+    faults = []
+    for place in sorted({i * plan.total // TRIED for i in range(TRIED)}):
+        entry = plan.entry(place, 0)
+        member = shards[entry.shard].member(entry.member)
+        try:
+            with pool.clips(storage.read(member), entry.positions, config.frames, config.stride, entry.choice):
+                return []
+        except BadSample as bad:
+            faults.append(f"{member.key!r} of {redacted(member.path)}: {bad}")
+    return faults

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
-from bevt_ds.data.decoding.pool import Load
-from bevt_ds.data.labelled_plan import LabelledEntry, LabelledPlan, ViewPlan
 from bevt_ds.data.labels import Classes
 from bevt_ds.data.ledger import Ledger
 from bevt_ds.data.limits import BadSample
@@ -29,9 +27,10 @@ from bevt_ds.data.pixels.clip_pixels import (
     with_short_side,
 )
 from bevt_ds.data.pixels.randaugment import randaugment
+from bevt_ds.data.plan import LabelledEntry, LabelledPlan, ViewPlan
 from bevt_ds.data.reading.members import Shard
-from bevt_ds.data.stream import Resources, SampleReader, ShortVideos, Ticket, sample_name
-from bevt_ds.rng import Use
+from bevt_ds.data.stream import PendingBatch, Resources, SampleReader, sample_name
+from bevt_ds.rng import Use, sample_key
 
 NO_LABEL = -1
 
@@ -55,69 +54,77 @@ class LabelledShards:
     def label(self, entry: LabelledEntry) -> int:
         return int(self.labels[entry.shard][entry.member])
 
-    def name(self, entry: LabelledEntry) -> str:
-        """`shard/key` of a sample."""
-        return sample_name(self.shards[entry.shard].member(entry.member))
-
 
 def _stride(config: LabelledDataConfig) -> int:
     """Frames from one of a clip to the next, at least: segments are as far apart as the video is long."""
     return 1 if config.sampling == "segments" else config.stride
 
 
-class ClipReader(SampleReader):
-    """Training clips: one of each video, augmented. `begin` starts on a micro-batch, `finish` waits for it."""
+class LabelledReader(SampleReader):
+    """What training clips and views have in common: a video is decoded and its frames copied, then augmented."""
+
+    plan: LabelledPlan | ViewPlan
+    config: LabelledDataConfig
 
     def __init__(
         self,
-        plan: LabelledPlan,
+        plan: LabelledPlan | ViewPlan,
         data: LabelledShards,
         config: LabelledDataConfig,
         shared: Resources,
-        augmenters: ThreadPoolExecutor,
         ledger: Ledger,
         device: torch.device,
     ) -> None:
         super().__init__(plan, data.shards, config, shared, ledger, _stride(config))
-        self.data, self.augmenters, self.device = data, augmenters, device
+        self.data, self.device = data, device
 
-    def finish(self, ticket: Ticket) -> LabelledBatch:
+    def _frames(self, entry: LabelledEntry) -> Tensor:
+        """The frames of all clips of a video, clip by clip: uint8 (k*T,3,H,W). BadSample: it cannot be decoded."""
+        config, data = self.config, self._read(entry)
+        with self.shared.pool.clips(data, entry.positions, config.frames, config.stride, entry.choice) as decoded:
+            frames = decoded.frames[decoded.places.reshape(-1)]
+        self._note(entry, decoded.reply)
+        return as_frames(frames)
+
+    def _name(self, entry: LabelledEntry) -> str:
+        return sample_name(self._member(entry))
+
+
+class TrainingReader(LabelledReader):
+    """Training clips: one of each video, augmented. `begin` starts on a micro-batch, `finish` waits for it."""
+
+    plan: LabelledPlan
+
+    def finish(self, pending: PendingBatch) -> LabelledBatch:
         """The micro-batch: pixels on the device, the rest on the host."""
-        clips = [clip for i in range(len(ticket.payloads)) for clip in self._settled(ticket, i)]
+        clips = [self._settled(pending, i) for i in range(len(pending.samples))]
         self.ledger.accept(len(clips))
         with self.shared.times.measured("copy"):
             pixels = normalised(torch.stack(clips), self.device)
-            self._erase(pixels, ticket.entries)
-        keys = [self.plan.key(ticket.step, slot) for slot in ticket.slots]
+            self._erase(pixels, pending.entries)
+        keys = [sample_key(self.plan.seed, self.plan.stream, pending.step, slot) for slot in pending.slots]
         return LabelledBatch(
             pixels=pixels,
-            labels=torch.tensor([self.data.label(entry) for entry in ticket.entries]),
+            labels=torch.tensor([self.data.label(entry) for entry in pending.entries]),
             sample_keys=torch.tensor(keys),
-            keys=tuple(self.data.name(entry) for entry in ticket.entries),
+            keys=tuple(map(self._name, pending.entries)),
             count=self.plan.global_size,
         )
 
-    def _load(self, load: Load, group: list[LabelledEntry]) -> Future:
-        entry, config = group[0], self.config
-        read = self.shared.reading(load)
-        decoded = self.shared.pool.clips(read, entry.positions, config.frames, config.stride, entry.choice)
-        return self.augmenters.submit(self._augmented, decoded, entry)
-
-    def _augmented(self, decoded: Future, entry: LabelledEntry) -> list[Tensor]:
-        """The entry's clip once it is decoded: uint8 (T,3,S,S), in a list. BadSample: it cannot be."""
-        frames = as_frames(self._unpacked(decoded.result(), entry)[0])
-        draw = partial(self.plan.generator, step=entry.step, slot=entry.slot)
-        config, size = self.config, self.config.size
-        with self.shared.times.measured("augment"):
+    def _sample(self, pending: PendingBatch, i: int, group: list[LabelledEntry]) -> Tensor:
+        """The clip, augmented: uint8 (T,3,S,S)."""
+        (entry,), config, size = group, self.config, self.config.size
+        frames, draw = self._frames(entry), partial(self.plan.generator, step=entry.step, slot=entry.slot)
+        with self.shared.cores, self.shared.times.measured("augment"):
             frames = with_short_side(frames, config.short_side)
             box = random_box(draw(Use.CROP), *frames.shape[-2:], config.crop_area, config.crop_aspect)
             clip = resized(box.of(frames), size, size)
             if draw(Use.FLIP).random() < config.flip:
                 clip = clip.flip(-1)
             if config.randaugment[0]:
-                pictures = np.ascontiguousarray(clip.permute(0, 2, 3, 1).numpy())
-                clip = as_frames(randaugment(draw(Use.RANDAUGMENT), pictures, *config.randaugment))
-        return [clip]
+                images = np.ascontiguousarray(clip.permute(0, 2, 3, 1).numpy())
+                clip = as_frames(randaugment(draw(Use.RANDAUGMENT), images, *config.randaugment))
+        return clip
 
     def _erase(self, pixels: Tensor, entries: Sequence[LabelledEntry]) -> None:
         """Random erasing in place, after normalisation: zero is the mean colour. The same box in all frames."""
@@ -127,69 +134,48 @@ class ClipReader(SampleReader):
                 box.of(clip).zero_()
 
 
-class ViewReader:
+class ViewReader(LabelledReader):
     """All views of each video, for testing. A video that cannot be read is listed and left out: its label is -1."""
 
-    def __init__(
-        self,
-        plan: ViewPlan,
-        data: LabelledShards,
-        config: LabelledDataConfig,
-        views: ViewsConfig,
-        shared: Resources,
-        augmenters: ThreadPoolExecutor,
-        ledger: Ledger,
-        device: torch.device,
-    ) -> None:
-        self.plan, self.data, self.config, self.views = plan, data, config, views
-        self.shared, self.augmenters, self.ledger, self.device = shared, augmenters, ledger, device
-        self.short = ShortVideos(config.frames, _stride(config))
+    plan: ViewPlan
 
-    def begin(self, step: int, slots: range) -> Ticket:
-        entries = [entry for slot in slots if (entry := self.plan.entry(step, slot))]
-        return Ticket(step, slots, entries, [self._load(entry) for entry in entries])
+    def __init__(self, *arguments: Any, views: ViewsConfig) -> None:
+        super().__init__(*arguments)
+        self.views, self._remote = views, False  # shards are fetched when their turn comes
 
-    def finish(self, ticket: Ticket) -> LabelledBatch:
-        """The micro-batch: pixels on the device, the rest on the host. Its size is that of `ticket.slots`."""
-        size, config = len(ticket.slots), self.config
+    def finish(self, pending: PendingBatch) -> LabelledBatch:
+        """The micro-batch: pixels on the device, the rest on the host. Its size is that of `pending.slots`."""
+        size, config = len(pending.slots), self.config
         views = torch.zeros(
             (size, self.views.clips * self.views.crops, config.frames, 3, config.size, config.size), dtype=torch.uint8
         )
         labels, keys = torch.full((size,), NO_LABEL), [""] * size
-        for i, (entry, payload) in enumerate(zip(ticket.entries, ticket.payloads, strict=True)):
+        for i, entry in enumerate(pending.entries):
             try:
-                views[i] = self._result(entry, payload)
+                views[i] = self._second_try(pending, i)
             except BadSample as bad:
-                self.ledger.reject(entry, self.data.shards[entry.shard].member(entry.member), bad)
+                self.ledger.reject(entry, self._member(entry), bad)
                 continue
             self.ledger.accept(1)
-            labels[i], keys[i] = self.data.label(entry), self.data.name(entry)
+            labels[i], keys[i] = self.data.label(entry), self._name(entry)
         with self.shared.times.measured("copy"):
             pixels = normalised(views, self.device)
-        sample_keys = torch.tensor([ticket.step * self.plan.global_size + slot for slot in ticket.slots])
-        return LabelledBatch(pixels, labels, sample_keys, tuple(keys), self.plan.videos(ticket.step))
+        sample_keys = torch.tensor([pending.step * self.plan.global_size + slot for slot in pending.slots])
+        return LabelledBatch(pixels, labels, sample_keys, tuple(keys), self.plan.videos(pending.step))
 
-    def _result(self, entry: LabelledEntry, payload: Future) -> Tensor:
+    def _second_try(self, pending: PendingBatch, i: int) -> Tensor:
         """The views of a video, at the second try if what failed the first may have passed."""
         try:
-            return payload.result()
+            return pending.samples[i].result()
         except BadSample as bad:
             if not bad.transient:
                 raise
-        return self._load(entry).result()
+        return self._start(pending, i, self._group(pending, i)).result()
 
-    def _load(self, entry: LabelledEntry) -> Future:
-        config, shared = self.config, self.shared
-        load = partial(shared.storage.read, self.data.shards[entry.shard].member(entry.member), shared.times)
-        read = shared.reading(load)
-        decoded = shared.pool.clips(read, entry.positions, config.frames, config.stride, entry.choice)
-        return self.augmenters.submit(self._viewed, decoded, entry)
-
-    def _viewed(self, decoded: Future, entry: LabelledEntry) -> Tensor:
-        """The views of the entry's video once it is decoded: uint8 (V,T,3,S,S)."""
-        reply, clips = decoded.result()
-        self.short.look_at(self.data.name(entry), reply["total"])
-        with self.shared.times.measured("augment"):
-            frames = with_short_side(as_frames(clips.reshape(-1, *clips.shape[2:])), self.views.short_side)
+    def _sample(self, pending: PendingBatch, i: int, group: list[LabelledEntry]) -> Tensor:
+        """The views of a video: uint8 (V,T,3,S,S)."""
+        frames = self._frames(group[0])
+        with self.shared.cores, self.shared.times.measured("augment"):
+            frames = with_short_side(frames, self.views.short_side)
             boxes = view_boxes(*frames.shape[-2:], self.config.size, self.views.crops)
-            return stacked_views(frames, boxes, len(clips))
+            return stacked_views(frames, boxes, self.views.clips)

@@ -10,98 +10,129 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
 from bevt_ds.batch import Batch
 from bevt_ds.config.schema import Config, ReadingConfig
 from bevt_ds.config.validate import micro_steps
-from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores, taken_over
-from bevt_ds.data.decoding.pool import DecodePool
-from bevt_ds.data.delivery import Aside, used_here
+from bevt_ds.data.decoder_choice import resumed_decoders
 from bevt_ds.data.holdout import split
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, require_few_bad
-from bevt_ds.data.limits import Limits
-from bevt_ds.data.pixels.cpu_pixels import ClipPixels
-from bevt_ds.data.pixels.pipeline import PixelPipeline
-from bevt_ds.data.plan import StreamId, StreamPlan, slots_of
-from bevt_ds.data.reading.index import cache_home
+from bevt_ds.data.open_stream import Source, decoder_of, open_reader, open_resources
+from bevt_ds.data.plan import StreamId, slots_of
+from bevt_ds.data.reading.deadline import StorageStalled
 from bevt_ds.data.reading.members import Shard
-from bevt_ds.data.reading.patience import StorageStalled
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.stream import Pixels, Resources, StreamReader, Ticket
+from bevt_ds.data.stream import PendingBatch
 from bevt_ds.data.timing import StageTimes, bottleneck
-from bevt_ds.errors import UserError
 
 LEDGER = "bad_samples.jsonl"
-NVDECS = 8  # DALI decodes as many videos at a time as it has threads; an H100 has seven decoders
 
-Exchange = Callable[[list[int]], list[int]]  # the sums of the numbers over all ranks; every rank calls it
+
+class Ranks(Protocol):
+    """The processes that share the global batch; bevt_ds.runtime.distributed has them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    def sum_counts(self, counts: Sequence[int]) -> list[int]:
+        """Sums over all ranks, element by element; every rank calls it."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where one stream's samples come from and how many a step takes."""
+class OneRank:
+    """One of `world` ranks that asks no other: it judges its samples alone."""
 
-    stream: StreamId
-    shards: str  # pattern
-    global_size: int
-    micro_size: int
-    held_out: bool = False  # whether it takes the samples that `data.holdout` holds out, or the others
+    rank: int = 0
+    world: int = 1
+
+    def sum_counts(self, counts: Sequence[int]) -> list[int]:
+        return list(counts)
+
+
+ALONE = OneRank()
+
+
+class SideStream:
+    """A CUDA stream on which batches for `device` are made, next to what the training step computes; on a CPU, none.
+
+    Without it what the loader's thread starts would go to the stream on which the training step computes: each would
+    wait for all that the other has started.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """What the block starts on the GPU is done when the block ends."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+            self._stream.synchronize()
+
+
+def record_stream(*parts: Any) -> None:
+    """Tell CUDA's allocator that the caller's stream uses the tensors of these streams or batches, or None.
+
+    They were made on another stream, for which their memory would be free again as soon as nothing refers to them.
+    """
+    tensors = [value for part in parts if part is not None for value in vars(part).values()]
+    for value in tensors:
+        if isinstance(value, torch.Tensor) and value.is_cuda:
+            value.record_stream(torch.cuda.current_stream(value.device))
 
 
 class BatchReader:
     """Makes the micro-batches of one rank. `begin` starts reading and decoding, `finish` assembles.
 
-    rank, world: this process among those that share the global batch. device: where the micro-batches end up. folder:
-    where bad samples are listed. state: what an earlier run must pass on, see Loader.state.
+    device: where the micro-batches end up. folder: where bad samples are listed. state: what an earlier run must pass
+    on, see Loader.state.
     """
 
     def __init__(
         self,
         config: Config,
         sources: Sequence[Source],
-        rank: int,
-        world: int,
+        ranks: Ranks,
         device: torch.device | str,
         folder: Path | None,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self._rank, self._world = rank, world
+        self._rank, self._world = ranks.rank, ranks.world
         self._micro_sizes = {s.stream: s.micro_size for s in sources}
         self._max_bad_fraction = config.data.max_bad_fraction
         self.skips, self.times = Skips(state), StageTimes()
         self.ledgers = {s.stream: Ledger(s.stream, folder and folder / LEDGER, self.skips) for s in sources}
         device = self._device = torch.device(device)
+        self._side_stream = SideStream(device)
         with ExitStack() as resources:
             has_videos = any(source.stream.kind == "video" for source in sources)
             shared = open_resources(config.data, has_videos, self.times, resources)
             shards = {s.stream: _samples(s, shared.storage, config.data.holdout) for s in sources}
             self.samples = {s.kind: sum(map(len, parts)) for s, parts in shards.items()}
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
-            self._aside = Aside(device)
-            known = taken_over(state, config.data.decoder, device.type == "cuda")
+            known = resumed_decoders(state, config.data.decoder, device.type == "cuda")
             self.decoders = {
                 s.stream: known.get(s.stream.name)
-                or _decoder(s, shards[s.stream], config, shared, device, self.fingerprint)
+                or decoder_of(s, shards[s.stream], config, shared, device, self.fingerprint)
                 for s in sources
             }
             self._readers = {
-                s.stream: _reader(
-                    s,
-                    shards[s.stream],
-                    config,
-                    _pixels(s, config, device, self.decoders[s.stream], self.times),
-                    shared,
-                    self.ledgers[s.stream],
+                s.stream: open_reader(
+                    s, shards[s.stream], config, shared, device, self.decoders[s.stream], self.ledgers[s.stream]
                 )
                 for s in sources
             }
@@ -109,7 +140,7 @@ class BatchReader:
 
     @property
     def decoder_choices(self) -> dict[str, str]:
-        """Where streams are decoded, by their names, for `taken_over`; without a GPU there was no choice."""
+        """Where streams are decoded, by names, for `resumed_decoders`; without a GPU there was no choice."""
         on_gpu = self._device.type == "cuda"
         return {stream.name: decoder for stream, decoder in self.decoders.items()} if on_gpu else {}
 
@@ -129,25 +160,22 @@ class BatchReader:
         """The decode processes; none if there are only images."""
         return self._pool.pids if self._pool else []
 
-    def begin(self, step: int, micro_step: int) -> dict[StreamId, Ticket]:
+    def begin(self, step: int, micro_step: int) -> dict[StreamId, PendingBatch]:
         """Start on a micro-batch."""
         return {
             stream: reader.begin(step, slots_of(micro_step, self._rank, self._world, self._micro_sizes[stream]))
             for stream, reader in self._readers.items()
         }
 
-    def finish(self, tickets: dict[StreamId, Ticket]) -> Batch:
+    def finish(self, pending: dict[StreamId, PendingBatch]) -> Batch:
         """Wait for a micro-batch that was begun."""
-        with self._aside.making():
-            streams = {s.kind: self._readers[s].finish(ticket) for s, ticket in tickets.items()}
-            return self._delivered(Batch(streams.get("video"), streams.get("image")))
-
-    def _delivered(self, batch: Batch) -> Batch:
-        """The batch with its index tensors on the device as well."""
-        if self._device.type == "cpu":
-            return batch
-        with self.times.measured("copy"):
-            return batch.to(self._device, non_blocking=True)
+        with self._side_stream.context():
+            streams = {self._readers[s].plan.kind: self._readers[s].finish(part) for s, part in pending.items()}
+            batch = Batch(streams.get("video"), streams.get("image"))
+            if self._device.type == "cpu":
+                return batch
+            with self.times.measured("copy"):
+                return batch.to(self._device, non_blocking=True)
 
     def close(self) -> None:
         """End the decode processes and reading threads."""
@@ -167,22 +195,18 @@ class BackgroundLoader:
 
     Batches are prepared in a background thread. Use as a context manager, or call `close`.
 
-    reader: a BatchReader, or what serves as one; `close` closes it. start_step: the first step. exchange: sums a short
-    list of integers over all ranks; `next` calls it once, in the caller's thread, so that all ranks find at the same
-    micro-batch that there are too many bad samples, or that one of them cannot go on. None: this rank judges alone.
+    reader: a BatchReader, or what serves as one; `close` closes it. ranks: `next` sums a short list of integers over
+    them once, in the caller's thread, so that all ranks find at the same micro-batch that there are too many bad
+    samples, or that one of them cannot go on. start_step: the first step.
     """
 
-    def __init__(
-        self, reader: Any, micro_steps: int, config: ReadingConfig, start_step: int, exchange: Exchange | None
-    ) -> None:
+    def __init__(self, reader: Any, micro_steps: int, config: ReadingConfig, ranks: Ranks, start_step: int = 0) -> None:
         self.micro_steps = micro_steps
-        self._reader, self._config, self._exchange = reader, config, exchange or list
+        self._reader, self._config, self._ranks = reader, config, ranks
         self._ready: queue.Queue[_Prepared] = queue.Queue(config.prefetch)
         self._stopping = threading.Event()
         self._waited, self._handed_out, self._step, self._bad = 0.0, 0, start_step, 0
-        self._thread = threading.Thread(
-            target=self._prepare, args=(start_step, config.prefetch), name="loader", daemon=True
-        )
+        self._thread = threading.Thread(target=self._prepare, args=(start_step,), name="loader", daemon=True)
         self._thread.start()
 
     @property
@@ -192,7 +216,7 @@ class BackgroundLoader:
 
     @property
     def bad_samples(self) -> int:
-        """Samples that all ranks have had to replace for the batches handed out; without an exchange, this rank."""
+        """Samples that all ranks have had to replace for the batches handed out; with OneRank, this rank."""
         return self._bad
 
     @property
@@ -206,7 +230,7 @@ class BackgroundLoader:
         return self._reader.times.decoded_frames
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint taken now must hold beside the step, as JSON.
+        """What a checkpoint taken now must hold next to the step, as JSON.
 
         Samples given up for want of time, memory or storage, which another run might find good; and where each stream
         is decoded. A resumed run takes the states of all ranks: ledger.merge_states.
@@ -220,7 +244,12 @@ class BackgroundLoader:
 
     def __next__(self) -> Any:
         began = time.perf_counter()
-        prepared = self._next_prepared()
+        prepared = None
+        while prepared is None:
+            if self._stopping.is_set():
+                raise RuntimeError("the loader is closed")
+            with suppress(queue.Empty):
+                prepared = self._ready.get(timeout=1.0)
         self._waited += time.perf_counter() - began
         try:
             self._judge(prepared)
@@ -230,12 +259,6 @@ class BackgroundLoader:
         self._handed_out += 1
         return prepared.item
 
-    def _next_prepared(self) -> _Prepared:
-        while not self._stopping.is_set():
-            with suppress(queue.Empty):
-                return self._ready.get(timeout=1.0)
-        raise RuntimeError("the loader is closed")
-
     def wait_seconds(self) -> float:
         """Seconds that `next` has blocked since the last call: what the data cost the step."""
         waited, self._waited = self._waited, 0.0
@@ -243,7 +266,9 @@ class BackgroundLoader:
 
     def bottleneck(self) -> str:
         """One line on the stage of loading that was busiest since the last call, and what would help."""
-        return bottleneck(self._reader.times.take(), self._lanes())
+        data = self._config
+        lanes = {"storage": data.readers, "demux": data.workers, "decode": data.workers, "augment": data.threads}
+        return bottleneck(self._reader.times.take(), {**lanes, "copy": 1})
 
     def close(self) -> None:
         """Stop preparing and end every process. Calling it twice is harmless."""
@@ -257,17 +282,13 @@ class BackgroundLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lanes(self) -> dict[str, int]:
-        """How many threads or processes share a stage's work."""
-        data = self._config
-        return {"storage": data.readers, "demux": data.workers, "decode": data.workers, "augment": 1, "copy": 1}
-
     def _judge(self, prepared: _Prepared) -> None:
         """Raise where this rank, another, or all of them together cannot go on; the same on every rank."""
         error = prepared.item if isinstance(prepared.item, BaseException) else None
         over, stalled = isinstance(error, DataLimitError), isinstance(error, StorageStalled)
         failed = error is not None and not over and not stalled
-        limits, stalls, failures, *counts = self._exchange([int(over), int(stalled), int(failed), *prepared.counts])
+        numbers = [int(over), int(stalled), int(failed), *prepared.counts]
+        limits, stalls, failures, *counts = self._ranks.sum_counts(numbers)
         if error is not None:
             raise error
         if failures:
@@ -280,12 +301,17 @@ class BackgroundLoader:
         for (stream, ledger), good, bad in zip(self._reader.ledgers.items(), counts[::2], counts[1::2], strict=True):
             require_few_bad(stream.kind, good, bad, self._config.max_bad_fraction, ledger.path)
 
-    def _prepare(self, start_step: int, ahead: int) -> None:
-        """The background thread: keeps `ahead` micro-batches decoding and as many ready."""
+    def _prepare(self, start_step: int) -> None:
+        """The background thread: keeps `prefetch` micro-batches decoding and as many ready."""
+        under_way: deque = deque()
         try:
-            for batch in _in_order(self._reader, self.micro_steps, start_step, ahead):
-                if not self._offer(batch):
-                    return
+            for step in count(start_step):
+                for micro_step in range(self.micro_steps):
+                    under_way.append(self._reader.begin(step, micro_step))
+                    if len(under_way) > self._config.prefetch and not self._offer(
+                        self._reader.finish(under_way.popleft())
+                    ):
+                        return
         except BaseException as error:  # raised again in the thread that trains
             self._offer(error)
 
@@ -304,25 +330,23 @@ class BackgroundLoader:
 class Loader(BackgroundLoader):
     """Iterates over the `Batch`es of this rank for ever.
 
-    rank, world: this process among those that share the global batch. device: where the batches end up. folder: where
-    bad samples are listed; None: nowhere. state: what the run that is resumed passed on. The rest: see
-    BackgroundLoader. UserError: shards missing or unusable, or sizes that do not divide.
+    device: where the batches end up. folder: where bad samples are listed; None: nowhere. state: what the run that is
+    resumed passed on. The rest: see BackgroundLoader. UserError: shards missing or unusable, or sizes that do not
+    divide.
     """
 
     def __init__(
         self,
         config: Config,
-        rank: int = 0,
-        world: int = 1,
+        ranks: Ranks = ALONE,
         start_step: int = 0,
         device: torch.device | str = "cpu",
         folder: Path | None = None,
         state: dict[str, Any] | None = None,
-        exchange: Exchange | None = None,
     ) -> None:
-        parts = micro_steps(config, world)
-        reader = BatchReader(config, _training_sources(config), rank, world, device, folder, state)
-        super().__init__(reader, parts, config.data, start_step, exchange)
+        parts = micro_steps(config, ranks.world)
+        reader = BatchReader(config, _training_sources(config), ranks, device, folder, state)
+        super().__init__(reader, parts, config.data, ranks, start_step)
 
     @property
     def steps_an_epoch(self) -> float:
@@ -335,7 +359,9 @@ class Loader(BackgroundLoader):
         return self._reader.samples
 
     def __next__(self) -> Batch:
-        return _used_here(super().__next__())
+        batch = super().__next__()
+        record_stream(batch.video, batch.image)
+        return batch
 
 
 def eval_batches(
@@ -354,22 +380,15 @@ def eval_batches(
     sources = _eval_sources(config, world)
     if not sources:
         return
-    reader = BatchReader(config, sources, rank, world, device, folder)
+    reader = BatchReader(config, sources, OneRank(rank, world), device, folder)
     try:
         for micro_step in range(config.train.eval_batches):
-            yield _used_here(reader.finish(reader.begin(0, micro_step)))
+            batch = reader.finish(reader.begin(0, micro_step))
+            record_stream(batch.video, batch.image)
+            yield batch
         reader.require_few_bad()
     finally:
         reader.close()
-
-
-def _in_order(reader: Any, micro_steps: int, start_step: int, ahead: int) -> Iterator:
-    under_way: deque = deque()
-    for step in count(start_step):
-        for micro_step in range(micro_steps):
-            under_way.append(reader.begin(step, micro_step))
-            if len(under_way) > ahead:
-                yield reader.finish(under_way.popleft())
 
 
 def _training_sources(config: Config) -> list[Source]:
@@ -411,79 +430,3 @@ def _fingerprint(shards: dict[StreamId, list[Shard]]) -> str:
         for part in parts:
             digest.update(repr((int(stream), part.keys, part.sizes, part.crcs)).encode())
     return digest.hexdigest()
-
-
-def open_resources(data: ReadingConfig, has_videos: bool, times: StageTimes, closing: ExitStack) -> Resources:
-    """Threads, decode workers and storage; `closing` ends them."""
-    storage = Storage(data)
-    threads = closing.enter_context(ThreadPoolExecutor(data.readers))
-    pool = None
-    if has_videos:
-        pool = DecodePool(data.workers, data.decode_seconds, Limits.of(data))
-        closing.callback(pool.close)
-    closing.callback(storage.close)  # the first to be called: nobody goes on waiting for a read
-    return Resources(storage, threads, pool, times)
-
-
-def _plan(source: Source, shards: Sequence[Shard], config: Config) -> StreamPlan:
-    counts = [len(shard) for shard in shards]
-    return StreamPlan(source.stream, counts, config.data, config.train.seed, source.global_size)
-
-
-def _reader(
-    source: Source, shards: Sequence[Shard], config: Config, pixels: Pixels, shared: Resources, ledger: Ledger
-) -> StreamReader:
-    return StreamReader(_plan(source, shards, config), shards, config.data, pixels, shared, ledger)
-
-
-def _decoder(
-    source: Source, shards: Sequence[Shard], config: Config, shared: Resources, device: torch.device, fingerprint: str
-) -> str:
-    """Where a stream is decoded, "cpu" or "gpu". On a GPU `auto` measures both for videos, on these very shards."""
-    wanted = config.data.decoder
-    if device.type != "cuda":
-        if wanted == "gpu":
-            raise UserError("data.decoder=gpu needs a CUDA device; use data.decoder=auto")
-        return "cpu"
-    if wanted != "auto" or source.stream.kind == "image":
-        return "cpu" if wanted == "cpu" else "gpu"
-    candidates = {
-        name: partial(_clips_per_second, source, shards, config, shared, device, name) for name in ("gpu", "cpu")
-    }
-    data, machine = config.data, (torch.cuda.get_device_name(device), cores())
-    clip = (data.frames, data.stride, data.size, data.clips_per_video, source.micro_size)
-    return choose(candidates, (fingerprint, machine, data.workers, data.threads, clip), cache_home() / "decoder")
-
-
-def _clips_per_second(
-    source: Source, shards: Sequence[Shard], config: Config, shared: Resources, device: torch.device, decoder: str
-) -> float:
-    """The rate of one decoder over a few micro-batches. RuntimeError: it cannot decode these videos."""
-    pixels = _pixels(source, config, device, decoder, StageTimes())
-    reader = _reader(source, shards, config, pixels, shared, Ledger(source.stream, None, Skips()))
-    slots = range(source.micro_size)
-    try:
-        return clips_per_second(len(reader.finish(reader.begin(step, slots)).mask) for step in range(1 + MEASURED))
-    except DataLimitError as error:
-        raise RuntimeError(str(error)) from error
-
-
-def _pixels(source: Source, config: Config, device: torch.device, decoder: str, times: StageTimes) -> Pixels:
-    data = config.data
-    if source.stream.kind == "video" and device.type != "cuda":
-        return ClipPixels(data.size, data.threads, times)
-    return PixelPipeline(
-        source.stream.kind,
-        source.micro_size,
-        data.size,
-        data.token_size,
-        max(data.threads, NVDECS) if decoder == "gpu" and source.stream.kind == "video" else data.threads,
-        device=(device.index or 0) if device.type == "cuda" else None,
-        dali_decoder="mixed" if decoder == "gpu" else None,
-        times=times,
-    )
-
-
-def _used_here(batch: Batch) -> Batch:
-    used_here(batch.video, batch.image)
-    return batch

@@ -15,9 +15,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.schema import DataConfig, LabelledDataConfig, ViewsConfig
 from bevt_ds.data.masks import block_mask, tube_mask
-from bevt_ds.rng import Use, generator, sample_key
+from bevt_ds.rng import Use, generator
 
 CELL = 16  # pixels along a side of a mask cell
 FRAMES_PER_CELL = 2
@@ -134,68 +134,137 @@ class StreamPlan:
         self.stream, self.config, self.seed, self.global_size = stream, config, seed, global_size
         self.order = SampleOrder(counts, seed, stream, config.shuffle_window)
         self.grid = (config.size // CELL, config.size // CELL)
-        self.frames_per_cell = FRAMES_PER_CELL if stream.kind == "video" else 1
-        repeats = stream.kind == "video" and not stream.held_out
+        self.kind, self.held_out = stream.kind, stream.held_out
+        self.frames_per_cell = FRAMES_PER_CELL if self.kind == "video" else 1
+        repeats = self.kind == "video" and not self.held_out
         self.clips_per_sample = config.clips_per_video if repeats else 1
         self.masks = lru_cache(maxsize=2)(self._masks)
 
     def entry(self, step: int, slot: int, attempt: int = 0) -> PlanEntry:
-        """The sample of (step, slot), or with `attempt` j > 0 its j-th substitute: a sample drawn anew, treated alike.
+        """The sample of (step, slot), or with `attempt` j > 0 its j-th substitute: another sample, treated alike.
 
         Slots come in groups of `clips_per_sample` that share a sample and a window of its time, so that one decode
         serves them all; clips, crops and masks are each slot's own.
         """
         first = slot - slot % self.clips_per_sample
-        shard, member = self._locate(step, first, attempt)
-        treatment = self._fixed_view() if self.stream.held_out else self._random_view(step, slot, first)
+        if attempt:
+            shard, member = self.order.substitute(step, first, attempt)
+        else:
+            shard, member = self.order.at((step * self.global_size + first) // self.clips_per_sample)
+        treatment = self._fixed_view() if self.held_out else self._random_view(step, slot, first)
         return PlanEntry(step, slot, attempt, shard, member, *treatment)
 
     def window_at(self, step: int) -> tuple[int, int]:
         """The window of shards in which a step begins; see SampleOrder."""
         return self.order.window_at(step * self.global_size // self.clips_per_sample)
 
-    def key(self, step: int, slot: int) -> int:
-        """The sample's key for the model's own randomness."""
-        return sample_key(self.seed, self.stream, step, slot)
-
-    def masked_cells(self, step: int) -> int:
-        """Masked output positions of the step's global batch: the denominator of the loss."""
-        return int(self.masks(step).sum()) * self.frames_per_cell
-
     def _masks(self, step: int) -> np.ndarray:
-        """bool (global_size, T/2, h, w) for clips, (global_size, h, w) for images."""
-        return np.stack([self._mask(step, slot) for slot in range(self.global_size)])
-
-    def _mask(self, step: int, slot: int) -> np.ndarray:
-        rng = generator(self.seed, Use.MASK, self.stream, step, slot)
-        if self.stream.kind == "image":
-            return block_mask(rng, self.grid, self.config.mask)
-        return tube_mask(rng, (self.config.frames // FRAMES_PER_CELL, *self.grid), self.config.mask)
-
-    def _locate(self, step: int, slot: int, attempt: int) -> tuple[int, int]:
-        if attempt == 0:
-            return self.order.at((step * self.global_size + slot) // self.clips_per_sample)
-        return self.order.substitute(step, slot, attempt)
+        """True = masked: bool (global_size, T/2, h, w) for clips, (global_size, h, w) for images."""
+        rngs = [generator(self.seed, Use.MASK, self.stream, step, slot) for slot in range(self.global_size)]
+        if self.kind == "image":
+            return np.stack([block_mask(rng, self.grid, self.config.mask) for rng in rngs])
+        cells = (self.config.frames // FRAMES_PER_CELL, *self.grid)
+        return np.stack([tube_mask(rng, cells, self.config.mask) for rng in rngs])
 
     def _random_view(self, step: int, slot: int, first: int) -> tuple:
-        draw = lambda use: generator(self.seed, use, self.stream, step, slot)  # noqa: E731
-        config = self.config
+        config, place = self.config, (self.stream, step, slot)
         start = fraction(generator(self.seed, Use.CLIP_START, self.stream, step, first))
-        phase = 0.0 if slot == first else fraction(draw(Use.CLIP_START))
-        crop_rng = draw(Use.CROP)
+        phase = 0.0 if slot == first else fraction(generator(self.seed, Use.CLIP_START, *place))
+        crop_rng = generator(self.seed, Use.CROP, *place)
         short_side = int(crop_rng.integers(config.short_side[0], config.short_side[1] + 1))
         crop = (fraction(crop_rng), fraction(crop_rng))
-        flip = bool(draw(Use.FLIP).random() < config.flip)
+        flip = bool(generator(self.seed, Use.FLIP, *place).random() < config.flip)
         jitter = NO_JITTER
-        if self.stream.kind == "image":
+        if self.kind == "image":
             strengths = np.asarray(config.image_jitter)
-            factors = draw(Use.JITTER).uniform(np.maximum(1 - strengths, 0), 1 + strengths)
-            jitter = tuple(float(f) for f in factors)
+            rng = generator(self.seed, Use.JITTER, *place)
+            jitter = tuple(rng.uniform(np.maximum(1 - strengths, 0), 1 + strengths).tolist())
         return start, phase, short_side, crop, flip, jitter
 
     def _fixed_view(self) -> tuple:
-        """Held-out samples: the middle of the clip, the centre of the picture, nothing random."""
+        """Held-out samples: the middle of the clip, the centre of the frame, nothing random."""
         return 0.5, 0.0, self.config.short_side[0], (0.5, 0.5), False, NO_JITTER
+
+
+@dataclass(frozen=True)
+class LabelledEntry:
+    """One video of one step, and where in it the clips lie."""
+
+    step: int
+    slot: int
+    attempt: int  # 0: the planned sample; j: the j-th substitute
+    shard: int
+    member: int
+    choice: str  # of frame_choice.CHOICES
+    positions: tuple[tuple[float, ...], ...]  # of each clip, as `choice` takes them
+
+
+class LabelledPlan:
+    """Training: `global_size` slots a step over shards with `counts` videos each, one random clip a slot.
+
+    What is done to the pixels depends on their size: it is drawn from `generator` once the video is decoded.
+    """
+
+    stream = StreamId.LABELLED
+    clips_per_sample = 1
+
+    def __init__(self, counts: Sequence[int], config: LabelledDataConfig, seed: int, global_size: int) -> None:
+        self.config, self.seed, self.global_size = config, seed, global_size
+        self.order = SampleOrder(counts, seed, self.stream, config.shuffle_window)
+
+    def entry(self, step: int, slot: int, attempt: int = 0) -> LabelledEntry:
+        """The sample of (step, slot), or with `attempt` j > 0 its j-th substitute: another sample, treated alike."""
+        if attempt:
+            shard, member = self.order.substitute(step, slot, attempt)
+        else:
+            shard, member = self.order.at(step * self.global_size + slot)
+        rng = self.generator(Use.CLIP_START, step, slot)
+        if self.config.sampling == "segments":
+            choice, position = "segments", tuple(rng.random(self.config.frames).tolist())
+        else:
+            choice, position = "clip", (fraction(rng), 0.0)
+        return LabelledEntry(step, slot, attempt, shard, member, choice, (position,))
+
+    def window_at(self, step: int) -> tuple[int, int]:
+        """The window of shards in which a step begins; see SampleOrder."""
+        return self.order.window_at(step * self.global_size)
+
+    def generator(self, use: Use, step: int, slot: int) -> np.random.Generator:
+        """Random numbers of a slot."""
+        return generator(self.seed, use, self.stream, step, slot)
+
+
+class ViewPlan:
+    """Testing: every video once, in the order of the shards. A step is a micro-batch of all ranks; nothing is random.
+
+    The last step's slots beyond the last video have no entry.
+    """
+
+    stream = StreamId.TEST
+    clips_per_sample = 1
+
+    def __init__(self, counts: Sequence[int], config: LabelledDataConfig, views: ViewsConfig, global_size: int) -> None:
+        self.global_size, self.total = global_size, sum(counts)
+        self._ends = np.cumsum(counts)
+        self._choice = "spaced_segments" if config.sampling == "segments" else "spaced_clip"
+        self._positions = tuple((float(i), float(views.clips)) for i in range(views.clips))
+
+    @property
+    def steps(self) -> int:
+        return -(-self.total // self.global_size)
+
+    def videos(self, step: int) -> int:
+        """How many videos a step has, over all ranks."""
+        return min(self.global_size, self.total - step * self.global_size)
+
+    def entry(self, step: int, slot: int) -> LabelledEntry | None:
+        """The video of (step, slot); None: there is none left."""
+        position = step * self.global_size + slot
+        if position >= self.total:
+            return None
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        member = position - int(self._ends[shard - 1]) if shard else position
+        return LabelledEntry(step, slot, 0, shard, member, self._choice, self._positions)
 
 
 def clip_frames(start: float, total: int, frames: int, stride: int, phase: float = 0.0) -> np.ndarray:

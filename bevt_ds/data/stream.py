@@ -1,12 +1,16 @@
-"""One stream of micro-batches: plan -> bytes or frames -> pictures and indices, as `Stream` values."""
+"""One stream of micro-batches: plan -> bytes -> frames -> pixels and indices, as `Stream` values.
+
+Each sample is worked on in one thread from its read to its pixels; the thread of the loader waits for them in order.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, partial
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,22 +19,21 @@ import torch
 from torch import Tensor
 
 from bevt_ds.batch import Stream
-from bevt_ds.config.schema import DataConfig, SamplingConfig
-from bevt_ds.data.decoding.images import check_image
-from bevt_ds.data.decoding.pool import DecodePool, Load
-from bevt_ds.data.decoding.video import fits_gpu
+from bevt_ds.config.schema import SamplingConfig
+from bevt_ds.data.decoding.cut import Crop
+from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.ledger import Ledger
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.masks import masked_frames, row_index
-from bevt_ds.data.pixels.cpu_pixels import ClipPixels
-from bevt_ds.data.pixels.pipeline import PixelPipeline
-from bevt_ds.data.plan import PlanEntry, StreamPlan, clip_frames
+from bevt_ds.data.pixels.cpu_pixels import ClipBatch, ClipPixels
+from bevt_ds.data.plan import LabelledEntry, LabelledPlan, PlanEntry, StreamPlan, ViewPlan
 from bevt_ds.data.reading.members import Member, Shard
-from bevt_ds.data.reading.remote import redacted
+from bevt_ds.data.reading.remote import is_remote, redacted
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes
+from bevt_ds.rng import sample_key
 
-Pixels = PixelPipeline | ClipPixels
+Entry = PlanEntry | LabelledEntry
 log = logging.getLogger(__name__)
 
 
@@ -38,44 +41,27 @@ log = logging.getLogger(__name__)
 class Resources:
     """What the streams of a rank share."""
 
-    storage: Storage
-    threads: ThreadPoolExecutor  # data.readers of them
+    storage: Storage  # in the threads of its executor samples are read, and all else is done with them
     pool: DecodePool | None  # decodes videos on the CPU, or looks at them before the GPU does
     times: StageTimes
-
-    def reading(self, load: Load) -> Load:
-        """`load`, begun in one of the threads that read: the pool's workers decode what has been read meanwhile."""
-        return self.threads.submit(load).result
+    cores: threading.Semaphore  # as many samples are augmented at a time: data.threads
 
 
 @dataclass
-class Ticket:
+class PendingBatch:
     """A micro-batch under way: its samples are being read and decoded.
 
-    A sample fills `clips_per_sample` slots: payloads[i] belongs to the slots and entries from i * clips_per_sample on.
+    A sample fills `clips_per_sample` slots: samples[i] belongs to the slots and entries from i * clips_per_sample on.
     """
 
     step: int
     slots: range
     entries: list  # what the plan says of each slot
-    payloads: list[Future]
-
-
-class ShortVideos:
-    """Says once that there is a video shorter than a clip, whose frames are then repeated."""
-
-    def __init__(self, frames: int, stride: int) -> None:
-        self._frames, self._stride, self._said = frames, stride, False
-
-    def look_at(self, name: str, frames: int) -> None:
-        """name: of a video with that many frames."""
-        span = (self._frames - 1) * self._stride + 1
-        if frames < span and not self._said:
-            self._said = True
-            log.warning(
-                "%s has %d frames, and a clip spans %d (data.frames=%d, %d apart): frames of such videos are repeated",
-                *(name, frames, span, self._frames, self._stride),
-            )
+    samples: list[Future] = field(default_factory=list)
+    masks: np.ndarray | None = None  # bool (B,T/2,h,w) or (B,h,w), in pretraining
+    masked: np.ndarray | None = None  # bool (B,T) or (B,): the frames or images that hold a masked cell
+    count: int = 0  # masked cells of the global batch
+    pixels: ClipBatch | None = None  # where clips are written on a CPU
 
 
 def sample_name(member: Member) -> str:
@@ -83,16 +69,16 @@ def sample_name(member: Member) -> str:
     return f"{PurePosixPath(redacted(member.path)).name}/{member.key}"
 
 
-class SampleReader:
+class SampleReader(ABC):
     """Reads the samples of one plan, with a substitute for each that cannot be used.
 
-    `begin` starts the slow work. A subclass says in `_load` what that is, and turns the samples into a micro-batch.
+    `begin` starts the slow work. A subclass says in `_sample` what that is, and turns the samples into a micro-batch.
     stride: from one frame of a clip to the next.
     """
 
     def __init__(
         self,
-        plan: Any,
+        plan: StreamPlan | LabelledPlan | ViewPlan,
         shards: Sequence[Shard],
         config: SamplingConfig,
         shared: Resources,
@@ -101,15 +87,19 @@ class SampleReader:
     ) -> None:
         self.plan, self.shards, self.config = plan, shards, config
         self.shared, self.ledger, self.limits = shared, ledger, Limits.of(config)
-        self.short = ShortVideos(config.frames, stride)
+        self._span, self._short = (config.frames - 1) * stride + 1, threading.Semaphore(1)
         self._window: tuple[int, int] | None = None
+        self._remote = any(is_remote(shard.path) for shard in shards)
 
-    def begin(self, step: int, slots: range) -> Ticket:
-        self._fetch_ahead(step)
-        entries = [self.plan.entry(step, slot) for slot in slots]
-        k = self.plan.clips_per_sample
-        payloads = [self._fetch(entries[i : i + k]) for i in range(0, len(entries), k)]
-        return Ticket(step, slots, entries, payloads)
+    def begin(self, step: int, slots: range) -> PendingBatch:
+        """Start on a micro-batch."""
+        if self._remote:
+            self._fetch_ahead(step)
+        pending = PendingBatch(step, slots, [e for slot in slots if (e := self.plan.entry(step, slot))])
+        self._prepare(pending)
+        samples = len(pending.entries) // self.plan.clips_per_sample
+        pending.samples = [self._start(pending, i, self._group(pending, i)) for i in range(samples)]
+        return pending
 
     def _fetch_ahead(self, step: int) -> None:
         """Once a window of shards: fetch those that are remote, and the next window's."""
@@ -118,173 +108,128 @@ class SampleReader:
             self._window = window
             self.shared.storage.fetch_ahead(self.shards[i].path for i in self.plan.order.shards_in(*window))
 
-    def _member(self, entry: PlanEntry) -> Member:
+    def _prepare(self, pending: PendingBatch) -> None:  # noqa: B027 - not every reader needs it
+        """What a micro-batch needs before its samples are started."""
+
+    def _start(self, pending: PendingBatch, i: int, group: list) -> Future:
+        """Start on sample i. The future raises BadSample."""
+        if reason := self.ledger.skips.reason(self.plan.stream, group[0]):
+            skipped: Future = Future()
+            skipped.set_exception(BadSample(reason, transient=True))
+            return skipped
+        return self.shared.storage.executor.submit(self._sample, pending, i, group)
+
+    @abstractmethod
+    def _sample(self, pending: PendingBatch, i: int, group: list) -> Any:
+        """In a thread of its own: read sample i, whose slots have the entries `group`, and make what is needed of it.
+
+        BadSample: that is not possible.
+        """
+
+    def _read(self, entry: Entry) -> bytes:
+        with self.shared.times.measured("storage"):
+            return self.shared.storage.read(self._member(entry))
+
+    def _member(self, entry: Entry) -> Member:
         return self.shards[entry.shard].member(entry.member)
 
-    def _fetch(self, group: list) -> Future:
-        """The group's sample on its way: a future of what `_unpacked` takes, which raises BadSample."""
-        first = group[0]
-        if reason := self.ledger.skips.reason(self.plan.stream, first):
-            return _failed(BadSample(reason, transient=True))
-        return self._load(partial(self.shared.storage.read, self._member(first), self.shared.times), group)
+    def _note(self, entry: Entry, reply: Mapping[str, Any]) -> None:
+        """Count what a worker has done for a video."""
+        self.shared.times.add("demux", reply["demux"])
+        self.shared.times.add("decode", reply["decode"], reply["decoded"])
+        if reply["total"] < self._span:
+            self._note_short(entry, reply["total"])
 
-    def _load(self, load: Load, group: list) -> Future:
-        """Start on a sample; `load` reads its bytes."""
-        raise NotImplementedError
+    def _note_short(self, entry: Entry, frames: int) -> None:
+        """Say once that there is a video shorter than a clip, whose frames are then repeated."""
+        if self._short.acquire(blocking=False):
+            log.warning(
+                "%s has %d frames, and a clip spans %d (data.frames=%d, %d apart): frames of such videos are repeated",
+                *(sample_name(self._member(entry)), frames, self._span, self.config.frames),
+                (self._span - 1) // max(self.config.frames - 1, 1),
+            )
 
-    def _unpacked(self, payload, entry) -> list:
-        """A future's result as a list with an item a clip; what the worker says of the video is noted."""
-        if isinstance(payload, list):
-            return payload
-        reply, clips = payload
-        self.short.look_at(sample_name(self._member(entry)), reply["total"])
-        for stage in ("demux", "decode"):
-            self.shared.times.add(stage, reply[stage])
-        self.shared.times.add_frames(reply["decoded"])
-        return clips
-
-    def _settled(self, ticket: Ticket, i: int) -> list:
+    def _settled(self, pending: PendingBatch, i: int) -> Any:
         """Wait for sample i; while it is bad, put the plan's next substitute in its place."""
         while True:
             try:
-                return self._unpacked(ticket.payloads[i].result(), ticket.entries[self._slots(i)][0])
+                return pending.samples[i].result()
             except BadSample as bad:
-                self._substitute(ticket, i, bad)
+                self._substitute(pending, i, bad)
 
-    def _slots(self, i: int) -> slice:
+    def _group(self, pending: PendingBatch, i: int) -> list:
         k = self.plan.clips_per_sample
-        return slice(i * k, (i + 1) * k)
+        return pending.entries[i * k : (i + 1) * k]
 
-    def _substitute(self, ticket: Ticket, i: int, bad: BadSample) -> None:
-        rejected = ticket.entries[self._slots(i)]
+    def _substitute(self, pending: PendingBatch, i: int, bad: BadSample) -> None:
+        rejected = self._group(pending, i)
         group = [self.plan.entry(e.step, e.slot, e.attempt + 1) for e in rejected]
         self.ledger.reject(rejected[0], self._member(rejected[0]), bad, self._member(group[0]))
-        ticket.entries[self._slots(i)] = group
-        ticket.payloads[i] = self._fetch(group)
+        pending.entries[i * len(group) : (i + 1) * len(group)] = group
+        pending.samples[i] = self._start(pending, i, group)
 
 
 class StreamReader(SampleReader):
     """Reads the micro-batches of one stream of pretraining."""
 
-    def __init__(
-        self,
-        plan: StreamPlan,
-        shards: Sequence[Shard],
-        config: DataConfig,
-        pixels: Pixels,
-        shared: Resources,
-        ledger: Ledger,
-    ) -> None:
-        super().__init__(plan, shards, config, shared, ledger, config.stride)
-        self.pixels = pixels
+    plan: StreamPlan
 
-    def finish(self, ticket: Ticket) -> Stream:
-        """The micro-batch: pictures on the pipeline's device, index tensors on the host."""
-        masks = self.plan.masks(ticket.step)[ticket.slots.start : ticket.slots.stop]
-        index = row_index(masks, self.plan.frames_per_cell)
-        pixels, view = self._pictures(ticket, masked_frames(masks, self.plan.frames_per_cell))
-        keys = [self.plan.key(ticket.step, slot) for slot in ticket.slots]
+    def _prepare(self, pending: PendingBatch) -> None:
+        masks = self.plan.masks(pending.step)
+        pending.masks = masks[pending.slots.start : pending.slots.stop].copy()
+        pending.masked = masked_frames(pending.masks, self.plan.frames_per_cell)
+        pending.count = int(masks.sum()) * self.plan.frames_per_cell
+
+    def finish(self, pending: PendingBatch) -> Stream:
+        """The micro-batch: pixels on the device, index tensors on the host."""
+        pixels, view = self._pixels(pending)
+        index = row_index(pending.masks, self.plan.frames_per_cell)
+        keys = [sample_key(self.plan.seed, self.plan.stream, pending.step, slot) for slot in pending.slots]
         return Stream(
             pixels=pixels,
             view=view,
-            mask=torch.from_numpy(masks.copy()),
+            mask=torch.from_numpy(pending.masks),
             rows=torch.from_numpy(index.rows),
             cells=torch.from_numpy(index.cells),
             token_rows=torch.from_numpy(index.token_rows),
             sample_keys=torch.tensor(keys, dtype=torch.int64),
-            count=self.plan.masked_cells(ticket.step),
+            count=pending.count,
         )
 
-    def _load(self, load: Load, group: list[PlanEntry]) -> Future:
-        """What the pipeline needs of a sample, a list with an item a clip."""
-        if self.plan.stream.kind == "image":
-            return self.shared.threads.submit(self._read_image, load)
-        if self.pixels.dali_decoder:
-            return self.shared.threads.submit(self._read_videos, load, group)
-        return self._decode(self.shared.reading(load), group)
+    @abstractmethod
+    def _pixels(self, pending: PendingBatch) -> tuple[Tensor, Tensor]:
+        """Pixels and token view, with a substitute for each sample that cannot be used."""
 
-    def _decode(self, load: Load, group: list[PlanEntry]) -> Future:
+
+class ClipReader(StreamReader):
+    """Clips on a CPU: the thread of a video writes its clips into the micro-batch's memory."""
+
+    def __init__(self, *arguments: Any, pixels: ClipPixels, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.pixels, self._lock = pixels, threading.Lock()
+
+    def _sample(self, pending: PendingBatch, i: int, group: list[PlanEntry]) -> None:
+        data, config, shared = self._read(group[0]), self.config, self.shared
         starts = [(entry.start, entry.phase) for entry in group]
-        receive, crops = partial(self.pixels.received, entries=group), self.pixels.crops(group)
-        return self.shared.pool.clips(
-            load, starts, self.config.frames, self.config.stride, receive=receive, crops=crops
-        )
+        crops = [Crop(entry.short_side, *entry.crop, config.size) for entry in group]
+        with (
+            shared.pool.clips(data, starts, config.frames, config.stride, crops=crops) as decoded,
+            shared.times.measured("decode"),  # for that long the worker cannot decode
+        ):
+            clips = [
+                self.pixels.crop(decoded.frames, places, crop, f"crop {j}")
+                for j, (places, crop) in enumerate(zip(decoded.places, crops, strict=True))
+            ]
+        self._note(group[0], decoded.reply)
+        with shared.cores, shared.times.measured("augment"):
+            with self._lock:  # as late as can be: memory that was used a moment ago is in the cache
+                pending.pixels = pending.pixels or self.pixels.batch(pending.masked)
+            for j, (entry, clip) in enumerate(zip(group, clips, strict=True)):
+                self.pixels.fill(pending.pixels, i * len(group) + j, clip, entry.flip)
 
-    def _read_image(self, load: Load) -> list[bytes]:
-        data = load()
-        check_image(data, self.limits)
-        return [data]
-
-    def _read_videos(self, load: Load, group: list[PlanEntry]) -> Any:
-        """The whole file and each clip's frame numbers, once a worker has looked at it and decoded a frame.
-
-        What is not for DALI's decoder is decoded by the worker.
-        """
-        data = load()
-        reply, _ = self.shared.pool.describe(lambda: data).result()
-        self.short.look_at(sample_name(self._member(group[0])), reply["frames"])
-        if not fits_gpu(reply):
-            return self._decode(lambda: data, group).result()
-        frames, stride = self.config.frames, self.config.stride
-        return [(data, clip_frames(e.start, reply["frames"], frames, stride, e.phase)) for e in group]
-
-    def _pictures(self, ticket: Ticket, masked: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Pixels and token view, with a substitute for each sample that cannot be used. masked: `masked_frames`."""
-        samples = []
-        for i in range(len(ticket.payloads)):
-            samples.append(self._settled(ticket, i))
+    def _pixels(self, pending: PendingBatch) -> tuple[Tensor, Tensor]:
+        for i in range(len(pending.samples)):
+            self._settled(pending, i)
             self.ledger.end_row()
-        try:
-            pictures = self._run([clip for clips in samples for clip in clips], ticket.entries, masked)
-        except BadSample:
-            pictures = self._one_by_one(ticket, masked)
-        self.ledger.accept(len(ticket.payloads))
-        return pictures
-
-    def _run(self, clips: list, entries: list[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Through the graph; clips that arrive as frames, though DALI decodes, go through one without a decoder."""
-        pipelines = [self._pipeline(clip) for clip in clips]
-        if all(pipeline is pipelines[0] for pipeline in pipelines):
-            return pipelines[0].run(clips, entries, masked)
-        samples = zip(pipelines, clips, entries, masked, strict=True)
-        return _joined([pixels.run([clip], [entry], frames[None]) for pixels, clip, entry, frames in samples])
-
-    def _pipeline(self, clip: Any) -> Pixels:
-        return self._frames_pixels if self.pixels.dali_decoder and isinstance(clip, np.ndarray) else self.pixels
-
-    @cached_property
-    def _frames_pixels(self) -> PixelPipeline:
-        return self.pixels.without_decoder()
-
-    def _one_by_one(self, ticket: Ticket, masked: np.ndarray) -> tuple[Tensor, Tensor]:
-        """DALI refused the batch without naming the culprit: run each sample alone."""
-        return _joined([self._alone(ticket, i, masked[self._slots(i)]) for i in range(len(ticket.payloads))])
-
-    def _alone(self, ticket: Ticket, i: int, masked: np.ndarray) -> tuple[Tensor, Tensor]:
-        while True:
-            clips = self._settled(ticket, i)
-            try:
-                pictures = self._run(clips, ticket.entries[self._slots(i)], masked)
-                self.ledger.end_row()
-                return pictures
-            except BadSample as bad:
-                if isinstance(clips[0], tuple):  # a file: what DALI's decoder does not take, a worker's may
-                    (data, _), group = clips[0], ticket.entries[self._slots(i)]
-                    log.warning("%s goes to a worker: %s", sample_name(self._member(group[0])), bad)
-                    ticket.payloads[i] = self._decode(lambda data=data: data, group)
-                else:
-                    self._substitute(ticket, i, bad)
-
-
-def _joined(pictures: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One micro-batch of several. On a GPU it is made when this returns, for the parts' memory is free then."""
-    joined = tuple(torch.cat(parts) for parts in zip(*pictures, strict=True))
-    if joined[0].is_cuda:
-        torch.cuda.current_stream(joined[0].device).synchronize()
-    return joined
-
-
-def _failed(error: BadSample) -> Future:
-    future: Future = Future()
-    future.set_exception(error)
-    return future
+        self.ledger.accept(len(pending.samples))
+        return pending.pixels.pixels, pending.pixels.view

@@ -26,22 +26,20 @@ class StageTimes:
         self._seconds = dict.fromkeys(REMEDIES, 0.0)
         self.decoded_frames = 0  # by the CPU's workers, since the start
 
-    def add(self, stage: str, seconds: float) -> None:
+    def add(self, stage: str, seconds: float, frames: int = 0) -> None:
+        """Count work that is done, and the frames that were decoded for it."""
         with self._lock:
             self._seconds[stage] += seconds
-
-    def add_frames(self, frames: int) -> None:
-        with self._lock:
             self.decoded_frames += frames
 
     @contextmanager
-    def measured(self, stage: str) -> Iterator[None]:
-        """Adds the time that the block takes."""
+    def measured(self, stage: str, lanes: int = 1) -> Iterator[None]:
+        """Adds the time that the block takes, in which so many threads work."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self.add(stage, time.perf_counter() - began)
+            self.add(stage, lanes * (time.perf_counter() - began))
 
     def take(self) -> dict[str, float]:
         """The sums since the last call."""

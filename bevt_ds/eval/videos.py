@@ -10,10 +10,9 @@ from pathlib import Path
 
 from bevt_ds.batch import LabelledBatch
 from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
-from bevt_ds.data.labelled_loader import test_batches
-from bevt_ds.data.labelled_trial import require_decodable
+from bevt_ds.data.labelled_loader import require_decodable, test_batches
 from bevt_ds.data.labels import Classes
-from bevt_ds.data.loader import open_resources
+from bevt_ds.data.open_stream import open_resources
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.timing import StageTimes

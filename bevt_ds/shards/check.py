@@ -11,20 +11,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from bevt_ds.config.schema import DataConfig
-from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.decoding.pool import DecodePool, Reply
 from bevt_ds.data.decoding.video import fits_gpu
 from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.reading.deadline import StorageStalled
 from bevt_ds.data.reading.members import EXTENSIONS, Member, Shard
-from bevt_ds.data.reading.patience import StorageStalled
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 from bevt_ds.progress import progress_bar
 from bevt_ds.shards import manifest
 from bevt_ds.shards.pack import READING
 
 AHEAD = 4  # samples under way for each process
+READ_AHEAD = 2  # threads that may hold a file while all workers are busy
 
 
 @dataclass
@@ -123,7 +125,8 @@ def _find_twins(shards: Sequence[Shard], report: Report) -> None:
 def _each_sample(report: Report, work: str, jobs: int, progress: bool, reading: DataConfig) -> None:
     """Send every sample to the decode workers and note what comes back."""
     shards = report.shards
-    storage, pool = Storage(reading), DecodePool(jobs, reading.decode_seconds, Limits.of(reading))
+    storage = Storage(reading, jobs + READ_AHEAD)
+    pool = DecodePool(jobs, reading.decode_seconds, Limits.of(reading))
     labels = {(shard.path, key): label for shard in shards for key, label in zip(shard.keys, shard.labels, strict=True)}
     total = sum(map(len, shards))
     try:
@@ -143,8 +146,12 @@ def _each_sample(report: Report, work: str, jobs: int, progress: bool, reading: 
 
 
 def _submit(storage: Storage, pool: DecodePool, work: str, member: Member) -> Future:
+    return storage.executor.submit(_work_on, storage, pool, work, member)
+
+
+def _work_on(storage: Storage, pool: DecodePool, work: str, member: Member) -> tuple[Reply, np.ndarray]:
     kind = "image" if member.extension in EXTENSIONS["image"] else "video"
-    return pool.submit(partial(storage.read, member, StageTimes()), {"work": work, "kind": kind})
+    return pool.ask(storage.read(member), {"work": work, "kind": kind})
 
 
 def _in_order(shards: Sequence[Shard], submit, count: int) -> Iterator[tuple[Member, Future]]:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from bevt_ds.config.parse import apply_overrides, get_value, parse_overrides
@@ -18,9 +17,9 @@ from bevt_ds.config.recipes import PRETRAINING, get_recipe
 from bevt_ds.config.schema import Config, DataConfig
 from bevt_ds.config.validate import check_fields
 from bevt_ds.data.decoding.transcode import Profile
+from bevt_ds.data.reading.deadline import Deadline, DeadlineExecutor
 from bevt_ds.data.reading.index import load_shard, write_atomic
 from bevt_ds.data.reading.members import EXTENSIONS
-from bevt_ds.data.reading.patience import Patience
 from bevt_ds.data.reading.remote import is_remote, redacted
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.errors import UserError
@@ -247,9 +246,11 @@ def _index(arguments: argparse.Namespace) -> None:
     paths = _paths(arguments.shards, reading)
     if remote := [path for path in paths if is_remote(path)]:
         raise UserError(f"{remote[0]} is remote: it is indexed by the run that reads it")
-    with closing(Patience(reading.read_seconds)) as patience:
+    deadline = Deadline(reading.read_seconds)
+    with closing(DeadlineExecutor(1)) as executor:
         for path in paths:
-            print(f"{path}: {patience.call(partial(_index_one, path, arguments), f'shard {path}')}")
+            facts = executor.call(_index_one, path, arguments, place=f"shard {path}", deadline=deadline)
+            print(f"{path}: {facts}")
 
 
 def _index_one(path: str, arguments: argparse.Namespace) -> str:

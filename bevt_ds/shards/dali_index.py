@@ -5,8 +5,8 @@ from __future__ import annotations
 import tarfile
 from pathlib import Path
 
+from bevt_ds.data.reading.deadline import heartbeat
 from bevt_ds.data.reading.index import write_atomic
-from bevt_ds.data.reading.patience import asking
 from bevt_ds.errors import UserError
 
 VERSION = "v1.2"
@@ -31,7 +31,7 @@ def _samples(path: str) -> list[tuple[str, list[str]]]:
     try:
         with tarfile.open(path, "r:") as archive:
             for info in archive:
-                asking(f"shard {path} at byte {info.offset_data}")
+                heartbeat(f"shard {path} at byte {info.offset_data}")
                 _note(samples, path, info)
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a whole tar file ({error}): write or copy it again") from error

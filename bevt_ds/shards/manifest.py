@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from bevt_ds.config.schema import DataConfig
-from bevt_ds.data.reading.patience import Patience, asking
+from bevt_ds.data.reading.deadline import Deadline, DeadlineExecutor, heartbeat
 from bevt_ds.data.reading.remote import is_remote
 from bevt_ds.progress import progress_bar
 
@@ -71,8 +70,8 @@ def _read(manifest: Path) -> list[_Entry]:
 
 def _other_bytes(entries: Sequence[_Entry], jobs: int, progress: bool, seconds: float) -> Iterator[Fault]:
     """Hash the shards in parallel: from disks that are busy it is waiting, most of all."""
-    with ThreadPoolExecutor(jobs) as threads, closing(Patience(seconds)) as patience:
-        hashes = threads.map(partial(_hash, patience), entries)
+    with closing(DeadlineExecutor(jobs)) as executor:
+        hashes = map(_result, [executor.submit(_hash, executor, entry.path, Deadline(seconds)) for entry in entries])
         bar = progress_bar(hashes, total=len(entries), disable=not progress or not entries, unit="shard", desc="hash")
         for entry, found in zip(entries, bar, strict=True):
             if isinstance(found, OSError):
@@ -81,11 +80,15 @@ def _other_bytes(entries: Sequence[_Entry], jobs: int, progress: bool, seconds: 
                 yield str(entry.path), f"its SHA-256 is not the one in {entry.manifest.name}"
 
 
-def _hash(patience: Patience, entry: _Entry) -> str | OSError:
+def _result(call: Future[str]) -> str | OSError:
     try:
-        return patience.call(partial(_sha256, entry.path), f"shard {entry.path}")
+        return call.result()
     except OSError as error:
         return error
+
+
+def _hash(executor: DeadlineExecutor, path: Path, deadline: Deadline) -> str:
+    return executor.call(_sha256, path, place=f"shard {path}", deadline=deadline)
 
 
 def _sha256(path: Path) -> str:
@@ -93,5 +96,5 @@ def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-            asking(f"shard {path} at byte {file.tell()}")
+            heartbeat(f"shard {path} at byte {file.tell()}")
     return digest.hexdigest()

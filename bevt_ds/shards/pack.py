@@ -168,7 +168,7 @@ def _prepare_image(item: Item, limits: Limits) -> tuple[bytes, Event]:
 
 def _prepare_video(item: Item, pool: DecodePool, work: Event, limits: Limits) -> tuple[bytes, Event]:
     data = _read(item, "video", limits)
-    facts, rewritten = pool.submit(lambda: data, work).result()
+    facts, rewritten = pool.ask(data, work)
     facts = {name: value for name, value in facts.items() if name not in ("size", "resident")}
     return (rewritten.tobytes() if work["work"] == "rewrite" else data), facts
 

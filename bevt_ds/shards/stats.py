@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 from bevt_ds.config.schema import DataConfig  # noqa: E402
 from bevt_ds.data.decoding.pool import DecodePool  # noqa: E402
 from bevt_ds.data.limits import BadSample, Limits  # noqa: E402
-from bevt_ds.data.plan import StreamId, StreamPlan  # noqa: E402
+from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan  # noqa: E402
 from bevt_ds.data.reading.members import Member, Shard  # noqa: E402
 from bevt_ds.data.reading.storage import Storage  # noqa: E402
-from bevt_ds.data.timing import StageTimes  # noqa: E402
 from bevt_ds.errors import UserError  # noqa: E402
 
 Facts = Sequence[dict[str, Any]]
@@ -123,11 +121,11 @@ def measure(shards: Sequence[Shard], config: DataConfig, seconds: float = 3.0) -
     """Decode clips as a recipe's plan would choose them, on all cores, for about so long. UserError: none decodes."""
     shards = [videos for shard in shards if len(videos := shard.only("video"))]
     cores = len(os.sched_getaffinity(0))
-    storage, pool = Storage(config), DecodePool(cores, config.decode_seconds, Limits.of(config))
+    storage, pool = Storage(config, cores + 2), DecodePool(cores, config.decode_seconds, Limits.of(config))
     try:
         plan = StreamPlan(StreamId.VIDEO, [len(shard) for shard in shards], config, 0, 4 * cores)
         with suppress(BadSample):  # a worker starts in any case, which is what this is for
-            pool.describe(partial(storage.read, shards[0].member(0), StageTimes())).result()
+            pool.describe(storage.read(shards[0].member(0)))
         began, clips, decoded = time.monotonic(), 0, 0
         for step in range(1000):
             entries = [plan.entry(step, slot) for slot in range(plan.global_size)]
@@ -159,13 +157,14 @@ def verdict(supply: Supply, recipe: str, config: DataConfig, wanted: float) -> s
 
 
 def _decoded_frames(pool: DecodePool, storage: Storage, members: list[Member], entries, config: DataConfig):
-    futures = [
-        pool.clips(partial(storage.read, m, StageTimes()), [(e.start, e.phase)], config.frames, config.stride)
-        for m, e in zip(members, entries, strict=True)
-    ]
-    for future in futures:
+    def decode(member: Member, entry: PlanEntry) -> int:
+        start = (entry.start, entry.phase)
+        with pool.clips(storage.read(member), [start], config.frames, config.stride) as decoded:
+            return decoded.reply["decoded"]
+
+    for call in [storage.executor.submit(decode, *sample) for sample in zip(members, entries, strict=True)]:
         try:
-            yield future.result()[0]["decoded"]
+            yield call.result()
         except BadSample:
             continue  # `check` is for those
 

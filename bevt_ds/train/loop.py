@@ -74,9 +74,8 @@ class Setup(Generic[ConfigT]):
     @property
     def loading(self) -> dict[str, Any]:
         """What every loader is told of the run: its ranks, where it begins, and where bad samples are listed."""
-        ranks, start = self.ranks, {"start_step": self.first_position, "state": self.loader_state}
-        place = {"rank": ranks.rank, "world": ranks.world, "device": ranks.device, "folder": self.folder}
-        return {**place, **start, "exchange": ranks.sum_counts}
+        start = {"start_step": self.first_position, "state": self.loader_state}
+        return {"ranks": self.ranks, "device": self.ranks.device, "folder": self.folder, **start}
 
     def initialise(self, model: nn.Module, weights: dict[str, Tensor] | None = None, **options: Any) -> None:
         """Give a model these weights, or those of the seed and, in a new run, of `init_from`; see load_init's options.

@@ -6,7 +6,6 @@ import json
 import tarfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import fields, replace
 from itertools import islice, pairwise
@@ -23,10 +22,10 @@ from bevt_ds.data import labelled_loader
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.labelled_loader import LabelledLoader
-from bevt_ds.data.labelled_plan import LabelledPlan
 from bevt_ds.data.limits import BadSample, Limits
-from bevt_ds.data.loader import LEDGER
+from bevt_ds.data.loader import LEDGER, OneRank
 from bevt_ds.data.pixels.clip_pixels import random_box
+from bevt_ds.data.plan import LabelledPlan
 from bevt_ds.errors import UserError
 from bevt_ds.rng import Use
 
@@ -89,7 +88,7 @@ def test_the_same_batches_arrive_on_a_gpu(labelled: LabelledDataConfig, batches:
 def test_ranks_share_out_what_one_rank_sees(
     labelled: LabelledDataConfig, batches: list[LabelledBatch], world: int
 ) -> None:
-    by_rank = [take(labelled, 12 // world, rank=rank, world=world) for rank in range(world)]
+    by_rank = [take(labelled, 12 // world, ranks=OneRank(rank, world)) for rank in range(world)]
     assert_same([by_rank[i % world][i // world] for i in range(12)], batches)
 
 
@@ -217,7 +216,7 @@ def test_a_video_shorter_than_the_clip_is_repeated(
     long = replace(labelled, frames=24, stride=1)  # of 20 frames
     video = views(long)[0].pixels[0, 0]
     assert torch.equal(video[:, 20:], video[:, :4]) and not torch.equal(video[:, 20:], video[:, 4:8])
-    assert len(caplog.messages) == 1 and "clip-00 has 20 frames, and a clip spans 24" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "has 20 frames, and a clip spans 24" in caplog.messages[0]
     assert take(long, 1)[0].pixels.shape == (1, 3, 24, 64, 64)
     assert len(caplog.messages) == 2
 
@@ -280,13 +279,11 @@ def test_a_validation_video_that_took_too_long_is_tried_again(
 ) -> None:
     real, asked = DecodePool.clips, []
 
-    def first_takes_long(self: DecodePool, *arguments, **named) -> Future:
+    def first_takes_long(self: DecodePool, *arguments, **named):
         asked.append(arguments)
         if len(asked) > 1:
             return real(self, *arguments, **named)
-        late: Future = Future()
-        late.set_exception(BadSample("not decoded within 20 s", transient=True))
-        return late
+        raise BadSample("not decoded within 20 s", transient=True)
 
     monkeypatch.setattr(DecodePool, "clips", first_takes_long)
     assert sum(int((batch.labels >= 0).sum()) for batch in views(labelled)) == 7 and len(asked) == 8
@@ -359,4 +356,4 @@ def test_impossible_views_are_named(labelled: LabelledDataConfig, changes: dict,
 
 def test_sizes_that_do_not_divide(labelled: LabelledDataConfig) -> None:
     with pytest.raises(UserError, match="with 4 ranks|multiple of the 4 ranks"):
-        LabelledLoader(labelled, TRAIN, world=4)
+        LabelledLoader(labelled, TRAIN, OneRank(0, 4))

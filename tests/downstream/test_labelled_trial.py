@@ -21,8 +21,7 @@ from bevt_ds.config.schema import (
     TrainConfig,
     ViewsConfig,
 )
-from bevt_ds.data.labelled_loader import LabelledLoader
-from bevt_ds.data.labelled_trial import TRIED
+from bevt_ds.data.labelled_loader import TRIED, LabelledLoader
 from bevt_ds.errors import UserError
 from bevt_ds.eval import probe_run as probing
 from bevt_ds.eval.online_probe import OnlineProbe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,7 +18,7 @@ from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.shards.synthetic.draw_worker import encode_jpeg
-from tests.loader.media import encode_clip
+from tests.loader.media import encode_clip, pooled_clips
 
 DEADLINE = 5.0  # seconds a video may take; a hundred times what one of these does
 LIMITS = Limits(pixels=1 << 20, frames=5000, clip_bytes=1 << 26)
@@ -98,12 +98,13 @@ def in_order(
 ) -> Iterator[tuple[int, bytes, Future]]:
     """Clips of the files that `make` returns, decoded by a pool: number, file, future."""
     under_way: list[tuple[int, bytes, Future]] = []
-    for number in numbers:
-        data = make(number, names=("h264", "webm"))
-        under_way.append((number, data, pool.clips(lambda data=data: data, [(0.5, 0.0)], 4, 2)))
-        if len(under_way) > UNDER_WAY:
-            yield under_way.pop(0)
-    yield from under_way
+    with ThreadPoolExecutor(UNDER_WAY) as threads:
+        for number in numbers:
+            data = make(number, names=("h264", "webm"))
+            under_way.append((number, data, threads.submit(pooled_clips, pool, data, [(0.5, 0.0)], 4, 2)))
+            if len(under_way) > UNDER_WAY:
+                yield under_way.pop(0)
+        yield from under_way
 
 
 def picture() -> np.ndarray:

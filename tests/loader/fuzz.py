@@ -150,7 +150,7 @@ def run_videos(numbers: range, seed: int, headers_only: bool) -> Tally:
         for number, data, future in in_order(pool, watched(numbers, "headers" if headers_only else "videos"), make):
             began = time.monotonic()
             try:
-                _, pixels = future.result(timeout=4 * (DEADLINE + SLACK))
+                pixels = future.result(timeout=4 * (DEADLINE + SLACK))
                 outcome = "decoded"
                 if pixels.shape[:2] != (1, 4) or pixels.shape[2] * pixels.shape[3] > LIMITS.pixels:
                     tally.faults.append(f"video {number}: shape {pixels.shape} of {len(data)} bytes")

@@ -8,11 +8,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from torch import Tensor
 
+from bevt_ds.data.decoding.cut import Crop
+from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels
@@ -119,7 +122,23 @@ def decode_clip(data: bytes, choose: Callable[[int], np.ndarray], limits: Limits
         return video.frames(choose(video.total))
 
 
-def pictures_of(pipeline: PixelPipeline | ClipPixels, payloads: Sequence, entries: Sequence) -> tuple[Tensor, Tensor]:
+def pooled_clips(pool: DecodePool, data: bytes, *arguments: Any) -> np.ndarray:
+    """The frames of clips that a pool decodes: uint8 (k,F,H,W,3). The arguments are those of `DecodePool.clips`."""
+    with pool.clips(data, *arguments) as decoded:
+        return decoded.copied()
+
+
+def clip_pixels(pixels: ClipPixels, frames: np.ndarray, entries: Sequence, masked: np.ndarray | None = None) -> tuple:
+    """Pixels and views that are made of the same frames, uint8 (T,H,W,3), for each entry; as `pictures_of` has them."""
+    every = np.ones((len(entries), len(frames)), dtype=bool)
+    batch = pixels.batch(every if masked is None else masked)
+    for i, e in enumerate(entries):
+        crop = pixels.crop(frames, np.arange(len(frames)), Crop(e.short_side, *e.crop, batch.pixels.shape[-1]))
+        pixels.fill(batch, i, crop, e.flip)
+    return batch.pixels, batch.view.unflatten(0, every.shape) if masked is None else batch.view
+
+
+def pictures_of(pipeline: PixelPipeline, payloads: Sequence, entries: Sequence) -> tuple[Tensor, Tensor]:
     """A micro-batch's pixels and the views of all its frames, masked or not: (B,T,3,v,v), or of images (B,3,v,v)."""
     clip = payloads[0][1] if isinstance(payloads[0], tuple) else payloads[0]
     shape = (len(payloads),) if isinstance(clip, bytes) else (len(payloads), len(clip))

@@ -19,7 +19,6 @@ from bevt_ds.data.reading.cache import ShardCache
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.remote import RemoteError
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 from tests.loader.server import Server
 
@@ -61,7 +60,7 @@ def test_a_cache_smaller_than_a_shard_costs_traffic_only(server: Server, tmp_pat
     def read(shard: Shard) -> None:
         data = server.files[shard.path.rpartition("/")[2]]
         for member in list(shard.members()) * 3:
-            right.append(storage.read(member, StageTimes()) == data[member.offset : member.offset + member.size])
+            right.append(storage.read(member) == data[member.offset : member.offset + member.size])
 
     readers = [threading.Thread(target=read, args=(shard,)) for shard in shards]
     for reader in readers:
@@ -165,15 +164,15 @@ def test_a_damaged_copy_is_replaced_and_a_damaged_source_is_a_bad_sample(server:
     """A flipped bit in the cache is got over; the same bit at the source is not the sample that was indexed."""
     storage = Storage(DataConfig(cache_dir=str(tmp_path / "cache"), remote_seconds=5.0))
     member = storage.load_shard(server.url(NAME)).member(0)
-    good = storage.read(member, StageTimes())
+    good = storage.read(member)
     damaged = bytearray(server.files[NAME])
     damaged[member.offset + 5] ^= 1
     storage.cache.local(member.path).write_bytes(damaged)
-    assert storage.read(member, StageTimes()) == good
+    assert storage.read(member) == good
     server.files[NAME] = bytes(damaged)
     storage.cache.discard(member.path)
     with pytest.raises(BadSample, match="not those that were indexed"):
-        storage.read(member, StageTimes())
+        storage.read(member)
     storage.close()
 
 
@@ -216,14 +215,14 @@ def test_a_file_replaced_between_runs(server: Server, tmp_path: Path, make, same
     shard = storage.load_shard(url)
     server.files[name] = make.tar(tmp_path / name, other).read_bytes()
     assert storage_of(tmp_path).load_shard(url) == shard  # the copy is whole: the server is not asked
-    assert storage.read(shard.member(0), StageTimes()) == b"old" and len(server.requests) == 1
+    assert storage.read(shard.member(0)) == b"old" and len(server.requests) == 1
     storage.cache.discard(url)
     with pytest.raises(UserError, match=r"s.tar is not the file that was indexed.*start the run again"):
-        storage.read(shard.member(0), StageTimes())
+        storage.read(shard.member(0))
     again = storage_of(tmp_path)
     found = again.load_shard(url)
     assert found.keys == tuple(key.removesuffix(".jpg") for key in other)
-    assert again.read(found.member(0), StageTimes()) == other[f"{found.keys[0]}.jpg"]
+    assert again.read(found.member(0)) == other[f"{found.keys[0]}.jpg"]
     for each in (storage, again):
         each.close()
 
@@ -244,7 +243,7 @@ def test_d2_a_remote_shard_that_is_gone_is_a_bad_sample(server: Server, tmp_path
     storage.cache.discard(member.path)
     del server.files[NAME]
     with pytest.raises(BadSample, match=f"{NAME}: HTTP 404") as caught:
-        storage.read(member, StageTimes())
+        storage.read(member)
     assert caught.value.transient
     storage.close()
 
@@ -259,6 +258,6 @@ def test_many_bad_samples_are_one_more_fetch(server: Server, tmp_path: Path) -> 
     storage.cache.discard(members[0].path)
     for member in members:
         with pytest.raises(BadSample, match="not those that were indexed"):
-            storage.read(member, StageTimes())
+            storage.read(member)
     assert len(server.requests) == 3  # to index it, to read from it, and once more
     storage.close()

@@ -18,8 +18,8 @@ from bevt_ds import cli
 from bevt_ds.data.decoding import verify
 from bevt_ds.data.decoding.video import full_decode
 from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.reading.deadline import Deadline, StorageStalled
 from bevt_ds.data.reading.index import load_shard
-from bevt_ds.data.reading.patience import Patience, StorageStalled
 from bevt_ds.shards import manifest, stats
 from bevt_ds.shards.check import check
 from bevt_ds.shards.synthetic.draw_worker import encode_mp4
@@ -109,7 +109,7 @@ def released() -> Iterator[threading.Event]:
 
 def test_hashing_does_not_wait_for_ever(packed: Path, monkeypatch, released: threading.Event) -> None:
     monkeypatch.setattr(manifest, "_sha256", lambda path: released.wait(20))
-    monkeypatch.setattr(manifest, "Patience", lambda seconds: Patience(0.2))
+    monkeypatch.setattr(manifest, "Deadline", lambda seconds: Deadline(0.2))
     with pytest.raises(StorageStalled, match="image-00000.*tar: no answer"):
         manifest.compare([str(path) for path in packed.glob("*.tar")], jobs=2)
 

@@ -14,7 +14,7 @@ from bevt_ds.config.schema import Config, DataConfig
 from bevt_ds.config.validate import validate
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.loader import Loader
+from bevt_ds.data.loader import Loader, OneRank
 from bevt_ds.data.plan import StreamId, StreamPlan, clip_frames
 from bevt_ds.errors import UserError
 
@@ -61,7 +61,7 @@ def test_the_clips_are_those_that_single_decodes_would_give(paired: Config, monk
     monkeypatch.setattr(
         DecodePool,
         "clips",
-        lambda self, load, starts, *a, **k: decodes.append(starts) or real(self, load, starts, *a, **k),
+        lambda self, data, starts, *a, **k: decodes.append(starts) or real(self, data, starts, *a, **k),
     )
     with Loader(paired) as loader:
         batches = list(islice(loader, 4))
@@ -86,7 +86,7 @@ def test_any_split_over_ranks_and_any_resume(paired: Config) -> None:
         whole = list(islice(loader, 6))
     dealt = []
     for rank in range(2):
-        with Loader(paired, rank=rank, world=2) as loader:
+        with Loader(paired, OneRank(rank, 2)) as loader:
             dealt.append(list(islice(loader, 3)))
     with Loader(paired, start_step=1) as loader:
         later = list(islice(loader, 2))
@@ -98,13 +98,11 @@ def test_any_split_over_ranks_and_any_resume(paired: Config) -> None:
 def test_a_bad_video_is_replaced_for_all_its_clips(paired: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen = DecodePool.clips, []
 
-    def first_is_bad(self, load, starts, *arguments, **more):
-        future = real(self, load, starts, *arguments, **more)
-        if not seen:
-            future = type(future)()
-            future.set_exception(BadSample("spoilt"))
+    def first_is_bad(self, data, starts, *arguments, **more):
         seen.append(starts)
-        return future
+        if len(seen) == 1:
+            raise BadSample("spoilt")
+        return real(self, data, starts, *arguments, **more)
 
     monkeypatch.setattr(DecodePool, "clips", first_is_bad)
     with Loader(paired) as loader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -17,11 +18,12 @@ from nvidia.dali import Pipeline, fn, types
 
 from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.decoding.cut import Crop, cut
-from bevt_ds.data.pixels.cpu_pixels import ClipPixels, ReusedMemory, single_core_threads
+from bevt_ds.data.pixels.cpu_pixels import ClipPixels, ReusedMemory, compute_on_one_core
 from bevt_ds.data.pixels.pipeline import STD, PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
+from bevt_ds.data.reading.deadline import DeadlineExecutor
 from bevt_ds.shards.synthetic.scene import Extent, render
-from tests.loader.media import noise, pictures_of
+from tests.loader.media import clip_pixels, noise, pictures_of
 
 S, V, CLIPS = 96, 48, 8
 ROUNDING = 1e-3  # levels: single precision through normalising and back
@@ -40,8 +42,7 @@ def plan_entries(*short_side: int) -> list[PlanEntry]:
 
 
 def ours(frames: np.ndarray, entries: list[PlanEntry]) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels, places = ClipPixels(S, 2), np.arange(len(frames))[None]
-    return pictures_of(pixels, [pixels.received(frames, places, [e])[0] for e in entries], entries)
+    return clip_pixels(ClipPixels(S), frames, entries)
 
 
 def differences(graph: PixelPipeline, frames: np.ndarray, entries: list[PlanEntry]) -> tuple[np.ndarray, np.ndarray]:
@@ -95,11 +96,9 @@ def test_real_clips_are_close_to_dalis(media_folder: Path, name: str) -> None:
     config = DataConfig()
     plan = StreamPlan(StreamId.VIDEO, [10], config, seed=3, global_size=CLIPS)
     entries = [plan.entry(0, slot) for slot in range(CLIPS)]
-    graph, mine = PixelPipeline("video", CLIPS, 224, 112, threads=1), ClipPixels(224, 2)
-    crops = [mine.received(frames, np.arange(2)[None], [e])[0] for e in entries]
-    for a, b, scale in zip(
-        pictures_of(mine, crops, entries), pictures_of(graph, [frames] * CLIPS, entries), (57.0, 255.0), strict=True
-    ):
+    graph = PixelPipeline("video", CLIPS, 224, 112, threads=1)
+    mine = clip_pixels(ClipPixels(224), frames, entries)
+    for a, b, scale in zip(mine, pictures_of(graph, [frames] * CLIPS, entries), (57.0, 255.0), strict=True):
         difference = (a - b).abs() * scale
         assert difference.mean() < 0.35 and difference.max() < 12
 
@@ -108,7 +107,7 @@ def test_real_clips_are_close_to_dalis(media_folder: Path, name: str) -> None:
 def test_the_view_is_opencvs_lanczos4(entry: Callable, side: int) -> None:
     """The same taps; OpenCV sums them as integers, so that a half may be rounded otherwise."""
     crop = noise(6, side, side)  # more frames than are filtered at a time
-    _, view = pictures_of(ClipPixels(side, 1), [torch.from_numpy(crop)], [entry(flip=False)])
+    _, view = clip_pixels(ClipPixels(side), crop, [entry(short_side=side, flip=False)])
     half = side // 2
     reference = np.stack([cv2.resize(frame, (half, half), interpolation=cv2.INTER_LANCZOS4) for frame in crop])
     difference = np.abs(view[0].permute(0, 2, 3, 1).numpy() * 255 - reference)
@@ -120,10 +119,11 @@ def test_views_are_made_of_masked_frames(kind: type, graph: PixelPipeline) -> No
     """In their order, whatever their number: a run that wraps around the end, all, none, and every second frame."""
     frames, entries = noise(10, 100, 130), plan_entries(100, 130)[:4]
     masked = np.array([[t in (0, 1, 2, 8, 9) for t in range(10)], [True] * 10, [False] * 10, [True, False] * 5])
-    pixels = ClipPixels(S, 2) if kind is ClipPixels else graph
-    clips = [pixels.received(frames, np.arange(10)[None], [e])[0] for e in entries]
-    every, views = pictures_of(pixels, clips, entries)
-    same, some = pixels.run(clips, entries, masked)
+    if kind is ClipPixels:
+        (every, views), (same, some) = (clip_pixels(ClipPixels(S), frames, entries, m) for m in (None, masked))
+    else:
+        every, views = pictures_of(graph, [frames] * 4, entries)
+        same, some = graph.run([frames] * 4, entries, masked)
     assert torch.equal(every, same) and torch.equal(some, views[torch.from_numpy(masked)])
 
 
@@ -141,29 +141,27 @@ def test_shrunk_clips_are_opencvs(entry: Callable, size: tuple[int, int], mean: 
     frames, view = noise(2, *size), entry(short_side=140, crop=(0.3, 0.7))
     height, width, top, left = cut(*size, Crop(140, 0.3, 0.7, S))
     reference = np.stack([cv2.resize(f, (width, height), interpolation=cv2.INTER_CUBIC) for f in frames]).astype(int)
-    (crop,) = ClipPixels(S, 2).received(frames, np.arange(2)[None], [view])
+    crop = ClipPixels(S).crop(frames, np.arange(2), Crop(view.short_side, *view.crop, S))
     assert np.abs(crop.numpy() - reference[:, top : top + S, left : left + S]).mean() < mean
 
 
 def test_clips_of_one_video_take_their_own_frames(entry: Callable) -> None:
     """Frames in a row, spread, and repeated; and nothing refers to the worker's memory afterwards."""
-    pictures, pixels = noise(6, S, S), ClipPixels(S, 2)
-    expected, places = pictures.copy(), np.array([[2, 3, 4], [0, 2, 5], [4, 5, 4]])
-    crops = pixels.received(pictures, places, [entry(short_side=S)] * 3)
-    pictures[:] = 0
+    images, pixels = noise(6, S, S), ClipPixels(S)
+    expected, places = images.copy(), np.array([[2, 3, 4], [0, 2, 5], [4, 5, 4]])
+    crops = [pixels.crop(images, rows, Crop(S, 0.5, 0.5, S), f"crop {i}") for i, rows in enumerate(places)]
+    images[:] = 0
     for crop, rows in zip(crops, places, strict=True):
         np.testing.assert_array_equal(crop, expected[rows])
 
 
 def test_frames_apart_are_cut_like_neighbours() -> None:
     """Of frames that do not follow one another only the part that the crop needs is copied, over what was there."""
-    pictures, pixels = noise(6, 120, 150), ClipPixels(S, 2)
-    rows = np.array([5, 0, 2])
+    images, pixels, rows = noise(6, 120, 150), ClipPixels(S), np.array([5, 0, 2])
     for e in plan_entries(100, 150):
-        (apart,), (together,) = (
-            pixels.received(p, r[None], [e]) for p, r in ((pictures, rows), (pictures[rows], np.arange(3)))
-        )
-        assert torch.equal(apart, together)
+        crop = Crop(e.short_side, *e.crop, S)
+        apart = pixels.crop(images, rows, crop, "apart")
+        assert torch.equal(apart, pixels.crop(images[rows], np.arange(3), crop, "together"))
 
 
 def test_a_clip_does_not_depend_on_its_neighbours() -> None:
@@ -182,8 +180,9 @@ def test_threads_of_one_core_leave_the_others_theirs() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        with single_core_threads(2) as pool:
-            assert [pool.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
+        with closing(DeadlineExecutor(2)) as executor:
+            compute_on_one_core(executor)
+            assert [executor.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
         assert torch.get_num_threads() == elsewhere() == 3
     finally:
         torch.set_num_threads(before)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -41,19 +40,20 @@ def entries(count: int = 6) -> list[PlanEntry]:
 
 @pytest.fixture(scope="module")
 def pixels() -> ClipPixels:
-    return ClipPixels(S, 1)
+    return ClipPixels(S)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_a_crop_is_made_of_its_box_alone(pixels: ClipPixels, height: int, width: int) -> None:
-    frames, place = noise(2, height, width), np.arange(2)[None]
+    frames = noise(2, height, width)
     for entry in entries():
-        box = source_box(height, width, *pixels.crops([entry]))
+        crop = Crop(entry.short_side, *entry.crop, S)
+        box = source_box(height, width, crop)
         poisoned = np.where(np.random.default_rng(0).random(frames.shape) < 0.5, 0, 255).astype(np.uint8)
         part = np.s_[:, box.top : box.top + box.height, box.left : box.left + box.width]
         poisoned[part] = frames[part]
-        (crop,), same = (pixels.received(pictures, place, [entry]) for pictures in (frames, poisoned))
-        assert torch.equal(crop, *same)
+        whole, part = (pixels.crop(images, np.arange(2), crop, str(i)) for i, images in enumerate((frames, poisoned)))
+        assert torch.equal(whole, part)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -104,15 +104,17 @@ def test_workers_convert_what_the_crops_need(pool: DecodePool, pixels: ClipPixel
     """Four clips of one video, after another that has filled the memory."""
     container, codec, pixel_format, size, _ = FORMATS[name]
     data, filler = (encode_clip(noise(20, *size, seed=s), container, codec, pixel_format) for s in (0, 1))
-    group, starts = entries(4)[:4], [(0.0, 0.0), (0.1, 0.0), (0.2, 0.0), (0.9, 0.0)]
+    crops = [Crop(e.short_side, *e.crop, S) for e in entries(4)[:4]]
+    starts = [(0.0, 0.0), (0.1, 0.0), (0.2, 0.0), (0.9, 0.0)]
 
-    def clips(data: bytes, crops: list[Crop] | None) -> list[torch.Tensor]:
-        receive = partial(pixels.received, entries=group)
-        return pool.clips(lambda: data, starts, 6, 2, receive=receive, crops=crops).result()[1]
+    def clips(data: bytes, needed: list[Crop] | None) -> list[torch.Tensor]:
+        with pool.clips(data, starts, 6, 2, crops=needed) as decoded:
+            rows = zip(decoded.places, crops, strict=True)
+            return [pixels.crop(decoded.frames, places, crop).clone() for places, crop in rows]
 
     expected = clips(data, None)
     clips(filler, None)
-    for one, other in zip(clips(data, pixels.crops(group)), expected, strict=True):
+    for one, other in zip(clips(data, crops), expected, strict=True):
         assert torch.equal(one, other)
 
 

@@ -10,21 +10,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bevt_ds.data.decoding import child
-from bevt_ds.data.decoding.pool import MOST_RESIDENT, DecodePool, DecodeWorker
+from bevt_ds.data.decoding import subprocess_env
+from bevt_ds.data.decoding.pool import MOST_RESIDENT, READY, DecodePool, DecodeWorker
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.plan import clip_frames
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import read_member
-from tests.loader.media import decode_clip
+from tests.loader.media import decode_clip, pooled_clips
 
 Load = Callable[[], bytes]
+CLIP = ([(0.3, 0.0)], 8, 2)
+
+
+def at_once(pool: DecodePool, member: Load, count: int) -> list[np.ndarray]:
+    """The same clip, decoded in as many threads."""
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(lambda _: pooled_clips(pool, member(), *CLIP), range(count)))
 
 
 @pytest.fixture
@@ -46,16 +54,15 @@ def expected(member: Load) -> np.ndarray:
 
 
 def test_workers_decode_what_the_caller_would(pool: DecodePool, member: Load, expected: np.ndarray) -> None:
-    clips = [pool.clips(member, [(0.3, 0.0)], 8, 2) for _ in range(5)]
-    for clip in clips:
-        np.testing.assert_array_equal(clip.result()[1], expected)
-    assert pool.describe(member).result()[0]["frames"] == 20
+    for clip in at_once(pool, member, 5):
+        np.testing.assert_array_equal(clip, expected)
+    assert pool.describe(member())["frames"] == 20
 
 
 def test_clips_of_one_decode_are_those_of_their_positions(pool: DecodePool, member: Load) -> None:
     """The phase too: what tells the clips of a video apart."""
     positions = [(0.3, 0.0), (0.3, 0.9), (0.8, 0.6)]
-    clips = pool.clips(member, positions, 8, 2).result()[1]
+    clips = pooled_clips(pool, member(), positions, 8, 2)
     for clip, (start, phase) in zip(clips, positions, strict=True):
         alone = decode_clip(member(), lambda total, s=start, p=phase: clip_frames(s, total, 8, 2, p))
         np.testing.assert_array_equal(clip, alone)
@@ -67,8 +74,8 @@ def test_a_worker_loads_neither_torch_nor_dali_nor_the_entry() -> None:
         "import sys, json, bevt_ds.data.decoding.worker; "
         "print(json.dumps([m for m in ('torch', 'nvidia.dali', 'deepspeed', 'webdataset') if m in sys.modules]))"
     )
-    command = [*child.command("x")[:-2], "-c", code]
-    output = subprocess.run(command, env=child.environment(), capture_output=True, check=True).stdout
+    command = [*subprocess_env.command("x")[:-2], "-c", code]
+    output = subprocess.run(command, env=subprocess_env.environment(), capture_output=True, check=True).stdout
     assert json.loads(output) == []
 
 
@@ -78,21 +85,20 @@ def test_a_killed_worker_is_replaced_and_the_sample_decoded_again(
     first = set(pool.pids)
     for pid in first:
         os.kill(pid, signal.SIGKILL)
-    for clip in [pool.clips(member, [(0.3, 0.0)], 8, 2) for _ in range(4)]:
-        np.testing.assert_array_equal(clip.result()[1], expected)
+    for clip in at_once(pool, member, 4):
+        np.testing.assert_array_equal(clip, expected)
     assert len(pool.pids) == 2 and not first & set(pool.pids)
 
 
 def test_a_worker_killed_in_the_middle_of_a_sample(member: Load, expected: np.ndarray) -> None:
     pool = DecodePool(workers=1, seconds=20.0, limits=Limits())
     try:
-        pool.clips(member, [(0.3, 0.0)], 8, 2).result()[1]  # started up
+        pooled_clips(pool, member(), *CLIP)  # started up
         (victim,) = pool.pids
         os.kill(victim, signal.SIGSTOP)
-        clip = pool.clips(member, [(0.3, 0.0)], 8, 2)
         timer = threading.Timer(0.2, os.kill, (victim, signal.SIGKILL))
         timer.start()
-        np.testing.assert_array_equal(clip.result()[1], expected)
+        np.testing.assert_array_equal(pooled_clips(pool, member(), *CLIP), expected)
     finally:
         timer.cancel()
         pool.close()
@@ -102,8 +108,7 @@ def test_the_sample_of_a_worker_that_hangs_goes_to_a_fresh_one(
     pool: DecodePool, member: Load, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D19: also where the others hang too. The first attempt has 0.3 s, a process that starts has more."""
-    for clip in [pool.clips(member, [(0.3, 0.0)], 8, 2) for _ in range(8)]:
-        clip.result()  # both have started
+    at_once(pool, member, 8)  # both have started
     stuck, real = set(pool.pids), pool._replaced
 
     def patient(worker: DecodeWorker) -> DecodeWorker:
@@ -114,21 +119,21 @@ def test_the_sample_of_a_worker_that_hangs_goes_to_a_fresh_one(
     for pid in stuck:
         os.kill(pid, signal.SIGSTOP)
     pool._seconds, began = 0.3, time.monotonic()
-    np.testing.assert_array_equal(pool.clips(member, [(0.3, 0.0)], 8, 2).result()[1], expected)
+    np.testing.assert_array_equal(pooled_clips(pool, member(), *CLIP), expected)
     assert time.monotonic() - began < 20 and len(stuck - set(pool.pids)) == 1
     pool._seconds = 0.3
-    for clip in [pool.clips(member, [(0.3, 0.0)], 8, 2) for _ in range(4)]:
-        np.testing.assert_array_equal(clip.result()[1], expected)
+    for clip in at_once(pool, member, 4):
+        np.testing.assert_array_equal(clip, expected)
     assert len(pool.pids) == 2 and not stuck & set(pool.pids)
 
 
 def test_a_sample_that_always_hangs_costs_two_deadlines(member: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = f"import os, time; os.write(1, {child.READY!r}); time.sleep(60)"
-    monkeypatch.setattr(child, "command", lambda *_: [sys.executable, "-c", program])
+    program = f"import os, time; os.write(1, {READY!r}); time.sleep(60)"
+    monkeypatch.setattr(subprocess_env, "command", lambda *_: [sys.executable, "-c", program])
     pool = DecodePool(workers=1, seconds=0.3, limits=Limits())
     began = time.monotonic()
     with pytest.raises(BadSample, match=r"not decoded within 0.3 s \(2 attempts\)") as caught:
-        pool.clips(member, [(0.3, 0.0)], 8, 2).result()
+        pooled_clips(pool, member(), *CLIP)
     assert caught.value.transient and 0.6 < time.monotonic() - began < 5
     pool.close()
 
@@ -136,37 +141,42 @@ def test_a_sample_that_always_hangs_costs_two_deadlines(member: Load, monkeypatc
 def test_a_worker_that_has_grown_is_replaced(pool: DecodePool, member: Load, expected: np.ndarray, monkeypatch) -> None:
     """D23: its answer still counts; the next sample gets a fresh process. Below the bound nobody is replaced."""
     first = set(pool.pids)
-    resident = pool.clips(member, [(0.3, 0.0)], 8, 2).result()[0]["resident"]
-    pool.clips(member, [(0.3, 0.0)], 8, 2).result()
+    with pool.clips(member(), *CLIP) as decoded:
+        resident = decoded.reply["resident"]
+    pooled_clips(pool, member(), *CLIP)
     assert 1 << 20 < resident < MOST_RESIDENT and set(pool.pids) == first
     monkeypatch.setattr("bevt_ds.data.decoding.pool.MOST_RESIDENT", 1 << 20)
     for _ in range(4):
-        np.testing.assert_array_equal(pool.clips(member, [(0.3, 0.0)], 8, 2).result()[1], expected)
+        np.testing.assert_array_equal(pooled_clips(pool, member(), *CLIP), expected)
     assert len(pool.pids) == 2 and not first & set(pool.pids)
 
 
 def test_a_bad_sample_is_an_answer_not_a_death(pool: DecodePool, member: Load) -> None:
     before = set(pool.pids)
     with pytest.raises(BadSample, match="cut"):
-        pool.clips(lambda: member()[:-1000], [(0.3, 0.0)], 8, 2).result()
+        pooled_clips(pool, member()[:-1000], *CLIP)
     assert set(pool.pids) == before
 
 
 def test_workers_that_cannot_start_are_no_fault_of_the_sample(member: Load, monkeypatch) -> None:
-    monkeypatch.setattr(child, "command", lambda *_: [sys.executable, "-c", "raise ImportError('no such library')"])
+    program = "raise ImportError('no such library')"
+    monkeypatch.setattr(subprocess_env, "command", lambda *_: [sys.executable, "-c", program])
     pool = DecodePool(workers=1, seconds=20.0, limits=Limits())
     with pytest.raises(RuntimeError, match="decode workers cannot start: (?s:.*)no such library"):
-        pool.describe(member).result()
+        pool.describe(member())
     pool.close()
 
 
 def test_closing_ends_every_process(member: Load, is_alive: Callable[[int], bool]) -> None:
     pool = DecodePool(workers=2, seconds=20.0, limits=Limits())
     pids = pool.pids
-    waiting = [pool.clips(member, [(0.3, 0.0)], 8, 2) for _ in range(20)]
-    pool.close()
+    with ThreadPoolExecutor(20) as threads:
+        waiting = [threads.submit(pooled_clips, pool, member(), *CLIP) for _ in range(20)]
+        pool.close()
     assert not any(is_alive(pid) for pid in pids)
-    assert all(clip.done() for clip in waiting)
+    assert all(isinstance(clip.exception(), CancelledError | None) for clip in waiting)
+    with pytest.raises(CancelledError):
+        pool.describe(member())
 
 
 def test_workers_end_with_their_parent(member: Load, is_alive: Callable[[int], bool]) -> None:
@@ -175,8 +185,8 @@ def test_workers_end_with_their_parent(member: Load, is_alive: Callable[[int], b
         "from bevt_ds.data.limits import Limits; "
         "print(*DecodePool(2, 20.0, Limits()).pids, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    command = [*child.command("x")[:-2], "-c", code]
-    result = subprocess.run(command, env=child.environment(), capture_output=True, text=True)
+    command = [*subprocess_env.command("x")[:-2], "-c", code]
+    result = subprocess.run(command, env=subprocess_env.environment(), capture_output=True, text=True)
     pids = [int(word) for word in result.stdout.split()]
     assert len(pids) == 2
     deadline = time.monotonic() + 10

@@ -16,13 +16,15 @@ import pytest
 import torch
 
 from bevt_ds.config.schema import Config
-from bevt_ds.data import loader as loader_module
-from bevt_ds.data.decoder_choice import choose, clips_per_second, taken_over
+from bevt_ds.data import open_stream
+from bevt_ds.data.decoder_choice import choose, clips_per_second, resumed_decoders
+from bevt_ds.data.graph_stream import GraphReader
 from bevt_ds.data.limits import Limits
-from bevt_ds.data.loader import Loader, Source
+from bevt_ds.data.loader import Loader
+from bevt_ds.data.open_stream import Source
+from bevt_ds.data.pixels.cpu_pixels import ClipPixels
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.plan import StreamId
-from bevt_ds.data.timing import StageTimes
 from tests.loader.media import decode_clip, pictures_of
 
 
@@ -92,11 +94,11 @@ def test_what_the_rates_depend_on_is_measured_anew(
 ) -> None:
     asked = []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(loader_module, "choose", lambda candidates, facts, folder: asked.append(facts) or "gpu")
+    monkeypatch.setattr(open_stream, "choose", lambda candidates, facts, folder: asked.append(facts) or "gpu")
     source = Source(StreamId.VIDEO, config.data.videos, 4, 2)
     for more in (0, 0, 2):
         data = replace(config.data, decoder="auto", **{changed: getattr(config.data, changed) + more})
-        loader_module._decoder(source, [], replace(config, data=data), None, torch.device("cuda"), "the same shards")
+        open_stream.decoder_of(source, [], replace(config, data=data), None, torch.device("cuda"), "the same shards")
     assert asked[0] == asked[1] != asked[2]
 
 
@@ -119,10 +121,11 @@ def test_both_decoders_feed_the_same_graph(vp9: bytes, entry: Callable) -> None:
 def through_dali(monkeypatch: pytest.MonkeyPatch, decoder: str | None) -> None:
     """Clips go through DALI's graph, as on a GPU, with its decoder on the CPU or with the workers'."""
 
-    def pixels(size: int, threads: int, times: StageTimes) -> PixelPipeline:
-        return PixelPipeline("video", 2, size, size // 2, threads, dali_decoder=decoder, times=times)
+    def reader(*arguments, pixels: ClipPixels) -> GraphReader:
+        size = arguments[2].size
+        return GraphReader(*arguments, pixels=PixelPipeline("video", 2, size, size // 2, 1, dali_decoder=decoder))
 
-    monkeypatch.setattr(loader_module, "ClipPixels", pixels)
+    monkeypatch.setattr(open_stream, "ClipReader", reader)
 
 
 @pytest.mark.parametrize("clips_per_video", [1, 2])
@@ -186,11 +189,11 @@ def test_a_video_that_fails_in_dali_is_decoded_by_a_worker(
 def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
     """What `choose` would be asked for clips of a configuration on a GPU; else where they are decoded."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(loader_module, "choose", lambda candidates, facts, folder: (tuple(candidates), facts))
+    monkeypatch.setattr(open_stream, "choose", lambda candidates, facts, folder: (tuple(candidates), facts))
 
     def ask(config: Config, stream: StreamId = StreamId.VIDEO, fingerprint: str = "these shards"):
-        source = loader_module.Source(stream, "s.tar", 4, 2)
-        return loader_module._decoder(source, [], config, None, torch.device("cuda"), fingerprint)
+        source = open_stream.Source(stream, "s.tar", 4, 2)
+        return open_stream.decoder_of(source, [], config, None, torch.device("cuda"), fingerprint)
 
     return ask
 
@@ -204,8 +207,8 @@ def test_auto_measures_videos_on_a_gpu_only(with_data: Callable[..., Config], ch
 def test_a_resumed_run_keeps_its_decoder_where_there_is_a_choice(config: Config) -> None:
     """Not where the setting says which, and not where there is no GPU, though the run before had one."""
     state = {"decoder": {"VIDEO": "gpu", "IMAGE": "gpu"}}
-    assert taken_over(state, "auto", on_gpu=True) == state["decoder"]
-    assert taken_over(state, "cpu", on_gpu=True) == taken_over(state, "auto", on_gpu=False) == {}
-    assert taken_over(None, "auto", on_gpu=True) == taken_over({"skips": []}, "auto", on_gpu=True) == {}
+    assert resumed_decoders(state, "auto", on_gpu=True) == state["decoder"]
+    assert resumed_decoders(state, "cpu", on_gpu=True) == resumed_decoders(state, "auto", on_gpu=False) == {}
+    assert resumed_decoders(None, "auto", on_gpu=True) == resumed_decoders({"skips": []}, "auto", on_gpu=True) == {}
     with Loader(config, state=state) as loader:
         assert next(loader).video is not None and loader.state()["decoder"] == {}

@@ -20,13 +20,14 @@ import torch
 
 from bevt_ds.config.schema import Config
 from bevt_ds.data.decoding.pool import DecodePool, DecodeWorker
+from bevt_ds.data.graph_stream import GraphReader
 from bevt_ds.data.ledger import ALWAYS_ALLOWED, IN_A_ROW, DataLimitError, Ledger, Skips, merge_states, require_few_bad
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.loader import BackgroundLoader, Loader
+from bevt_ds.data.loader import ALONE, BackgroundLoader, Loader
 from bevt_ds.data.plan import PlanEntry, StreamId
+from bevt_ds.data.reading.deadline import StorageStalled
 from bevt_ds.data.reading.members import Member
-from bevt_ds.data.reading.patience import StorageStalled
-from bevt_ds.data.stream import StreamReader
+from bevt_ds.data.stream import PendingBatch
 from bevt_ds.data.timing import StageTimes, bottleneck
 from bevt_ds.runtime.logging import SpeedMeter
 from bevt_ds.train.loop import report_wait, write_line
@@ -41,7 +42,7 @@ class Ranks:
         self.world, self.calls = world, 0
         self._barrier, self._shares = threading.Barrier(world, timeout=60), [[] for _ in range(world)]
 
-    def exchange(self, rank: int) -> Callable[[list[int]], list[int]]:
+    def of(self, rank: int) -> SimpleNamespace:
         def total(numbers: list[int]) -> list[int]:
             self._shares[rank] = numbers
             self._barrier.wait()
@@ -49,7 +50,7 @@ class Ranks:
             self._barrier.wait()
             return result
 
-        return total
+        return SimpleNamespace(rank=rank, world=self.world, sum_counts=total)
 
 
 def run_ranks(config: Config, world: int, steps: int = 40) -> list[tuple[int, BaseException | None]]:
@@ -59,7 +60,7 @@ def run_ranks(config: Config, world: int, steps: int = 40) -> list[tuple[int, Ba
     def work(rank: int) -> None:
         got = 0
         try:
-            with Loader(config, rank, world, exchange=ranks.exchange(rank)) as loader:
+            with Loader(config, ranks.of(rank)) as loader:
                 for _ in islice(loader, steps):
                     got += 1
             results[rank] = (got, None)
@@ -81,16 +82,14 @@ def images_only(config: Config) -> Config:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[PlanEntry], bool], error: Exception) -> None:
     """Make some places of the plan unusable."""
-    real = StreamReader._fetch
+    real = GraphReader._sample
 
-    def fetch(self: StreamReader, group: list[PlanEntry]):
-        future = real(self, group)
+    def sample(self: GraphReader, pending: PendingBatch, i: int, group: list[PlanEntry]) -> list:
         if is_bad(group[0]):
-            future = type(future)()
-            future.set_exception(error)
-        return future
+            raise error
+        return real(self, pending, i, group)
 
-    monkeypatch.setattr(StreamReader, "_fetch", fetch)
+    monkeypatch.setattr(GraphReader, "_sample", sample)
 
 
 def test_ranks_stop_together_when_one_of_them_meets_too_many(images_only: Config, monkeypatch) -> None:
@@ -150,7 +149,8 @@ def test_the_budget(good: int, bad: int, fraction: float, stops: bool) -> None:
 def test_ranks_are_told_of_every_sample(with_data: Callable[..., Config], clips_per_video: int, videos: int) -> None:
     """No stall, no failure; good and bad videos, good and bad images, up to the micro-batch that is handed out."""
     told = []
-    with Loader(with_data(clips_per_video=clips_per_video), exchange=lambda n: told.append(n) or n) as loader:
+    ranks = SimpleNamespace(rank=0, world=1, sum_counts=lambda n: told.append(n) or n)
+    with Loader(with_data(clips_per_video=clips_per_video), ranks) as loader:
         list(islice(loader, 3))
     assert told == [[0, 0, 0, videos * i, 0, 4 * i, 0] for i in (1, 2, 3)]
 
@@ -219,15 +219,15 @@ def test_a_resumed_run_skips_what_the_first_one_had_no_time_for(config: Config) 
 
 
 def test_a_time_out_becomes_state(config: Config, monkeypatch) -> None:
-    real, calls = DecodePool._answer, []
+    real, calls = DecodePool._answered, []
 
-    def slow_once(self, load, request, receive):
+    def slow_once(self, data, request):
         calls.append(request)
         if len(calls) == 1:
             raise BadSample("not decoded within 20 s", transient=True)
-        return real(self, load, request, receive)
+        return real(self, data, request)
 
-    monkeypatch.setattr(DecodePool, "_answer", slow_once)
+    monkeypatch.setattr(DecodePool, "_answered", slow_once)
     with Loader(config) as loader:
         next(loader)
         state = loader.state()
@@ -350,7 +350,7 @@ class NoReader:
 
 def test_waits_add_up(with_data: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes on by a second at each look."""
-    with BackgroundLoader(NoReader(), 1, with_data().data, 0, None) as loader:
+    with BackgroundLoader(NoReader(), 1, with_data().data, ALONE) as loader:
         monkeypatch.setattr("bevt_ds.data.loader.time.perf_counter", count().__next__)
         assert list(islice(loader, 4)) == [(step, 0) for step in range(4)]
         assert loader.wait_seconds() == 4 and loader.wait_seconds() == 0
@@ -359,7 +359,7 @@ def test_waits_add_up(with_data: Callable[..., Config], monkeypatch: pytest.Monk
 def test_batches_are_prepared_before_anyone_asks(with_data: Callable[..., Config]) -> None:
     """`prefetch` ready, one that waits for its place, and `prefetch` more being decoded; then it stops."""
     reader = NoReader()
-    with BackgroundLoader(reader, 2, with_data(prefetch=3).data, 5, None) as loader:
+    with BackgroundLoader(reader, 2, with_data(prefetch=3).data, ALONE, 5) as loader:
         until = time.monotonic() + 10
         while reader.finished < 4 and time.monotonic() < until:
             time.sleep(0.01)

@@ -24,12 +24,11 @@ from bevt_ds.data.decoding import pool as pool_module
 from bevt_ds.data.decoding.pool import DecodeWorker
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.loader import LEDGER, Loader, eval_batches
+from bevt_ds.data.loader import LEDGER, Loader, OneRank, eval_batches
 from bevt_ds.data.plan import StreamId
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 from bevt_ds.train.loop import report_bad
 
@@ -111,7 +110,7 @@ def test_a_loader_started_later_continues_exactly(config: Config, batches: list[
 
 
 def test_two_ranks_share_out_what_one_rank_sees(config: Config, batches: list[Batch]) -> None:
-    by_rank = [take(config, 3, rank=rank, world=2) for rank in range(2)]
+    by_rank = [take(config, 3, ranks=OneRank(rank, 2)) for rank in range(2)]
     dealt = [by_rank[i % 2][i // 2] for i in range(6)]
     assert_same(dealt, batches)
 
@@ -277,7 +276,8 @@ def test_bad_held_out_samples_are_listed_and_limited(damaged, tmp_path: Path) ->
 def test_the_first_bad_sample_is_said_aloud(damaged, tmp_path: Path, caplog, capsys) -> None:
     """And at the end of a run their number; of all ranks, in each line of the log."""
     config = damaged({f"clip-{i:02d}": lambda data: data[:300] for i in (1, 4)}, kind="video")
-    with Loader(config, folder=tmp_path, exchange=lambda numbers: [2 * n for n in numbers]) as loader:
+    two_alike = SimpleNamespace(rank=0, world=1, sum_counts=lambda numbers: [2 * n for n in numbers])
+    with Loader(config, two_alike, folder=tmp_path) as loader:
         assert all(next(loader) for _ in range(6))
         events = (tmp_path / LEDGER).read_text().splitlines()
         assert 2 <= loader.bad_samples <= 2 * len(events)
@@ -326,9 +326,9 @@ def test_reads_of_videos_overlap(with_data: Callable, monkeypatch) -> None:
     """As many at a time as data.readers says, though one worker decodes."""
     together, read = threading.Barrier(4, timeout=20), Storage.read
 
-    def waits_for_others(self: Storage, member: Member, times: StageTimes) -> bytes:
+    def waits_for_others(self: Storage, member: Member) -> bytes:
         together.wait()
-        return read(self, member, times)
+        return read(self, member)
 
     config = with_data(images="", readers=4, workers=1, prefetch=4)
     config = replace(config, train=replace(config.train, global_images=0))
@@ -379,7 +379,7 @@ def test_caps_of_the_configuration_hold(config: Config, cap: dict) -> None:
 
 def test_batches_that_do_not_divide(config: Config) -> None:
     with pytest.raises(UserError, match="micro_clips"):
-        Loader(config, world=3)
+        Loader(config, OneRank(0, 3))
 
 
 def test_an_epoch_shows_every_sample_once(config: Config, shards: Path) -> None:

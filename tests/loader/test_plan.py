@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.plan import SampleOrder, StreamId, StreamPlan, clip_frames, slots_of
-from bevt_ds.rng import Use, generator
+from bevt_ds.rng import Use, generator, sample_key
 
 COUNTS = (5, 1, 9, 3, 4)
 # Shard, member, short side, flip; crop and jitter; drop-path key: of slot 2 in step 3 of the images, seed 5.
@@ -116,7 +116,7 @@ def test_the_plan_never_changes_by_accident() -> None:
     first = plan(StreamId.IMAGE, seed=5).entry(3, 2)
     assert (first.shard, first.member, first.short_side, first.flip) == PINNED[0]
     assert first.crop + first.jitter == pytest.approx(PINNED[1], abs=1e-12)
-    assert plan(StreamId.IMAGE, seed=5).key(3, 2) == PINNED[2]
+    assert sample_key(5, StreamId.IMAGE, 3, 2) == PINNED[2]
 
 
 def test_random_views_cover_their_ranges() -> None:
@@ -157,10 +157,10 @@ def test_substitutes_are_other_samples_with_the_same_treatment() -> None:
 
 
 @pytest.mark.parametrize(("stream", "shape", "frames"), [(0, (6, 8, 14, 14), 2), (1, (6, 14, 14), 1)])
-def test_masked_cells_counts_output_positions(stream: int, shape: tuple, frames: int) -> None:
+def test_masks_have_the_streams_shape(stream: int, shape: tuple, frames: int) -> None:
     masks = plan(StreamId(stream)).masks(4)
     assert masks.shape == shape
-    assert plan(StreamId(stream)).masked_cells(4) == masks.sum() * frames
+    assert plan(StreamId(stream)).frames_per_cell == frames
     assert (masks != plan(StreamId(stream)).masks(5)).any()
     assert (masks != plan(StreamId(stream + 2)).masks(4)).any()  # the held-out stream's
 

@@ -17,14 +17,14 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from bevt_ds.config.schema import Config, DataConfig
-from bevt_ds.data.loader import BatchReader, Loader, Source
+from bevt_ds.data.loader import ALONE, BatchReader, Loader
+from bevt_ds.data.open_stream import Source
 from bevt_ds.data.plan import StreamId
 from bevt_ds.data.reading import cache as cache_module
 from bevt_ds.data.reading.cache import ShardCache
 from bevt_ds.data.reading.remote import RemoteError, redacted
 from bevt_ds.data.reading.shards import expand
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 from tests.loader.server import Server
 
@@ -88,7 +88,7 @@ def test_a_shard_that_is_not_there_is_named_at_the_start(with_data, server: Serv
 def test_the_next_window_is_fetched_before_it_is_read(with_data, server: Server, tmp_path: Path) -> None:
     remote = with_data(videos=server.url("video-00000{0..2}.tar"), cache_dir=str(tmp_path / "cache"), shuffle_window=1)
     videos = Source(StreamId.VIDEO, remote.data.videos, 4, 2)
-    with closing(BatchReader(remote, [videos], 0, 1, "cpu", None)) as reader:
+    with closing(BatchReader(remote, [videos], ALONE, "cpu", None)) as reader:
         for path in (tmp_path / "cache").glob("*.tar"):
             path.unlink()
         reader.finish(reader.begin(0, 0))  # two clips of one shard
@@ -106,7 +106,7 @@ def test_fsspec(shards: Path, tmp_path: Path) -> None:
     assert len(paths) == 3
     storage = Storage(DataConfig(cache_dir=str(tmp_path / "cache")))
     shard = storage.load_shard(paths[0])
-    assert storage.read(shard.member(0), StageTimes())
+    assert storage.read(shard.member(0))
     with pytest.raises(UserError, match="there is no such file"):
         storage.load_shard("memory://bucket/none.tar")
     with pytest.raises(UserError, match="nonsense"):

@@ -19,7 +19,7 @@ from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from tests.loader.damage import mutate, quiet
-from tests.loader.media import encode_clip, noise, pictures_of
+from tests.loader.media import encode_clip, noise, pictures_of, pooled_clips
 
 FRAMES, HEIGHT, WIDTH = 12, 48, 64
 CASES = 80
@@ -40,7 +40,7 @@ def decode() -> Iterator[Callable[[bytes], bytes | str]]:
 
     def run(data: bytes) -> bytes | str:
         try:
-            return pool.clips(lambda: data, [(0.0, 0.0)], FRAMES, 1).result()[1].tobytes()
+            return pooled_clips(pool, data, [(0.0, 0.0)], FRAMES, 1).tobytes()
         except BadSample as bad:
             return str(bad)
 

@@ -20,16 +20,15 @@ import fsspec
 import pytest
 
 from bevt_ds.config.schema import DataConfig
-from bevt_ds.data.decoding import child
+from bevt_ds.data.decoding import subprocess_env
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import Loader
-from bevt_ds.data.reading import index, patience, tar_scan
+from bevt_ds.data.reading import deadline, index, tar_scan
+from bevt_ds.data.reading.deadline import Deadline, DeadlineExecutor, StorageStalled, heartbeat
 from bevt_ds.data.reading.index import SUFFIX, load_shard
 from bevt_ds.data.reading.members import Member, read_at
-from bevt_ds.data.reading.patience import Patience, StorageStalled, asking
 from bevt_ds.data.reading.remote import RemoteError, glob_remote
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 from bevt_ds.shards.check import check
 
@@ -57,11 +56,11 @@ def member(tmp_path: Path, shards: Path) -> Member:
 
 def test_a_stalled_read_is_named_with_its_place(member: Member, stall, caplog: pytest.LogCaptureFixture) -> None:
     storage = Storage(DataConfig(read_seconds=0.4))
-    assert len(storage.read(member, StageTimes())) == member.size
+    assert len(storage.read(member)) == member.size
     stall(Path(member.path))
     began = time.monotonic()
     with pytest.raises(StorageStalled, match=r"'image-02' at byte \d+ of .*s.tar: no answer for .*=0.4 s") as caught:
-        storage.read(member, StageTimes())
+        storage.read(member)
     assert 0.4 <= time.monotonic() - began < 3 and caught.value.exit_code == 5
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "no answer for 0.2 s" in caplog.text
     storage.close()
@@ -88,9 +87,8 @@ import sys, threading
 from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.timing import StageTimes
 storage = Storage(DataConfig(read_seconds=0.3))
-storage.read(Member(sys.argv[1], "k", "jpg", 512, 10, 0), StageTimes())
+storage.read(Member(sys.argv[1], "k", "jpg", 512, 10, 0))
 """
 
 
@@ -98,7 +96,7 @@ def test_a_stuck_thread_does_not_keep_the_process(tmp_path: Path) -> None:
     """Nor does it need a `close`: the error alone ends the program."""
     os.mkfifo(tmp_path / "s.tar")
     command = [sys.executable, "-P", "-c", ENDS, str(tmp_path / "s.tar")]
-    done = subprocess.run(command, env=child.environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=subprocess_env.environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "StorageStalled" in done.stderr and "at byte 512" in done.stderr
 
 
@@ -109,7 +107,7 @@ def test_closing_ends_the_waiting(member: Member, stall) -> None:
 
     def read() -> None:
         try:
-            storage.read(member, StageTimes())
+            storage.read(member)
         except CancelledError as error:
             raised.append(error)
 
@@ -122,7 +120,7 @@ def test_closing_ends_the_waiting(member: Member, stall) -> None:
         reader.join(timeout=5)
     assert len(raised) == 3
     with pytest.raises(CancelledError):
-        storage.read(member, StageTimes())
+        storage.read(member)
 
 
 @pytest.fixture
@@ -227,26 +225,26 @@ def test_the_copy_of_a_remote_shard_may_stall_too(shards: Path, tmp_path: Path, 
     fsspec.filesystem("memory").pipe("/stall/s.tar", (shards / "image-000000.tar").read_bytes())
     storage = Storage(DataConfig(cache_dir=str(tmp_path / "cache"), read_seconds=0.3, remote_seconds=0.2))
     first = storage.load_shard("memory://stall/s.tar").member(0)
-    assert len(storage.read(first, StageTimes())) == first.size
+    assert len(storage.read(first)) == first.size
     for facts in (tmp_path / "cache").glob("*[0-9a-f].json"):
         stall(facts)
     with pytest.raises(StorageStalled, match=r"cache/.*.tar: no answer for .*remote_seconds=0.5 s"):
-        storage.read(first, StageTimes())
+        storage.read(first)
 
 
 def test_work_that_nobody_waits_for_any_more_ends(released: threading.Event) -> None:
     """Storage that comes back finds a thread that was given up: it does not go on reading."""
-    patience, ended = Patience(0.2), threading.Event()
+    executor, ended = DeadlineExecutor(1), threading.Event()
 
     def work() -> None:
         released.wait(20)
         try:
-            asking("the next byte")
+            heartbeat("the next byte")
         except CancelledError:
             ended.set()
 
     with pytest.raises(StorageStalled):
-        patience.call(work, "the first byte")
+        executor.call(work, place="the first byte", deadline=Deadline(0.2))
     released.set()
     assert ended.wait(10)
 
@@ -258,20 +256,22 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_threads_are_used_again_and_errors_come_through() -> None:
-    calls, seen = Patience(5.0), set()
+    calls, seen = DeadlineExecutor(50), set()
+    place = {"place": "x", "deadline": Deadline(5.0)}
     for i in range(50):
-        assert calls.call(lambda i=i: seen.add(threading.get_ident()) or i, "x") == i
-    assert len(seen) == 1
+        assert calls.call(lambda i=i: seen.add(threading.get_ident()) or i, **place) == i
+    assert len(seen) < 5  # one that has just answered may not wait for work yet
     with pytest.raises(BadSample, match="broken"):
-        calls.call(lambda: (_ for _ in ()).throw(BadSample("broken")), "x")
+        calls.call(lambda: (_ for _ in ()).throw(BadSample("broken")), **place)
     with pytest.raises(TimeoutError, match="the server's own"):  # not to be taken for the end of our patience
-        calls.call(lambda: (_ for _ in ()).throw(TimeoutError("the server's own")), "x")
+        calls.call(lambda: (_ for _ in ()).throw(TimeoutError("the server's own")), **place)
     calls.close()
 
 
 def test_a_slow_answer_counts(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(patience, "WARN_AFTER", 0.1)
-    assert Patience(10.0).call(lambda: time.sleep(0.3) or "late", "the shard") == "late"
+    monkeypatch.setattr(deadline, "WARN_AFTER", 0.1)
+    slow = DeadlineExecutor(1).call(time.sleep, 0.3, place="the shard", deadline=Deadline(10.0))
+    assert slow is None
     assert "the shard: no answer for 0.1 s; the run stops after 10 s" in caplog.text
 
 

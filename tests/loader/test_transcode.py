@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 
-from bevt_ds.data.decoding import child
+from bevt_ds.data.decoding import subprocess_env
 from bevt_ds.data.decoding.transcode import Profile, nearest, transcode
 from bevt_ds.data.decoding.video import opened, probe
 from bevt_ds.data.limits import BadSample, Limits
@@ -141,10 +141,10 @@ def test_a_killed_packing_goes_on_where_it_was(clip: bytes, tmp_path: Path) -> N
     source.mkdir()
     for i in range(13):
         (source / f"{i:02d}.mp4").write_bytes(clip if i != 7 else clip[:-50])
-    command = [*child.command("x")[:-2], "-c", PACK, str(source), str(tmp_path / "out")]
+    command = [*subprocess_env.command("x")[:-2], "-c", PACK, str(source), str(tmp_path / "out")]
     journal = tmp_path / "out" / ".train.unfinished" / "journal.jsonl"
     for kills in range(1, 4):
-        assert subprocess.run(command, env=child.environment()).returncode == -signal.SIGKILL
+        assert subprocess.run(command, env=subprocess_env.environment()).returncode == -signal.SIGKILL
         assert sum('"shard"' in line for line in journal.read_text().splitlines()) == 3 * kills  # nothing done twice
     with journal.open("a") as file:
         file.write('{"item": 9')  # a line that was cut

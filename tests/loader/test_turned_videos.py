@@ -102,10 +102,10 @@ def test_workers_give_upright_clips_of_every_choice(stored: dict[str, np.ndarray
     try:
         data = clip(matrix)
         for choice, position in zip(CHOICES, [(0.5, 0.0), (0, 1), (0.5, 0.5), (0, 1)], strict=True):
-            reply, clips = pool.clips(lambda: data, [position], 2, 1, choice).result()
             numbers = CHOICES[choice](6, 2, 1, position)
-            np.testing.assert_array_equal(clips[0], shown(stored["mp4"], matrix)[numbers])
-            assert reply["total"] == 6
+            with pool.clips(data, [position], 2, 1, choice) as decoded:
+                np.testing.assert_array_equal(decoded.copied()[0], shown(stored["mp4"], matrix)[numbers])
+                assert decoded.reply["total"] == 6
     finally:
         pool.close()
 

@@ -5,59 +5,89 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import mmap
 import os
 import queue
 import select
+import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bevt_ds.data.decoding import child
+from bevt_ds.data.decoding import subprocess_env
 from bevt_ds.data.decoding.cut import Crop
-from bevt_ds.data.decoding.shared_memory import SharedMemory
 from bevt_ds.data.limits import BadSample, Limits
 
 ATTEMPTS = 2  # a worker may hang or die for reasons that are not the sample's: memory, a stray signal
 MOST_RESIDENT = 2 << 30  # bytes; a worker that holds more is replaced
-READ_AHEAD = 2  # threads that may hold a file while all workers are busy
 START_SECONDS = 120.0  # for a process to begin, with its imports: no fault of a sample, however slow the disk
+LENGTH = struct.Struct("<I")  # bytes of the JSON with which an answer begins
+READY = LENGTH.pack(0)  # what a worker says when it has started
 _PIPE_BYTES = 1 << 20
 
-Load = Callable[[], bytes]
 Reply = dict[str, Any]
-# What the receiver keeps of a video's pictures, uint8 (n,H,W,3), whose memory the worker will use again. Of each clip's
-# frames the second array, (k,F), says which pictures they are.
-Receive = Callable[[np.ndarray, np.ndarray], Any]
 
 
 class WorkerDied(Exception):
     """The worker's pipe closed before its answer was whole. The message is the end of its stderr."""
 
 
+class SharedMemory:
+    """Anonymous memory that a worker fills and its parent reads, so that pixels do not go through a pipe. Linux only.
+
+    The parent makes it, the worker opens it by the number of its inherited file. It only ever grows. The kernel holds
+    the writer to that too: were it to shrink, the reader would be killed.
+    """
+
+    def __init__(self, number: int | None = None) -> None:
+        if number is None:
+            number = os.memfd_create("pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        self.number = number
+        self._bytes = np.empty(0, np.uint8)
+
+    def grown(self, size: int) -> np.ndarray:
+        """The first `size` bytes, made if they are not there: uint8 (size,). For the process that writes."""
+        if size > os.fstat(self.number).st_size:
+            os.ftruncate(self.number, size)
+        return self.first(size)
+
+    def first(self, size: int) -> np.ndarray:
+        """The first `size` bytes: uint8 (size,). ValueError: there are fewer."""
+        if size > len(self._bytes):
+            self._bytes = np.frombuffer(mmap.mmap(self.number, size), np.uint8)
+        return self._bytes[:size]
+
+    def close(self) -> None:
+        """Give up the file. Arrays that are still in use keep their memory."""
+        self._bytes = np.empty(0, np.uint8)
+        os.close(self.number)
+
+
 class DecodeWorker:
     """One decoder process, its pipes, and the memory that it writes pixels to."""
 
     def __init__(self) -> None:
-        self._memory = SharedMemory()
+        self.memory = SharedMemory()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self._process = subprocess.Popen(
-            child.command("bevt_ds.data.decoding.worker", str(self._memory.number)),
-            env=child.environment(),
-            pass_fds=[self._memory.number],
+        self.process = subprocess.Popen(
+            subprocess_env.command("bevt_ds.data.decoding.worker", str(self.memory.number)),
+            env=subprocess_env.environment(),
+            pass_fds=[self.memory.number],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             bufsize=0,
         )
         self._started = False
-        self._inlet, self._outlet = self._process.stdin.fileno(), self._process.stdout.fileno()
+        self._inlet, self._outlet = self.process.stdin.fileno(), self.process.stdout.fileno()
         self._writable, self._readable = select.poll(), select.poll()
         self._writable.register(self._inlet, select.POLLOUT)
         self._readable.register(self._outlet, select.POLLIN)
@@ -68,15 +98,7 @@ class DecodeWorker:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def pictures(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The pixels of its last answer, until it is asked again: uint8, of the shape that the answer gave."""
-        return self._memory.first(math.prod(shape)).reshape(shape)
+        return self.process.pid
 
     def ask(self, request: dict[str, Any], data: bytes, seconds: float) -> tuple[Reply, np.ndarray]:
         """The answer to a request about the file `data`, and the bytes that came with it: uint8 (n,).
@@ -84,74 +106,70 @@ class DecodeWorker:
         TimeoutError: once started, no answer within `seconds`. WorkerDied: there will be none. RuntimeError: no worker
         can start.
         """
-        self._await_start(time.monotonic() + START_SECONDS)
+        if not self._started:
+            self._await_start(time.monotonic() + START_SECONDS)
         deadline = time.monotonic() + seconds
         line = json.dumps({**request, "size": len(data), "seconds": seconds}).encode() + b"\n"
-        try:
-            self._write(memoryview(line), deadline)
-            self._write(memoryview(data), deadline)
-        except BrokenPipeError as error:
-            raise WorkerDied(self._stderr_tail()) from error
-        reply = self._read_header(deadline)
+        for part in (line, data):
+            self._write(part, deadline)
+        # A line's end would have to be looked for byte by byte: the JSON comes behind its length.
+        (length,) = LENGTH.unpack(self._read(LENGTH.size, deadline))
+        reply = json.loads(self._read(length, deadline).tobytes())
         return reply, self._read(reply["size"], deadline)
 
     def kill(self) -> None:
         """End the process at once; it holds nothing that needs saving."""
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
 
     def close(self) -> None:
         """End the process and release its pipes."""
         self.kill()
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self.process.stdin.close()
+        self.process.stdout.close()
         self._stderr.close()
-        self._memory.close()
+        self.memory.close()
 
     def _await_start(self, deadline: float) -> None:
         """Wait until the program runs. One that fails before it has seen a file is no fault of the file."""
-        if self._started:
-            return
         try:
-            self._read(len(child.READY), deadline)
+            self._read(len(READY), deadline)
         except TimeoutError as error:
             raise RuntimeError(f"decode workers cannot start: not ready within {START_SECONDS:g} s") from error
         except WorkerDied as death:
-            if self._process.wait() > 0:  # it exited by itself; a signal may have come from anywhere
+            if self.process.wait() > 0:  # it exited by itself; a signal may have come from anywhere
                 raise RuntimeError(f"decode workers cannot start: {death}") from death
             raise
         self._started = True
 
-    def _stderr_tail(self) -> str:
-        """The end of what the worker wrote to its standard error."""
+    def _death(self) -> WorkerDied:
+        """The error of a pipe that has closed, with the end of what the worker wrote to its standard error."""
         size = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(size - 2000, 0))
-        return self._stderr.read().decode(errors="replace").strip()
+        return WorkerDied(self._stderr.read().decode(errors="replace").strip())
 
-    def _write(self, buffer: memoryview, deadline: float) -> None:
-        while len(buffer):
+    def _write(self, data: bytes, deadline: float) -> None:
+        rest = memoryview(data)
+        while len(rest):
             _wait(self._writable, deadline)
-            with suppress(BlockingIOError):
-                buffer = buffer[os.write(self._inlet, buffer) :]
-
-    def _read_header(self, deadline: float) -> Reply:
-        """The JSON before which its length stands: a line's end would have to be looked for byte by byte."""
-        (length,) = child.LENGTH.unpack(self._read(child.LENGTH.size, deadline))
-        return json.loads(self._read(length, deadline).tobytes())
+            try:
+                rest = rest[os.write(self._inlet, rest) :]
+            except BlockingIOError:
+                continue
+            except BrokenPipeError as error:
+                raise self._death() from error
 
     def _read(self, size: int, deadline: float) -> np.ndarray:
         """The next bytes: uint8 (size,)."""
         data = np.empty(size, dtype=np.uint8)
-        self._read_into(memoryview(data), deadline)
-        return data
-
-    def _read_into(self, buffer: memoryview, deadline: float) -> None:
-        while len(buffer):
+        rest = memoryview(data)
+        while len(rest):
             _wait(self._readable, deadline)
-            got = self._process.stdout.readinto(buffer)
+            got = self.process.stdout.readinto(rest)
             if not got:
-                raise WorkerDied(self._stderr_tail())
-            buffer = buffer[got:]
+                raise self._death()
+            rest = rest[got:]
+        return data
 
 
 def _wait(poll: select.poll, deadline: float) -> None:
@@ -159,123 +177,111 @@ def _wait(poll: select.poll, deadline: float) -> None:
         raise TimeoutError
 
 
-@dataclass
-class _Place:
-    """One of the pool's places, and who works there now."""
+class Decoded(NamedTuple):
+    """Clips of one video, in the memory of the worker that decoded them."""
 
-    worker: DecodeWorker
+    frames: np.ndarray  # uint8 (n,H,W,3)
+    places: np.ndarray  # int64 (k,F): which of them are each clip's
+    reply: Reply  # see worker.clips
+
+    def copied(self) -> np.ndarray:
+        """The frames of every clip, in memory of their own: uint8 (k,F,H,W,3)."""
+        return self.frames[self.places]
 
 
 class DecodePool:
-    """`workers` decoder processes behind a queue. Results are futures, so their order is the caller's.
+    """`workers` decoder processes, each for one thread at a time; other threads wait for one.
 
-    seconds: the deadline for one attempt at a sample, from the moment its bytes are there.
+    seconds: the deadline for one attempt at a sample. Once closed, every call raises CancelledError.
     """
 
     def __init__(self, workers: int, seconds: float, limits: Limits) -> None:
         self._seconds, self._limits, self._closed = seconds, asdict(limits), False
-        self._idle: queue.SimpleQueue[DecodeWorker] = queue.SimpleQueue()
-        self._workers = {DecodeWorker() for _ in range(workers)}
+        self._count, self._workers = workers, {DecodeWorker() for _ in range(workers)}
+        self._idle: queue.SimpleQueue[DecodeWorker | None] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(workers + READ_AHEAD, thread_name_prefix="decode")
 
     @property
     def pids(self) -> list[int]:
         return [worker.pid for worker in self._workers]
 
+    @contextmanager
     def clips(
         self,
-        load: Load,
+        data: bytes,
         positions: Sequence[Sequence[float]],
         frames: int,
         stride: int,
         choice: str = "clip",
-        receive: Receive | None = None,
         crops: Sequence[Crop] | None = None,
-    ) -> Future[tuple[Reply, Any]]:
-        """Clips of one video, decoded together: what `receive` makes of them. The future raises BadSample.
+    ) -> Iterator[Decoded]:
+        """Clips of the video `data`, decoded together. Their memory is the worker's again when the block ends.
 
-        positions: where each clip lies, as `choice` takes it: one of frame_choice.CHOICES. receive: called in a thread
-        of the pool; without it the frames are copied, uint8 (k,F,H,W,3). crops: the part of each clip that a cubic
-        resize needs; pixels elsewhere are arbitrary.
+        positions: where each clip lies, as `choice` takes it: one of frame_choice.CHOICES. crops: the part of each clip
+        that a cubic resize needs; pixels elsewhere are arbitrary. BadSample: they cannot be decoded.
         """
         clip = {"choice": choice, "positions": positions, "frames": frames, "stride": stride, "crops": crops}
-        return self._threads.submit(self._answer, load, {"work": "clips", **clip}, receive or _copied)
+        with self._answered(data, {"work": "clips", **clip}) as (worker, reply, _):
+            shape = reply["shape"]
+            yield Decoded(worker.memory.first(math.prod(shape)).reshape(shape), np.asarray(reply["places"]), reply)
 
-    def describe(self, load: Load) -> Future[tuple[Reply, np.ndarray]]:
-        """The fields of VideoInfo, from the packets' headers and the first frame."""
-        return self.submit(load, {"work": "describe", "kind": "video"})
+    def ask(self, data: bytes, request: dict[str, Any]) -> tuple[Reply, np.ndarray]:
+        """Any other work of worker.py on the file `data`: the reply, and the bytes that came with it. BadSample."""
+        with self._answered(data, request) as (_, reply, payload):
+            return reply, payload
 
-    def submit(self, load: Load, request: dict[str, Any]) -> Future[tuple[Reply, np.ndarray]]:
-        """Any work of worker.py on the file that `load` returns."""
-        return self._threads.submit(self._answer, load, request)
+    def describe(self, data: bytes) -> Reply:
+        """The fields of VideoInfo, from the packets' headers and the first frame. BadSample."""
+        return self.ask(data, {"work": "describe", "kind": "video"})[0]
 
     def close(self) -> None:
-        """End every worker. Samples not yet begun are dropped."""
+        """End every worker. Threads that wait for one, or for its answer, wait no longer."""
         self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in list(self._workers):
             worker.kill()
-        self._threads.shutdown(wait=True)
-        for worker in self._workers:
-            worker.close()
+        for _ in range(self._count):
+            self._idle.get().close()
+        self._idle.put(None)
 
-    def _answer(self, load: Load, request: dict[str, Any], receive: Receive | None = None) -> tuple[Reply, Any]:
-        """The reply, and what `receive` makes of the pictures; without it, the bytes that came with the reply.
+    @contextmanager
+    def _answered(self, data: bytes, request: dict[str, Any]) -> Iterator[tuple[DecodeWorker, Reply, np.ndarray]]:
+        """A worker that has answered, until the block ends. Where one hangs or dies, a fresh one is asked.
 
-        Where a worker hangs or dies, the same sample goes to a fresh one.
+        One that has grown too large ends behind it; whoever comes next replaces it.
         """
-        data, why = load(), ""
-        with self._borrowed() as place:
+        if (worker := self._idle.get()) is None:
+            self._idle.put(None)
+            raise CancelledError
+        try:
+            if worker.process.poll() is not None:  # it died between samples: not this one's doing
+                worker = self._replaced(worker)
             for _ in range(ATTEMPTS):
                 try:
-                    reply, payload = self._ask(place.worker, request, data, receive)
+                    reply, payload = worker.ask({**request, "limits": self._limits}, data, self._seconds)
+                    break
                 except TimeoutError:
                     why = f"not decoded within {self._seconds:g} s"
                 except WorkerDied as death:
-                    if self._closed:
-                        raise
                     why = f"the decoder died: {death or 'no message'}"
-                else:
-                    if "bad" in reply:
-                        raise BadSample(reply["bad"])
-                    return reply, payload
-                place.worker = self._replaced(place.worker)
-        raise BadSample(f"{why} ({ATTEMPTS} attempts)", transient=True)
-
-    def _ask(
-        self, worker: DecodeWorker, request: dict[str, Any], data: bytes, receive: Receive | None
-    ) -> tuple[Reply, Any]:
-        """One attempt. A worker that has grown too large ends behind it; whoever comes next replaces it."""
-        reply, payload = worker.ask({**request, "limits": self._limits}, data, self._seconds)
-        if receive and "bad" not in reply:
-            payload = receive(worker.pictures(reply["shape"]), np.asarray(reply["places"]))
-        if reply["resident"] > MOST_RESIDENT:
-            worker.kill()
-        return reply, payload
-
-    @contextmanager
-    def _borrowed(self) -> Iterator[_Place]:
-        """The place of an idle worker, given back with whichever worker is in it then."""
-        place = _Place(self._idle.get())
-        try:
-            if not place.worker.alive:  # it died between samples: not this one's doing
-                place.worker = self._replaced(place.worker)
-            yield place
+                worker = self._replaced(worker)
+            else:
+                raise BadSample(f"{why} ({ATTEMPTS} attempts)", transient=True)
+            if reply["resident"] > MOST_RESIDENT:
+                worker.kill()  # its memory stays
+            if "bad" in reply:
+                raise BadSample(reply["bad"])
+            yield worker, reply, payload
         finally:
-            self._idle.put(place.worker)
+            self._idle.put(worker)
 
     def _replaced(self, worker: DecodeWorker) -> DecodeWorker:
         if self._closed:
-            return worker
+            raise CancelledError
         self._workers.remove(worker)
         worker.close()
         fresh = DecodeWorker()
         self._workers.add(fresh)
+        if self._closed:  # meanwhile
+            fresh.kill()
         return fresh
-
-
-def _copied(pictures: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The frames of every clip, in memory of their own: uint8 (k,F,H,W,3)."""
-    return pictures[places]

@@ -20,11 +20,10 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
-from bevt_ds.data.decoding import child
 from bevt_ds.data.decoding.cut import Box, Crop, source_box
 from bevt_ds.data.decoding.frame_choice import CHOICES
 from bevt_ds.data.decoding.images import decode_image, describe_image
-from bevt_ds.data.decoding.shared_memory import SharedMemory
+from bevt_ds.data.decoding.pool import LENGTH, READY, SharedMemory
 from bevt_ds.data.decoding.transcode import Profile, transcode
 from bevt_ds.data.decoding.verify import verify_video
 from bevt_ds.data.decoding.video import opened, probe
@@ -42,7 +41,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     works = {**WORKS, "clips": partial(clips, SharedMemory(int(sys.argv[1])))}
-    replies.write(child.READY)
+    replies.write(READY)
     replies.flush()
     for line in requests:
         request = json.loads(line)
@@ -60,7 +59,7 @@ def serve(works: dict[str, Work], request: dict[str, Any], data: bytes, replies:
         reply, payload = {"bad": str(bad)}, b""
     reply |= {"size": len(payload), "resident": resident_bytes()}
     header = json.dumps(reply).encode()
-    replies.write(child.LENGTH.pack(len(header)) + header)
+    replies.write(LENGTH.pack(len(header)) + header)
     replies.write(payload)
     replies.flush()
 

@@ -17,10 +17,10 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from threading import Barrier
+from typing import NamedTuple
 from weakref import finalize
 
 import numpy as np
@@ -31,8 +31,7 @@ from torch.nn import functional as F
 from bevt_ds.batch import MEAN, STD
 from bevt_ds.data.decoding.cut import Box, Crop, cut, source_box
 from bevt_ds.data.pixels.pipeline import lanczos4_taps
-from bevt_ds.data.plan import PlanEntry
-from bevt_ds.data.timing import StageTimes
+from bevt_ds.data.reading.deadline import DeadlineExecutor
 
 _CACHED = 4  # frames at a time, which stay in a core's cache
 _REACH = 3  # pixels beyond the edge that the tokenizer's filter reads
@@ -41,25 +40,18 @@ _MOST_PHASES = 16  # single precision numbers in a register
 
 
 class ReusedMemory:
-    """Memory for tensors, used again once the last tensor that refers to it is gone.
+    """Memory for tensors of float32, used again once the last tensor that refers to it is gone.
 
     A micro-batch of 4 clips is 50 MB; to touch as much fresh memory takes as long as to resize the clips.
     """
 
     def __init__(self) -> None:
-        self._free: dict[tuple[type, tuple[int, ...]], list[np.ndarray]] = defaultdict(list)
+        self._free: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
 
     def floats(self, *shape: int) -> Tensor:
-        """A tensor of float32, its values arbitrary."""
-        return self._lent(np.float32, shape)
-
-    def levels(self, *shape: int) -> Tensor:
-        """A tensor of uint8, its values arbitrary."""
-        return self._lent(np.uint8, shape)
-
-    def _lent(self, dtype: type, shape: tuple[int, ...]) -> Tensor:
-        free = self._free[dtype, shape]
-        memory = free.pop() if free else np.empty(shape, dtype)
+        """A tensor, its values arbitrary."""
+        free = self._free[shape]
+        memory = free.pop() if free else np.empty(shape, np.float32)
         lent = memory.view()  # lives as long as the tensor's storage
         finalize(lent, free.append, memory).atexit = False
         return torch.from_numpy(lent)
@@ -79,92 +71,71 @@ class Scratch(threading.local):
         return memory[:size].view(shape)
 
 
+class ClipBatch(NamedTuple):
+    """The pixels of a micro-batch of clips, which `ClipPixels.fill` writes clip by clip."""
+
+    masked: np.ndarray  # bool (B,T): the frames of which a view is wanted
+    pixels: Tensor  # float (B,3,T,S,S)
+    view: Tensor  # float (F,3,v,v), of the F masked frames
+    views: Sequence[Tensor]  # the part of `view` that is each clip's
+
+
 class ClipPixels:
-    """Turns a micro-batch's clips into the two pictures that the video stream needs; PixelPipeline's twin.
+    """Turns the frames of a clip into the two images that the video stream needs; threads may share it. size: S."""
 
-    size: S. threads: clips at a time. times: where the seconds are counted.
-    """
+    def __init__(self, size: int) -> None:
+        self._size, self._memory, self._scratch = size, ReusedMemory(), Scratch()
 
-    dali_decoder = None  # clips arrive as frames
+    def batch(self, masked: np.ndarray) -> ClipBatch:
+        """Room for a micro-batch, its values arbitrary. masked: bool (B,T)."""
+        (clips, frames), size = masked.shape, self._size
+        pixels = self._memory.floats(clips, 3, frames, size, size)
+        view = self._memory.floats(clips * frames, 3, size // 2, size // 2)[: masked.sum()]
+        return ClipBatch(masked, pixels, view, view.split(masked.sum(axis=1).tolist()))
 
-    def __init__(self, size: int, threads: int, times: StageTimes | None = None) -> None:
-        self._size, self._times = size, times or StageTimes()
-        self._threads, self._memory, self._scratch = single_core_threads(threads), ReusedMemory(), Scratch()
+    def crop(self, images: np.ndarray, rows: np.ndarray, crop: Crop, name: str = "crop") -> Tensor:
+        """A clip resized to the short side and cut, not yet flipped: uint8 (T,S,S,3), in this thread's memory.
 
-    def crops(self, entries: Sequence[PlanEntry]) -> list[Crop]:
-        """What `received` needs of each clip's frames."""
-        return [Crop(entry.short_side, *entry.crop, self._size) for entry in entries]
-
-    def received(self, pictures: np.ndarray, places: np.ndarray, entries: Sequence[PlanEntry]) -> list[Tensor]:
-        """The crops of a video's clips, uint8 (T,S,S,3) each: small, and nothing of the worker's memory.
-
-        pictures: uint8 (n,H,W,3). places: int (clips,T), each frame's picture. Runs in the thread that waits for the
-        worker, on one core.
+        images: uint8 (n,H,W,3). rows: int (T,), the image of each frame. name: the memory's; what a thread made before
+        under the same name is overwritten.
         """
-        kept = []
-        with self._times.measured("decode"):  # for that long the worker cannot decode
-            for rows, crop in zip(places, self.crops(entries), strict=True):
-                frames = _chosen(pictures, rows, source_box(*pictures.shape[1:3], crop), self._scratch)
-                kept.append(self._crop(torch.from_numpy(frames), crop))
-        return kept
-
-    def run(self, crops: Sequence[Tensor], entries: Sequence[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
-
-        crops: `received`'s. masked: bool (clips,T), the frames of which a view is wanted.
-        """
-        (batch, frames), size = masked.shape, self._size
-        with self._times.measured("augment"):
-            pixels = self._memory.floats(batch, 3, frames, size, size)
-            view = self._memory.floats(batch * frames, 3, size // 2, size // 2)[: masked.sum()]
-            views = view.split(masked.sum(axis=1).tolist())
-            for _ in self._threads.map(self._fill, pixels, views, crops, entries, masked):
-                pass
-        return pixels, view
-
-    def _crop(self, frames: Tensor, crop: Crop) -> Tensor:
-        """Resized to the short side and cut, not yet flipped: uint8 (T,H,W,3) -> (T,S,S,3)."""
+        frames = torch.from_numpy(_chosen(images, rows, source_box(*images.shape[1:3], crop), self._scratch))
         height, width, top, left = cut(*frames.shape[1:3], crop)
         bottom, right = top + self._size, left + self._size
         if (height, width) != frames.shape[1:3]:
             frames = _resized(frames, (height, width), (bottom, right))
-        kept = self._memory.levels(len(frames), self._size, self._size, 3)
+        kept = self._scratch.tensor(name, torch.uint8, len(frames), self._size, self._size, 3)
         return kept.copy_(frames[:, top:bottom, left:right])
 
-    def _fill(self, pixels: Tensor, view: Tensor, crop: Tensor, entry: PlanEntry, masked: np.ndarray) -> None:
-        """Write both pictures of a clip: float (3,T,S,S), and (F,3,v,v) of the F frames that are `masked`, bool (T,).
-
-        crop: uint8 (T,S,S,3), not yet flipped.
-        """
-        done = 0
+    def fill(self, batch: ClipBatch, i: int, crop: Tensor, flip: bool) -> None:
+        """Write clip i of a batch. crop: uint8 (T,S,S,3), as `crop` makes it."""
+        pixels, masked, done = batch.pixels[i], batch.masked[i], 0
         for part in _runs(masked):
-            some = crop[part].flip(2) if entry.flip else crop[part]
+            some = crop[part].flip(2) if flip else crop[part]
             levels = _levels(some, self._scratch)
             _normalise(levels, out=pixels[:, part])
             if masked[part.start]:
-                _token_view(levels, self._scratch, out=view[done : done + len(some)])
+                _token_view(levels, self._scratch, out=batch.views[i][done : done + len(some)])
                 done += len(some)
 
 
-def single_core_threads(count: int) -> ThreadPoolExecutor:
-    """Threads in each of which torch computes on one core.
+def compute_on_one_core(executor: DeadlineExecutor) -> None:
+    """In each of its threads, none of which has work, torch computes on one core from now on.
 
     Clips are the parallelism: inside a clip the cores would wait for each other, in vain where they are busy decoding.
     Torch's setting is the calling thread's and that of all threads that begin later, so it is put back.
     """
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "pixels", _use_one_core)
-    started = Barrier(count + 1)
-    for _ in range(count):
-        pool.submit(started.wait)
+    before, started = torch.get_num_threads(), Barrier(executor.threads + 1)
+    for _ in range(executor.threads):
+        executor.submit(_use_one_core, started)
     started.wait()
     torch.set_num_threads(before)
-    return pool
 
 
-def _use_one_core() -> None:
+def _use_one_core(started: Barrier) -> None:
     torch.get_num_threads()  # at a thread's first use torch would take the setting of all threads over its own
     torch.set_num_threads(1)
+    started.wait()
 
 
 def _runs(masked: np.ndarray) -> Iterator[slice]:

@@ -113,17 +113,6 @@ class PixelPipeline:
         self.graph.build()
         self._stream = None if device is None else torch.cuda.Stream(device)
 
-    def crops(self, entries: Sequence[PlanEntry]) -> None:
-        """What `received` needs of each clip's frames: all of them, for the graph resizes them."""
-        return None
-
-    def received(self, pictures: np.ndarray, places: np.ndarray, entries: Sequence[PlanEntry]) -> list[np.ndarray]:
-        """What `run` wants of a video's clips that a worker has decoded: their frames, uint8 (T,H,W,3) each.
-
-        pictures: uint8 (n,H,W,3), the worker's memory. places: int (clips,T), the picture of each frame.
-        """
-        return list(pictures[places])
-
     def run(self, payloads: Sequence, entries: Sequence[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
         """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
 
@@ -131,7 +120,7 @@ class PixelPipeline:
         masked: bool (B,T), of images (B,): where the view is wanted.
         BadSample: DALI cannot decode one of them; it does not say which.
         """
-        with self.times.measured("augment"):
+        with self.times.measured("augment", lanes=self._settings[2]):
             for name, values in self._inputs(payloads, entries).items():
                 self.graph.feed_input(name, values)
             outputs = self._run_graph()

@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from bevt_ds.data.reading.deadline import heartbeat
 from bevt_ds.data.reading.index import SUFFIX, await_turn, looks_like, read_index, write_atomic
-from bevt_ds.data.reading.patience import asking
 from bevt_ds.data.reading.remote import RemoteError, Source, open_source, redacted
 from bevt_ds.errors import UserError
 
@@ -93,7 +93,7 @@ class ShardCache:
 
         Its samples' checksums are compared when they are read.
         """
-        asking(str(place))
+        heartbeat(str(place))
         try:
             facts = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
             if place.lstat().st_size != facts["size"]:
@@ -127,7 +127,7 @@ class ShardCache:
         """Several attempts, each from where the one before got to, if the server can do that."""
         tag = ""
         for attempt in range(ATTEMPTS):
-            asking(redacted(url))
+            heartbeat(redacted(url))
             try:
                 source = open_source(url, self.seconds, file.tell(), tag)
                 tag = source.tag
@@ -158,7 +158,7 @@ class ShardCache:
         """Write all of a chunk; where the disk is full, other copies make room."""
         rest = memoryview(chunk)
         while rest:
-            asking(f"{redacted(url)} on its way into {self.folder}")
+            heartbeat(f"{redacted(url)} on its way into {self.folder}")
             try:
                 rest = rest[file.write(rest) :]
             except OSError as error:

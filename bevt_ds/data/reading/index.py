@@ -16,14 +16,14 @@ import stat
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bevt_ds.data.reading.deadline import heartbeat
 from bevt_ds.data.reading.members import BLOCK, COLUMNS, COUNTS, EXTENSIONS, KINDS, Shard, read_at
-from bevt_ds.data.reading.patience import asking
 from bevt_ds.data.reading.remote import redacted
 from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
@@ -36,16 +36,15 @@ LONGEST_TURN = 1800.0  # seconds to wait for another process
 log = logging.getLogger(__name__)
 
 
-def load_shards(
-    paths: Sequence[str], kind: str, threads: int = 8, load: Callable[[str], Shard] | None = None
-) -> list[Shard]:
-    """The shards' members of `kind`, indexing on first use.
-
-    load: how to index one; None: `load_shard`, for local paths. UserError: not a readable tar, two samples of one kind
-    and key in a tar, a tar without a usable sample.
-    """
+def load_shards(paths: Sequence[str], kind: str, threads: int = 8) -> list[Shard]:
+    """The members of `kind` of local shards, indexed on first use. UserError: see `load_shard` and `usable`."""
     with ThreadPoolExecutor(threads) as pool:
-        shards = [shard.only(kind) for shard in pool.map(load or load_shard, paths)]
+        return usable(pool.map(load_shard, paths), kind)
+
+
+def usable(shards: Iterable[Shard], kind: str) -> list[Shard]:
+    """The members of `kind`. UserError: a tar without a usable sample of it."""
+    shards = [shard.only(kind) for shard in shards]
     for shard in shards:
         if note := shard.ignored_note():
             log.warning("%s: %s", redacted(shard.path), note)
@@ -121,7 +120,7 @@ def _same_heads(shard: Shard, tar: BinaryIO, which: Sequence[int]) -> bool:
 
 def _head(shard: Shard, tar: BinaryIO, i: int) -> int:
     at = shard.offsets[i] - BLOCK
-    asking(f"shard {redacted(shard.path)} at byte {at}")
+    heartbeat(f"shard {redacted(shard.path)} at byte {at}")
     return zlib.crc32(read_at(tar, at, BLOCK))
 
 
@@ -145,7 +144,7 @@ def await_turn(file: BinaryIO, place: str) -> None:
     """
     until = time.monotonic() + LONGEST_TURN
     while True:
-        asking(f"the lock of {place}")
+        heartbeat(f"the lock of {place}")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
@@ -175,7 +174,7 @@ def index_places(path: str) -> tuple[Path, Path]:
 
 def read_index(place: Path, path: str) -> tuple[Shard, dict[str, Any]] | None:
     """A stored index and the identity of the tar it was made of; None: there is none, or it is damaged."""
-    asking(f"index {place}")
+    heartbeat(f"index {place}")
     try:
         stored = json.loads(place.read_text(encoding="utf-8"))
         if stored["version"] != VERSION or stored.pop("digest") != index_digest(stored):
@@ -219,7 +218,7 @@ def write_index(places: Sequence[Path], identity: dict[str, Any], shard: Shard) 
     stored = {"version": VERSION, "tar": identity, **fields}
     text = json.dumps({**stored, "digest": index_digest(stored)})
     for place in places:
-        asking(f"index {place}")
+        heartbeat(f"index {place}")
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(place, text.encode())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import BinaryIO
 
 from bevt_ds.data.limits import BadSample
+from bevt_ds.data.reading.remote import redacted
 
 VIDEO_EXTENSIONS = frozenset({"mp4", "avi", "mkv", "webm"})
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png"})
@@ -27,6 +28,9 @@ class Member:
     offset: int  # bytes, of the data
     size: int  # bytes
     crc: int  # CRC-32 of the data
+
+    def __str__(self) -> str:
+        return f"sample {self.key!r} at byte {self.offset} of {redacted(self.path)}"
 
 
 @dataclass(frozen=True)

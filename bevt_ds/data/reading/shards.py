@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from itertools import chain
 
+from bevt_ds.data.reading.deadline import heartbeat
 from bevt_ds.data.reading.globs import find_local, is_wildcard, literal_length
-from bevt_ds.data.reading.patience import asking
 from bevt_ds.data.reading.remote import PIPE, RemoteError, can_list, fault_of_url, glob_remote, is_remote, redacted
 from bevt_ds.errors import UserError
 
@@ -103,7 +103,7 @@ def _glob(path: str) -> list[str]:
         raise UserError(f"{redacted(path)} is no valid URL: {fault}")
     if not _is_glob(path):
         return [path]
-    asking(redacted(path))
+    heartbeat(redacted(path))
     found = _listed(path) if is_remote(path) else find_local(path)
     if not found:
         where = "" if is_remote(path) else f" (working folder: {os.getcwd()})"
@@ -131,11 +131,11 @@ def _require_files(paths: list[str], patterns: str) -> None:
             f"the first is {missing[0]} (working folder: {os.getcwd()})"
         )
     for path in paths:
-        asking(path)
+        heartbeat(path)
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder: write {os.path.join(path, '*.tar')!r}")
 
 
 def _exists(path: str) -> bool:
-    asking(redacted(path))
+    heartbeat(redacted(path))
     return not is_remote(path) and os.path.exists(path)

@@ -5,64 +5,70 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from bevt_ds.config.schema import ReadingConfig
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.reading.cache import ShardCache
-from bevt_ds.data.reading.index import cache_home, load_shard, load_shards, read_index, write_index
+from bevt_ds.data.reading.deadline import Deadline, DeadlineExecutor, heartbeat
+from bevt_ds.data.reading.index import cache_home, load_shard, read_index, usable, write_index
 from bevt_ds.data.reading.members import Member, Shard, read_from, read_member
-from bevt_ds.data.reading.patience import Patience, asking
 from bevt_ds.data.reading.remote import RemoteError, is_remote, redacted
 from bevt_ds.data.reading.shards import expand, has_wildcard
 from bevt_ds.data.reading.tar_scan import scan
-from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 class Storage:
-    """Reads members by offset. Remote tars are fetched whole, once a node; see ShardCache."""
+    """Reads members by offset. Remote tars are fetched whole, once a node; see ShardCache.
 
-    def __init__(self, config: ReadingConfig) -> None:
+    executor: its threads read. threads: how many there are; None: data.readers.
+    """
+
+    def __init__(self, config: ReadingConfig, threads: int | None = None) -> None:
         folder = Path(config.cache_dir) if config.cache_dir else cache_home() / "shards"
         self.cache = ShardCache(folder, config.cache_bytes, config.remote_seconds)
         self.limits = Limits.of(config)
-        self._config = config
-        self._patience = Patience(config.read_seconds)
+        self.executor = DeadlineExecutor(threads or config.readers)
+        self._config, self._deadline = config, Deadline(config.read_seconds)
         both = config.read_seconds + config.remote_seconds  # a fetch waits for the server as well
-        self._fetching = Patience(both, "data.read_seconds + data.remote_seconds")
+        self._fetching = Deadline(both, "data.read_seconds + data.remote_seconds")
         self._damaged: set[str] = set()  # URLs whose copy was thrown out for that
         self._judging = threading.Lock()
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        self._ahead = DeadlineExecutor(1, "fetch")
 
     def shards(self, patterns: str, kind: str) -> list[Shard]:
-        """The members of `kind` of all shards that `patterns` names; see `expand` and `load_shards`.
+        """The members of `kind` of all shards that `patterns` names; see `expand` and `usable`.
 
         StorageStalled: a local disk or file server does not answer.
         """
-        return load_shards(self.paths(patterns), kind, self._config.readers, self.load_shard)
+        calls = [self.executor.submit(self.load_shard, path) for path in self.paths(patterns)]
+        return usable([call.result() for call in calls], kind)
 
     def paths(self, patterns: str) -> list[str]:
         """`expand`, which lists folders and looks files up. StorageStalled: as `shards`."""
-        return self._patience.call(partial(expand, patterns, self._config.allow_pipe), "the list of shards")
+        return self._list(expand, patterns, self._config.allow_pipe)
 
     def has_wildcard(self, patterns: str) -> bool:
         """Whether `patterns` stands for whatever files there are; see shards.py. StorageStalled: as `shards`."""
-        return self._patience.call(partial(has_wildcard, patterns), "the list of shards")
+        return self._list(has_wildcard, patterns)
+
+    def _list(self, work: Callable[..., T], *arguments: Any) -> T:
+        return self.executor.call(work, *arguments, place="the list of shards", deadline=self._deadline)
 
     def load_shard(self, path: str) -> Shard:
         """The index of a shard, made on first use. UserError: it cannot be had. StorageStalled: as `shards`."""
         if is_remote(path):
-            return self._fetching.call(partial(self._load_remote, path), redacted(path))
-        return self._patience.call(partial(load_shard, path), f"shard {path}")
+            return self.executor.call(self._load_remote, path, place=redacted(path), deadline=self._fetching)
+        return self.executor.call(load_shard, path, place=f"shard {path}", deadline=self._deadline)
 
-    def read(self, member: Member, times: StageTimes) -> bytes:
+    def read(self, member: Member) -> bytes:
         """A member's bytes. BadSample: they cannot be had, are not what was indexed, or are too many.
 
         StorageStalled: a local disk or file server does not answer. UserError: the cache cannot be used, or the remote
@@ -70,10 +76,9 @@ class Storage:
         """
         if member.size > self.limits.file_bytes:
             raise BadSample(f"it has {member.size} bytes, over data.max_file_bytes={self.limits.file_bytes}")
-        with times.measured("storage"):
-            if is_remote(member.path):
-                return self._fetching.call(partial(self._read_remote, member), _place(member))
-            return self._patience.call(partial(read_member, member, self._config.verify), _place(member))
+        if is_remote(member.path):
+            return self.executor.call(self._read_remote, member, place=member, deadline=self._fetching)
+        return self.executor.call(read_member, member, self._config.verify, place=member, deadline=self._deadline)
 
     def fetch_ahead(self, paths: Iterable[str]) -> None:
         """Fetch remote shards in the background; what fails is tried again, and reported, when it is read."""
@@ -81,14 +86,13 @@ class Storage:
             self._ahead.submit(self._fetch_quietly, path)
 
     def close(self) -> None:
-        """Start nothing more and let nobody wait. A fetch under way ends with its next piece."""
-        self._ahead.shutdown(wait=False, cancel_futures=True)
-        self._fetching.close()
-        self._patience.close()
+        """Start nothing more and let no one wait. A fetch under way ends with its next piece."""
+        self._ahead.close()
+        self.executor.close()
 
     def _fetch_quietly(self, path: str) -> None:
         try:
-            self._fetching.call(partial(self.cache.local, path), redacted(path))
+            self.cache.local(path)
         except (RemoteError, UserError) as error:
             log.warning("%s", error)
 
@@ -128,13 +132,9 @@ class Storage:
     def _read_copy(self, member: Member) -> bytes:
         try:
             with self.cache.open(member.path) as copy:
-                asking(_place(member))
+                heartbeat(member)
                 return read_from(copy, member, self._config.verify)
         except RemoteError as error:
             raise BadSample(str(error), transient=True) from error
         except OSError as error:
             raise BadSample(f"cannot read the cached shard: {error.strerror}", transient=True) from error
-
-
-def _place(member: Member) -> str:
-    return f"sample {member.key!r} at byte {member.offset} of {redacted(member.path)}"

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from bevt_ds.data.reading.deadline import heartbeat
 from bevt_ds.data.reading.members import BLOCK, KINDS, Shard, is_apple_double, read_at, split_name
-from bevt_ds.data.reading.patience import asking
 from bevt_ds.errors import UserError
 
 _CHUNK = 1 << 20
@@ -81,7 +81,7 @@ class _Headers:
 
     def read(self, size: int) -> bytes:
         """ValueError: no name or record is that long."""
-        asking(f"shard {self._path} at byte {self.tell()}")
+        heartbeat(f"shard {self._path} at byte {self.tell()}")
         if not 0 <= size <= _MOST_HEADER_BYTES:
             raise ValueError(f"a header of {size} bytes")
         return self._tar.read(size)
@@ -182,7 +182,7 @@ def _checksum(path: str, tar: BinaryIO, offset: int, size: int) -> int:
 
 
 def _read(path: str, tar: BinaryIO, size: int, offset: int) -> bytes:
-    asking(f"shard {path} at byte {offset}")
+    heartbeat(f"shard {path} at byte {offset}")
     return read_at(tar, offset, size)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bevt_ds.data.decoding import child
+from bevt_ds.data.decoding import subprocess_env
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.lock import NO_LOCKS
 from bevt_ds.shards.pack import pack
@@ -30,12 +30,12 @@ def draw(folder: Path, clips: int, images: int, seed: int = 0, jobs: int | None 
     jobs = jobs or len(os.sched_getaffinity(0))
     with _appearing(folder) as unfinished:
         commands = [
-            child.command(
+            subprocess_env.command(
                 "bevt_ds.shards.synthetic.draw_worker", str(unfinished), *map(str, (clips, images, seed, part, jobs))
             )
             for part in range(jobs)
         ]
-        parts = [subprocess.Popen(command, env=child.environment()) for command in commands]
+        parts = [subprocess.Popen(command, env=subprocess_env.environment()) for command in commands]
         try:
             codes = [part.wait() for part in parts]
         finally:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bevt_ds.data.delivery import Aside
+from bevt_ds.data.loader import SideStream
 
 
 @pytest.fixture
@@ -29,14 +29,14 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_gpus_batch_is_made_on_a_stream_of_its_own_and_waited_for(log: list[str]) -> None:
-    aside = Aside(torch.device("cuda", 1))
+    side = SideStream(torch.device("cuda", 1))
     for _ in range(2):
-        with aside.making():
+        with side.context():
             log.append("work")
     assert log == ["stream of cuda:1", *["enter", "work", "wait", "leave"] * 2]
 
 
 def test_on_a_cpu_there_is_no_stream(log: list[str]) -> None:
-    with Aside(torch.device("cpu")).making():
+    with SideStream(torch.device("cpu")).context():
         log.append("work")
     assert log == ["work"]

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import struct
 import sys
 from pathlib import Path
 
 import bevt_ds
-
-LENGTH = struct.Struct("<I")  # bytes of the JSON with which an answer begins
-READY = LENGTH.pack(0)  # what a worker says when it has started
 
 
 def command(module: str, *arguments: str) -> list[str]:

@@ -1,0 +1,107 @@
+"""Streams whose micro-batches go through DALI's graph: images, and all that a GPU prepares."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.video import fits_gpu
+from bevt_ds.data.limits import BadSample
+from bevt_ds.data.pixels.pipeline import PixelPipeline
+from bevt_ds.data.plan import PlanEntry, clip_frames
+from bevt_ds.data.stream import PendingBatch, StreamReader, sample_name
+
+log = logging.getLogger(__name__)
+
+
+class GraphReader(StreamReader):
+    """A thread reads each sample, and the graph makes the pixels of the whole micro-batch."""
+
+    def __init__(self, *arguments: Any, pixels: PixelPipeline, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.pixels = pixels
+
+    def _sample(self, pending: PendingBatch, i: int, group: list[PlanEntry]) -> list:
+        """What the graph takes for each clip, or for the image.
+
+        DALI's decoder takes a video's file and frame numbers, once a worker has looked at it and decoded a frame. What
+        is not for it is decoded by the worker.
+        """
+        data = self._read(group[0])
+        if self.plan.kind == "image":
+            check_image(data, self.limits)
+            return [data]
+        if not self.pixels.dali_decoder:
+            return self._frames(data, group)
+        reply = self.shared.pool.describe(data)
+        if (total := reply["frames"]) < self._span:
+            self._note_short(group[0], total)
+        if not fits_gpu(reply):
+            return self._frames(data, group)
+        frames, stride = self.config.frames, self.config.stride
+        return [(data, clip_frames(e.start, total, frames, stride, e.phase)) for e in group]
+
+    def _frames(self, data: bytes, group: list[PlanEntry]) -> list[np.ndarray]:
+        """The frames of each clip, decoded by a worker: uint8 (T,H,W,3)."""
+        starts = [(entry.start, entry.phase) for entry in group]
+        with self.shared.pool.clips(data, starts, self.config.frames, self.config.stride) as decoded:
+            clips = list(decoded.copied())
+        self._note(group[0], decoded.reply)
+        return clips
+
+    def _pixels(self, pending: PendingBatch) -> tuple[Tensor, Tensor]:
+        masked, clips = pending.masked, []
+        for i in range(len(pending.samples)):
+            clips += self._settled(pending, i)
+            self.ledger.end_row()
+        try:
+            pixels = self._run(clips, pending.entries, masked)
+        except BadSample:  # DALI does not say which: each sample alone
+            masked = np.split(masked, len(pending.samples))
+            pixels = _joined([self._alone(pending, i, frames) for i, frames in enumerate(masked)])
+        self.ledger.accept(len(pending.samples))
+        return pixels
+
+    def _run(self, clips: list, entries: list[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Through the graph; clips that arrive as frames, though DALI decodes, go through one without a decoder."""
+        pipelines = [self._pipeline(clip) for clip in clips]
+        if all(pipeline is pipelines[0] for pipeline in pipelines):
+            return pipelines[0].run(clips, entries, masked)
+        samples = zip(pipelines, clips, entries, masked, strict=True)
+        return _joined([pixels.run([clip], [entry], frames[None]) for pixels, clip, entry, frames in samples])
+
+    def _pipeline(self, clip: Any) -> PixelPipeline:
+        return self._frames_pixels if self.pixels.dali_decoder and isinstance(clip, np.ndarray) else self.pixels
+
+    @cached_property
+    def _frames_pixels(self) -> PixelPipeline:
+        return self.pixels.without_decoder()
+
+    def _alone(self, pending: PendingBatch, i: int, masked: np.ndarray) -> tuple[Tensor, Tensor]:
+        while True:
+            clips, group = self._settled(pending, i), self._group(pending, i)
+            try:
+                pixels = self._run(clips, self._group(pending, i), masked)
+                self.ledger.end_row()
+                return pixels
+            except BadSample as bad:
+                if isinstance(clips[0], tuple):  # a file: what DALI's decoder does not take, a worker's may
+                    log.warning("%s goes to a worker: %s", sample_name(self._member(group[0])), bad)
+                    pending.samples[i] = self.shared.storage.executor.submit(self._frames, clips[0][0], group)
+                else:
+                    self._substitute(pending, i, bad)
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One micro-batch of several. On a GPU it is made when this returns, for the parts' memory is free then."""
+    joined = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if joined[0].is_cuda:
+        torch.cuda.current_stream(joined[0].device).synchronize()
+    return joined

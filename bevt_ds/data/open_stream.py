@@ -1,0 +1,117 @@
+"""What the streams of a rank are opened with: storage, decode workers, a plan, and a decoder for each.
+
+On a GPU it is measured once which decoder is faster for these shards; see decoder_choice.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from bevt_ds.config.schema import Config, ReadingConfig
+from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
+from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.graph_stream import GraphReader
+from bevt_ds.data.ledger import DataLimitError, Ledger, Skips
+from bevt_ds.data.limits import Limits
+from bevt_ds.data.pixels.cpu_pixels import ClipPixels, compute_on_one_core
+from bevt_ds.data.pixels.pipeline import PixelPipeline
+from bevt_ds.data.plan import StreamId, StreamPlan
+from bevt_ds.data.reading.index import cache_home
+from bevt_ds.data.reading.members import Shard
+from bevt_ds.data.reading.storage import Storage
+from bevt_ds.data.stream import ClipReader, Resources, StreamReader
+from bevt_ds.data.timing import StageTimes
+from bevt_ds.errors import UserError
+
+NVDECS = 8  # DALI decodes as many videos at a time as it has threads; an H100 has seven decoders
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one stream's samples come from and how many a step takes."""
+
+    stream: StreamId
+    shards: str  # pattern
+    global_size: int
+    micro_size: int
+    held_out: bool = False  # whether it takes the samples that `data.holdout` holds out, or the others
+
+
+def open_resources(data: ReadingConfig, has_videos: bool, times: StageTimes, closing: ExitStack) -> Resources:
+    """Storage with its threads, and decode workers; `closing` ends them. As many samples are read at a time as
+    data.readers says, while others are decoded.
+    """
+    storage = Storage(data, data.readers + (data.workers if has_videos else 0))
+    closing.callback(storage.close)
+    pool = None
+    if has_videos:
+        compute_on_one_core(storage.executor)
+        pool = DecodePool(data.workers, data.decode_seconds, Limits.of(data))
+        closing.callback(pool.close)
+    return Resources(storage, pool, times, threading.Semaphore(data.threads))
+
+
+def open_reader(
+    source: Source,
+    shards: Sequence[Shard],
+    config: Config,
+    shared: Resources,
+    device: torch.device,
+    decoder: str,
+    ledger: Ledger,
+) -> StreamReader:
+    data, kind = config.data, source.stream.kind
+    counts = [len(shard) for shard in shards]
+    plan = StreamPlan(source.stream, counts, data, config.train.seed, source.global_size)
+    parts = (plan, shards, data, shared, ledger, data.stride)
+    if kind == "video" and device.type != "cuda":
+        return ClipReader(*parts, pixels=ClipPixels(data.size))
+    pixels = PixelPipeline(
+        kind,
+        source.micro_size,
+        data.size,
+        data.token_size,
+        max(data.threads, NVDECS) if decoder == "gpu" and kind == "video" else data.threads,
+        device=(device.index or 0) if device.type == "cuda" else None,
+        dali_decoder="mixed" if decoder == "gpu" else None,
+        times=shared.times,
+    )
+    return GraphReader(*parts, pixels=pixels)
+
+
+def decoder_of(
+    source: Source, shards: Sequence[Shard], config: Config, shared: Resources, device: torch.device, fingerprint: str
+) -> str:
+    """Where a stream is decoded, "cpu" or "gpu". On a GPU `auto` measures both for videos, on these very shards."""
+    wanted = config.data.decoder
+    if device.type != "cuda":
+        if wanted == "gpu":
+            raise UserError("data.decoder=gpu needs a CUDA device; use data.decoder=auto")
+        return "cpu"
+    if wanted != "auto" or source.stream.kind == "image":
+        return "cpu" if wanted == "cpu" else "gpu"
+    candidates = {
+        name: partial(_clips_per_second, source, shards, config, shared, device, name) for name in ("gpu", "cpu")
+    }
+    data, machine = config.data, (torch.cuda.get_device_name(device), cores())
+    clip = (data.frames, data.stride, data.size, data.clips_per_video, source.micro_size)
+    return choose(candidates, (fingerprint, machine, data.workers, data.threads, clip), cache_home() / "decoder")
+
+
+def _clips_per_second(
+    source: Source, shards: Sequence[Shard], config: Config, shared: Resources, device: torch.device, decoder: str
+) -> float:
+    """The rate of one decoder over a few micro-batches. RuntimeError: it cannot decode these videos."""
+    own_times = replace(shared, times=StageTimes())
+    reader = open_reader(source, shards, config, own_times, device, decoder, Ledger(source.stream, None, Skips()))
+    slots = range(source.micro_size)
+    try:
+        return clips_per_second(len(reader.finish(reader.begin(step, slots)).mask) for step in range(1 + MEASURED))
+    except DataLimitError as error:
+        raise RuntimeError(str(error)) from error
