@@ -22,7 +22,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.eval import multi_view as evaluation
 from bevt_ds.evaluate import main, starting_point
 from bevt_ds.model.classifier import VideoClassifier
-from bevt_ds.model.presets import SIZES, create_model
+from bevt_ds.model.presets import create_classifier, create_model
 from tests.downstream.programs import run_program
 from tests.downstream.worlds import on_ranks
 
@@ -32,7 +32,7 @@ SIZE = ["views.short_side=72", "views.micro_videos=1"]
 
 
 def classifier(names=NAMES) -> VideoClassifier:
-    model = VideoClassifier(len(names), names, **{**SIZES["tiny"], "window": (2, 2, 2)})
+    model = create_classifier("tiny", len(names), classes=names, window=(2, 2, 2))
     model.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
         model.head.weight.mul_(200)  # predictions that differ
