@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bevt_ds.data.decoding.frame_choice import spaced_clip
 from bevt_ds.data.decoding.images import check_image, image_decoder
 from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pixels.clip_pixels import as_frames, normalised, view_boxes, with_short_side
+from bevt_ds.data.plan import spaced_clip
 from bevt_ds.errors import UserError
 
 

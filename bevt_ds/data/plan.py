@@ -7,7 +7,7 @@ crops and masks is the same for any number of ranks and after any resume.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -22,6 +22,8 @@ from bevt_ds.rng import Use, generator
 CELL = 16  # pixels along a side of a mask cell
 FRAMES_PER_CELL = 2
 NO_JITTER = (1.0, 1.0, 1.0)
+
+Position = Sequence[float]
 
 
 class StreamId(IntEnum):
@@ -195,7 +197,7 @@ class LabelledEntry:
     attempt: int  # 0: the planned sample; j: the j-th substitute
     shard: int
     member: int
-    choice: str  # of frame_choice.CHOICES
+    choice: str  # of CHOICES
     positions: tuple[tuple[float, ...], ...]  # of each clip, as `choice` takes them
 
 
@@ -267,14 +269,64 @@ class ViewPlan:
         return LabelledEntry(step, slot, 0, shard, member, self._choice, self._positions)
 
 
-def clip_frames(start: float, total: int, frames: int, stride: int, phase: float = 0.0) -> np.ndarray:
+# Which frames of a video make a clip. `random_clip` and `spaced_clip` follow the original's SampleFrames, the segments
+# its UniformSampleFrames. A position is what a plan knows before the video is opened; it goes to the worker as JSON.
+
+
+def random_clip(total: int, frames: int, stride: int, position: Position) -> np.ndarray:
     """Frame numbers of a clip: int64 (frames,), evenly `stride` apart, from a video of `total` frames.
 
-    The possible starts are 0 .. total - frames*stride, and a shorter video is repeated (SampleFrames of the original).
-    That leaves the last stride - 1 frames of the span unused, and so room for any `phase`.
+    position: (start, phase) in [0,1). The possible starts are 0 .. total - frames*stride, and a shorter video is
+    repeated. That leaves the last stride - 1 frames of the span unused, and so room for any `phase`.
     """
+    start, phase = position
     starts = max(total - frames * stride + 1, 1)
     return (int(start * starts) + int(phase * stride) + stride * np.arange(frames)) % total
+
+
+def clip_frames(start: float, total: int, frames: int, stride: int, phase: float = 0.0) -> np.ndarray:
+    """`random_clip` of a start and a phase."""
+    return random_clip(total, frames, stride, (start, phase))
+
+
+def spaced_clip(total: int, frames: int, stride: int, position: Position) -> np.ndarray:
+    """position: (i, n): the i-th of n clips, in the middle of the i-th n-th of the possible starts.
+
+    A video shorter than the clip is repeated, from its first frame on.
+    """
+    i, n = position
+    spacing = max(total - frames * stride + 1, 0) / n
+    return (int(i * spacing + spacing / 2) + stride * np.arange(frames)) % total
+
+
+def random_segments(total: int, frames: int, stride: int, position: Position) -> np.ndarray:
+    """position: a fraction of [0,1) for each frame: where it lies in its segment. `stride` is not used."""
+    first, last = _segments(total, frames)
+    return first + (np.asarray(position) * (last - first + 1)).astype(np.int64)
+
+
+def spaced_segments(total: int, frames: int, stride: int, position: Position) -> np.ndarray:
+    """position: (i, n): the i-th of n clips; of one clip each frame is the middle of its segment, rounded down."""
+    i, n = (int(value) for value in position)
+    first, last = _segments(total, frames)
+    return first + (last - first) * (2 * i + 1) // (2 * n)
+
+
+def _segments(total: int, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last frame of each segment, both int64 (frames,). Neighbours share a frame.
+
+    Halves are rounded to even.
+    """
+    bounds = np.round((total - 1) / frames * np.arange(frames + 1)).astype(np.int64)
+    return bounds[:-1], bounds[1:]
+
+
+CHOICES: dict[str, Callable[[int, int, int, Position], np.ndarray]] = {
+    "clip": random_clip,
+    "spaced_clip": spaced_clip,
+    "segments": random_segments,
+    "spaced_segments": spaced_segments,
+}
 
 
 def slots_of(micro_step: int, rank: int, world: int, micro_size: int) -> range:

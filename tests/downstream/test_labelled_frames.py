@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
-from bevt_ds.data.decoding.frame_choice import CHOICES
 from bevt_ds.data.pixels.clip_pixels import Box, view_boxes
-from bevt_ds.data.plan import LabelledPlan, ViewPlan
+from bevt_ds.data.plan import CHOICES, LabelledPlan, ViewPlan
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data/golden/clip_indices.json").read_text())
 FRAMES = 32

@@ -14,7 +14,7 @@ import av
 import numpy as np
 from torch import Tensor
 
-from bevt_ds.data.decoding.cut import Crop
+from bevt_ds.data.decoding.geometry import Crop
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import Limits

@@ -18,11 +18,10 @@ import pytest
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from bevt_ds.data.decoding.container import check_container
 from bevt_ds.data.decoding.images import check_image, decode_image
 from bevt_ds.data.decoding.matroska import CLUSTER, SIMPLE_BLOCK, _elements
 from bevt_ds.data.decoding.verify import verify_video
-from bevt_ds.data.decoding.video import full_decode, probe
+from bevt_ds.data.decoding.video import check_container, full_decode, probe
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.shards.check import outlook
 from bevt_ds.shards.synthetic.draw_worker import encode_jpeg

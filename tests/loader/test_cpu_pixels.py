@@ -17,7 +17,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 
 from bevt_ds.config.schema import DataConfig
-from bevt_ds.data.decoding.cut import Crop, cut
+from bevt_ds.data.decoding.geometry import Crop, cut
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels, ReusedMemory, compute_on_one_core
 from bevt_ds.data.pixels.pipeline import STD, PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan

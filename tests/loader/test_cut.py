@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bevt_ds.config.schema import DataConfig
-from bevt_ds.data.decoding.cut import Box, Crop, source_box
+from bevt_ds.data.decoding.geometry import Box, Crop, source_box
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import RgbWriter, opened
 from bevt_ds.data.decoding.worker import needed

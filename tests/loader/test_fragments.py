@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bevt_ds.data.decoding.container import check_container
 from bevt_ds.data.decoding.verify import verify_video
-from bevt_ds.data.decoding.video import fits_gpu, probe
+from bevt_ds.data.decoding.video import check_container, fits_gpu, probe
 from bevt_ds.data.limits import BadSample, Limits
 from tests.loader.media import decode_clip, remuxed
 from tests.loader.test_containers import put, u32, with_sound

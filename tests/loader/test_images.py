@@ -14,8 +14,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from bevt_ds.data.decoding.dali_images import ImageDecoder
+from bevt_ds.data.decoding.geometry import UPRIGHT, Turn, turn_of_exif
 from bevt_ds.data.decoding.images import decode_image, describe_image, turn_of
-from bevt_ds.data.decoding.turning import UPRIGHT, Turn, turn_of_exif
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.shards.check import check, survey
 from bevt_ds.shards.pack import pack

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 
 import bevt_ds
-from bevt_ds.data.decoding.cut import Box, Crop, source_box
-from bevt_ds.data.decoding.frame_choice import CHOICES
+from bevt_ds.data.decoding.geometry import UPRIGHT, Box, Crop, Turn, source_box, turn_of_matrix
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.transcode import Profile, transcode
-from bevt_ds.data.decoding.turning import UPRIGHT, Turn, turn_of_matrix
 from bevt_ds.data.decoding.video import fits_gpu, opened, probe
 from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.plan import CHOICES
 from bevt_ds.shards.check import check
 from bevt_ds.shards.pack import pack
 from tests.loader.media import decode_clip, encode_clip, noise, remuxed

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 
-from bevt_ds.data.decoding.cut import Box
 from bevt_ds.data.decoding.frame_index import Entry
+from bevt_ds.data.decoding.geometry import Box
 from bevt_ds.data.decoding.video import RgbWriter, opened, probe
 from bevt_ds.data.limits import BadSample, Limits
 from tests.loader.media import decode_clip

@@ -6,9 +6,7 @@ import struct
 
 from bevt_ds.data.limits import BadSample, Limits
 
-
-def is_avi(data: bytes) -> bool:
-    return data[:4] == b"RIFF" and data[8:12] == b"AVI "
+MAGIC, KIND = b"RIFF", b"AVI "  # bytes 0 to 3 and 8 to 11
 
 
 def check_avi(data: bytes, limits: Limits) -> tuple[int, int]:

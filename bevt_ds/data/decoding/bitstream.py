@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 Buffer = bytes | memoryview
+_DISPLAY_ORIENTATION = 47  # H.264 D.1.27, HEVC D.2.17
 
 
 class Coded(NamedTuple):
@@ -46,10 +48,6 @@ class Bits:
         code = self.ue()
         return (code + 1) // 2 if code % 2 else -(code // 2)
 
-    def skip_ue(self, count: int) -> None:
-        for _ in range(count):
-            self.ue()
-
 
 def units(data: Buffer, length_bytes: int) -> Iterator[Buffer]:
     """The NAL units of a packet. length_bytes: of the length before each; 0: start codes part them (Annex B)."""
@@ -74,30 +72,50 @@ def _between_start_codes(data: bytes) -> Iterator[bytes]:
         start = end
 
 
+def messages(unit: Buffer) -> Iterator[tuple[int, bytes]]:
+    """Kind and content of the supplemental messages in a NAL unit, behind its header (H.264 7.3.2.3.1)."""
+    data, at = bytes(unit).replace(b"\0\0\3", b"\0\0"), 0
+    while at + 2 < len(data):
+        numbers = []
+        for _ in ("kind", "size"):
+            value = 0
+            while at < len(data) and data[at] == 255:
+                value, at = value + 255, at + 1
+            value, at = value + (data[at] if at < len(data) else 0), at + 1
+            numbers.append(value)
+        yield numbers[0], data[at : at + numbers[1]]
+        at += numbers[1]
+
+
+def may_be_turned(codec: str, extradata: bytes, packet: bytes) -> bool:
+    """Whether an H.264 or HEVC stream asks to turn its frames. extradata: its header; packet: its first one."""
+    if codec == "h264":
+        length = (extradata[4] & 3) + 1 if extradata[:1] == b"\1" and len(extradata) > 4 else 0
+        found = [unit[1:] for unit in units(packet, length) if unit[0] & 31 == 6]
+    elif codec == "hevc":
+        length = (extradata[21] & 3) + 1 if extradata[:1] == b"\1" and len(extradata) > 21 else 0
+        found = [unit[2:] for unit in units(packet, length) if unit[0] >> 1 & 63 == 39]
+        found += [extradata[i + 2 :] for i in range(len(extradata)) if extradata[i : i + 2] == b"\x4e\1"]
+    else:
+        return False
+    return any(kind == _DISPLAY_ORIENTATION for unit in found for kind, _ in messages(unit))
+
+
+@dataclass
 class Sets:
     """Parameter sets by kind and number: what slices refer to.
 
-    changed: one was replaced on the way, so that decoding must begin before it.
+    in_header: those of the stream's header are still being read. changed: one was replaced after that, so that decoding
+    must begin before it.
     """
 
-    def __init__(self) -> None:
-        self._fields: dict[tuple[str, int], tuple[int, ...]] = {}
-        self._closed = self.changed = False
-
-    def close(self) -> None:
-        """Those of the stream's header are known; more are in its packets."""
-        self._closed = True
+    fields: dict[tuple[str, int], tuple] = field(default_factory=dict)
+    in_header: bool = True
+    changed: bool = False
 
     def put(self, kind: str, number: int, fields: tuple) -> None:
-        known = self._fields.get((kind, number))
-        self.changed |= self._closed and known != fields
-        self._fields[kind, number] = fields
-
-    def get(self, kind: str, number: int) -> tuple:
-        fields = self._fields.get((kind, number))
-        if fields is None:
-            raise Unknown
-        return fields
+        self.changed |= not self.in_header and self.fields.get((kind, number)) != fields
+        self.fields[kind, number] = fields
 
 
 def order_count(low: int, bits: int, previous: int) -> int:

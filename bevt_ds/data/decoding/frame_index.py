@@ -22,6 +22,7 @@ from bevt_ds.data.decoding.hevc import hevc_frames
 _VOP, _USER_DATA = b"\0\0\1\xb6", b"\0\0\1\xb2"  # start codes of MPEG-4 (ISO/IEC 14496-2, 6.2.1)
 _B_VOP, _I_VOP = 2, 0
 _EMPTY_VOP = 16  # bytes; a shorter one may stand for a frame that was dropped
+_ATTEMPTS = 2  # entries from which frames are looked for before it is done from the beginning
 HIDDEN = -1  # in the place of a frame's number
 _AV1_FRAME_HEADERS = (3, 6)  # OBU_FRAME_HEADER, OBU_FRAME
 
@@ -75,14 +76,24 @@ class FrameIndex:
         firsts = sorted({entry.frame for entry in self.entries})
         return max((b - a for a, b in pairwise([*firsts, self.total])), default=self.total)
 
-    def entries_before(self, frame: int) -> list[Entry]:
-        """Where decoding may begin to give the frame: the latest entry first."""
-        return [entry for entry in reversed(self.entries) if entry.frame <= frame or entry.packet == 0]
+    def beginnings(self, frame: int) -> list[int]:
+        """Packets from which to look for the frame, one after the other: the latest entries, and the first packet."""
+        before = [entry.packet for entry in reversed(self.entries) if entry.frame <= frame or entry.packet == 0]
+        return list(dict.fromkeys([*before[:_ATTEMPTS], 0]))
 
 
 def index_frames(codec: Codec, packets: Sequence[Packet]) -> FrameIndex | None:
     """The index of the packets of a whole stream. None: only decoding tells, see `counted`."""
-    coded = _coded(codec, packets)
+    keys = [packet.is_keyframe for packet in packets]
+    if read := _READERS.get(codec.name):
+        try:
+            coded = read(codec.extradata, [memoryview(packet) for packet in packets], keys)
+        except (Unknown, ValueError, LookupError):  # LookupError: an index, or the number of a parameter set
+            return None
+    elif codec.reorders:
+        return None
+    else:
+        coded = [Coded((0, i), entry=key or codec.intra_only) for i, key in enumerate(keys)]
     if not coded or not coded[0].entry:
         return None
     in_order = np.array(sorted(range(len(coded)), key=[each.order for each in coded].__getitem__))
@@ -129,18 +140,6 @@ def _entries(coded: Sequence[Coded], in_order: np.ndarray, is_shown: np.ndarray)
     first = np.empty(len(coded), np.int64)  # number of the first frame that is shown with or after each
     first[in_order] = shown_before
     return tuple(Entry(i, int(first[i]) if i else 0) for i, each in enumerate(coded) if each.entry)
-
-
-def _coded(codec: Codec, packets: Sequence[Packet]) -> list[Coded] | None:
-    keys = [packet.is_keyframe for packet in packets]
-    try:
-        if codec.name in _READERS:
-            return _READERS[codec.name](codec.extradata, [memoryview(packet) for packet in packets], keys)
-    except (Unknown, ValueError, IndexError):
-        return None
-    if codec.reorders:
-        return None
-    return [Coded((0, i), entry=key or codec.intra_only) for i, key in enumerate(keys)]
 
 
 def _mpeg4_frames(extradata: bytes, packets: Sequence[memoryview], keys: Sequence[bool]) -> list[Coded]:

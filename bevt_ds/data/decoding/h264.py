@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bevt_ds.data.decoding.bitstream import Bits, Buffer, Coded, Sets, Unknown, order_count, units
+from bevt_ds.data.decoding.bitstream import Bits, Buffer, Coded, Sets, Unknown, messages, order_count, units
 
 _HEADER = 24  # bytes, in which the needed part of a slice's header lies
 _WITH_CHROMA_FORMAT = frozenset({100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135})  # profiles
@@ -27,7 +27,7 @@ def h264_frames(extradata: bytes, packets: Sequence[memoryview], keys: Sequence[
     """The coded frame of each packet. keys: whether the container calls it a keyframe. Raises Unknown, ValueError."""
     sets = Sets()
     length = _read_header(sets, extradata)
-    sets.close()
+    sets.in_header = False
     slices = [_first_slice(sets, packet, length, key) for packet, key in zip(packets, keys, strict=True)]
     if not slices[0].is_idr:
         raise Unknown
@@ -79,7 +79,8 @@ def _sps(bits: Bits) -> tuple[int, tuple[int, ...]]:
     if profile in _WITH_CHROMA_FORMAT:
         chroma = bits.ue()
         apart = bits.u(1) if chroma == 3 else 0
-        bits.skip_ue(2)
+        bits.ue()
+        bits.ue()
         bits.u(1)
         if bits.u(1):
             _skip_scaling(bits, 12 if chroma == 3 else 8)
@@ -90,7 +91,8 @@ def _sps(bits: Bits) -> tuple[int, tuple[int, ...]]:
     order_bits = bits.ue() + 4 if order_kind == 0 else 0
     bits.ue()
     bits.u(1)
-    bits.skip_ue(2)
+    bits.ue()
+    bits.ue()
     return number, (number_bits, order_bits, apart, bits.u(1))
 
 
@@ -113,7 +115,7 @@ def _first_slice(sets: Sets, packet: memoryview, length: int, is_key: bool) -> _
         if kind in (_SPS, _PPS):
             _read_set(sets, unit)
         elif kind == _SEI and is_key:
-            is_random = is_random or _recovers_at_once(Bits(unit))
+            is_random = is_random or _recovers_at_once(unit)
         elif kind in (_SLICE, _IDR):
             return _slice(sets, unit[:_HEADER], is_random or kind == _IDR)
         elif 2 <= kind <= 4:  # data partitions
@@ -127,8 +129,8 @@ def _slice(sets: Sets, head: Buffer, is_random: bool) -> _Slice:
     is_reference, kind = bits.u(3) > 0, bits.u(5)
     bits.ue()
     bits.ue()
-    of, _ = sets.get("pps", bits.ue())
-    number_bits, order_bits, apart, only_frames = sets.get("sps", of)
+    of, _ = sets.fields["pps", bits.ue()]
+    number_bits, order_bits, apart, only_frames = sets.fields["sps", of]
     if only_frames and not order_bits:
         return _Slice(kind == _IDR, is_random, is_reference, 0, 0)
     bits.u(2 * apart + number_bits)
@@ -139,23 +141,14 @@ def _slice(sets: Sets, head: Buffer, is_random: bool) -> _Slice:
     return _Slice(kind == _IDR, is_random, is_reference, order_bits, bits.u(order_bits))
 
 
-def _recovers_at_once(bits: Bits) -> bool:
+def _recovers_at_once(unit: Buffer) -> bool:
     """Whether there is a recovery point (D.1.8) of 0 frames: the I-frame of an open group.
 
     One of more frames, as of x264's intra-refresh, promises exact frames too and does not give them.
     """
-    bits.u(8)
-    while bits.left > 16:
-        kind, size = _ff_coded(bits), _ff_coded(bits)
+    for kind, content in messages(unit[1:]):
         if kind == _RECOVERY_POINT:
+            bits = Bits(content)
             count, is_exact, is_broken = bits.ue(), bits.u(1), bits.u(1)
             return bool(count == 0 and is_exact and not is_broken)
-        bits.u(8 * size)
     return False
-
-
-def _ff_coded(bits: Bits) -> int:
-    value = 0
-    while (byte := bits.u(8)) == 255:
-        value += 255
-    return value + byte

@@ -28,7 +28,7 @@ def hevc_frames(extradata: bytes, packets: Sequence[memoryview], keys: Sequence[
     """The coded frame of each packet. keys: whether the container calls it a keyframe. Raises Unknown, ValueError."""
     sets = Sets()
     length = _read_header(sets, extradata)
-    sets.close()
+    sets.in_header = False
     slices = [_first_slice(sets, packet, length) for packet in packets]
     if slices[0].kind not in _IRAP:
         raise Unknown
@@ -86,10 +86,13 @@ def _sps(bits: Bits) -> tuple[int, tuple[int, ...]]:
     _skip_profile(bits, layers)
     number = bits.ue()
     apart = bits.u(1) if bits.ue() == 3 else 0
-    bits.skip_ue(2)
+    for _ in range(2):
+        bits.ue()
     if bits.u(1):
-        bits.skip_ue(4)
-    bits.skip_ue(2)
+        for _ in range(4):
+            bits.ue()
+    for _ in range(2):
+        bits.ue()
     return number, (apart, bits.ue() + 4)
 
 
@@ -122,8 +125,8 @@ def _slice(sets: Sets, unit: Buffer, kind: int) -> _Slice:
         raise Unknown
     if kind in _IRAP:
         bits.u(1)
-    of, output_flag, extra, *_ = sets.get("pps", bits.ue())
-    apart, order_bits = sets.get("sps", of)
+    of, output_flag, extra, *_ = sets.fields["pps", bits.ue()]
+    apart, order_bits = sets.fields["sps", of]
     bits.u(extra)
     bits.ue()
     is_output = not output_flag or bits.u(1) == 1

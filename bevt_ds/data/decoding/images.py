@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from bevt_ds.data.decoding.turning import UPRIGHT, Turn, turn_of_exif
+from bevt_ds.data.decoding.geometry import UPRIGHT, Turn, turn_of_exif
 from bevt_ds.data.limits import BadSample, Limits
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bevt_ds.data.decoding import subprocess_env
-from bevt_ds.data.decoding.cut import Crop
+from bevt_ds.data.decoding.geometry import Crop
 from bevt_ds.data.limits import BadSample, Limits
 
 ATTEMPTS = 2  # a worker may hang or die for reasons that are not the sample's: memory, a stray signal
@@ -218,7 +218,7 @@ class DecodePool:
     ) -> Iterator[Decoded]:
         """Clips of the video `data`, decoded together. Their memory is the worker's again when the block ends.
 
-        positions: where each clip lies, as `choice` takes it: one of frame_choice.CHOICES. crops: the part of each clip
+        positions: where each clip lies, as `choice` takes it: one of plan.CHOICES. crops: the part of each clip
         that a cubic resize needs; pixels elsewhere are arbitrary. BadSample: they cannot be decoded.
         """
         clip = {"choice": choice, "positions": positions, "frames": frames, "stride": stride, "crops": crops}

@@ -11,7 +11,7 @@ from typing import Any
 import av
 import numpy as np
 
-from bevt_ds.data.decoding.turning import UPRIGHT, Turn
+from bevt_ds.data.decoding.geometry import UPRIGHT, Turn
 from bevt_ds.data.decoding.video import UNKNOWN_FPS, Video, opened
 from bevt_ds.data.limits import Limits
 

@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from bevt_ds.config.schema import DataConfig
-from bevt_ds.data.decoding.cut import Box
+from bevt_ds.data.decoding.geometry import Box
 from bevt_ds.data.decoding.video import RgbWriter, VideoInfo, full_decode, opened
 from bevt_ds.data.limits import BadSample, Limits
 

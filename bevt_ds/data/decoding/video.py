@@ -16,13 +16,14 @@ from typing import Any
 import av
 import numpy as np
 from av.filter import Graph
+from av.sidedata.sidedata import Type
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
-from bevt_ds.data.decoding.container import Container, check_container
-from bevt_ds.data.decoding.cut import Box
-from bevt_ds.data.decoding.display_matrix import stream_may_be_turned, turn_of_frame
+from bevt_ds.data.decoding import avi, bitstream
 from bevt_ds.data.decoding.frame_index import Codec, FrameIndex, counted, index_frames
-from bevt_ds.data.decoding.turning import UPRIGHT, Turn
+from bevt_ds.data.decoding.geometry import UPRIGHT, Box, Turn, turn_of_matrix
+from bevt_ds.data.decoding.matroska import MAGIC, check_matroska
+from bevt_ds.data.decoding.mp4 import FIRST, check_mp4
 from bevt_ds.data.limits import BadSample, Limits
 
 # With these flags swscale's pixels equal those of DALI's CPU decoder, which knows BT.601 only.
@@ -33,10 +34,10 @@ GPU_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"})
 GPU_CONTAINERS = frozenset({"mp4", "matroska"})
 GPU_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 CUT_FORMATS = GPU_FORMATS  # of which a part at even pixels converts like the whole
+_EXIF_CODECS = frozenset({"mjpeg", "png"})
 # Their decoders pass over frames that no other refers to, as they are told before each packet.
 _SKIPPING = frozenset({"h264", "hevc", "mpeg4"})
 UNKNOWN_FPS = 25  # where a container states none
-_ATTEMPTS = 2  # entries from which frames are looked for before it is done from the beginning
 
 Room = Callable[[int], np.ndarray]  # a number of bytes -> memory for them, uint8 (bytes,)
 
@@ -72,24 +73,26 @@ def fits_gpu(facts: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
+class Container:
+    """The claims of a container's header about its first video stream."""
+
+    name: str  # "mp4", "fragmented mp4", "matroska" or "avi"
+    width: int
+    height: int
+    frames: int | None  # None: it does not say, or an edit list may hide some
+    codec: str = ""  # as it is named there; "": that is left to FFmpeg
+    may_be_turned: bool = False  # to be shown
+
+
+@dataclass(frozen=True)
 class _Source:
     """An opened container, its video stream, and the stream's packets, none of which is decoded."""
 
     container: Any
     stream: Any
     packets: list
-
-    @property
-    def codec(self) -> Codec:
-        """By the codec's name, not by that of the library which decodes it."""
-        context = self.stream.codec_context
-        codec = context.codec
-        return Codec(codec.canonical_name, codec.reorder, codec.intra_only, bytes(context.extradata or b""))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height."""
-        return self.stream.codec_context.width, self.stream.codec_context.height
+    codec: Codec  # by its name, not by that of the library which decodes it
+    size: tuple[int, int]  # width and height
 
     def frames(self) -> Iterator[av.VideoFrame]:
         """All frames, as they are shown. What cannot be decoded before the first keyframe is passed over."""
@@ -118,6 +121,7 @@ class Video:
 
     def __init__(self, source: _Source, index: FrameIndex, turn: Turn, container: str, limits: Limits) -> None:
         self.index, self.turn, self.limits, self.container = index, turn, limits, container
+        self._is_counted = index.numbers is None
         self.decoded = 0 if index.numbers else index.total  # which have been counted
         self._source, self.stream, self.total = source, source.stream, index.total
         self._stored_size = source.size  # the codec's context takes on that of whichever frame comes next
@@ -183,14 +187,21 @@ class Video:
         pictures = room(len(numbers) * height * width * 3).reshape(-1, height, width, 3)
         boxes, writer = boxes or [Box(0, 0, height, width)] * len(numbers), RgbWriter()
         for picture, box, (_, frame) in zip(pictures, boxes, self.pick(numbers), strict=True):
-            writer.write(frame, self.turn.undone(picture), self.turn.stored_box(box, width, height))
+            if self.turn != UPRIGHT:
+                picture, box = self.turn.undone(picture), self.turn.stored_box(box, width, height)
+            writer.write(frame, picture, box)
         return pictures
 
     def pick(self, numbers: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
         """The decoded frames with these numbers, which ascend, as they are stored. BadSample: not all are there."""
         wanted = deque(numbers.tolist())
-        for packet in self._beginnings(wanted[0]):
-            for number, frame in self._from(packet, frozenset(wanted)):
+        for packet in self.index.beginnings(wanted[0]):
+            self.stream.codec_context.flush_buffers()
+            needed = frozenset(wanted)
+            for number, frame in enumerate(self._source.frames()) if self._is_counted else self._from(packet, needed):
+                self.decoded += 1
+                if number not in needed:
+                    continue
                 if number != wanted[0]:
                     break  # one before it did not come: decoding must begin earlier
                 _require_size(frame, self._stored_size)
@@ -201,28 +212,12 @@ class Video:
                     return
         raise BadSample(f"{len(wanted)} of the {len(numbers)} frames needed do not come out of the decoder")
 
-    def _beginnings(self, frame: int) -> list[int]:
-        """Packets from which to look for the frame, one after the other."""
-        entries = [entry.packet for entry in self.index.entries_before(frame)]
-        return list(dict.fromkeys([*entries[:_ATTEMPTS], 0]))
-
     def _from(self, first: int, wanted: Collection[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Wanted frames in order of their numbers, decoding from a packet on.
+        """Frames and their numbers, decoding from a packet on, in order of the numbers.
 
-        A frame that is not wanted and that no other refers to is not decoded: the decoder passes over its packet.
+        A frame that is not wanted and that no other refers to is not decoded: the decoder passes over its packet. The
+        decoder hands on a packet's time to its frame; here that is the frame's number.
         """
-        self.stream.codec_context.flush_buffers()
-        frames = self._by_count() if self.index.numbers is None else self._by_number(first, wanted)
-        for number, frame in frames:
-            self.decoded += 1
-            if number in wanted:
-                yield number, frame
-
-    def _by_count(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        return enumerate(self._source.frames())
-
-    def _by_number(self, first: int, wanted: Collection[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """The decoder hands on a packet's time to its frame; here that is the frame's number."""
         context, index = self.stream.codec_context, self.index
         skips, is_skipping = self._source.codec.name in _SKIPPING, None
         for i, packet in enumerate(self._source.packets[first:], start=first):
@@ -249,46 +244,79 @@ class Video:
         raise BadSample("none of its frames can be decoded")
 
 
+def check_container(data: bytes, limits: Limits) -> Container:
+    """BadSample: no container that is read here, cut, contradicting itself, or over a limit."""
+    if not data:
+        raise BadSample("it is empty")
+    if len(data) > limits.file_bytes:
+        raise BadSample(f"it has {len(data)} bytes, over data.max_file_bytes={limits.file_bytes}")
+    if data.startswith(MAGIC):
+        *facts, turned = check_matroska(data, limits)
+        return Container("matroska", *facts, may_be_turned=turned)
+    if data[:4] == avi.MAGIC and data[8:12] == avi.KIND:
+        return Container("avi", *avi.check_avi(data, limits), frames=None)
+    if data[4:8].decode("latin-1") in FIRST:
+        track = check_mp4(data, limits)
+        name = "fragmented mp4" if track.is_fragmented else "mp4"
+        frames = None if track.edited else track.frames
+        return Container(name, track.width, track.height, frames, track.codec, track.may_be_turned)
+    raise BadSample("it is neither MP4, WebM, Matroska nor AVI")
+
+
 @contextmanager
 def opened(data: bytes, limits: Limits) -> Iterator[Video]:
     """A video in memory, its container checked first. BadSample: not a video, over a limit, or FFmpeg refuses it."""
     claims = check_container(data, limits)
-    with ExitStack() as closing, _refusals():
-        source = closing.enter_context(_source(data, claims, limits))
-        index = index_frames(source.codec, source.packets)
-        if index is None:
-            index = counted(source.packets, [_time(frame) for frame in source.frames()])
-            source = closing.enter_context(_source(data, claims, limits))  # a decoder that has seen nothing
-        if not index.total:
-            raise BadSample("none of its frames can be decoded")
-        yield Video(source, index, _turn(data, claims, limits, source), claims.name, limits)
+    with ExitStack() as closing:
+        try:
+            source = closing.enter_context(_source(data, claims, limits))
+            index = index_frames(source.codec, source.packets)
+            if index is None:
+                index = counted(source.packets, [_time(frame) for frame in source.frames()])
+                source = closing.enter_context(_source(data, claims, limits))  # a decoder that has seen nothing
+            if not index.total:
+                raise BadSample("none of its frames can be decoded")
+            yield Video(source, index, _turn(data, claims, limits, source), claims.name, limits)
+        except av.error.FFmpegError as error:
+            raise _refusal(error) from error
 
 
 def _turn(data: bytes, claims: Container, limits: Limits, source: _Source) -> Turn:
-    """How its frames are turned to be shown, as the first one says where there may be anything to say."""
-    codec, packets = source.codec, source.packets
-    if not claims.may_be_turned and not stream_may_be_turned(codec.name, codec.extradata, bytes(packets[0])):
+    """How its frames are turned to be shown: what FFmpeg says once it has decoded the first one.
+
+    That costs a decode, so a look at the headers tells whether there may be anything to ask.
+    """
+    codec, first = source.codec, bytes(source.packets[0])
+    if codec.name in _EXIF_CODECS:
+        is_possible = b"Exif" in first or b"eXIf" in first
+    else:
+        is_possible = bitstream.may_be_turned(codec.name, codec.extradata, first)
+    if not claims.may_be_turned and not is_possible:
         return UPRIGHT
     with _source(data, claims, limits) as other:
         return next(map(turn_of_frame, other.frames()), UPRIGHT)
 
 
+def turn_of_frame(frame: av.VideoFrame) -> Turn:
+    """BadSample: by no multiple of 90 degrees."""
+    matrix = next((data for data in frame.side_data if data.type == Type.DISPLAYMATRIX), None)
+    return UPRIGHT if matrix is None else turn_of_matrix(np.frombuffer(bytes(matrix), np.int32).tolist())
+
+
 def full_decode(data: bytes, limits: Limits) -> Iterator[av.VideoFrame]:
     """Every frame from the beginning, with no numbering: what `opened` is compared with. Raises BadSample."""
     claims = check_container(data, limits)
-    with _refusals(), _source(data, claims, limits) as source:
-        for frame in source.frames():
-            _require_size(frame, source.size)
-            yield frame
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """FFmpeg's errors as BadSample."""
     try:
-        yield
+        with _source(data, claims, limits) as source:
+            for frame in source.frames():
+                _require_size(frame, source.size)
+                yield frame
     except av.error.FFmpegError as error:
-        raise BadSample(f"FFmpeg cannot decode it: {error.strerror}") from error
+        raise _refusal(error) from error
+
+
+def _refusal(error: av.error.FFmpegError) -> BadSample:
+    return BadSample(f"FFmpeg cannot decode it: {error.strerror}")
 
 
 @contextmanager
@@ -311,7 +339,9 @@ def _source(data: bytes, claims: Container, limits: Limits) -> Iterator[_Source]
             raise BadSample(f"its header says {claims.width}x{claims.height}, its stream {size[0]}x{size[1]}")
         if claims.frames not in (None, len(packets)):
             raise BadSample(f"its header says {claims.frames} frames, {len(packets)} are found")
-        yield _Source(container, stream, packets)
+        codec = context.codec
+        facts = Codec(codec.canonical_name, codec.reorder, codec.intra_only, bytes(context.extradata or b""))
+        yield _Source(container, stream, packets, facts, size)
 
 
 def _end_of_track(stream: Any) -> float | None:
@@ -354,7 +384,8 @@ class RgbWriter:
         FFmpeg is quicker to planes, in the order G, B, R, than to pixels, and numpy than PyAV from there.
         """
         whole = Box(0, 0, frame.height, frame.width)
-        if box != whole and _can_be_cut(frame):
+        # Chroma must be where it is in the whole: at every second pixel, exactly.
+        if box != whole and frame.format.name in CUT_FORMATS and frame.width % 2 == frame.height % 2 == 0:
             frame = self._cut(frame, box)
         else:
             box = whole
@@ -368,22 +399,13 @@ class RgbWriter:
     def _cut(self, frame: av.VideoFrame, box: Box) -> av.VideoFrame:
         """The part of a frame, without a copy."""
         if box not in self._cutters:
-            self._cutters[box] = _cutter(frame, box)
+            graph, size = Graph(), {"width": frame.width, "height": frame.height}
+            source = graph.add_buffer(**size, format=frame.format, time_base=Fraction(1))
+            crop = graph.add("crop", f"{box.width}:{box.height}:{box.left}:{box.top}")
+            sink = graph.add("buffersink")
+            source.link_to(crop)
+            crop.link_to(sink)
+            graph.configure()
+            self._cutters[box] = graph
         self._cutters[box].push(frame)
         return self._cutters[box].pull()
-
-
-def _can_be_cut(frame: av.VideoFrame) -> bool:
-    """Chroma must be where it is in the whole: at every second pixel, exactly."""
-    return frame.format.name in CUT_FORMATS and frame.width % 2 == frame.height % 2 == 0
-
-
-def _cutter(frame: av.VideoFrame, box: Box) -> Graph:
-    graph, size = Graph(), {"width": frame.width, "height": frame.height}
-    source = graph.add_buffer(**size, format=frame.format, time_base=Fraction(1))
-    crop = graph.add("crop", f"{box.width}:{box.height}:{box.left}:{box.top}")
-    sink = graph.add("buffersink")
-    source.link_to(crop)
-    crop.link_to(sink)
-    graph.configure()
-    return graph

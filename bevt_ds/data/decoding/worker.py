@@ -20,14 +20,14 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
-from bevt_ds.data.decoding.cut import Box, Crop, source_box
-from bevt_ds.data.decoding.frame_choice import CHOICES
+from bevt_ds.data.decoding.geometry import Box, Crop, source_box
 from bevt_ds.data.decoding.images import decode_image, describe_image
 from bevt_ds.data.decoding.pool import LENGTH, READY, SharedMemory
 from bevt_ds.data.decoding.transcode import Profile, transcode
 from bevt_ds.data.decoding.verify import verify_video
 from bevt_ds.data.decoding.video import opened, probe
 from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.plan import CHOICES
 
 Answer = tuple[dict[str, Any], bytes]
 Work = Callable[[bytes, Limits, dict[str, Any]], Answer]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bevt_ds.batch import MEAN, STD
-from bevt_ds.data.decoding.cut import Box
+from bevt_ds.data.decoding.geometry import Box
 
 ATTEMPTS = 10  # at a random box, before the fallback
 ERASED_AREA = (0.02, 1 / 3)  # RandomErasing of the original, which is timm's

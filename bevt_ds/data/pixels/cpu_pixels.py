@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bevt_ds.batch import MEAN, STD
-from bevt_ds.data.decoding.cut import Box, Crop, cut, source_box
+from bevt_ds.data.decoding.geometry import Box, Crop, cut, source_box
 from bevt_ds.data.pixels.pipeline import lanczos4_taps
 from bevt_ds.data.reading.deadline import DeadlineExecutor
 
