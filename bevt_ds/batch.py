@@ -41,14 +41,13 @@ class Stream:
 
     def __post_init__(self) -> None:
         """UserError: rows that are not those of the cells. Checked on the host only, where they are made."""
-        if self.rows.device.type == "cpu" and not torch.equal(self.rows, self._rows_of_cells()):
-            raise UserError("Stream.rows must hold all frames of a masked cell side by side, in the order of its cells")
-
-    def _rows_of_cells(self) -> Tensor:
+        if self.rows.device.type != "cpu":
+            return
         plane, frames = self.mask.shape[-2:].numel(), len(self.rows) // max(len(self.cells), 1)
         first = self.cells // plane * (frames * plane) + self.cells % plane
         rows = first[:, None] + plane * torch.arange(frames)
-        return torch.where(self.cells[:, None] < 0, -1, rows).flatten()
+        if not torch.equal(self.rows, torch.where(self.cells[:, None] < 0, -1, rows).flatten()):
+            raise UserError("Stream.rows must hold all frames of a masked cell side by side, in the order of its cells")
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Stream:
         """The same stream with every tensor on `device`."""

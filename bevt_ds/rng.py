@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -30,14 +31,14 @@ class Use(IntEnum):
     MIXING = 15
 
 
+@dataclass(frozen=True)
 class _Key(ISeedSequence):
     """Philox's key as its seed: passed as the key, numpy would ask the system for entropy that is never used."""
 
-    def __init__(self, *words: int) -> None:
-        self._words = words
+    words: tuple[int, int]
 
     def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
-        return np.array(self._words, dtype=dtype)
+        return np.array(self.words, dtype=dtype)
 
 
 def generator(seed: int, use: Use, *counters: int) -> np.random.Generator:
@@ -52,7 +53,7 @@ def generator(seed: int, use: Use, *counters: int) -> np.random.Generator:
     if len(counters) > 3:
         raise ValueError(f"at most three counters, got {len(counters)}")
     words = [0, *counters, *([0] * (3 - len(counters)))]
-    return np.random.Generator(np.random.Philox(_Key(seed, use), counter=np.array(words, dtype=np.uint64)))
+    return np.random.Generator(np.random.Philox(_Key((seed, use)), counter=np.array(words, dtype=np.uint64)))
 
 
 def sample_key(seed: int, stream: int, step: int, slot: int) -> int:

@@ -35,7 +35,7 @@ NEVER = {  # what a layer does without
     "shards": {"torch", "deepspeed", "triton", "timm"},
 }
 DATA_LAYERS = [  # the same within data/
-    {"limits", "masks", "timing"},
+    {"limits", "masks"},
     {"plan"},
     {"reading", "decoding"},
     {"ledger", "pixels", "holdout"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,16 +17,15 @@ from bevt_ds.config.validate import check_holds_crop, check_labelled, check_view
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.labelled_reader import LabelledShards, TrainingReader, ViewReader
 from bevt_ds.data.labels import Classes, expected_count, read_classes
-from bevt_ds.data.ledger import Ledger, Skips
+from bevt_ds.data.ledger import Ledger, Skips, StageTimes
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.loader import ALONE, LEDGER, BackgroundLoader, Ranks, SideStream, record_stream
+from bevt_ds.data.loader import ALONE, LEDGER, BackgroundLoader, Ranks, SideStream
 from bevt_ds.data.open_stream import open_resources
 from bevt_ds.data.plan import LabelledPlan, StreamId, ViewPlan, slots_of
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.remote import redacted
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.stream import PendingBatch
-from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 
 TRIED = 8  # videos of a set that are tried before the start, at most
@@ -60,6 +59,8 @@ class LabelledBatchReader:
         if config.val:
             check_holds_crop("data.short_side", config.short_side, config.size)
         self._ranks, self._device = ranks, torch.device(device)
+        self.is_on_gpu = self._device.type == "cuda"
+        self._context = SideStream(self._device).context if self.is_on_gpu else nullcontext
         global_size, self._micro_size = train.streams["clips"]
         self.skips, self.times = Skips(state), StageTimes()
         ledger = Ledger(StreamId.LABELLED, folder and folder / LEDGER, self.skips)
@@ -74,7 +75,6 @@ class LabelledBatchReader:
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
             plan = LabelledPlan(data.counts, config, train.seed, global_size)
             self._clips = TrainingReader(plan, data, config, shared, ledger, self._device)
-            self._side_stream = SideStream(self._device)
             self._resources = resources.pop_all()
 
     @property
@@ -92,7 +92,7 @@ class LabelledBatchReader:
 
     def finish(self, pending: PendingBatch) -> LabelledBatch:
         """Wait for a micro-batch that was begun."""
-        with self._side_stream.context():
+        with self._context():
             return self._clips.finish(pending).to(self._device, non_blocking=True)
 
     def close(self) -> None:
@@ -125,11 +125,6 @@ class LabelledLoader(BackgroundLoader):
         self.classes, self.videos, self.val_shards = reader.classes, reader.videos, reader.val_shards
         self.steps_an_epoch = max(self.videos // train.streams["clips"][0], 1)
         super().__init__(reader, parts, data, ranks, start_step)
-
-    def __next__(self) -> LabelledBatch:
-        batch = super().__next__()
-        record_stream(batch)
-        return batch
 
 
 def test_batches(

@@ -1,7 +1,7 @@
-"""Bad samples are counted and written down, never hidden; too many of them end the run.
+"""What a rank keeps account of: its bad samples, and where the time of its loader goes.
 
-A rank counts its own samples. Whether there are too many is judged on the sums over all ranks, so that all of them
-stop at the same step; see bevt_ds.data.loader.
+Bad samples are counted and written down, never hidden; too many of them end the run. Whether there are too many is
+judged on the sums over all ranks, so that all of them stop at the same step; see bevt_ds.data.loader.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import json
 import logging
 import os
 import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,16 @@ log = logging.getLogger(__name__)
 
 ALWAYS_ALLOWED = 10  # bad samples of a stream, however few have been read
 IN_A_ROW = 100  # bad samples with no good one between them: something systematic
+
+# stage -> what would help
+REMEDIES = {
+    "storage": "put the shards on a faster disk, or raise data.readers",
+    "demux": "raise data.workers, or pack the videos with `bevt shards pack --profile train`",
+    "decode": "raise data.workers, pack the videos with `bevt shards pack --profile train`, or, in pretraining, raise"
+    " data.clips_per_video",
+    "augment": "raise data.threads: they augment, and decode images",
+    "copy": "lower the micro-batch, or pin fewer processes to these cores",
+}
 
 
 class DataLimitError(UserError):
@@ -80,13 +93,12 @@ class Ledger:
     """Good and bad samples of one stream on one rank. `path`: JSON lines are appended there; None: counts only."""
 
     def __init__(self, stream: StreamId, path: Path | None, skips: Skips) -> None:
-        self.stream, self.path, self.skips = stream, path, skips
+        self.stream, self.kind, self.path, self.skips = stream, stream.kind, path, skips
         self.good = self.bad = self._row = 0
 
     def accept(self, samples: int) -> None:
         """Count good samples."""
-        self.good += samples
-        self.end_row()
+        self.good, self._row = self.good + samples, 0
 
     def end_row(self) -> None:
         """A sample is good, as far as is known: bad ones before it and after it are not in a row."""
@@ -143,3 +155,44 @@ def require_few_bad(kind: str, good: int, bad: int, max_fraction: float, path: P
 def _hint(path: Path | None) -> str:
     where = f"All are listed in {path}; " if path else ""
     return f"{where}`bevt shards check` finds them beforehand."
+
+
+class StageTimes:
+    """Seconds of work by stage, added up by many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds = dict.fromkeys(REMEDIES, 0.0)
+        self.decoded_frames = 0  # by the CPU's workers, since the start
+
+    def add(self, stage: str, seconds: float, frames: int = 0) -> None:
+        """Count work that is done, and the frames that were decoded for it."""
+        with self._lock:
+            self._seconds[stage] += seconds
+            self.decoded_frames += frames
+
+    @contextmanager
+    def measured(self, stage: str, lanes: int = 1) -> Iterator[None]:
+        """Adds the time that the block takes, in which so many threads work."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, lanes * (time.perf_counter() - began))
+
+    def take(self) -> dict[str, float]:
+        """The sums since the last call."""
+        with self._lock:
+            taken, self._seconds = self._seconds, dict.fromkeys(REMEDIES, 0.0)
+        return taken
+
+
+def bottleneck(seconds: Mapping[str, float], lanes: Mapping[str, int]) -> str:
+    """One line: the stage that is busiest, and what would help.
+
+    seconds: of work by stage. lanes: how many threads or processes share a stage's work.
+    """
+    busy = {stage: total / lanes[stage] for stage, total in seconds.items()}
+    worst = max(busy, key=busy.__getitem__)
+    shares = ", ".join(f"{stage} {value:.2f} s" for stage, value in busy.items())
+    return f"the data's bottleneck is {worst} (busy: {shares}): {REMEDIES[worst]}"

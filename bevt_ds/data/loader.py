@@ -11,27 +11,26 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
-from bevt_ds.batch import Batch
+from bevt_ds.batch import Batch, LabelledBatch, Stream
 from bevt_ds.config.schema import Config, ReadingConfig
 from bevt_ds.config.validate import micro_steps
 from bevt_ds.data.decoder_choice import resumed_decoders
 from bevt_ds.data.holdout import split
-from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, require_few_bad
+from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, StageTimes, bottleneck, require_few_bad
 from bevt_ds.data.open_stream import Source, decoder_of, open_reader, open_resources
 from bevt_ds.data.plan import StreamId, slots_of
 from bevt_ds.data.reading.deadline import StorageStalled
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.stream import PendingBatch
-from bevt_ds.data.timing import StageTimes, bottleneck
 
 LEDGER = "bad_samples.jsonl"
 
@@ -55,43 +54,39 @@ class OneRank:
 
     rank: int = 0
     world: int = 1
-
-    def sum_counts(self, counts: Sequence[int]) -> list[int]:
-        return list(counts)
+    sum_counts: ClassVar = list
 
 
 ALONE = OneRank()
 
 
 class SideStream:
-    """A CUDA stream on which batches for `device` are made, next to what the training step computes; on a CPU, none.
+    """A CUDA stream on which batches for a GPU are made, next to what the training step computes.
 
     Without it what the loader's thread starts would go to the stream on which the training step computes: each would
     wait for all that the other has started.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device)
 
     @contextmanager
     def context(self) -> Iterator[None]:
         """What the block starts on the GPU is done when the block ends."""
-        if self._stream is None:
-            yield
-            return
         with torch.cuda.stream(self._stream):
             yield
             self._stream.synchronize()
 
 
-def record_stream(*parts: Any) -> None:
-    """Tell CUDA's allocator that the caller's stream uses the tensors of these streams or batches, or None.
+def record_stream(batch: Batch | Stream | LabelledBatch) -> None:
+    """Tell CUDA's allocator that the caller's stream uses the tensors of a batch, or of its streams.
 
     They were made on another stream, for which their memory would be free again as soon as nothing refers to them.
     """
-    tensors = [value for part in parts if part is not None for value in vars(part).values()]
-    for value in tensors:
-        if isinstance(value, torch.Tensor) and value.is_cuda:
+    for value in vars(batch).values():
+        if isinstance(value, Stream):
+            record_stream(value)
+        elif isinstance(value, torch.Tensor) and value.is_cuda:
             value.record_stream(torch.cuda.current_stream(value.device))
 
 
@@ -117,14 +112,15 @@ class BatchReader:
         self.skips, self.times = Skips(state), StageTimes()
         self.ledgers = {s.stream: Ledger(s.stream, folder and folder / LEDGER, self.skips) for s in sources}
         device = self._device = torch.device(device)
-        self._side_stream = SideStream(device)
+        self.is_on_gpu = device.type == "cuda"
+        self._context = SideStream(device).context if self.is_on_gpu else nullcontext
         with ExitStack() as resources:
             has_videos = any(source.stream.kind == "video" for source in sources)
             shared = open_resources(config.data, has_videos, self.times, resources)
             shards = {s.stream: _samples(s, shared.storage, config.data.holdout) for s in sources}
             self.samples = {s.kind: sum(map(len, parts)) for s, parts in shards.items()}
             self.fingerprint, self._pool = _fingerprint(shards), shared.pool
-            known = resumed_decoders(state, config.data.decoder, device.type == "cuda")
+            known = resumed_decoders(state, config.data.decoder, self.is_on_gpu)
             self.decoders = {
                 s.stream: known.get(s.stream.name)
                 or decoder_of(s, shards[s.stream], config, shared, device, self.fingerprint)
@@ -141,8 +137,7 @@ class BatchReader:
     @property
     def decoder_choices(self) -> dict[str, str]:
         """Where streams are decoded, by names, for `resumed_decoders`; without a GPU there was no choice."""
-        on_gpu = self._device.type == "cuda"
-        return {stream.name: decoder for stream, decoder in self.decoders.items()} if on_gpu else {}
+        return {stream.name: decoder for stream, decoder in self.decoders.items()} if self.is_on_gpu else {}
 
     @property
     def steps_an_epoch(self) -> float:
@@ -152,8 +147,8 @@ class BatchReader:
 
     def require_few_bad(self) -> None:
         """DataLimitError: this rank's bad samples are over the budget."""
-        for stream, ledger in self.ledgers.items():
-            require_few_bad(stream.kind, ledger.good, ledger.bad, self._max_bad_fraction, ledger.path)
+        for ledger in self.ledgers.values():
+            require_few_bad(ledger.kind, ledger.good, ledger.bad, self._max_bad_fraction, ledger.path)
 
     @property
     def worker_pids(self) -> list[int]:
@@ -169,10 +164,10 @@ class BatchReader:
 
     def finish(self, pending: dict[StreamId, PendingBatch]) -> Batch:
         """Wait for a micro-batch that was begun."""
-        with self._side_stream.context():
+        with self._context():
             streams = {self._readers[s].plan.kind: self._readers[s].finish(part) for s, part in pending.items()}
             batch = Batch(streams.get("video"), streams.get("image"))
-            if self._device.type == "cpu":
+            if not self.is_on_gpu:
                 return batch
             with self.times.measured("copy"):
                 return batch.to(self._device, non_blocking=True)
@@ -257,6 +252,8 @@ class BackgroundLoader:
             self.close()
             raise
         self._handed_out += 1
+        if self._reader.is_on_gpu:
+            record_stream(prepared.item)
         return prepared.item
 
     def wait_seconds(self) -> float:
@@ -298,8 +295,8 @@ class BackgroundLoader:
         if limits:
             raise DataLimitError("another rank has met too many bad samples in a row; its output names the last")
         self._bad = sum(counts[1::2])
-        for (stream, ledger), good, bad in zip(self._reader.ledgers.items(), counts[::2], counts[1::2], strict=True):
-            require_few_bad(stream.kind, good, bad, self._config.max_bad_fraction, ledger.path)
+        for ledger, good, bad in zip(self._reader.ledgers.values(), counts[::2], counts[1::2], strict=True):
+            require_few_bad(ledger.kind, good, bad, self._config.max_bad_fraction, ledger.path)
 
     def _prepare(self, start_step: int) -> None:
         """The background thread: keeps `prefetch` micro-batches decoding and as many ready."""
@@ -358,11 +355,6 @@ class Loader(BackgroundLoader):
         """How many samples are trained on, by kind."""
         return self._reader.samples
 
-    def __next__(self) -> Batch:
-        batch = super().__next__()
-        record_stream(batch.video, batch.image)
-        return batch
-
 
 def eval_batches(
     config: Config,
@@ -384,7 +376,7 @@ def eval_batches(
     try:
         for micro_step in range(config.train.eval_batches):
             batch = reader.finish(reader.begin(0, micro_step))
-            record_stream(batch.video, batch.image)
+            record_stream(batch)
             yield batch
         reader.require_few_bad()
     finally:

@@ -51,7 +51,8 @@ def block_mask(rng: np.random.Generator, grid: tuple[int, int], config: MaskConf
         if not added:
             break
         count += added
-    return _to_array(cells, grid)
+    raw = np.frombuffer(cells.to_bytes((height * width + 7) // 8, "little"), dtype=np.uint8)
+    return np.unpackbits(raw, count=height * width, bitorder="little").astype(bool).reshape(grid)
 
 
 def empty_share(grid: tuple[int, int], config: MaskConfig, points: int = 256) -> float:
@@ -160,10 +161,3 @@ def _grow(
         if 0 < added <= allowed:
             return cells | block, added
     return cells, 0
-
-
-def _to_array(cells: int, grid: tuple[int, int]) -> np.ndarray:
-    """Bit r*w+c of `cells` -> bool (h, w)."""
-    size = grid[0] * grid[1]
-    raw = np.frombuffer(cells.to_bytes((size + 7) // 8, "little"), dtype=np.uint8)
-    return np.unpackbits(raw, count=size, bitorder="little").astype(bool).reshape(grid)

@@ -17,7 +17,7 @@ from bevt_ds.config.schema import Config, ReadingConfig
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.graph_stream import GraphReader
-from bevt_ds.data.ledger import DataLimitError, Ledger, Skips
+from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, StageTimes
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels, compute_on_one_core
 from bevt_ds.data.pixels.pipeline import PixelPipeline
@@ -26,7 +26,6 @@ from bevt_ds.data.reading.index import cache_home
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.stream import ClipReader, Resources, StreamReader
-from bevt_ds.data.timing import StageTimes
 from bevt_ds.errors import UserError
 
 NVDECS = 8  # DALI decodes as many videos at a time as it has threads; an H100 has seven decoders

@@ -22,15 +22,14 @@ from bevt_ds.batch import Stream
 from bevt_ds.config.schema import SamplingConfig
 from bevt_ds.data.decoding.geometry import Crop
 from bevt_ds.data.decoding.pool import DecodePool
-from bevt_ds.data.ledger import Ledger
+from bevt_ds.data.ledger import Ledger, StageTimes
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.masks import masked_frames, row_index
 from bevt_ds.data.pixels.cpu_pixels import ClipBatch, ClipPixels
 from bevt_ds.data.plan import LabelledEntry, LabelledPlan, PlanEntry, StreamPlan, ViewPlan
 from bevt_ds.data.reading.members import Member, Shard
-from bevt_ds.data.reading.remote import is_remote, redacted
+from bevt_ds.data.reading.remote import redacted
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.timing import StageTimes
 from bevt_ds.rng import sample_key
 
 Entry = PlanEntry | LabelledEntry
@@ -89,7 +88,7 @@ class SampleReader(ABC):
         self.shared, self.ledger, self.limits = shared, ledger, Limits.of(config)
         self._span, self._short = (config.frames - 1) * stride + 1, threading.Semaphore(1)
         self._window: tuple[int, int] | None = None
-        self._remote = any(is_remote(shard.path) for shard in shards)
+        self._remote = any(shard.is_remote for shard in shards)
 
     def begin(self, step: int, slots: range) -> PendingBatch:
         """Start on a micro-batch."""
@@ -97,8 +96,8 @@ class SampleReader(ABC):
             self._fetch_ahead(step)
         pending = PendingBatch(step, slots, [e for slot in slots if (e := self.plan.entry(step, slot))])
         self._prepare(pending)
-        samples = len(pending.entries) // self.plan.clips_per_sample
-        pending.samples = [self._start(pending, i, self._group(pending, i)) for i in range(samples)]
+        k, entries = self.plan.clips_per_sample, pending.entries
+        pending.samples = [self._start(pending, i, entries[i * k : (i + 1) * k]) for i in range(len(entries) // k)]
         return pending
 
     def _fetch_ahead(self, step: int) -> None:
@@ -230,6 +229,5 @@ class ClipReader(StreamReader):
     def _pixels(self, pending: PendingBatch) -> tuple[Tensor, Tensor]:
         for i in range(len(pending.samples)):
             self._settled(pending, i)
-            self.ledger.end_row()
-        self.ledger.accept(len(pending.samples))
+            self.ledger.accept(1)
         return pending.pixels.pixels, pending.pixels.view

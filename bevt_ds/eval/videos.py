@@ -12,10 +12,10 @@ from bevt_ds.batch import LabelledBatch
 from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
 from bevt_ds.data.labelled_loader import require_decodable, test_batches
 from bevt_ds.data.labels import Classes
+from bevt_ds.data.ledger import StageTimes
 from bevt_ds.data.open_stream import open_resources
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.timing import StageTimes
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime.distributed import Ranks
 

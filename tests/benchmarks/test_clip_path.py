@@ -15,8 +15,14 @@ def found(tmp_path_factory):
 
 def test_steady_calls_are_counted_in_every_thread_and_in_the_worker(found):
     assert {call.function for call in found if call.thread == WORKER} > {"serve", "clips"}
-    assert Call("bevt_ds/data/loader.py", "Loader.__next__", "MainThread") in found
+    assert Call("bevt_ds/data/loader.py", "BackgroundLoader.__next__", "MainThread") in found
     assert any(call.file == "bevt_ds/data/masks.py" for call in found)
+
+
+def test_the_way_of_a_clip_is_short(found):
+    """To read what happens to a clip takes 20 files at most; what is not entered by one is out of its way."""
+    numbers = counts(found)
+    assert numbers["functions"] <= 120 and numbers["files"] <= 20 and numbers["threads"] <= 3, report(found)
 
 
 def test_start_up_is_not_counted(found):

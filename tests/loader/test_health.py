@@ -21,14 +21,23 @@ import torch
 from bevt_ds.config.schema import Config
 from bevt_ds.data.decoding.pool import DecodePool, DecodeWorker
 from bevt_ds.data.graph_stream import GraphReader
-from bevt_ds.data.ledger import ALWAYS_ALLOWED, IN_A_ROW, DataLimitError, Ledger, Skips, merge_states, require_few_bad
+from bevt_ds.data.ledger import (
+    ALWAYS_ALLOWED,
+    IN_A_ROW,
+    DataLimitError,
+    Ledger,
+    Skips,
+    StageTimes,
+    bottleneck,
+    merge_states,
+    require_few_bad,
+)
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import ALONE, BackgroundLoader, Loader
 from bevt_ds.data.plan import PlanEntry, StreamId
 from bevt_ds.data.reading.deadline import StorageStalled
 from bevt_ds.data.reading.members import Member
 from bevt_ds.data.stream import PendingBatch
-from bevt_ds.data.timing import StageTimes, bottleneck
 from bevt_ds.runtime.logging import SpeedMeter
 from bevt_ds.train.loop import report_wait, write_line
 
@@ -331,7 +340,7 @@ def test_the_loops_lines_report_it(is_main: bool, capsys: pytest.CaptureFixture)
 class NoReader:
     """Serves as a BatchReader whose batches are nothing but their place; counts them."""
 
-    ledgers, decoders = {}, {}
+    ledgers, decoders, is_on_gpu = {}, {}, False
 
     def __init__(self) -> None:
         self.begun = self.finished = 0

@@ -34,9 +34,3 @@ def test_a_gpus_batch_is_made_on_a_stream_of_its_own_and_waited_for(log: list[st
         with side.context():
             log.append("work")
     assert log == ["stream of cuda:1", *["enter", "work", "wait", "leave"] * 2]
-
-
-def test_on_a_cpu_there_is_no_stream(log: list[str]) -> None:
-    with SideStream(torch.device("cpu")).context():
-        log.append("work")
-    assert log == ["work"]

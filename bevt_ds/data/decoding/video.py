@@ -9,8 +9,9 @@ import io
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import av
@@ -371,12 +372,12 @@ def _require_size(frame: av.VideoFrame, size: tuple[int, int]) -> None:
         raise BadSample(f"a frame is {frame.width}x{frame.height}, its header says {size[0]}x{size[1]}")
 
 
+@dataclass
 class RgbWriter:
     """Writes frames of one video as RGB, or parts of them, as DALI would convert the whole."""
 
-    def __init__(self) -> None:
-        self._reformatters: dict[Box, VideoReformatter] = defaultdict(VideoReformatter)
-        self._cutters: dict[Box, Graph] = {}
+    reformatters: dict[Box, VideoReformatter] = field(default_factory=partial(defaultdict, VideoReformatter))
+    cutters: dict[Box, Graph] = field(default_factory=dict)
 
     def write(self, frame: av.VideoFrame, picture: np.ndarray, box: Box) -> None:
         """Into the part of uint8 (H,W,3); into all of it, where the frame cannot be cut without a trace.
@@ -389,7 +390,7 @@ class RgbWriter:
             frame = self._cut(frame, box)
         else:
             box = whole
-        planar = self._reformatters[box].reformat(
+        planar = self.reformatters[box].reformat(
             frame, format="gbrp", interpolation=_TO_RGB, src_colorspace=Colorspace.ITU601, threads=1
         )
         part = picture[box.top : box.top + box.height, box.left : box.left + box.width]
@@ -398,7 +399,7 @@ class RgbWriter:
 
     def _cut(self, frame: av.VideoFrame, box: Box) -> av.VideoFrame:
         """The part of a frame, without a copy."""
-        if box not in self._cutters:
+        if box not in self.cutters:
             graph, size = Graph(), {"width": frame.width, "height": frame.height}
             source = graph.add_buffer(**size, format=frame.format, time_base=Fraction(1))
             crop = graph.add("crop", f"{box.width}:{box.height}:{box.left}:{box.top}")
@@ -406,6 +407,6 @@ class RgbWriter:
             source.link_to(crop)
             crop.link_to(sink)
             graph.configure()
-            self._cutters[box] = graph
-        self._cutters[box].push(frame)
-        return self._cutters[box].pull()
+            self.cutters[box] = graph
+        self.cutters[box].push(frame)
+        return self.cutters[box].pull()

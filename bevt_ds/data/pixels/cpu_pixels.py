@@ -113,7 +113,9 @@ class ClipPixels:
         for part in _runs(masked):
             some = crop[part].flip(2) if flip else crop[part]
             levels = _levels(some, self._scratch)
-            _normalise(levels, out=pixels[:, part])
+            for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
+                level, out = levels[channel, :, _REACH:-_REACH], pixels[channel, part]
+                torch.add(torch.tensor(-mean / std), level, alpha=1 / std, out=out)
             if masked[part.start]:
                 _token_view(levels, self._scratch, out=batch.views[i][done : done + len(some)])
                 done += len(some)
@@ -187,12 +189,6 @@ def _levels(picture: Tensor, scratch: Scratch) -> Tensor:
     padded[:, :, _REACH:-_REACH] = picture.permute(3, 0, 1, 2)
     _repeat_edges(padded, dim=2)
     return padded
-
-
-def _normalise(levels: Tensor, out: Tensor) -> None:
-    """`_levels` -> float (3,T,S,S), zero mean and unit variance of the training set."""
-    for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
-        torch.add(torch.tensor(-mean / std), levels[channel, :, _REACH:-_REACH], alpha=1 / std, out=out[channel])
 
 
 def _token_view(levels: Tensor, scratch: Scratch, out: Tensor) -> None:

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from bevt_ds.batch import MEAN, STD
 from bevt_ds.data.decoding.dali_images import decoded_images, refusal
+from bevt_ds.data.ledger import StageTimes
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.plan import PlanEntry
-from bevt_ds.data.timing import StageTimes
 
 COLLECT_EVERY = 32  # graphs that were replaced because DALI refused a sample
 LUMA = (0.2989, 0.587, 0.114)  # weights of the original's contrast and saturation

@@ -121,8 +121,9 @@ class DeadlineExecutor:
         """
         if (own := getattr(_thread, "call", None)) is None:
             return self.submit(lambda: self.call(work, *arguments, place=place, deadline=deadline)).result()
-        own.waiting = _Waiting(place, deadline)
-        heartbeat(place)
+        if own.cancelled():
+            raise CancelledError
+        own.waiting = _Waiting(place, deadline, time.monotonic())
         try:
             return work(*arguments)
         finally:
@@ -158,27 +159,24 @@ class DeadlineExecutor:
 
     def _serve(self) -> None:
         thread = threading.current_thread()
-        while (call := self._next()) is not None:
+        while True:
+            try:
+                call = self._calls.get_nowait()
+            except queue.Empty:
+                self._idle.release()
+                call = self._calls.get()
+            if call is None:
+                return
             _thread.call = self._threads[thread] = call
-            _complete(call)
+            work, arguments = call.work, call.arguments
+            del call.work, call.arguments  # which may refer to whoever holds the call: a cycle keeps memory for long
+            with suppress(InvalidStateError):  # cancelled meanwhile
+                try:
+                    call.set_result(work(*arguments))
+                except BaseException as error:  # raised again by the caller
+                    call.set_exception(error)
             with self._lock:
                 if thread not in self._threads:  # given up: another has taken its place
                     return
                 self._threads[thread] = None
-            del call, _thread.call  # a sample's bytes are not kept until the next one comes
-
-    def _next(self) -> Call | None:
-        with suppress(queue.Empty):
-            return self._calls.get_nowait()
-        self._idle.release()
-        return self._calls.get()
-
-
-def _complete(call: Call) -> None:
-    work, arguments = call.work, call.arguments
-    del call.work, call.arguments  # which may refer to whoever holds the call: memory would wait for Python's collector
-    with suppress(InvalidStateError):  # cancelled meanwhile
-        try:
-            call.set_result(work(*arguments))
-        except BaseException as error:  # raised again by the caller
-            call.set_exception(error)
+            del call, work, arguments, _thread.call  # a sample's bytes are not kept until the next one comes

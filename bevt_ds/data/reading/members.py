@@ -6,10 +6,11 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import BinaryIO
 
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.reading.remote import redacted
+from bevt_ds.data.reading.remote import is_remote, redacted
 
 VIDEO_EXTENSIONS = frozenset({"mp4", "avi", "mkv", "webm"})
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png"})
@@ -28,6 +29,7 @@ class Member:
     offset: int  # bytes, of the data
     size: int  # bytes
     crc: int  # CRC-32 of the data
+    is_remote: bool = False
 
     def __str__(self) -> str:
         return f"sample {self.key!r} at byte {self.offset} of {redacted(self.path)}"
@@ -56,9 +58,13 @@ class Shard:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @cached_property
+    def is_remote(self) -> bool:
+        return is_remote(self.path)
+
     def member(self, i: int) -> Member:
         columns = (self.keys, self.extensions, self.offsets, self.sizes, self.crcs)
-        return Member(self.path, *(column[i] for column in columns))
+        return Member(self.path, *(column[i] for column in columns), self.is_remote)
 
     def members(self) -> Iterator[Member]:
         return map(self.member, range(len(self)))
@@ -84,18 +90,16 @@ COUNTS = ("ignored", "dropped")
 COLUMNS = tuple(f.name for f in fields(Shard) if f.name not in ("path", *COUNTS, "ignored_names"))
 
 
-def read_member(member: Member, verify: bool = True) -> bytes:
-    """The member's bytes, `verify`: checked against the index. BadSample: they are not what was indexed."""
+def read_member(member: Member, verify: bool = True, tar: BinaryIO | None = None) -> bytes:
+    """The member's bytes, `verify`: checked against the index. BadSample: they are not what was indexed.
+
+    tar: its shard, or a copy of it, which is closed then; None: the shard is opened.
+    """
     try:
-        with open(member.path, "rb") as tar:
-            return read_from(tar, member, verify)
+        with tar or open(member.path, "rb") as tar:
+            data = read_at(tar, member.offset, member.size)
     except OSError as error:
         raise BadSample(f"cannot read the shard: {error.strerror}", transient=True) from error
-
-
-def read_from(tar: BinaryIO, member: Member, verify: bool = True) -> bytes:
-    """The same, from a tar that is open already. OSError: it cannot be read."""
-    data = read_at(tar, member.offset, member.size)
     if len(data) != member.size:
         raise BadSample(f"the shard ends {member.size - len(data)} bytes before the sample does")
     if verify and zlib.crc32(data) != member.crc:

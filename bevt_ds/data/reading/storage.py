@@ -15,7 +15,7 @@ from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.reading.cache import ShardCache
 from bevt_ds.data.reading.deadline import Deadline, DeadlineExecutor, heartbeat
 from bevt_ds.data.reading.index import cache_home, load_shard, read_index, usable, write_index
-from bevt_ds.data.reading.members import Member, Shard, read_from, read_member
+from bevt_ds.data.reading.members import Member, Shard, read_member
 from bevt_ds.data.reading.remote import RemoteError, is_remote, redacted
 from bevt_ds.data.reading.shards import expand, has_wildcard
 from bevt_ds.data.reading.tar_scan import scan
@@ -76,7 +76,7 @@ class Storage:
         """
         if member.size > self.limits.file_bytes:
             raise BadSample(f"it has {member.size} bytes, over data.max_file_bytes={self.limits.file_bytes}")
-        if is_remote(member.path):
+        if member.is_remote:
             return self.executor.call(self._read_remote, member, place=member, deadline=self._fetching)
         return self.executor.call(read_member, member, self._config.verify, place=member, deadline=self._deadline)
 
@@ -131,10 +131,10 @@ class Storage:
 
     def _read_copy(self, member: Member) -> bytes:
         try:
-            with self.cache.open(member.path) as copy:
-                heartbeat(member)
-                return read_from(copy, member, self._config.verify)
+            copy = self.cache.open(member.path)
         except RemoteError as error:
             raise BadSample(str(error), transient=True) from error
         except OSError as error:
             raise BadSample(f"cannot read the cached shard: {error.strerror}", transient=True) from error
+        heartbeat(member)
+        return read_member(member, self._config.verify, copy)
