@@ -48,7 +48,7 @@ TAG = "state"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 FROZEN = "frozen.safetensors"  # next to DeepSpeed's shards
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-# DeepSpeed calls collectives by names that newer torch wants replaced; nobody who trains can do anything about it.
+# DeepSpeed calls collectives by names that newer torch wants replaced; no one who trains can do anything about it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
@@ -338,7 +338,7 @@ def _cast(value: Batch | Tensor | None, dtype: torch.dtype) -> Batch | Tensor | 
 
 
 def _keep_freed_memory() -> None:
-    """Stop glibc from handing large buffers back to the system: a step would fetch the same pages anew every time.
+    """Stop glibc from handing large buffers back to the system: a step would fetch the same pages every time.
 
     On 2 cores page faults were 6 to 12 % of a small step; the peak of the memory stays the same.
     """

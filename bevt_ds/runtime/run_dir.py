@@ -11,7 +11,7 @@ runs/joint/
   checkpoints/      step-00001000/ ... : everything that a continuation needs
   weights/          config.json + model.safetensors: the fp32 weights, for init_from and from_pretrained
   samples.png       input, mask, and where the prediction was right
-  summary.json      held-out losses beside their baselines; of fine-tuning, the validation of best/ and of weights/
+  summary.json      held-out losses and their baselines; of fine-tuning, the validation of best/ and of weights/
   best/             of fine-tuning: the weights that did best on the validation videos
   bad_samples.jsonl what could not be decoded, if anything
 """
@@ -189,7 +189,7 @@ def publish_weights(folder: Path, checkpoint: Path) -> None:
 
 
 def replace_folder(final: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a folder anew, aside, and put it in the place of the one that is there."""
+    """Let `write` make a folder again, aside, and put it in the place of the one that is there."""
     aside = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
     write(aside)

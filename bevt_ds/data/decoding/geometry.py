@@ -19,7 +19,7 @@ _SLANT = 1 / 64  # of a matrix's larger numbers: about a degree, as FFmpeg allow
 
 
 class Box(NamedTuple):
-    """A part of a picture, in pixels."""
+    """A part of a frame, in pixels."""
 
     top: int
     left: int
@@ -39,25 +39,25 @@ class Box(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """A crop as a plan knows it, before the picture's size is known."""
+    """A crop as a plan knows it, before the frame's size is known."""
 
-    short_side: int  # pixels, to which the picture is resized
+    short_side: int  # pixels, to which the frame is resized
     y: float  # [0,1): place among the possible ones
     x: float
     size: int  # pixels, its side
 
 
 class Cut(NamedTuple):
-    """A square of a resized picture, in pixels."""
+    """A square of a resized frame, in pixels."""
 
-    height: int  # of the resized picture
+    height: int  # of the resized frame
     width: int
     top: int
     left: int
 
 
 def cut(height: int, width: int, crop: Crop) -> Cut:
-    """Where the crop of a source picture lies, as DALI computes it: single precision, halves up; offsets floored."""
+    """Where the crop of a source frame lies, as DALI computes it: single precision, halves up; offsets floored."""
     scale = np.float32(crop.short_side / min(height, width))
     resized = [int(np.float32(n) * scale + np.float32(0.5)) for n in (height, width)]
     offsets = [int(fraction * (n - crop.size)) for fraction, n in zip((crop.y, crop.x), resized, strict=True)]
@@ -65,7 +65,7 @@ def cut(height: int, width: int, crop: Crop) -> Cut:
 
 
 def source_box(height: int, width: int, crop: Crop) -> Box:
-    """The part of a picture that a cubic resize needs for the crop; its edges are even, or those of the picture."""
+    """The part of a frame that a cubic resize needs for the crop; its edges are even, or those of the frame."""
     place = cut(height, width, crop)
     top, bottom = _span(place.top, crop.size, place.height, height)
     left, right = _span(place.left, crop.size, place.width, width)

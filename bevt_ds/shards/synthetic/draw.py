@@ -105,7 +105,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder` that takes its name once the block has ended well."""
+    """A hidden folder next to `folder` that takes its name once the block has ended well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
