@@ -142,32 +142,44 @@ def lines(folder: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, text.splitlines())]
 
 
-def test_a_third_kind_of_training_resumes_exactly_after_a_kill(tmp_path, capsys):
-    assert regress(toy(tmp_path / "whole")) == 0
-    run = tmp_path / "run"
-    killed = subprocess.run(
-        [sys.executable, "-m", "tests.training.test_loop", str(run), "20"],
+def started(folder: Path, **changes: object) -> subprocess.CompletedProcess:
+    """The regression in a process of its own: DeepSpeed's groups live as long as theirs. changes: see `regress_as`."""
+    return subprocess.run(
+        [sys.executable, "-m", "tests.training.test_loop", str(folder), json.dumps(changes)],
         cwd=ROOT,
         env=environment(),
         timeout=SECONDS,
         capture_output=True,
         text=True,
     )
+
+
+def regress_as(folder: Path, last: int = STEPS, resume: str = "", lr: float = 0.2) -> int:
+    base = toy(folder)
+    return regress(replace(base, resume=resume or base.resume, optim=replace(base.optim, lr=lr)), last)
+
+
+def test_a_third_kind_of_training_resumes_exactly_after_a_kill(tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    finished = started(whole)
+    assert finished.returncode == 0, finished.stderr
+    killed = started(run, last=20)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(lines(run)) == 20
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000016"]
-    assert regress(replace(toy(run), resume="auto")) == 0
-    assert "continuing from step 16" in capsys.readouterr().out
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
-    assert len(lines(tmp_path / "run")) == STEPS
-    assert json.loads((tmp_path / "run" / "updates.json").read_text()) == STEPS
+    resumed = started(run, resume="auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing from step 16" in resumed.stdout
+    assert lines(run) == lines(whole)
+    assert len(lines(run)) == STEPS
+    assert json.loads((run / "updates.json").read_text()) == STEPS
 
 
-def test_what_a_task_calls_not_learned_is_exit_code_1(tmp_path, capsys):
-    config = toy(tmp_path / "run")
-    assert regress(replace(config, optim=replace(config.optim, lr=1e-4))) == 1
-    assert capsys.readouterr().out.endswith("not learned: the line is off\n")
+def test_what_a_task_calls_not_learned_is_exit_code_1(tmp_path):
+    finished = started(tmp_path / "run", lr=1e-4)
+    assert finished.returncode == 1, finished.stderr
+    assert finished.stdout.endswith("not learned: the line is off\n")
 
 
 if __name__ == "__main__":
-    regress(toy(Path(sys.argv[1])), last=int(sys.argv[2]))
+    sys.exit(regress_as(Path(sys.argv[1]), **json.loads(sys.argv[2])))

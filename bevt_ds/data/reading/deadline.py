@@ -94,7 +94,8 @@ class DeadlineExecutor:
     def __init__(self, threads: int, name: str = "read") -> None:
         self.threads, self._name, self._closed = threads, name, False
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        self._idle, self._lock = threading.Semaphore(0), threading.Lock()
+        self._lock = threading.Lock()
+        self._unfinished = 0  # calls that wait for a thread, or have one that is not stuck
         self._threads: dict[threading.Thread, Call | None] = {}
 
     def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
@@ -107,7 +108,8 @@ class DeadlineExecutor:
             if self._closed:
                 raise CancelledError
             self._calls.put(call)
-            if not self._idle.acquire(blocking=False) and len(self._threads) < self.threads:
+            self._unfinished += 1
+            if len(self._threads) < min(self._unfinished, self.threads):
                 thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
                 self._threads[thread] = None
                 thread.start()
@@ -135,6 +137,7 @@ class DeadlineExecutor:
         with self._lock:
             for thread in [thread for thread, its in self._threads.items() if its is call]:
                 del self._threads[thread]
+                self._unfinished -= 1
 
     def close(self) -> None:
         """End the waiting of every caller, and the threads that are not stuck."""
@@ -159,24 +162,19 @@ class DeadlineExecutor:
 
     def _serve(self) -> None:
         thread = threading.current_thread()
-        while True:
-            try:
-                call = self._calls.get_nowait()
-            except queue.Empty:
-                self._idle.release()
-                call = self._calls.get()
-            if call is None:
-                return
+        while (call := self._calls.get()) is not None:
             _thread.call = self._threads[thread] = call
             work, arguments = call.work, call.arguments
             del call.work, call.arguments  # which may refer to whoever holds the call: a cycle keeps memory for long
-            with suppress(InvalidStateError):  # cancelled meanwhile
-                try:
-                    call.set_result(work(*arguments))
-                except BaseException as error:  # raised again by the caller
-                    call.set_exception(error)
-            with self._lock:
+            try:
+                settle, outcome = call.set_result, work(*arguments)
+            except BaseException as error:  # raised again by the caller
+                settle, outcome = call.set_exception, error
+            with self._lock:  # before the caller has the result: its next call finds this thread free
                 if thread not in self._threads:  # given up: another has taken its place
                     return
                 self._threads[thread] = None
-            del call, work, arguments, _thread.call  # a sample's bytes are not kept until the next one comes
+                self._unfinished -= 1
+            with suppress(InvalidStateError):  # cancelled meanwhile
+                settle(outcome)
+            del call, work, arguments, settle, outcome, _thread.call  # a sample's bytes are not kept until the next one
