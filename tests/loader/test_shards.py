@@ -41,10 +41,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("b-*.tar", ["b-x", "b-y"]),
         ("b-{y,x}.tar", ["b-y", "b-x"]),
         ("a-{009..011}.tar", ["a-009", "a-010", "a-011"]),
-        ("a-{0{00,01}}.tar", ["a-000", "a-001"]),
+        ("a-0{0{0,1},10}.tar", ["a-000", "a-001", "a-010"]),
         ("a-00{0..1}.tar, b-{x,y}.tar", ["a-000", "a-001", "b-x", "b-y"]),
         ("a-0{0,1}[01].tar", ["a-000", "a-001", "a-010", "a-011"]),
         ("c{1}.tar", ["c{1}"]),
+        ("a-00{1..9..4}.tar,b-{x..y}.tar", ["a-001", "a-005", "a-009", "b-x", "b-y"]),
     ],
 )
 def test_patterns(folder: Path, pattern: str, names: list[str]) -> None:
@@ -104,11 +105,18 @@ def test_a_name_that_exists_is_no_pattern(
         ("a-{000..013}.tar", "2 of 14 shards .* the first is a-012.tar"),
         ("a-{3..1}.tar", "counts down"),
         ("a-{000..001.tar", "unbalanced brace"),
+        ("a-{0..999999999999}.tar", "more than 1000000 shards"),
+        ("{x,{0..9999}{0..9999}}.tar", "more than 1000000 shards"),
+        ("a-" + "{x,y}" * 40, "more than 1000000 shards"),
+        ("a-{0.." + "9" * 5000 + "}.tar", "cannot be expanded"),
+        ("{a," * 2000 + "b" + "}" * 2000, "more than 1000000 shards"),
+        ("{" * 2000 + "b" + "}" * 2000, "cannot be expanded"),
         ("b-x.tar,b-*.tar", "b-x.tar is named 2 times"),
         (".", "folder"),
         ("pipe:cat a.tar", "shell"),
         ("b-x.tar,{pipe:cat a.tar,b-y.tar}", "shell"),
         ("{pip,pip}e:cat", "shell"),
+        ("{o..p}ipe:cat", "shell"),
     ],
 )
 def test_bad_patterns_say_what_is_wrong(folder: Path, pattern: str, message: str) -> None:

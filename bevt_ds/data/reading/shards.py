@@ -8,13 +8,16 @@ import re
 from collections import Counter
 from itertools import chain
 
+from braceexpand import UnbalancedBracesError, braceexpand
+
 from bevt_ds.data.reading.deadline import heartbeat
 from bevt_ds.data.reading.globs import find_local, is_wildcard, literal_length
 from bevt_ds.data.reading.remote import PIPE, RemoteError, can_list, fault_of_url, glob_remote, is_remote, redacted
 from bevt_ds.errors import UserError
 
 _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(-?[0-9]+)\.\.(-?[0-9]+)(?:\.\.-?[0-9]+)?")
+MOST_ALTERNATIVES = 1_000_000  # of one pattern's braces
 
 
 def expand(patterns: str, allow_pipe: bool = False) -> list[str]:
@@ -81,21 +84,32 @@ def _braces_expanded(pattern: str) -> list[str]:
 
 def _expand_braces(pattern: str, whole: str) -> list[str]:
     """`a{1..3}` and `a{x,y}` -> one string an alternative; a range keeps its zero padding. whole: for messages."""
-    match = _INNERMOST_BRACES.search(pattern)
-    if match is None:
-        if "{" in pattern or "}" in pattern:
-            raise UserError(f"unbalanced brace in {whole!r}")
-        return [pattern]
-    inside = match[1]
-    if limits := _RANGE.fullmatch(inside):
+    try:
+        if _alternatives(pattern, whole) > MOST_ALTERNATIVES:
+            raise UserError(
+                f"{whole!r} may stand for more than {MOST_ALTERNATIVES} shards: give fewer, or several patterns with"
+                " commas between"
+            )
+        return list(braceexpand(pattern, escape=False))
+    except UnbalancedBracesError as error:
+        raise UserError(f"unbalanced brace in {whole!r}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, braces a thousand deep
+        raise UserError(f"the braces in {whole[:80]!r} cannot be expanded: {error}") from error
+
+
+def _alternatives(pattern: str, whole: str) -> int:
+    """No fewer than braces stand for; braceexpand holds all of a range in memory. UserError: one counts down."""
+    count = 1
+    while match := _INNERMOST_BRACES.search(pattern):
+        pattern = pattern[: match.start()] + pattern[match.end() :]
+        if (limits := _RANGE.fullmatch(match[1])) is None:
+            count *= match[1].count(",") + 1
+            continue
         first, last = limits.groups()
         if int(first) > int(last):
-            raise UserError(f"{{{inside}}} in {whole!r} counts down: write {{{last}..{first}}}")
-        choices = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
-    else:
-        choices = inside.split(",")
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return list(chain.from_iterable(_expand_braces(head + choice + tail, whole) for choice in choices))
+            raise UserError(f"{{{match[1]}}} in {whole!r} counts down: write {{{last}..{first}}}")
+        count *= int(last) - int(first) + 1
+    return count
 
 
 def _glob(path: str) -> list[str]:
