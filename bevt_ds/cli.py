@@ -8,10 +8,10 @@ from functools import partial
 from importlib import import_module
 
 import bevt_ds
-from bevt_ds.config.command_line import INTERRUPTED, run_program, while_read
+from bevt_ds.config.command_line import run_program, while_read
 from bevt_ds.errors import UserError
+from bevt_ds.exit_codes import INTERRUPTED, USER_ERROR
 
-USAGE_ERROR = 2
 PROGRAMS = {  # the same programs that a launcher starts as files: bevt_ds/pretrain.py, ...
     "pretrain": "pretrain BEVT; on several GPUs: deepspeed --module bevt_ds.pretrain",
     "finetune": "fine-tune a classifier; on several GPUs: deepspeed --module bevt_ds.finetune",
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
-        return 0 if words else USAGE_ERROR
+        return 0 if words else USER_ERROR
     if words[0] == "--version":
         print(f"bevt_ds {bevt_ds.__version__}")
         return 0
@@ -45,7 +45,7 @@ def _run(words: Sequence[str]) -> int:
         return import_module(GROUPS[words[0]][0]).main(words[1:])
     except UserError as error:
         print(f"bevt: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", USAGE_ERROR)
+        return error.exit_code
     except KeyboardInterrupt as interrupt:
         print("bevt: interrupted", *interrupt.args, sep=": ", file=sys.stderr)
         return INTERRUPTED

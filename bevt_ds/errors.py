@@ -1,7 +1,11 @@
 """The one exception that entries catch and print without a traceback."""
 
+from __future__ import annotations
+
+from bevt_ds import exit_codes
+
 
 class UserError(Exception):
     """A mistake the user can fix. The message names the thing that is wrong and what to do about it."""
 
-    exit_code = 2  # of the program that prints it
+    exit_code = exit_codes.USER_ERROR  # of the program that prints it

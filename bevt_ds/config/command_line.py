@@ -20,10 +20,9 @@ from bevt_ds.config.recipes import FINETUNING, RECIPES, get_recipe, recipe_for
 from bevt_ds.config.schema import EvaluateConfig, InferenceT, RunConfig, TrainingConfig, TrainingT
 from bevt_ds.config.validate import micro_steps, problems, require_inputs, validate
 from bevt_ds.errors import UserError
+from bevt_ds.exit_codes import CLOSED_PIPE, INTERRUPTED
 
 OTHERS_WAIT = 5.0  # seconds
-INTERRUPTED = 130  # as of any program that Ctrl-C has ended
-CLOSED_PIPE = 141  # as of any program that SIGPIPE has ended
 # From a configuration, the JSON, notes, ranks, and whether the settings are sound: what is printed, what stops the run.
 Report = Callable[[Any, dict[str, Any], list[str], int, bool], tuple[str, list[str]]]
 

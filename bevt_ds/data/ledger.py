@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bevt_ds import exit_codes
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.plan import PlanEntry, StreamId
 from bevt_ds.data.reading.members import Member
@@ -42,7 +43,7 @@ REMEDIES = {
 class DataLimitError(UserError):
     """More bad samples than the budget allows."""
 
-    exit_code = 3
+    exit_code = exit_codes.BAD_DATA
 
 
 @dataclass(frozen=True)

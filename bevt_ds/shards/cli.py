@@ -23,6 +23,7 @@ from bevt_ds.data.reading.members import EXTENSIONS
 from bevt_ds.data.reading.remote import is_remote, redacted
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.errors import UserError
+from bevt_ds.exit_codes import FOUND_FAULTS
 from bevt_ds.shards.check import Report, check, outlook, survey
 from bevt_ds.shards.dali_index import write_dali_index
 from bevt_ds.shards.pack import READING, SHARD_BYTES, SHARD_SAMPLES, pack
@@ -30,7 +31,6 @@ from bevt_ds.shards.sources import endings
 from bevt_ds.shards.synthetic.draw import draw, ensure_demo_shards
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-FOUND_FAULTS = 1  # exit code of `check`, and of `stats` where nothing can be read
 SHOWN = 20  # findings on the screen; all of them are in the report
 LISTS = """\
 lists:

@@ -25,6 +25,7 @@ from bevt_ds.config.validate import micro_steps, zero_stage
 from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import LEDGER, BackgroundLoader
 from bevt_ds.errors import UserError
+from bevt_ds.exit_codes import FINISHED, NOT_LEARNED
 from bevt_ds.folders import weights_of
 from bevt_ds.kernels import resolve
 from bevt_ds.model.weights import load_init
@@ -38,7 +39,6 @@ from bevt_ds.runtime.engine import Engine, start_ranks
 from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums, peak_bytes
 from bevt_ds.runtime.run_record import RunRecord
 
-NOT_LEARNED = 1  # exit code
 LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
 ADVICE = (
     "Continue from the last checkpoint: the same command with resume=auto and a lower optim.lr, with"
@@ -368,7 +368,7 @@ def close_run(setup: Setup, steps: int, problem: str | None) -> int:
         print(f"\nwrote {setup.folder}/", flush=True)
         if problem:
             print(f"not learned: {problem}", flush=True)
-    return NOT_LEARNED if problem else 0
+    return NOT_LEARNED if problem else FINISHED
 
 
 def report_bad(folder: Path, steps: int) -> None:

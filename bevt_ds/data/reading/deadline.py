@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
+from bevt_ds import exit_codes
 from bevt_ds.errors import UserError
 
 WARN_AFTER = 30.0  # seconds
@@ -25,7 +26,7 @@ _thread = threading.local()  # .call: what a thread of some DeadlineExecutor is 
 class StorageStalled(UserError):
     """Storage has not answered for longer than it may take."""
 
-    exit_code = 5
+    exit_code = exit_codes.STORAGE_STALLED
 
 
 class Deadline(NamedTuple):

@@ -1,0 +1,19 @@
+"""One table of exit codes: in the code, and as docs/reliability.md shows it."""
+
+from __future__ import annotations
+
+import re
+
+from bevt_ds import exit_codes
+from tests.training.processes import ROOT
+
+
+def test_the_documented_table_is_the_table():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    table = {int(code): meaning for code, meaning in re.findall(r"^\| (\d+) \| (.*) \|$", text, re.MULTILINE)}
+    assert table == exit_codes.MEANINGS
+
+
+def test_every_code_has_one_meaning():
+    codes = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
+    assert codes == set(exit_codes.MEANINGS)
