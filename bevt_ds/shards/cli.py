@@ -18,7 +18,7 @@ from bevt_ds.config.schema import Config, DataConfig
 from bevt_ds.config.validate import check_fields
 from bevt_ds.data.decoding.transcode import Profile
 from bevt_ds.data.reading.deadline import Deadline, DeadlineExecutor
-from bevt_ds.data.reading.index import load_shard, write_atomic
+from bevt_ds.data.reading.index import SUFFIX, load_shard, write_atomic
 from bevt_ds.data.reading.members import EXTENSIONS
 from bevt_ds.data.reading.remote import is_remote, redacted
 from bevt_ds.data.reading.storage import Storage
@@ -256,7 +256,8 @@ def _index(arguments: argparse.Namespace) -> None:
 def _index_one(path: str, arguments: argparse.Namespace) -> str:
     """What there is to say of it."""
     keep_first = arguments.dedupe == "first"
-    shard = load_shard(path, fresh=arguments.fresh or keep_first, keep_first=keep_first)
+    fresh = arguments.fresh or keep_first or not os.path.exists(path + SUFFIX)  # a run may have kept one in the cache
+    shard = load_shard(path, fresh=fresh, keep_first=keep_first)
     counts = ", ".join(f"{len(shard.only(kind))} {kind}s" for kind in sorted(EXTENSIONS))
     ignored = f", {note}" if (note := shard.ignored_note()) else ""
     dropped = f", {shard.dropped} dropped because their key came before" if shard.dropped else ""

@@ -26,6 +26,14 @@ SHARED = Path(os.environ.get("BEVT_SHARED", Path(__file__).parents[3] / "shared"
 CLIPS, IMAGES = 10, 24
 
 
+@pytest.fixture(autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder of this package, empty and gone after the test."""
+    folder = tmp_path_factory.mktemp("user-cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "bevt_ds"
+
+
 @pytest.fixture(scope="session")
 def media_folder() -> Path:
     """Real clips and pictures, which are not committed."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import json
 import lzma
 import os
 import tarfile
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +20,13 @@ from types import SimpleNamespace
 import pytest
 
 from bevt_ds import cli
+from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.reading import index as index_module
 from bevt_ds.data.reading.index import SUFFIX, load_shard, load_shards
-from bevt_ds.data.reading.members import read_member, split_name
+from bevt_ds.data.reading.members import Shard, read_member, split_name
 from bevt_ds.data.reading.shards import expand, has_wildcard
+from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
 
@@ -229,16 +235,85 @@ def test_an_index_that_points_outside_is_made_again(
     assert load_shard(str(tar)) == shard
 
 
-def test_a_folder_that_is_not_writable_is_indexed_in_the_cache(
-    tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+def state(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of a folder and of all that is in it."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in (folder, *folder.iterdir())}
+
+
+def loaded(pattern: Path) -> Shard:
+    """The first shard as a run's loader has it."""
+    with closing(Storage(DataConfig(read_seconds=60.0))) as storage:
+        return storage.shards(str(pattern), "image")[0]
+
+
+@pytest.fixture
+def no_scan(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it makes reading a whole tar fail the test."""
+    return lambda: monkeypatch.setattr(index_module, "scan", lambda *_: pytest.fail("scanned again"))
+
+
+def test_a_loader_keeps_indexes_of_foreign_shards_in_the_cache(
+    tmp_path: Path, make: SimpleNamespace, user_cache: Path, no_scan: Callable[[], None]
+) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    tar = make.tar(folder / "s-000000.tar", MEMBERS)
+    (folder / "t-manifest.json").write_text("{}")  # of other shards
+    before = state(folder)
+    shard = loaded(folder / "s-*.tar")
+    assert len(list((user_cache / "index").iterdir())) == 1
+    os.utime(tar, ns=(before[tar][1],) * 2)
+    no_scan()
+    assert loaded(folder / "s-*.tar") == shard
+    assert state(folder) == before
+
+
+def test_an_index_next_to_a_foreign_shard_is_still_read_and_left_as_it_is(
+    tmp_path: Path, make: SimpleNamespace, user_cache: Path, no_scan: Callable[[], None]
+) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    tar = make.tar(folder / "s.tar", MEMBERS)
+    assert cli.main(["shards", "index", str(tar)]) == 0
+    no_scan()
+    loaded(tar)
+    assert not user_cache.exists()
+    os.utime(tar, (1, 1))  # as a copy has another time
+    before = state(folder)
+    assert loaded(tar) == loaded(tar)
+    assert state(folder) == before and len(list((user_cache / "index").iterdir())) == 1
+
+
+def test_the_index_command_writes_next_to_a_shard_whose_index_is_in_the_cache(
+    tmp_path: Path, make: SimpleNamespace
 ) -> None:
     tar = make.tar(tmp_path / "s.tar", MEMBERS)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    beside, cached = index_module.index_places(str(tar))
-    monkeypatch.setattr(index_module, "index_places", lambda _: (Path("/proc/nothing") / beside.name, cached))
-    shard = load_shard(str(tar))
-    assert cached.exists() and not beside.exists()
-    assert load_shard(str(tar)) == shard
+    loaded(tar)
+    assert cli.main(["shards", "index", str(tar)]) == 0
+    assert Path(f"{tar}{SUFFIX}").exists()
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_lost_index_of_a_packed_shard_is_written_next_to_it_if_that_can_be(
+    tmp_path: Path, make: SimpleNamespace, user_cache: Path, no_scan, monkeypatch: pytest.MonkeyPatch, read_only: bool
+) -> None:
+    folder, real = tmp_path / "packed", tempfile.mkstemp
+    folder.mkdir()
+    tar = make.tar(folder / "s-000000.tar", MEMBERS)
+    (folder / "s-manifest.json").write_text("{}")
+
+    def mkstemp(dir: Path, prefix: str) -> tuple[int, str]:
+        if read_only and dir == folder:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(dir=dir, prefix=prefix)
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    before = state(folder)
+    shard = loaded(tar)
+    assert Path(f"{tar}{SUFFIX}").exists() != read_only and (user_cache / "index").exists() == read_only
+    assert state(folder) == before or not read_only
+    no_scan()
+    assert loaded(tar) == shard
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where each sample lies inside its tar: made once, kept beside the tar, checked at each start.
+"""Where each sample lies inside its tar: made once, kept next to the tar or in the user's cache, checked at each start.
 
 Reading by offset is what makes the sample plan a pure function: any rank reaches any sample without reading the ones
 before it. The index holds the checksum of each member and of its tar header, so a repacked, cut or damaged tar cannot
@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import stat
 import tempfile
 import time
@@ -30,6 +31,7 @@ from bevt_ds.errors import UserError
 
 VERSION = 5
 SUFFIX = ".index.json"
+_PACKED_NAME = re.compile(r"(.*)-[0-9]{6}\.tar")
 SPOT_CHECKS = 16  # headers that are compared at each start, when size and time of the tar are the indexed ones
 LONGEST_TURN = 1800.0  # seconds to wait for another process
 
@@ -54,32 +56,43 @@ def usable(shards: Iterable[Shard], kind: str) -> list[Shard]:
     return shards
 
 
-def load_shard(path: str, fresh: bool = False, keep_first: bool = False) -> Shard:
+def load_shard(path: str, fresh: bool = False, keep_first: bool = False, only_reading: bool = False) -> Shard:
     """One local tar's members, from its index if that describes it, else by reading it once.
 
     fresh: read it in any case. keep_first: of two samples of one kind and key take the first, instead of refusing the
-    tar. UserError: not a readable tar, two samples of one kind and key, a tar that somebody is writing.
+    tar. only_reading: nothing is written next to a tar that `bevt shards pack` has not put there; its index is kept in
+    the user's cache. UserError: not a readable tar, two samples of one kind and key, a tar that somebody is writing.
     """
+    places = index_places(path)
+    if only_reading and not _is_packed(path):
+        places = places[1:]
     with _open_tar(path) as tar:
         with suppress(OSError):  # a file system without locks costs repeated work only
             await_turn(tar, path)
-        if not fresh and (shard := _indexed(path, tar)) is not None:
+        if not fresh and (shard := _indexed(path, tar, places)) is not None:
             return shard
         identity = tar_identity(tar)
         shard = scan(path, tar, keep_first)
         if tar_identity(tar) != identity:
             raise UserError(f"shard {path} has changed while it was read: start again when it is written")
-        write_index(index_places(path), identity, shard)
+        write_index(places, identity, shard)
     return shard
 
 
-def _indexed(path: str, tar: BinaryIO) -> Shard | None:
-    """The first stored index that describes this tar, or the tar that it was before it was cut."""
+def _is_packed(path: str) -> bool:
+    """Whether the manifest that `bevt shards pack` writes with a tar of this name is next to it."""
+    split = _PACKED_NAME.fullmatch(path)
+    return split is not None and os.path.exists(f"{split[1]}-manifest.json")
+
+
+def _indexed(path: str, tar: BinaryIO, places: Sequence[Path]) -> Shard | None:
+    """The first stored index that describes this tar, or the tar that it was before it was cut.
+
+    places: where one of a tar that was copied or touched, but is otherwise the same, is stored again.
+    """
     identity = tar_identity(tar)
-    for place in index_places(path):
-        if (stored := read_index(place, path)) is None:
-            continue
-        shard, indexed = stored
+    stored = [(place, found) for place in index_places(path) if (found := read_index(place, path)) is not None]
+    for place, (shard, indexed) in sorted(stored, key=lambda each: each[1][1] != identity):
         if identity == indexed:
             _require_own(shard, tar, place)
             return shard
@@ -88,7 +101,7 @@ def _indexed(path: str, tar: BinaryIO) -> Shard | None:
             log.warning("%s has been cut since it was indexed: %d of its %d samples are lost", path, lost, len(shard))
             return shard
         if _same_heads(shard, tar, range(len(shard))) and identity["size"] == indexed["size"]:
-            write_index((place,), identity, shard)  # copied or touched, otherwise the same
+            write_index(places, identity, shard)
             return shard
         log.warning("%s has been rewritten since it was indexed: it is indexed again", path)
     return None
@@ -166,7 +179,7 @@ def cache_home() -> Path:
 
 
 def index_places(path: str) -> tuple[Path, Path]:
-    """Beside the tar, or in the user's cache where that is not writable."""
+    """Next to the tar, and in the user's cache."""
     absolute = os.path.abspath(path)
     name = hashlib.sha256(absolute.encode()).hexdigest()[:32]
     return Path(absolute + SUFFIX), cache_home() / "index" / (name + SUFFIX)

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,7 +67,8 @@ class Storage:
         """The index of a shard, made on first use. UserError: it cannot be had. StorageStalled: as `shards`."""
         if is_remote(path):
             return self.executor.call(self._load_remote, path, place=redacted(path), deadline=self._fetching)
-        return self.executor.call(load_shard, path, place=f"shard {path}", deadline=self._deadline)
+        load = partial(load_shard, path, only_reading=True)
+        return self.executor.call(load, place=f"shard {path}", deadline=self._deadline)
 
     def read(self, member: Member) -> bytes:
         """A member's bytes. BadSample: they cannot be had, are not what was indexed, or are too many.
