@@ -23,10 +23,17 @@ LAYERS = [  # a folder, or a file of bevt_ds itself, imports from its own layer'
     {"model", "data"},
     {"runtime"},
     {"shards", "eval"},
-    {"train"},
+    {"train", "doctor"},
     {"cli", "pretrain", "finetune", "evaluate", "probe"},
 ]
-APART = [{"model", "data"}, {"model", "config"}, {"kernels", "batch"}, {"kernels", "config"}, {"shards", "eval"}]
+APART = [
+    {"model", "data"},
+    {"model", "config"},
+    {"kernels", "batch"},
+    {"kernels", "config"},
+    {"shards", "eval"},
+    {"train", "doctor"},
+]
 NEVER = {  # what a layer does without
     "config": {"torch", "deepspeed", "nvidia", "triton", "av"},
     "kernels": {"deepspeed", "nvidia", "webdataset", "timm", "av"},

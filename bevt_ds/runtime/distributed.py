@@ -83,12 +83,20 @@ def describe_device(device: torch.device) -> str:
         old = "" if capability >= OLDEST else "; older than the kernels are made for (8.0): use model.kernels=torch"
         name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))
         return f"device: {name}, compute capability {version}, CUDA {torch.version.cuda}{old}"
-    line = f"device: CPU, {len(os.sched_getaffinity(0))} cores"
-    if not DRIVER.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # hidden on purpose
-        return line
+    fault = driver_fault()
+    return f"device: CPU, {len(os.sched_getaffinity(0))} cores" + (f". {fault}" if fault else "")
+
+
+def driver_fault() -> str | None:
+    """Why torch can use no GPU although a driver is loaded; for a machine where it can use none.
+
+    None: there is no driver, or the GPUs are hidden on purpose.
+    """
+    if not DRIVER.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
     needs = "it is a build for CPUs" if torch.version.cuda is None else f"its CUDA is {torch.version.cuda}"
     return (
-        f"{line}. An NVIDIA driver is loaded, but torch {torch.__version__} can use no GPU: {needs}, and CUDA 13 needs"
+        f"An NVIDIA driver is loaded, but torch {torch.__version__} can use no GPU: {needs}, and CUDA 13 needs"
         " driver 580 or later; README, Requirements, says how to install for an older driver."
     )
 
