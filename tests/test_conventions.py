@@ -1,4 +1,4 @@
-"""Rules of the code base that a machine can hold: imports one way, file sizes, no machine's paths, true docs."""
+"""Conventions of the code base: import layers, file sizes, no machine paths, documents that name what exists."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def home(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_down(path):
+def test_imports_run_down_the_layers(path):
     own, names = home(path), imports(path)
     ours = {name.split(".")[1] for name in names if name.startswith("bevt_ds.")}
     theirs = {name.split(".")[0] for name in names if not name.startswith("bevt_ds")}
@@ -91,7 +91,7 @@ def test_imports_run_down(path):
     assert "kernels" not in theirs
 
 
-def test_layers_of_data():
+def test_imports_run_down_the_layers_of_data():
     depth = {name: i for i, names in enumerate(DATA_LAYERS) for name in names}
     for path in (ROOT / "bevt_ds" / "data").rglob("*.py"):
         own = path.relative_to(ROOT / "bevt_ds" / "data").parts[0].removesuffix(".py")
@@ -100,11 +100,11 @@ def test_layers_of_data():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_stay_short(path):
+def test_source_files_have_at_most_500_lines(path):
     assert len(path.read_text().splitlines()) <= 500
 
 
-def test_cheap_imports_stay_cheap():
+def test_help_and_decode_worker_do_not_import_torch():
     """A decode worker and `--help` must not pay for torch."""
     heavy = ("torch", "deepspeed", "nvidia.dali", "triton")
     modules = ("rng", "config.schema", "pretrain", "shards.cli", "data.decoding.worker")
@@ -113,7 +113,7 @@ def test_cheap_imports_stay_cheap():
     assert done.stdout.strip() == "[]"
 
 
-def test_repository_names_no_machine():
+def test_repository_names_no_machine_path():
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
     words = [f"{ROOT.parent}{os.sep}", "pypi" + ".org"]
     for name in tracked:
@@ -123,7 +123,7 @@ def test_repository_names_no_machine():
             assert not [word for word in words if word in text], name
 
 
-def test_nothing_large_is_tracked():
+def test_no_large_file_is_tracked():
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
     assert [name for name in tracked if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 1_000_000] == []
 
@@ -155,7 +155,7 @@ def test_module_commands_in_documents_exist():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_configuration_has_a_type(path):
+def test_configuration_arguments_have_a_type(path):
     """RunConfig, a TypeVar bound to it, or a Protocol says what is needed of it; Any says nothing."""
     functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
     for function in functions:
@@ -164,7 +164,7 @@ def test_a_configuration_has_a_type(path):
                 assert ast.unparse(argument.annotation) != "Any", (function.name, argument.arg)
 
 
-def test_nothing_imports_the_reference():
+def test_package_does_not_import_the_reference():
     """The definition of the ops is for tests and benchmarks: what shares its helpers is not held to it."""
     for path in SOURCES:
         nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
@@ -172,7 +172,7 @@ def test_nothing_imports_the_reference():
         assert not any(name.split(".")[-1] == "reference" for name in names), path
 
 
-def test_no_operator_private_to_torch():
+def test_no_private_torch_operators():
     """They change without notice between versions."""
     for path in SOURCES:
         assert not re.search(r"torch\.ops\.(?!bevt_ds\b|load_library)", path.read_text()), path

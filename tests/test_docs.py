@@ -1,4 +1,4 @@
-"""The commands and code of the documents run, as far as they can without the data that they speak of."""
+"""Commands and code in the documents run, as far as they can without data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def commands(entry: str) -> list[str]:
     return sorted(set(found))
 
 
-def test_there_are_commands_to_check():
+def test_documents_contain_commands():
     assert len(commands("pretrain")) >= 3
     assert len(commands("finetune")) >= 3
     assert len(commands("evaluate")) >= 3
@@ -48,7 +48,7 @@ def test_there_are_commands_to_check():
 
 
 @pytest.mark.parametrize(("entry", "command"), [(entry, c) for entry in ENTRIES for c in commands(entry)])
-def test_command_resolves(entry, command, capsys, monkeypatch):
+def test_documented_command_resolves(entry, command, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     code = ENTRIES[entry]([*shlex.split(command), "dry_run=true"])
     printed = capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_command_resolves(entry, command, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("entry", "command"), [(entry, c) for entry in TESTS for c in commands(entry)])
-def test_words_of_a_test_are_known(entry, command):
+def test_documented_test_command_words_are_known(entry, command):
     """These need weights to resolve; the words and their types can be checked without."""
     arguments = parse_arguments(shlex.split(command), default_recipe="finetune_k400", default_json="none")
     assert get_recipe(arguments.recipe, FinetuneConfig)

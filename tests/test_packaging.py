@@ -1,4 +1,4 @@
-"""What is installed: setup.py maps the folders, and the wheel holds every module, table and DeepSpeed file."""
+"""Packaging: every module and data file is in the wheel; metadata is stated once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_module_and_data_file_is_packaged(built: Path) -> None:
         assert files and [str(file) for file in files if not (place / file).exists()] == []
 
 
-def test_metadata_is_stated_once() -> None:
+def test_package_metadata_is_stated_once() -> None:
     """setup.py says where the packages lie and nothing else."""
     setup = (ROOT / "setup.py").read_text()
     assert not [field for field in ("version=", "install_requires", "entry_points", "description=") if field in setup]
@@ -37,6 +37,6 @@ def test_metadata_is_stated_once() -> None:
     assert f"version: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_workflow_runs_the_command_that_everyone_runs() -> None:
+def test_github_workflow_runs_ci_run() -> None:
     assert "- run: .ci/run\n" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111

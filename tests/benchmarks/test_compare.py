@@ -1,4 +1,4 @@
-"""Rows are matched by what they measure; a row is worse only where median and fast end both say so."""
+"""Comparing benchmark results: which rows match, and when one is worse (median and fastest both)."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ def run(tmp_path: Path, before: list[dict], after: list[dict], *options: str) ->
 
 
 @pytest.mark.parametrize("factor, code", [(0.5, 0), (1.0, 0), (1.09, 0), (1.11, 1), (3.0, 1)])
-def test_threshold(tmp_path, factor, code):
+def test_compare_threshold(tmp_path, factor, code):
     assert run(tmp_path, [row()], [row(p50_ms=10 * factor)]) == code
 
 
 @pytest.mark.parametrize("metric", ["clips_per_s", "decoded_frames_per_s", "mfu"])
-def test_a_lower_rate_is_worse(tmp_path, metric):
+def test_lower_rate_is_worse(tmp_path, metric):
     assert run(tmp_path, [row(**{metric: 100})], [row(**{metric: 80})]) == 1
     assert run(tmp_path, [row(**{metric: 80})], [row(**{metric: 100})]) == 0
 
 
 @pytest.mark.parametrize("metric", ["peak_mb", "cpu_s_per_clip", "first_batch_s", "cpu_s", "launches"])
-def test_a_higher_cost_is_worse(tmp_path, metric):
+def test_higher_cost_is_worse(tmp_path, metric):
     assert run(tmp_path, [row(**{metric: 80})], [row(**{metric: 100})]) == 1
 
 
-def test_more_repetitions_are_the_same_row(tmp_path):
+def test_rows_match_whatever_their_repetitions(tmp_path):
     assert run(tmp_path, [row(steps=5, run="a", round=0)], [row(steps=9, run="b", round=1)]) == 0
 
 
-def test_noise_in_the_median_alone_is_no_regression(tmp_path):
+def test_noise_in_the_median_alone_is_not_a_regression(tmp_path):
     quiet, noisy = row(p20_ms=9.5, p80_ms=10.5), row(p50_ms=14.0, p20_ms=9.6, p80_ms=19.0)
     assert run(tmp_path, [quiet], [noisy]) == 0
     assert run(tmp_path, [quiet], [{**noisy, "p20_ms": 13.0}]) == 1
 
 
-def test_rounds_are_one_row():
+def test_rounds_of_a_benchmark_are_one_row():
     before = [row(round=i, cpu_s=s) for i, s in enumerate((1.0, 1.1, 5.0))]
     after = [row(round=i, cpu_s=s) for i, s in enumerate((1.2, 1.3, 1.4))]
     (c,) = compare(before, after, {"cpu_s"})
@@ -62,17 +62,17 @@ def test_rounds_are_one_row():
     assert c.certain == pytest.approx(1.3 / 1.1)
 
 
-def test_a_list_is_its_repeats(tmp_path):
+def test_list_value_is_taken_as_repeats(tmp_path):
     assert run(tmp_path, [row(rss_mb=[900, 910, 920])], [row(rss_mb=[910, 900, 930, 5000])]) == 0
     assert run(tmp_path, [row(rss_mb=[900, 910, 920])], [row(rss_mb=[1100, 1110, 1120])]) == 1
 
 
-def test_key_holds_names_counts_and_switches_only():
+def test_row_key_holds_names_counts_and_switches_only():
     measured = row(ranks=2, compiled=True, p20_ms=1, peak_mb=None, load=3.2, round=1, calls={"x": 1}, threads="2")
     assert dict(key(measured)) == {"op": "x", "case": "a", "ranks": 2, "compiled": True}
 
 
-def test_rows_that_failed_are_left_out(tmp_path):
+def test_failed_rows_are_left_out(tmp_path):
     failed = {"op": "x", "case": "b", "error": "RuntimeError", "provenance": {"device": "d"}}
     assert run(tmp_path, [row(), row("b")], [row(), failed]) == 0
 
@@ -81,7 +81,7 @@ def test_missing_or_zero_measurements_are_left_out():
     assert compare([row(peak_mb=None, sent_mb=0)], [row(peak_mb=None, sent_mb=0)], {"peak_mb", "sent_mb"}) == []
 
 
-def test_only_the_metric_that_was_asked_for(tmp_path):
+def test_compare_takes_only_the_requested_metric(tmp_path):
     before, after = row(peak_mb=1), row(peak_mb=9)
     assert run(tmp_path, [before], [after], "--metric", "p50_ms") == 0
     assert run(tmp_path, [before], [after], "--metric", "p50_ms", "--metric", "peak_mb") == 1
@@ -97,14 +97,14 @@ def test_only_the_metric_that_was_asked_for(tmp_path):
         ([], [row()], [], "holds no rows"),
     ],
 )
-def test_mistakes_are_named(tmp_path, capsys, before, after, options, words):
+def test_compare_mistakes_are_named(tmp_path, capsys, before, after, options, words):
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, before, after, *options)
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
 
 
-def test_what_is_not_rows_is_refused(tmp_path):
+def test_file_without_rows_is_refused(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(ValueError, match="neither JSON"):
         read(tmp_path / "text")
@@ -123,6 +123,6 @@ def test_committed_rows_compare_with_themselves(path):
     assert all(c.certain == 1 for c in found)
 
 
-def test_the_script_runs_without_the_package():
+def test_compare_script_runs_without_the_package():
     command = [sys.executable, "-I", str(ROOT / "benchmarks" / "compare.py"), "--help"]
     assert "BEFORE.jsonl" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The report writer: committed pages are those of the committed rows; tables and plots, from rows that were made up."""
+"""The report writer: committed pages equal the reports of committed rows; tables, plots, failures."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def results(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.jsonl")), ids=lambda p: p.stem)
-def test_committed_page_is_that_of_the_committed_rows(path: Path) -> None:
+def test_committed_pages_equal_the_reports_of_committed_rows(path: Path) -> None:
     page = page_of(path)
     assert path.with_suffix(".md").read_text(encoding="utf-8") == page.markdown(), "run `python -m benchmarks.report`"
     assert plot_of(path).exists() == bool(page.panels)
 
 
-def test_columns_without_a_value_are_left_out_and_failures_give_their_reason() -> None:
+def test_empty_columns_are_left_out_and_failures_give_their_reason() -> None:
     rows = [{"name": "a", "ms": 1.25, "mb": None}, {"name": "b", "error": "RuntimeError: no"}]
     columns = fields("row name s | ms ms .1f | x ms .2f | peak MB mb .0f")
     lines = ["| row | ms | x |", "|---|---|---|", "| a | 1.2 | 1.25 |", "| b | not measured: RuntimeError: no |  |"]
     assert table(rows, columns).splitlines() == lines
 
 
-def test_a_table_of_no_rows_is_empty() -> None:
+def test_table_of_no_rows_is_empty() -> None:
     assert table([], fields("row name s")) == ""
 
 
@@ -62,7 +62,7 @@ def test_every_kind_of_panel_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rows_without_provenance_need_the_folders(tmp_path: Path) -> None:
+def test_rows_without_provenance_need_their_folders(tmp_path: Path) -> None:
     path = tmp_path / "pretrain-log.jsonl"
     path.write_text('{"step": 9}\n')
     with pytest.raises(ValueError, match="without a commit"):
@@ -77,7 +77,7 @@ def test_reading_page_shows_the_last_measurement_of_each_row() -> None:
     assert "| read | 2.000 | 2.000 | 2.000 |" in text and "1.000" not in text
 
 
-def test_an_unknown_file_is_named(tmp_path: Path) -> None:
+def test_unknown_rows_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text('{"commit": "abc"}\n')
     with pytest.raises(ValueError, match="no page for it"):
         page_of(tmp_path / "odd.jsonl")
@@ -99,7 +99,7 @@ def test_ratios_are_taken_within_one_run() -> None:
     assert "| ours | 10.0 (10.0-10.0) | 2.00 |" in text and "| ours | 40.0 (40.0-40.0) | 40 |" in text
 
 
-def test_the_loaders_page(results: Path) -> None:
+def test_loader_page(results: Path) -> None:
     page = write(results)
     assert "| ours, raw | 50.5 (50.0 to 51.0) | 20.0 (20.0 to 20.0) | 15.0 (15.0 to 15.0) | not counted |" in page
     assert "| ours, raw | best: DataLoader + PyAV, raw | 1.2x | 3.00x |  |" in page

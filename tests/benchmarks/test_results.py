@@ -1,4 +1,4 @@
-"""Every result is listed and says where it is from; the index names nothing that is not there."""
+"""benchmarks/results: the index lists every file, links and commands exist, rows have provenance."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ TRACKED = subprocess.run(
 ROWS = [ROOT / name for name in TRACKED if name.endswith(".jsonl")]
 
 
-def test_index_names_every_file_of_rows():
+def test_results_index_names_every_file_of_rows():
     assert set(re.findall(r"\]\(results/([^)]+\.jsonl)\)", INDEX)) == {str(path.relative_to(RESULTS)) for path in ROWS}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.parent.name)
-def test_links_lead_somewhere(document):
+def test_results_links_exist(document):
     links = re.findall(r"\]\((?!http|#)([^)#]+)", document.read_text())
     assert links and all((document.parent / link).exists() for link in links)
 
 
-def test_commands_exist():
+def test_results_commands_exist():
     for module in re.findall(r"python -m (benchmarks\.\w+)", INDEX):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -39,7 +39,7 @@ def test_commands_exist():
 
 
 @pytest.mark.parametrize("path", ROWS, ids=lambda p: p.name)
-def test_rows_have_provenance_and_a_page(path):
+def test_result_rows_have_provenance_and_a_page(path):
     assert path.with_suffix(".md").exists()
     for row in load(path):
         source = row.get("provenance", row)

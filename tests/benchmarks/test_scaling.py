@@ -1,4 +1,4 @@
-"""Collectives are counted as they are called, the formulas agree with them, and the tables say what the rows do."""
+"""The scaling benchmark: counted collectives, traffic formulas, efficiency, pages."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_collectives_are_counted(one_rank):
     assert traffic.calls == {"all_reduce": 2, "all_gather": 2, "reduce_scatter": 1, "reduce": 1, "broadcast": 1}
 
 
-def test_an_unknown_collective_is_not_passed_over(one_rank):
+def test_unknown_collective_is_an_error(one_rank):
     with pytest.raises(KeyError, match="gather_"), Traffic():
         dist.gather(torch.ones(1), [torch.empty(1)])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_paper_is_its_collectives_as_rings(ranks):
+def test_traffic_formulas_equal_ring_collectives(ranks):
     """ZeRO-1 is a reduce-scatter and an all-gather, as much as one all-reduce; ZeRO-3 is half as much again."""
     size, parameters = 4_000, 1_000
     pair = sum(sent_bytes({"reduce_scatter": size, "all_gather": size}, ranks).values())
@@ -55,7 +55,7 @@ def test_paper_is_its_collectives_as_rings(ranks):
     assert expected_bytes(3, parameters, ranks, micro_steps=1, width=4) == 1.5 * pair
 
 
-def test_jobs_meet_at_the_most_ranks():
+def test_weak_and_strong_jobs_meet_at_the_most_ranks():
     jobs = scaling.jobs([1, 2, 4], [2], SIZES)
     assert [(job.ranks, job.micro_steps) for job in jobs] == [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)]
     with pytest.raises(ValueError, match="3 does not divide 4"):
@@ -84,7 +84,7 @@ ROWS = [
 ]
 
 
-def test_efficiency():
+def test_weak_and_strong_scaling_efficiency():
     """Weak: the same work a rank takes 125 ms instead of 100. Strong: half of 200 ms would be 100 ms, not 125.
 
     By CPU time two ranks do twice the work of one in 2.5 s instead of 2 s.
@@ -105,7 +105,7 @@ def test_the_median_launch_stands_for_its_rounds():
     assert [row["p50_ms"] for row in pages.chosen(rows)] == [120]
 
 
-def test_page_shows_times_and_traffic():
+def test_scaling_page_shows_times_and_traffic():
     page = pages.scaling(ROWS)
     text, (speed, sent) = page.markdown(), page.panels
     assert "| 2 | 2 | 1 | 125 (125-125) | 1.00 | 2.0 | 80% | 80% | 2.50 | 3.0 |" in text
@@ -114,7 +114,7 @@ def test_page_shows_times_and_traffic():
     assert sent.bars == {"all-reduce": [3.0]} and sent.marks == {"paper": [2.0]}
 
 
-def test_page_of_one_rank_has_no_traffic(tmp_path):
+def test_scaling_page_of_one_rank_has_no_traffic(tmp_path):
     path = tmp_path / "scaling.jsonl"
     append_row(path, made_row(1, 1, 100) | {"provenance": {"device": "CPU", "commit": "abc"}})
     assert "Sent a step" not in report.write(path)
@@ -122,7 +122,7 @@ def test_page_of_one_rank_has_no_traffic(tmp_path):
 
 
 @pytest.mark.dist
-def test_two_ranks_send_what_zero_says():
+def test_two_ranks_send_what_zero_formulas_say():
     """ZeRO-2 halves the optimizer's state, gathers parameters once, and sends gradients twice at most."""
     row = scaling.launch(Job(ranks=2, zero=2, micro_steps=1, **SIZES), gpu=False)
     half = row["parameters"] * 4 / 1e6 / 2
@@ -133,7 +133,7 @@ def test_two_ranks_send_what_zero_says():
     assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["cpu_s"] > 0
 
 
-def test_a_launch_that_fails_is_an_error(monkeypatch):
+def test_failed_launch_is_an_error(monkeypatch):
     monkeypatch.setattr("sys.executable", "false")
     with pytest.raises(RuntimeError, match=r"Job\(ranks=1.* failed"):
         scaling.launch(Job(ranks=1, zero=2, micro_steps=1, **SIZES), gpu=False)

@@ -1,4 +1,4 @@
-"""The comparison with the parent: a slowdown is found, noise is not, and what cannot be compared says so."""
+"""The smoke benchmark against the parent commit: finds a slowdown, ignores noise, says what cannot be compared."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ def judged(before: smoke.Side, after: smoke.Side) -> int:
 
 
 @pytest.mark.parametrize("seconds, code", [(0.02, 0), (0.01, 0), (0.04, 1)])
-def test_a_slowdown_and_nothing_else_fails(seconds, code, capsys):
+def test_only_a_slowdown_fails_the_smoke_benchmark(seconds, code, capsys):
     assert judged(side("parent", 0.02), side("tree", seconds)) == code
     assert "| work | cpu_s |" in capsys.readouterr().out
 
 
-def test_what_the_parent_lacks_is_not_compared(capsys):
+def test_benchmarks_missing_in_the_parent_are_not_compared(capsys):
     program = PROGRAM.replace("raise", "return lambda: 0 #")
     tree = smoke.Side("tree", ["-c", program, "0.01", "broken"], [ROOT])
     assert judged(side("parent", 0.01, "broken"), tree) == 0
     assert "broken: not compared, for parent cannot run it: ImportError" in capsys.readouterr().out
 
 
-def test_what_this_tree_cannot_run_fails(capsys):
+def test_benchmark_that_fails_in_this_tree_fails(capsys):
     assert judged(side("parent", 0.01), side("tree", 0.01, "broken")) == 1
     assert "broken: fails on this side" in capsys.readouterr().out
 
 
-def test_a_dead_side_is_an_error():
+def test_crashed_side_of_the_comparison_is_an_error():
     dead = smoke.Side("parent", ["-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"], [ROOT])
     with pytest.raises(RuntimeError, match="parent: the process ended with code 3\nwhy"):
         dead.greet()
@@ -85,12 +85,12 @@ def history(tmp_path: Path) -> Path:
     return tmp_path / "repo"
 
 
-def test_the_parent_is_extracted(history, tmp_path):
+def test_parent_commit_is_extracted(history, tmp_path):
     smoke.extract(history, smoke.find_commit(history, "HEAD^"), tmp_path / "parent")
     assert (tmp_path / "parent" / "version").read_text() == "one"
 
 
-def test_no_parent(history, tmp_path):
+def test_commit_without_a_parent_is_an_error(history, tmp_path):
     assert smoke.find_commit(history, "HEAD^^") is None, "the first commit has none"
     clone = ["git", "clone", "-q", "--depth=1", f"file://{history}", str(tmp_path / "shallow")]
     subprocess.run(clone, check=True, capture_output=True)
@@ -99,13 +99,13 @@ def test_no_parent(history, tmp_path):
     assert smoke.find_commit(tmp_path, "HEAD") is None, "no repository"
 
 
-def test_no_parent_passes(monkeypatch, capsys):
+def test_smoke_benchmark_passes_without_a_parent(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["smoke", "--base", "no-such-commit"])
     assert smoke.main() == 0
     assert "nothing to compare" in capsys.readouterr().out
 
 
-def test_built_package_is_whole_and_its_own(tmp_path):
+def test_extracted_package_is_complete_and_imports_itself(tmp_path):
     """The sub-packages that lie elsewhere in the tree are found in the built copy, not in the one that is installed."""
     smoke.extract(ROOT, smoke.find_commit(ROOT, "HEAD"), tmp_path / "tree")
     site = smoke.build(tmp_path / "tree", tmp_path / "site")

@@ -1,4 +1,4 @@
-"""The step benchmark: its parts are what they say, its levers change nothing but the time, its page is complete."""
+"""The step benchmark: attribution of time to parts, levers that change only the time, rows and page."""
 
 import time
 from dataclasses import fields, replace
@@ -58,7 +58,7 @@ def small():
         ("video_decoder.reduce", "head and loss"),
     ],
 )
-def test_time_lands_in_its_part(name, expected):
+def test_time_is_attributed_to_its_module(name, expected):
     """Both directions: 180 ms put into one module show there, and the parts add up to the step."""
     torch.manual_seed(0)
     model = BEVT(**SIZES)
@@ -85,7 +85,7 @@ def test_time_lands_in_its_part(name, expected):
     pytest.fail(f"{expected} is not where {name}'s {calls * 180} ms went: {parts}")
 
 
-def test_ranges_without_modules():
+def test_ranges_wrapped_by_hand_are_measured():
     """What is wrapped by hand is found, and a compiled model is left alone."""
 
     def run():
@@ -106,7 +106,7 @@ def test_operators_are_counted_where_they_run():
     assert count_operators(lambda: (2 * y).sum().backward()) == 4, "a product and a sum; ones for the loss; a product"
 
 
-def test_compiled_blocks_get_no_hooks():
+def test_compiled_blocks_get_no_timing_hooks():
     """A hook would be compiled in, or compile again; their stage is the part, what is not compiled keeps its own."""
     model = BEVT(**SIZES, compile=True)
     with marked(model):
@@ -116,7 +116,7 @@ def test_compiled_blocks_get_no_hooks():
     assert not [path for path, module in model.named_modules() if module._forward_pre_hooks], "hooks are taken off"
 
 
-def test_torchvision_has_the_same_maps():
+def test_torchvision_encoder_gives_the_same_shapes():
     """Its encoder between our stems and decoders: shapes of both streams, and every weight gets a gradient."""
     arch = BEVT(**SIZES).arch | {"window": (2, 4, 4)}
     model = EagerBEVT(arch)
@@ -128,7 +128,7 @@ def test_torchvision_has_the_same_maps():
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_every_position_is_the_same_loss():
+def test_loss_over_all_positions_is_the_same():
     """The lever of the masked rows: loss, metrics and every gradient."""
     torch.manual_seed(0)
     model = BEVT(**SIZES).double()
@@ -147,7 +147,7 @@ def test_every_position_is_the_same_loss():
         torch.testing.assert_close(ours_grad, full_grad, rtol=1e-5, atol=1e-8)
 
 
-def test_skipped_frames_change_no_target():
+def test_tokenizing_masked_frames_only_changes_no_target():
     """The lever of the masked frames: fewer images, the same ids."""
     tokenizer, batch = RandomProjectionTokenizer(64), resident_batch(3, 2, 8, 64, seed=3)
     full = all_frames(batch)
@@ -157,7 +157,7 @@ def test_skipped_frames_change_no_target():
     assert some.image.targets.equal(every.image.targets)
 
 
-def test_levers_change_nothing_but_time(small):
+def test_step_levers_change_nothing_but_time(small):
     """Two updates with all levers off and on: the second loss has been through backward pass and optimizer."""
     config, batch = small
     setting = Setting(config, "random_projection", start_ranks())
@@ -169,7 +169,7 @@ def test_levers_change_nothing_but_time(small):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_ladder_puts_on_one_lever_at_a_time():
+def test_ladder_adds_one_lever_at_a_time():
     """From none to all; the last row is what the training program does."""
     rows = [{f.name for f in fields(Levers) if getattr(levers, f.name)} for levers in LADDER.values()]
     assert [len(row) for row in rows] == list(range(len(fields(Levers)) + 1))
@@ -177,7 +177,7 @@ def test_ladder_puts_on_one_lever_at_a_time():
     assert LADDER["ours"] == Levers()
 
 
-def test_rows_page_and_plot(small, tmp_path):
+def test_step_benchmark_rows_page_and_plot(small, tmp_path):
     """A whole case: every number that the page names, and a competitor that fails."""
     benchmark = step.Benchmark(tmp_path / "step-cpu.jsonl", small[0], seconds=0.0)
     benchmark.run("no tokenizer", CPU_PROVIDERS, "random_projection")
@@ -197,7 +197,7 @@ def test_rows_page_and_plot(small, tmp_path):
     assert benchmark.path.with_suffix(".png").stat().st_size > 5000
 
 
-def test_flops_are_those_of_the_masked_head(small):
+def test_step_flops_count_the_masked_head_only(small):
     """Doubling the vocabulary adds the head's products on masked positions only."""
     config, batch = small
     setting = Setting(config, "none", start_ranks())

@@ -1,4 +1,4 @@
-"""The step benchmark's baseline computes what the model does: from the same weights, loss and every gradient."""
+"""The step benchmark's eager baseline: same loss and gradients as the model from the same weights."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def both_models() -> tuple[BEVT, EagerBEVT]:
 
 
 @pytest.mark.parametrize(("clips", "images"), [(2, 3), (0, 2), (2, 0)])
-def test_loss_and_every_gradient_are_equal(clips, images):
+def test_eager_baseline_has_equal_loss_and_gradients(clips, images):
     """In float64 to its rounding, though the original masks with -100 where we leave pairs out: exp(-100) is 4e-44."""
     ours, eager = both_models()
     batch = resident_batch(clips, images, frames=4, size=64, seed=1).cast(torch.float64)
@@ -46,7 +46,7 @@ def test_loss_and_every_gradient_are_equal(clips, images):
             torch.testing.assert_close(parameter.grad, grad, rtol=1e-6, atol=1e-7 * scale, msg=name)
 
 
-def test_plain_tokenizer_gives_the_same_logits():
+def test_eager_tokenizer_gives_the_same_logits():
     torch.manual_seed(0)
     tokenizer = DalleTokenizer(n_hid=4, vocab_size=32)
     for parameter in tokenizer.parameters():

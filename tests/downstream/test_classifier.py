@@ -1,4 +1,4 @@
-"""The classifier: what it starts from, what it saves, and dropout by sample."""
+"""The classifier: structure, initial weights, loading from pretraining, dropout by sample."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def classifier(num_classes: int = 5, **options) -> VideoClassifier:
     return VideoClassifier(num_classes, **{**SIZES, **options})
 
 
-def test_it_is_encoder_mean_head():
+def test_classifier_is_encoder_mean_head():
     model = classifier(drop_path=0.5, dropout=0.5).eval()
     pooled = model.encoder(CLIP).mean((2, 3, 4))
     torch.testing.assert_close(model(CLIP), F.linear(pooled, model.head.weight, model.head.bias))
 
 
-def test_head_starts_small():
+def test_classifier_head_starts_small():
     model = VideoClassifier(400, **SIZES)
     assert model.head.weight.std().item() == pytest.approx(0.01, rel=0.02)  # 102,400 numbers: 0.2 % standard error
     assert not model.head.bias.any()
 
 
-def test_dropout_belongs_to_the_sample():
+def test_dropout_depends_on_the_sample_only():
     """The same samples in another order, or one by one, drop the same features; rates are as asked."""
     model = classifier(num_classes=3, drop_path=0.3, dropout=0.5)
     keys = torch.tensor([3, 1 << 40])
@@ -44,7 +44,7 @@ def test_dropout_belongs_to_the_sample():
     assert (kept > 0).float().mean().item() == pytest.approx(0.5, abs=6 * 0.5 / 64000**0.5)
 
 
-def test_saved_weights_load_again(tmp_path):
+def test_saved_classifier_loads_again(tmp_path):
     model = classifier(3, classes=("a", "b", "c"), dropout=0.5).eval()
     model.save_pretrained(tmp_path / "weights", streams=("video",))
     again = VideoClassifier.from_pretrained(tmp_path / "weights").eval()
@@ -68,7 +68,7 @@ def _tuples(values):
         ({"num_classes": 4}, {}, False),
     ],
 )
-def test_head_is_kept_for_the_same_classes_only(tmp_path, saved, model, kept):
+def test_classifier_head_is_kept_for_the_same_classes_only(tmp_path, saved, model, kept):
     old = classifier(**saved)
     old.save_pretrained(tmp_path)
     new = classifier(**model)
@@ -79,7 +79,7 @@ def test_head_is_kept_for_the_same_classes_only(tmp_path, saved, model, kept):
     assert kept is (new.head.weight.shape == old.head.weight.shape and new.head.weight.equal(old.head.weight))
 
 
-def test_starts_from_pretraining(tmp_path):
+def test_classifier_from_joint_pretraining(tmp_path):
     """Only the encoder is taken; tables are fitted to another window."""
     source = BEVT(**SIZES, vocab_size=16)
     source.save_pretrained(tmp_path / "joint")
@@ -91,7 +91,7 @@ def test_starts_from_pretraining(tmp_path):
     assert "decoder" in str(report)
 
 
-def test_starts_from_images_only(tmp_path):
+def test_classifier_from_image_pretraining(tmp_path):
     """The clips' stem and the tables come from what the images trained: a still clip gives what the image gave."""
     source = BEVT(**SIZES, vocab_size=16, image_windows="swin")
     source.save_pretrained(tmp_path / "stage1", streams=("image",))
@@ -102,14 +102,14 @@ def test_starts_from_images_only(tmp_path):
     torch.testing.assert_close(tokens, source.image_embed(image), rtol=1e-5, atol=1e-5)
 
 
-def test_pretraining_weights_are_no_classifier(tmp_path):
+def test_pretraining_weights_are_not_a_classifier(tmp_path):
     BEVT(**SIZES, vocab_size=16).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="pass num_classes"):
         VideoClassifier.from_pretrained(tmp_path)
     assert VideoClassifier.from_pretrained(tmp_path, num_classes=7).head.out_features == 7
 
 
-def test_another_architecture_is_refused(tmp_path):
+def test_weights_of_another_architecture_are_refused(tmp_path):
     classifier(embed_dim=64).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"embed_dim=64, this model embed_dim=32"):
         load_init(classifier(), tmp_path)

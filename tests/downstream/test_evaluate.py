@@ -1,4 +1,4 @@
-"""The evaluation program: what it writes, that ranks change no bit of it, and its words for mistakes."""
+"""`bevt evaluate`: result files, the same bits on any number of ranks, coverage, user mistakes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def alone(tmp_path_factory, run, labelled_shards) -> Path:
     return folder
 
 
-def test_what_is_written(alone, run):
+def test_evaluation_writes_metrics_predictions_and_confusion(alone, run):
     table, values = read(alone)
     hits = sum(row["label"] == row["prediction"] for row in table.to_pylist())
     assert (values["top1"], values["videos"]) == (hits / VIDEOS, VIDEOS)
@@ -91,7 +91,7 @@ def test_what_is_written(alone, run):
     assert Image.open(alone / "confusion.png").width > 300
 
 
-def test_three_ranks_change_no_bit(alone, tmp_path, run, labelled_shards, monkeypatch):
+def test_one_and_three_ranks_predict_the_same_bits(alone, tmp_path, run, labelled_shards, monkeypatch):
     evaluated(words(run, labelled_shards, f"output_dir={tmp_path}"), 3, monkeypatch)
     (one, first), (three, second) = read(alone), read(tmp_path)
     assert one.equals(three, check_metadata=True)
@@ -99,7 +99,7 @@ def test_three_ranks_change_no_bit(alone, tmp_path, run, labelled_shards, monkey
 
 
 @pytest.mark.dist
-def test_a_launcher_starts_it(alone, tmp_path, run, labelled_shards):
+def test_evaluation_under_a_launcher_with_two_ranks(alone, tmp_path, run, labelled_shards):
     """Two processes; threads and instructions may differ from this one's, hence the tolerance."""
     arguments = words(run, labelled_shards, f"output_dir={tmp_path}")
     code, output = run_program("evaluate.py", arguments, launcher=("torchrun", "--standalone", "--nproc_per_node=2"))
@@ -111,7 +111,7 @@ def test_a_launcher_starts_it(alone, tmp_path, run, labelled_shards):
     assert np.abs(difference).max() < 1e-4
 
 
-def test_results_go_beside_the_run(run, labelled_shards, monkeypatch):
+def test_results_go_next_to_the_run(run, labelled_shards, monkeypatch):
     for number in (1, 2):
         evaluated(
             words(run, labelled_shards, "views.clips=1", "views.crops=1")[:1] + words(run, labelled_shards)[1:2] + SIZE,
@@ -121,7 +121,7 @@ def test_results_go_beside_the_run(run, labelled_shards, monkeypatch):
         assert (run / f"eval-{number}" / "scores.json").is_file()
 
 
-def test_the_runs_own_configuration_is_taken(run):
+def test_evaluation_takes_the_configuration_of_the_run(run):
     config = starting_point(str(run / "weights"), "")
     demo = finetune_demo()
     assert (config.recipe, config.data, config.views) == (demo.recipe, demo.data, demo.views)
@@ -129,7 +129,7 @@ def test_the_runs_own_configuration_is_taken(run):
     assert starting_point(str(run), "finetune_ssv2").views.clips == 1
 
 
-def test_coverage_counts_what_is_missing(tmp_path, run, labelled_shards, monkeypatch, capsys):
+def test_coverage_counts_missing_and_damaged_videos(tmp_path, run, labelled_shards, monkeypatch, capsys):
     """A damaged video, and twelve that are stated beyond those of the shards."""
     for tar in labelled_shards.glob("val-*.tar"):
         shutil.copy(tar, tmp_path)
@@ -173,7 +173,7 @@ def damage(tar: Path, key: str) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_mistakes_are_named(run, labelled_shards, monkeypatch, change, part):
+def test_evaluation_mistakes_are_named(run, labelled_shards, monkeypatch, change, part):
     settings = {"weights": str(run), "data.val": f"{labelled_shards}/val-*.tar"} | change
     with pytest.raises(UserError, match=re.escape(part)):
         evaluated([f"{key}={value}" for key, value in settings.items()], 1, monkeypatch)
@@ -188,7 +188,7 @@ def test_kernels_that_cannot_run_are_refused(run, labelled_shards, monkeypatch):
         evaluated(words(run, labelled_shards, "kernels=triton"), 1, monkeypatch)
 
 
-def test_another_run_is_no_classifier(tmp_path, labelled_shards, monkeypatch):
+def test_pretraining_run_is_not_a_classifier(tmp_path, labelled_shards, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(demo())))
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(UserError, match="no classifier: fine-tune it first"):
@@ -205,7 +205,7 @@ def test_labels_are_checked_against_the_classifier(tmp_path, labelled_shards, mo
         evaluated(arguments, 1, monkeypatch)
 
 
-def test_mixed_labels_are_refused(tmp_path, run, pack_labelled, monkeypatch):
+def test_mixed_names_and_numbers_as_labels_are_refused(tmp_path, run, pack_labelled, monkeypatch):
     """The weights know both the name and the number: without a word one of the two would be a mistake."""
     pattern = pack_labelled(tmp_path, "val", ["walk", "1"])
     with pytest.raises(UserError, match="numbers in some samples and names in others.*clip-00.*'walk'.*clip-01.*'1'"):
@@ -222,12 +222,12 @@ def test_class_names_are_checked_against_the_classifier(tmp_path, run, labelled_
         evaluated(words(run, labelled_shards, f"data.classes={tmp_path}/names.txt"), 1, monkeypatch)
 
 
-def test_results_are_not_overwritten(alone, run, labelled_shards, monkeypatch):
+def test_evaluation_results_are_not_overwritten(alone, run, labelled_shards, monkeypatch):
     with pytest.raises(UserError, match="holds scores.json already"):
         evaluated(words(run, labelled_shards, f"output_dir={alone}"), 1, monkeypatch)
 
 
-def test_help_lists_every_field(capsys):
+def test_evaluate_help_lists_every_field(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f" {field.key}=" in text for field in config_fields(EvaluateConfig) if field.key != "recipe")

@@ -1,4 +1,4 @@
-"""Predictions: averaged over views, the same from any number of ranks; their file and the confusion picture."""
+"""Predictions of an evaluation: averages over views, ranks, the Parquet file, the confusion image."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_views_are_averaged_as_probabilities():
 
 
 @pytest.mark.parametrize(("world", "micro"), [(3, 1), (2, 2), (3, 4)])
-def test_ranks_change_nothing(world, micro):
+def test_predictions_do_not_depend_on_ranks(world, micro):
     alone = of_world(1)[0]
     for result in of_world(world, micro):
         assert result.keys == alone.keys == tuple(f"val-0/{v:02d}" for v in range(VIDEOS))
@@ -60,12 +60,12 @@ def test_ranks_change_nothing(world, micro):
         assert result.probabilities.equal(alone.probabilities)
 
 
-def test_nothing_to_evaluate_is_said():
+def test_nothing_to_evaluate_is_an_error():
     with pytest.raises(UserError, match="no video"):
         on_ranks(1, lambda ranks: predict(classify, [batch_of([-1])], ranks))
 
 
-def test_parquet_holds_what_other_programs_need(tmp_path):
+def test_parquet_file_of_predictions(tmp_path):
     predictions, names = of_world(1)[0], tuple("abcdefg")
     write_parquet(tmp_path / "p.parquet", predictions, names)
     table = pyarrow.parquet.read_table(tmp_path / "p.parquet")
@@ -79,7 +79,7 @@ def test_parquet_holds_what_other_programs_need(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [2, 5, 61, 400])
-def test_confusion_picture(tmp_path, classes):
+def test_confusion_image(tmp_path, classes):
     rng = np.random.default_rng(classes)
     counts = rng.poisson(0.2, (classes, classes)) + 9 * np.eye(classes, dtype=int)
     counts[1] = 0  # a class that does not occur
@@ -89,13 +89,13 @@ def test_confusion_picture(tmp_path, classes):
     assert 300 < height < 2500
 
 
-def test_mistakes_are_ranked_by_share_of_the_label():
+def test_confusions_are_ranked_by_share_of_the_label():
     counts = np.array([[90, 10, 0], [0, 1, 1], [0, 0, 0]])
     assert mistakes(counts, 5) == [(1, 2), (0, 1)]
     assert np.isnan(row_shares(counts)[2]).all()
 
 
-def test_long_names_keep_both_ends():
+def test_long_class_names_keep_both_ends():
     name = shortened("Pretending to put something behind something")
     assert (name[:10], name[-9:]) == ("Pretending", "something")
     assert len(name) <= 28

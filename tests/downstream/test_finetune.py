@@ -1,4 +1,4 @@
-"""Fine-tuning runs: exact resume at every ZeRO stage, ranks, the moving average, what is written, and mistakes."""
+"""Fine-tuning runs: exact resume at every ZeRO stage, ranks, moving average, run folder, user mistakes."""
 
 from __future__ import annotations
 
@@ -127,12 +127,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stage", CI_STAGES)
-def test_a_killed_run_continues_exactly(two_ranks, stage):
+def test_killed_finetuning_continues_bit_for_bit(two_ranks, stage):
     assert_continued(two_ranks / f"zero{stage}", two_ranks / f"zero{stage}-again")
 
 
 @pytest.mark.slow
-def test_a_killed_run_of_another_stage_continues_exactly(tmp_path, settings, zero_json):
+def test_killed_finetuning_continues_at_zero_0_and_1(tmp_path, settings, zero_json):
     """Without ZeRO in fp32, and ZeRO-1 in bf16."""
     run_stages(tmp_path, OTHER_STAGES, settings, zero_json)
     for stage in OTHER_STAGES:
@@ -140,7 +140,7 @@ def test_a_killed_run_of_another_stage_continues_exactly(tmp_path, settings, zer
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_the_middle_continues_exactly(tmp_path, settings):
+def test_finetuning_killed_between_checkpoints_continues_exactly(tmp_path, settings):
     """SIGKILL between two checkpoints, whenever it happens to strike."""
     long = {**settings, "train.epochs": 4, "optim.ema": 0.1}
     assert run_jobs(tmp_path, [{"words": words({**long, "output_dir": tmp_path / "whole"})}], world=2) == [0]
@@ -161,26 +161,26 @@ def assert_continued(whole: Path, again: Path, steps: int = 4) -> None:
     assert all(tensor.equal(weights(whole)[name]) for name, tensor in weights(again).items())
 
 
-def test_ranks_do_not_change_the_losses(two_ranks, one_rank):
+def test_finetuning_losses_do_not_depend_on_ranks(two_ranks, one_rank):
     """Mixing included: rank 1 of 2 mixes what the second micro-batch of 1 does."""
     for one, two in zip(log(one_rank[0] / "run"), log(two_ranks / "zero2"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=2e-4)
         assert two["acc"] == one["acc"]
 
 
-def test_stages_compute_the_same(two_ranks):
+def test_finetuning_losses_are_equal_at_all_zero_stages(two_ranks):
     for a, b in zip(log(two_ranks / "zero2"), log(two_ranks / "zero3"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
 
 
-def test_moving_average_leaves_training_alone(one_rank):
+def test_moving_average_does_not_change_training(one_rank):
     """So does validation, which only one of the runs has."""
     folder, results = one_rank
     assert results[7:] == [0, 0]
     assert [line["loss"] for line in log(folder / "ema0")] == [line["loss"] for line in log(folder / "run")]
 
 
-def test_exported_weights_are_the_average(one_rank):
+def test_exported_weights_are_the_moving_average(one_rank):
     """An average that forgets at once is the weights themselves, name by name; a slow one is on the way there."""
     raw, instant, slow = (weights(one_rank[0] / name) for name in ("ema0", "ema1", "run"))
     for name, tensor in raw.items():
@@ -189,7 +189,7 @@ def test_exported_weights_are_the_average(one_rank):
     assert len(moved) > len(raw) / 2
 
 
-def test_what_a_run_writes(one_rank):
+def test_finetuning_run_folder_contents(one_rank):
     folder, results = one_rank
     run = folder / "run"
     assert results[0] == 0
@@ -205,7 +205,7 @@ def test_what_a_run_writes(one_rank):
         assert VideoClassifier.from_pretrained(run / name).arch["classes"] == ("run", "sit", "walk")
 
 
-def test_a_run_starts_from_pretraining_with_another_window(one_rank, pretrained):
+def test_finetuning_starts_from_pretraining_with_another_window(one_rank, pretrained):
     folder, results = one_rank
     assert results[1] == 0
     start, end = load_file(pretrained / "weights" / "model.safetensors"), weights(folder / "pretrained")
@@ -224,7 +224,7 @@ def test_a_run_starts_from_pretraining_with_another_window(one_rank, pretrained)
         (6, ["has no label", "clips-000000.tar"]),
     ],
 )
-def test_mistakes_are_named_before_training_starts(one_rank, job, parts):
+def test_finetuning_mistakes_are_named_before_training_starts(one_rank, job, parts):
     result = one_rank[1][job]
     assert isinstance(result, str), result
     for part in parts:

@@ -1,4 +1,4 @@
-"""Classes of labelled shards: from the labels, the manifest or a file; and a message that names shard and key."""
+"""Classes of labelled shards: from labels, the manifest or a class file; messages name shard and key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shard(name: str, *labels: str) -> Shard:
     return Shard(f"/nowhere/{name}.tar", keys, ("mp4",) * n, zeros, zeros, zeros, zeros, labels, ("",) * n, 0)
 
 
-def test_names_are_sorted_and_numbers_are_themselves() -> None:
+def test_class_names_are_sorted_and_numbers_are_kept() -> None:
     named = read_classes([shard("a", "run", "sit"), shard("b", "crawl")], [shard("v", "sit")])
     assert named.names == ("crawl", "run", "sit")
     assert named.labels(shard("c", "sit", "crawl", "sit")).tolist() == [2, 0, 2]
@@ -36,14 +36,14 @@ def test_names_are_sorted_and_numbers_are_themselves() -> None:
     assert numbered.labels(shard("c", "10", "2")).tolist() == [10, 2]
 
 
-def test_a_file_names_the_classes_in_label_order(tmp_path: Path) -> None:
+def test_class_file_names_the_classes_in_label_order(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_text("zebra\nape\n\ncat\n")
     assert read_classes([shard("a", "ape", "cat")], [], str(file)).labels(shard("c", "ape", "zebra")).tolist() == [1, 0]
     assert read_classes([shard("a", "2", "0")], [], str(file)).names == ("zebra", "ape", "cat")
 
 
-def test_without_training_shards_the_validation_set_tells() -> None:
+def test_classes_come_from_validation_shards_without_training_shards() -> None:
     assert read_classes([], [shard("v", "b", "a")]).names == ("a", "b")
 
 
@@ -63,12 +63,12 @@ def test_without_training_shards_the_validation_set_tells() -> None:
         ([shard("a", *(f"take {i}" for i in range(16385)))], [], r"16385 classes, 'take 0', .*: more than 16384 are"),
     ],
 )
-def test_mistakes_name_shard_and_key(train: list[Shard], val: list[Shard], message: str) -> None:
+def test_label_mistakes_name_shard_and_key(train: list[Shard], val: list[Shard], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_classes(train, val)
 
 
-def test_mistakes_against_a_file(tmp_path: Path) -> None:
+def test_label_mistakes_against_a_class_file(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_text("ape\ncat\n")
     with pytest.raises(UserError, match=r"'s1' of /nowhere/a.tar has the label 'dog'.*2 classes 'ape', 'cat'"):
@@ -83,7 +83,7 @@ def test_mistakes_against_a_file(tmp_path: Path) -> None:
         read_classes([shard("a", "0")], [], str(tmp_path / "absent"))
 
 
-def test_a_class_that_only_training_has_is_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_class_missing_in_validation_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         read_classes([shard("a", "run", "sit", "walk")], [shard("v", "sit")])
     assert [record.getMessage() for record in caplog.records] == ["data.val lacks 2 of the 3 classes: 'run', 'walk'"]
@@ -104,36 +104,36 @@ def packed(split: Path, tmp_path: Path) -> list[Shard]:
     return load_shards([str(tmp_path / f"train-00000{i}.tar") for i in (0, 1)], "video")
 
 
-def test_the_manifest_knows_the_whole_split(packed: list[Shard], caplog: pytest.LogCaptureFixture) -> None:
+def test_expected_samples_come_from_the_manifest(packed: list[Shard], caplog: pytest.LogCaptureFixture) -> None:
     assert read_classes(packed, []).names == ("run", "sit", "walk")
     assert caplog.messages == ["data.train lacks 1 of the 3 classes: 'walk'"]
     assert expected_count(packed) == 9
     assert expected_count(packed, stated=12) == 12
 
 
-def test_the_manifests_rejects_were_expected_too(packed: list[Shard], tmp_path: Path) -> None:
+def test_expected_samples_include_the_rejects_of_the_manifest(packed: list[Shard], tmp_path: Path) -> None:
     path = tmp_path / "train-manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rejected": 5}))
     assert expected_count(packed) == 14
 
 
-def test_shards_that_no_manifest_names_are_counted_too(packed: list[Shard]) -> None:
+def test_expected_samples_include_shards_without_a_manifest(packed: list[Shard]) -> None:
     assert expected_count([*packed, shard("a", "run", "sit", "run")]) == 9 + 3
 
 
-def test_without_a_manifest_the_samples_are_counted(packed: list[Shard], tmp_path: Path) -> None:
+def test_expected_samples_without_a_manifest_are_counted(packed: list[Shard], tmp_path: Path) -> None:
     (tmp_path / "train-manifest.json").unlink()
     assert expected_count(packed) == 8 and read_classes(packed, []).names == ("run", "sit")
 
 
-def test_the_manifest_of_another_split_is_passed_over(packed: list[Shard], tmp_path: Path) -> None:
+def test_manifest_of_another_split_is_ignored(packed: list[Shard], tmp_path: Path) -> None:
     other = {"labels": {"swim": 1}, "shards": [{"name": "val-000000.tar"}], "samples": 1, "rejected": 0}
     (tmp_path / "val-manifest.json").write_text(json.dumps(other))
     assert read_classes(packed, []).names == ("run", "sit", "walk")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"labels": [], "shards": []}', '{"labels": {}, "shards": ["x"]}'])
-def test_a_manifest_that_is_none_is_named(packed: list[Shard], tmp_path: Path, text: str) -> None:
+def test_invalid_manifest_is_named(packed: list[Shard], tmp_path: Path, text: str) -> None:
     (tmp_path / "odd-manifest.json").write_text(text)
     with pytest.raises(UserError, match="odd-manifest.json.*Pack again, or remove it"):
         read_classes(packed, [])
@@ -149,7 +149,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> list[Shard]:
 
 
 @pytest.mark.parametrize("label", [b"2", b'"2"', b"true", b"2.0", b"null", b"[2]"])
-def test_labels_from_cls_and_json_of_a_tar_made_elsewhere(tmp_path: Path, label: bytes) -> None:
+def test_labels_from_cls_and_json_members(tmp_path: Path, label: bytes) -> None:
     members = {"a.mp4": b"x", "a.cls": b"3\n", "b.json": b'{"label": 1}', "b.mp4": b"y", "c.mp4": b"z"}
     members["c.json"] = b'{"label": ' + label + b"}"
     shards = write_tar(tmp_path / "own.tar", members)
@@ -174,7 +174,7 @@ def test_labels_from_cls_and_json_of_a_tar_made_elsewhere(tmp_path: Path, label:
         (b"push", b'"pull"', False),
     ],
 )
-def test_cls_and_json_say_the_same(tmp_path: Path, order: tuple, cls: bytes, label: bytes, agree: bool) -> None:
+def test_cls_and_json_labels_must_agree(tmp_path: Path, order: tuple, cls: bytes, label: bytes, agree: bool) -> None:
     """Training on such shards without their labels remains possible; whoever needs these is told."""
     files = {"cls": cls, "json": b'{"label": ' + label + b"}"}
     members = {"a.mp4": b"x", "a.cls": cls, "b.mp4": b"y", **{f"b.{name}": files[name] for name in order}}

@@ -1,4 +1,4 @@
-"""Frames and crops of labelled clips, against what the original's own classes chose."""
+"""Frame numbers and crops of labelled clips equal those that the original's classes chose."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ def planned(total: int, sampling: str, clips: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("total", "expected"), cases("k400_test_32x2_4clips"))
-def test_four_dense_clips(total: str, expected: list[list[int]]) -> None:
+def test_frames_of_four_dense_test_clips(total: str, expected: list[list[int]]) -> None:
     assert planned(int(total), "dense", 4) == expected
 
 
 @pytest.mark.parametrize(("total", "expected"), cases("k400_val_32x2_1clip"))
-def test_one_dense_clip(total: str, expected: list[int]) -> None:
+def test_frames_of_one_dense_clip(total: str, expected: list[int]) -> None:
     assert planned(int(total), "dense", 1) == [expected]
 
 
 @pytest.mark.parametrize(("total", "expected"), cases("ssv2_test_uniform32"))
-def test_middles_of_segments(total: str, expected: list[int]) -> None:
+def test_frames_at_the_middles_of_segments(total: str, expected: list[int]) -> None:
     assert planned(int(total), "segments", 1) == [expected]
 
 
 @pytest.mark.parametrize(("picture", "expected"), cases("three_crop_boxes_x0y0x1y1_by_height_x_width"))
-def test_three_crops(picture: str, expected: list[list[int]]) -> None:
+def test_three_test_crops(picture: str, expected: list[list[int]]) -> None:
     height, width = map(int, picture.split("x"))
     assert [corners(box) for box in view_boxes(height, width, 224, 3)] == expected
 
 
 @pytest.mark.parametrize(("picture", "expected"), cases("center_crop_box_x0y0x1y1_by_height_x_width"))
-def test_centre_crop(picture: str, expected: list[int]) -> None:
+def test_centre_test_crop(picture: str, expected: list[int]) -> None:
     height, width = map(int, picture.split("x"))
     assert [corners(box) for box in view_boxes(height, width, 224, 1)] == [expected]
 
@@ -62,7 +62,7 @@ def corners(box: Box) -> list[int]:
     return [box.left, box.top, box.left + box.width, box.top + box.height]
 
 
-def test_three_crops_of_a_larger_picture_are_centred_across() -> None:
+def test_three_crops_of_a_larger_frame_are_centred() -> None:
     assert [box[:2] for box in view_boxes(256, 341, 224, 3)] == [(16, 0), (16, 116), (16, 58)]
 
 
@@ -74,7 +74,7 @@ def trained(total: int, sampling: str, draws: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("total", [20, 33, 120, 301])
-def test_training_takes_every_frame_of_a_segment_and_no_other(total: int) -> None:
+def test_training_draws_every_frame_of_a_segment_and_no_other(total: int) -> None:
     """The original's bounds, both inclusive: round(i (N-1)/32) and round((i+1) (N-1)/32), halves to even."""
     first = np.array([round(i * (total - 1) / FRAMES) for i in range(FRAMES)])
     last = np.array([round((i + 1) * (total - 1) / FRAMES) for i in range(FRAMES)])
@@ -85,14 +85,14 @@ def test_training_takes_every_frame_of_a_segment_and_no_other(total: int) -> Non
     assert all(len(set(column)) == b - a + 1 for column, a, b in zip(numbers.T, first, last, strict=True))
 
 
-def test_training_starts_anywhere_that_holds_the_clip() -> None:
+def test_training_clip_starts_anywhere_that_holds_it() -> None:
     """300 frames hold starts 0 to 236 of a span of 64; 4,000 draws miss one of them with a chance below 1e-4."""
     numbers = trained(300, "dense", 4000)
     assert set(numbers[:, 0]) == set(range(237)) and (np.diff(numbers, axis=1) == 2).all()
 
 
 @given(st.integers(1, 400), st.sampled_from(["dense", "segments"]), st.integers(1, 10))
-def test_any_video_and_any_number_of_clips(total: int, sampling: str, clips: int) -> None:
+def test_test_clips_of_any_video_are_inside_and_in_order(total: int, sampling: str, clips: int) -> None:
     """Every frame is there, and clips follow each other in time."""
     numbers = np.array(planned(total, sampling, clips))
     assert numbers.shape == (clips, FRAMES) and numbers.min() >= 0 and numbers.max() < total
@@ -101,7 +101,7 @@ def test_any_video_and_any_number_of_clips(total: int, sampling: str, clips: int
 
 
 @pytest.mark.parametrize(("counts", "group"), [((3, 1, 4), 3), ((1,), 4), ((2, 2), 2)])
-def test_a_test_plans_every_video_once(counts: tuple[int, ...], group: int) -> None:
+def test_test_plan_holds_every_video_once(counts: tuple[int, ...], group: int) -> None:
     plan = ViewPlan(counts, LabelledDataConfig(), ViewsConfig(), group)
     entries = [plan.entry(step, slot) for step in range(plan.steps) for slot in range(group)]
     found = [(entry.shard, entry.member) for entry in entries if entry]

@@ -1,4 +1,4 @@
-"""What is done to the pixels of labelled clips, against the libraries that the original used, or their formulas."""
+"""Augmentation of labelled clips equals OpenCV, timm and imgaug, or their formulas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     ("source", "size"),
     [((240, 320), (256, 341)), ((360, 640), (256, 455)), ((97, 130), (224, 224)), ((512, 512), (256, 256))],
 )
-def test_resize_is_opencvs_but_for_rounding(source: tuple[int, int], size: tuple[int, int]) -> None:
+def test_resize_equals_opencv_but_for_rounding(source: tuple[int, int], size: tuple[int, int]) -> None:
     image = picture(*source)
     theirs = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR).astype(int)
     ours = px.resized(px.as_frames(image[None]), *size)[0].permute(1, 2, 0).numpy()
@@ -40,7 +40,7 @@ def test_resize_is_opencvs_but_for_rounding(source: tuple[int, int], size: tuple
     ("source", "size"),
     [((240, 320), (256, 341)), ((720, 1280), (256, 455)), ((641, 360), (456, 256)), ((256, 9), None)],
 )
-def test_short_side(source: tuple[int, int], size: tuple[int, int] | None) -> None:
+def test_short_side_rounds_as_mmcv(source: tuple[int, int], size: tuple[int, int] | None) -> None:
     """mmcv's rounding of the long side: to the nearest, halves up."""
     frames = torch.zeros(1, 3, *source, dtype=torch.uint8)
     side = 256 if size else 9
@@ -53,7 +53,7 @@ def boxes(height: int, width: int, area: tuple[float, float], aspect: tuple[floa
     return np.array([px.random_box(rng, height, width, area, aspect) for rng in rngs])
 
 
-def test_random_boxes_have_the_stated_areas_and_aspects() -> None:
+def test_random_resized_crop_areas_and_aspects() -> None:
     top, left, height, width = boxes(256, 340, (0.08, 1.0), (0.75, 4 / 3), 3000).T
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= 256).all() and (left + width <= 340).all()
     shares, aspects = height * width / (256 * 340), width / height
@@ -65,15 +65,15 @@ def test_random_boxes_have_the_stated_areas_and_aspects() -> None:
     assert set(np.unique(top[height == 256])) <= {0}
 
 
-def test_a_box_that_never_fits_is_the_centred_square() -> None:
+def test_random_resized_crop_falls_back_to_the_centred_square() -> None:
     assert boxes(40, 400, (1.0, 1.0), (1.0, 1.0), 1)[0].tolist() == [0, 180, 40, 40]
 
 
-def test_the_whole_picture_is_a_box_too() -> None:
+def test_random_resized_crop_may_be_the_whole_frame() -> None:
     assert boxes(60, 80, (1.0, 1.0), (4 / 3, 4 / 3), 1)[0].tolist() == [0, 0, 60, 80]
 
 
-def test_normalised_is_the_originals_formula() -> None:
+def test_normalisation_equals_the_original_formula() -> None:
     clips = torch.randint(256, (2, 5, 3, 8, 8), dtype=torch.uint8)
     mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
     expected = ((clips.movedim(2, -1) - mean) / std).permute(0, 4, 1, 2, 3)
@@ -81,7 +81,7 @@ def test_normalised_is_the_originals_formula() -> None:
     assert px.normalised(clips[None], "cpu").shape == (1, 2, 3, 5, 8, 8)
 
 
-def test_erased_boxes_have_the_stated_areas_and_aspects() -> None:
+def test_random_erasing_areas_and_aspects() -> None:
     found = [px.erased_box(generator(1, Use.ERASING, 4, 0, slot), 224) for slot in range(2000)]
     height, width = np.array([box[2:] for box in found if box]).T
     shares, aspects = height * width / 224**2, height / width
@@ -90,7 +90,7 @@ def test_erased_boxes_have_the_stated_areas_and_aspects() -> None:
     assert all(box.top + box.height <= 224 and box.left + box.width <= 224 for box in found if box)
 
 
-def test_views_are_in_order_of_clips_and_then_crops() -> None:
+def test_test_views_are_ordered_by_clip_then_crop() -> None:
     frames = torch.arange(2 * 3 * 3 * 4 * 6, dtype=torch.int64).view(6, 3, 4, 6)  # two clips of three frames
     found = px.view_boxes(4, 6, 4, 3)
     views = px.stacked_views(frames, found, clips=2)
@@ -101,7 +101,7 @@ def test_views_are_in_order_of_clips_and_then_crops() -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("magnitude", [0, 3, 7, 9])
-def test_operations_are_timms(name: str, magnitude: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_randaugment_operations_equal_timm(name: str, magnitude: int, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.fromarray(picture(48, 64))
     for sign in (-1, 1):
         # timm draws the sign itself
@@ -114,13 +114,13 @@ def test_operations_are_timms(name: str, magnitude: int, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(OPERATIONS[name](image, sign * magnitude / 10), theirs)  # timm's are of 10
 
 
-def test_the_largest_magnitude_is_possible() -> None:
+def test_randaugment_at_the_largest_magnitude() -> None:
     """timm's posterize asks Pillow for no bits at 10, which it refuses."""
     for operation in OPERATIONS.values():
         assert operation(Image.fromarray(picture(48, 64)), 1.0).size == (64, 48)
 
 
-def test_magnitudes_are_imgaugs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_randaugment_magnitudes_equal_imgaug(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven of thirty, as the original's recipe means it: its RandAugment turns a picture by 30 * 7 / 30 degrees."""
     angles: list[float] = []
     monkeypatch.setitem(OPERATIONS, "Rotate", lambda image, level: angles.append(30 * level) or image)
@@ -129,7 +129,7 @@ def test_magnitudes_are_imgaugs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {round(angle, 9) for angle in angles} == {-7.0, 7.0}
 
 
-def test_randaugment_changes_all_frames_alike_and_repeats_itself() -> None:
+def test_randaugment_is_the_same_for_all_frames_and_repeatable() -> None:
     frames = np.stack([picture(48, 64)] * 3)
     found = [randaugment(generator(0, Use.RANDAUGMENT, 4, 0, slot), frames, 4, 7) for slot in range(8)]
     again = randaugment(generator(0, Use.RANDAUGMENT, 4, 0, 5), frames, 4, 7)
@@ -138,7 +138,7 @@ def test_randaugment_changes_all_frames_alike_and_repeats_itself() -> None:
     assert all((found[i] != found[j]).any() for i in range(8) for j in range(i))
 
 
-def test_uses_of_randomness_do_not_share_numbers() -> None:
+def test_random_numbers_of_augmentations_are_independent() -> None:
     plan = LabelledPlan([5], LabelledDataConfig(), 0, 4)
     uses = (Use.CLIP_START, Use.CROP, Use.FLIP, Use.RANDAUGMENT, Use.ERASING)
     first = {float(plan.generator(use, step, slot).random()) for use in uses for step in range(3) for slot in range(4)}

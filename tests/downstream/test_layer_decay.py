@@ -1,4 +1,4 @@
-"""Parameter groups equal the original optimizer's, or what its configuration says; the schedule is mmcv's by epoch."""
+"""Layer-wise decay: parameter groups equal the original optimizer's; mmcv's schedule by epoch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def our_name(name: str) -> str:
 
 @pytest.mark.parametrize("kind", ["official", "intended"])
 @pytest.mark.parametrize("data", RECIPES)
-def test_groups_equal_the_original(data, kind):
+def test_layer_decay_groups_equal_the_original(data, kind):
     name, classes = RECIPES[data]
     optim = replace(get_recipe(name, FinetuneConfig).optim, groups=kind)
     with torch.device("meta"):
@@ -43,7 +43,7 @@ def test_groups_equal_the_original(data, kind):
         assert ours[n] == (pytest.approx(rate, rel=1e-12), decay), n
 
 
-def test_groups_are_few_and_never_empty():
+def test_layer_decay_groups_are_few_and_never_empty():
     """A rate for the head, the 24 blocks, the 3 mergings and the stem: 29, each decayed or not."""
     with torch.device("meta"):
         model = create_classifier("swin_b", 400)
@@ -53,7 +53,7 @@ def test_groups_are_few_and_never_empty():
     assert len({g["lr_scale"] for g in groups}) == 29
 
 
-def test_without_scales_only_norms_and_tables_differ():
+def test_without_layer_decay_only_norms_and_tables_differ():
     """No layer has a key of its own then, so that both readings of the configuration agree."""
     model = create_classifier("tiny", 3)
     for kind in ("official", "intended"):

@@ -1,4 +1,4 @@
-"""Probes: each solves what it can, ranks change nothing, and the measures of features have known values."""
+"""Linear, attentive, k-NN and ridge probes: solvable tasks, ranks, feature measures with known values."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def linear(features, ranks):
 OPTIONS = ProbeConfig(epochs=12, least_steps=0, batch=32, lr=3e-3)
 
 
-def test_attentive_probe_finds_the_token_that_the_mean_hides():
+def test_attentive_probe_finds_a_token_hidden_by_the_mean():
     train, test = needle(256, seed=0), needle(128, seed=1)
     attends = trained(attentive, *train, replace(OPTIONS, epochs=36))[0]  # after 12 some versions of torch are at 0.85
     averages = trained(linear, pooled(train[0]), train[1], OPTIONS)[0]
@@ -90,7 +90,7 @@ def test_attentive_probe_finds_the_token_that_the_mean_hides():
     assert accuracy(averages, pooled(test[0]), test[1]) < 0.6
 
 
-def test_linear_probe_does_not_mind_scales():
+def test_linear_probe_does_not_depend_on_feature_scale():
     """Classes live in channels a thousand times smaller than another: standardising is what makes this learnable."""
     (values, labels), (queries, expected) = blobs(128, seed=0, spread=0.15), blobs(64, seed=1, spread=0.15)
     scales = torch.ones(DIM)
@@ -99,7 +99,7 @@ def test_linear_probe_does_not_mind_scales():
     assert accuracy(probe, queries * scales, expected) > 0.95
 
 
-def test_moments_are_the_training_sets():
+def test_probe_normalises_by_training_set_moments():
     values, labels = blobs(50, seed=3)
     for mean, deviation in on_ranks(3, lambda r: moments(share_of(values, labels, r.rank, 3), r)):
         torch.testing.assert_close(mean, values.mean(0))
@@ -107,7 +107,7 @@ def test_moments_are_the_training_sets():
 
 
 @pytest.mark.parametrize("make", [attentive, linear])
-def test_ranks_change_nothing_but_rounding(make):
+def test_probe_fits_on_ranks_differ_by_rounding_only(make):
     """Seven videos on three ranks with batches of two: some ranks hold none of a batch."""
     values, labels = needle(7, seed=0)
     values = values if make is attentive else pooled(values)
@@ -118,7 +118,7 @@ def test_ranks_change_nothing_but_rounding(make):
             torch.testing.assert_close(probe.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
 
 
-def test_epochs_hold_every_place_once():
+def test_probe_epoch_holds_every_sample_once():
     epochs = list(epochs_of_batches(10, 4, epochs=2, seed=5))
     first, second = torch.cat(epochs[:3]), torch.cat(epochs[3:])
     assert [len(batch) for batch in epochs] == [4, 4, 2, 4, 4, 2]
@@ -126,7 +126,7 @@ def test_epochs_hold_every_place_once():
     assert first.tolist() != second.tolist()
 
 
-def test_neighbours_vote_by_cosine():
+def test_knn_votes_are_weighted_by_cosine():
     """Two at cosine 1 and 0 with k=2: votes in the ratio e^(1/t); a longer feature has no more weight."""
     bank, labels = torch.tensor([[1.0, 0], [0, 100], [-1, 0]]), torch.tensor([2, 0, 1])
     votes = NearestNeighbours(bank, labels, 3, k=2, temperature=0.5).probabilities(torch.tensor([[3.0, 0]]))
@@ -134,26 +134,26 @@ def test_neighbours_vote_by_cosine():
     torch.testing.assert_close(votes, torch.tensor([[1 - weight, 0, weight]]))
 
 
-def test_neighbours_find_their_class():
+def test_knn_finds_the_class():
     train, test = blobs(64, seed=0, spread=0.1), blobs(32, seed=1, spread=0.1)
     assert accuracy(NearestNeighbours(*train, CLASSES, k=20, temperature=0.07), *test) > 0.95
 
 
-def test_feature_rank_counts_directions():
+def test_feature_rank_has_known_values():
     q = torch.linalg.qr(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)))[0]
     assert feature_rank(q) == pytest.approx(6)
     assert feature_rank(torch.ones(20, 6)) == pytest.approx(1)
     assert feature_rank(q * torch.tensor([1, 1, 0, 0, 0, 0])) == pytest.approx(2)
 
 
-def test_ridge_is_exact_where_classes_are_separable():
+def test_ridge_probe_is_exact_where_classes_are_separable():
     train, test = blobs(64, seed=0, spread=0.05), blobs(32, seed=1, spread=0.05)
     scores = ridge_predictions(*train, test[0], CLASSES)
     assert (scores.argmax(-1) == test[1]).all()
     assert scores.equal(ridge_predictions(*train, test[0], CLASSES))
 
 
-def test_ridge_of_a_constant_feature_is_the_class_frequency():
+def test_ridge_probe_of_a_constant_feature_is_the_class_frequency():
     labels = torch.tensor([0, 0, 0, 1])
     scores = ridge_predictions(torch.ones(4, 3), labels, torch.ones(2, 3), classes=2)
     torch.testing.assert_close(scores, torch.tensor([[0.75, 0.25]] * 2, dtype=torch.float64))
@@ -174,7 +174,7 @@ def encode(clips: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_features_are_the_same_set_on_any_ranks(world):
+def test_features_do_not_depend_on_ranks(world):
     def work(ranks):
         features = extract(encode, batches_of(ranks.rank, world), ranks, most_bytes=10**6)
         return features, gathered(features, ranks)
@@ -186,13 +186,13 @@ def test_features_are_the_same_set_on_any_ranks(world):
         assert mine.total == 4
 
 
-def test_videos_of_the_same_name_are_two():
+def test_videos_of_equal_names_in_two_shards_are_two():
     """Shards of two folders may be called alike, and their samples too."""
     twins = [replace(batch, keys=("t/0",)) for batch in batches_of(0, 1) if batch.keys != ("",)]
     (features,) = on_ranks(1, lambda ranks: extract(encode, twins, ranks, most_bytes=10**6))
     assert features.places.tolist() == [0, 1, 2, 3]
 
 
-def test_too_many_features_are_refused_with_the_ways_out():
+def test_too_many_features_are_refused_with_remedies():
     with pytest.raises(UserError, match=r"rank 0.*probe.cache_bytes=30.*fewer training shards"):
         on_ranks(1, lambda ranks: extract(encode, batches_of(0, 1), ranks, most_bytes=30))

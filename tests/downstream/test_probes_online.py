@@ -1,4 +1,4 @@
-"""The online probe: its figures, that ranks agree on them, and that a run is the same with and without."""
+"""The online probe: its figures, agreement over ranks, and that it changes no bit of a run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def targets(*ids: int) -> Batch:
     return Batch(None, SimpleNamespace(targets=torch.tensor(ids)))
 
 
-def test_ranks_agree_and_the_generator_is_not_touched(config):
+def test_online_probe_agrees_over_ranks_and_keeps_the_generator(config):
     def work(ranks):
         probe = OnlineProbe(config, 8, ranks, config.train.steps)
         probe.count(targets(*([ranks.rank] * 6)))
@@ -68,7 +68,7 @@ def test_ranks_agree_and_the_generator_is_not_touched(config):
     assert first["codebook_perplexity"] == pytest.approx(3)
 
 
-def test_tokens_are_counted_anew_for_each_measurement(config):
+def test_codebook_counts_start_again_for_each_measurement(config):
     (probe,) = on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks, config.train.steps))
     engine = StillEngine()
     probe.count(targets(0, 1, 2, 3, -100))
@@ -82,18 +82,18 @@ def test_codebook_use_has_known_values():
     assert codebook_use(torch.tensor([9, 0, 0, 0])) == {"codebook_use": 0.25, "codebook_perplexity": pytest.approx(1)}
 
 
-def test_it_is_due_every_few_steps_and_at_the_end(config):
+def test_online_probe_is_due_every_n_steps_and_at_the_end(config):
     (probe,) = on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks, config.train.steps))
     assert [step for step in range(5) if probe.due(step)] == [1, 3, 4]
 
 
 @pytest.mark.parametrize("probe", [OnlineProbeConfig(every=5), OnlineProbeConfig(every=5, train="a.tar")])
-def test_shards_are_asked_for(probe):
+def test_online_probe_needs_labelled_shards(probe):
     with pytest.raises(UserError, match="probe.train and probe.val"):
         validate(replace(demo(), probe=probe))
 
 
-def test_a_run_is_the_same_with_and_without(tmp_path, small, labelled_shards):  # noqa: F811
+def test_online_probe_changes_no_bit_of_a_run(tmp_path, small, labelled_shards):  # noqa: F811
     """Probed on the way; then taken up in the middle and probed at the end only. Nothing may differ."""
     probe = {"probe.train": f"{labelled_shards}/train-*.tar", "probe.val": f"{labelled_shards}/val-*.tar"}
     settings = {**small, **probe, "model.drop_path": 0.3, "train.steps": 4, "train.checkpoint_every": 2}

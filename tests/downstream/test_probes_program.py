@@ -1,4 +1,4 @@
-"""The probe program: every kind runs on a pretraining run's encoder, and ranks change nothing but rounding."""
+"""`bevt probe`: every kind of probe on a pretraining run's encoder; ranks differ by rounding only."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def probed(run: Path, shards: Path, world: int, monkeypatch, *more: str, val: st
 
 
 @pytest.mark.parametrize("kind", ["attentive", "linear", "knn"])
-def test_ranks_change_nothing_but_rounding(tmp_path, run, labelled_shards, monkeypatch, kind):
+def test_probe_command_on_ranks_differs_by_rounding_only(tmp_path, run, labelled_shards, monkeypatch, kind):
     for world in (1, 2):
         probed(run, labelled_shards, world, monkeypatch, f"probe.kind={kind}", f"output_dir={tmp_path}/{world}")
     alone, both = (pyarrow.parquet.read_table(tmp_path / name / "predictions.parquet") for name in "12")
@@ -62,13 +62,13 @@ def test_ranks_change_nothing_but_rounding(tmp_path, run, labelled_shards, monke
     assert (values["videos"], values["training_videos"], values["config"]["probe"]["kind"]) == (7, 11, kind)
 
 
-def test_every_training_video_is_its_own_neighbour(tmp_path, run, labelled_shards, monkeypatch):
+def test_knn_probe_of_the_training_set_is_perfect(tmp_path, run, labelled_shards, monkeypatch):
     arguments = ["probe.kind=knn", "probe.k=1", f"output_dir={tmp_path}"]
     probed(run, labelled_shards, 1, monkeypatch, *arguments, val="train")
     assert json.loads((tmp_path / "scores.json").read_text())["top1"] == 1
 
 
-def test_sampling_is_the_probed_runs(run, tmp_path):
+def test_probe_takes_the_sampling_of_the_run(run, tmp_path):
     data, views = demo().data, starting_point(str(run)).views
     probed_data = starting_point(str(run)).data
     assert (probed_data.frames, probed_data.stride, probed_data.size) == (data.frames, data.stride, data.size)
@@ -95,14 +95,14 @@ def test_sampling_is_the_probed_runs(run, tmp_path):
         ("weights=runs/none", "weights=runs/none: no such file"),
     ],
 )
-def test_mistakes_are_named(tmp_path, word, part):
+def test_probe_mistakes_are_named(tmp_path, word, part):
     given = {"weights": str(tmp_path), "data.train": "a.tar", "data.val": "b.tar"}
     key, _, value = word.partition("=")
     with pytest.raises(UserError, match=part):
         main([f"{k}={v}" for k, v in (given | {key: value}).items()])
 
 
-def test_help_lists_every_field(capsys):
+def test_probe_help_lists_every_field(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f" {field.key}=" in text for field in config_fields(ProbeRunConfig) if field.key != "recipe")

@@ -1,4 +1,4 @@
-"""The study: its shards, what it skips when it is started again, and how its page judges."""
+"""The study (benchmarks/study.py): shards, restarts, and the conclusions of its page."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rows_of(accuracies: dict[str, tuple[float, ...]]) -> list[dict]:
     return [row(arm, seed, 1e-3, 0.5, test) for arm, tests in accuracies.items() for seed, test in enumerate(tests)]
 
 
-def test_shards_hold_every_class_alike_and_are_made_once(tmp_path):
+def test_study_shards_are_balanced_and_made_once(tmp_path):
     counts = {"unlabelled": 8, "pictures": 8, "train0": 16, "test": 8}
     prepare(tmp_path, counts)
     manifests = {split: json.loads((tmp_path / f"{split}-manifest.json").read_text()) for split in counts}
@@ -59,7 +59,7 @@ def test_shards_hold_every_class_alike_and_are_made_once(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == made
 
 
-def test_no_clip_is_in_two_splits(tmp_path):
+def test_study_splits_are_disjoint(tmp_path):
     counts = {"unlabelled": 8, "train0": 8, "train1": 8, "val": 8, "test": 8}
     prepare(tmp_path, counts)
     shards = [str(tmp_path / f"{split}-000000.tar") for split in counts]
@@ -67,7 +67,7 @@ def test_no_clip_is_in_two_splits(tmp_path):
     assert len(set(clips)) == sum(counts.values())
 
 
-def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+def test_finished_parts_of_a_study_are_not_repeated(tmp_path, monkeypatch):
     asked = []
 
     def finetune(folder, scale, arm, seed, lr):
@@ -89,13 +89,13 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     assert len(study.Study(tmp_path, TINY).rows()) == 9 + 2
 
 
-def test_a_folder_holds_one_scale(tmp_path):
+def test_study_folder_of_another_scale_is_refused(tmp_path):
     study.Study(tmp_path, TINY)
     with pytest.raises(UserError, match="another scale"):
         study.Study(tmp_path, replace(TINY, labels=3))
 
 
-def test_a_failure_ends_the_study(tmp_path, monkeypatch):
+def test_failed_command_ends_the_study(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("pretrain ended with code 2")
 
@@ -105,7 +105,7 @@ def test_a_failure_ends_the_study(tmp_path, monkeypatch):
         study.carry_out(study.Study(tmp_path, TINY))
 
 
-def test_the_test_clips_do_not_choose_the_rate():
+def test_study_chooses_the_rate_without_test_clips():
     rows = [row("joint", 0, 1e-3, val=0.6, test=0.2), row("joint", 0, 1e-2, val=0.5, test=0.9)]
     rows += [row("joint", 1, 1e-3, val=0.1, test=0.3), row("joint", 1, 1e-2, val=0.9, test=0.9)]
     assert best_rate(rows, "joint") == 1e-3
@@ -119,7 +119,7 @@ def test_the_test_clips_do_not_choose_the_rate():
         ((0.3, 0.9), "not ahead"),
     ],
 )
-def test_the_page_says_who_is_ahead(tmp_path, joint, verdict):
+def test_study_page_names_the_better_one(tmp_path, joint, verdict):
     rows = rows_of({"scratch": (0.2, 0.3), "images": (0.6, 0.6), "joint": joint})
     (tmp_path / "study.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
     text = report.write(tmp_path / "study.jsonl")
@@ -128,14 +128,14 @@ def test_the_page_says_who_is_ahead(tmp_path, joint, verdict):
     assert (tmp_path / "study.png").stat().st_size > 1000
 
 
-def test_each_number_of_labels_has_its_table():
+def test_study_page_has_a_table_for_each_number_of_labels():
     few = rows_of(dict.fromkeys(ARMS, (0.5,)))
     many = [{**r, "scale": {**r["scale"], "labels": 30}} for r in few]
     text = page_of_study(many + few).markdown()
     assert text.index("## 2 training clips") < text.index("## 30 training clips")
 
 
-def test_the_page_shows_pretraining():
+def test_study_page_shows_the_pretraining_curve():
     """A curve is drawn, not taken for a result."""
     curve = {"pretraining": "joint", "steps": [600, 1200], "video": [0.3, 0.625], "image": [0.2, 0.4], "copying": 0.5}
     rows = [{**curve, "provenance": {"commit": "c"}}, *rows_of(dict.fromkeys(ARMS, (0.5,)))]
@@ -144,7 +144,7 @@ def test_the_page_shows_pretraining():
 
 
 @pytest.mark.parametrize("count", [2, 30, 45])
-def test_masked_accuracy_is_a_mean_over_the_log(tmp_path, count):
+def test_study_masked_accuracy_is_a_mean_over_the_log(tmp_path, count):
     (tmp_path / "images").mkdir()
     rows = [{"step": 50 * i + 49, "acc_image": i / count, "loss": 1.0} for i in range(count)]
     (tmp_path / "images" / "log.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
@@ -154,7 +154,7 @@ def test_masked_accuracy_is_a_mean_over_the_log(tmp_path, count):
     assert np.average(curve["image"], weights=lengths) == pytest.approx(np.mean(np.arange(count) / count), abs=1e-4)
 
 
-def test_copying_is_right_where_nothing_moves():
+def test_copy_baseline_is_right_where_nothing_moves():
     ids, mask = np.zeros((4, 1, 2), int), np.zeros((4, 1, 2), bool)
     ids[2:, 0, 1], mask[1:3, 0, :] = 1, True
     assert copied(ids, mask).tolist() == [True, True, True, True]
@@ -162,7 +162,7 @@ def test_copying_is_right_where_nothing_moves():
     assert copied(ids, mask).tolist() == [True, True, False, True]
 
 
-def test_groups_are_means_of_their_classes():
+def test_study_groups_are_means_of_their_classes():
     rows = rows_of(dict.fromkeys(ARMS, (0.5,)))
     for r in rows:
         r["classes"] |= {"slow": 1.0, "fast": 0.0, "up": 0.9}
@@ -171,7 +171,7 @@ def test_groups_are_means_of_their_classes():
 
 
 @pytest.mark.slow
-def test_the_study_on_the_projects_own_commands(tmp_path):
+def test_study_runs_with_the_project_commands(tmp_path):
     tiny = study.Study(tmp_path, replace(TINY, rates=(1e-3,), seeds=(0,)))
     study.carry_out(tiny)
     assert {(r["arm"], r["seed"]) for r in tiny.rows() if "arm" in r} == {(arm, 0) for arm in ARMS}

@@ -1,4 +1,4 @@
-"""The kernel benchmark: the competitors compute the same thing, and the page says only what was measured."""
+"""The kernel benchmark: competitors compute the same, and the page states only what was measured."""
 
 import sys
 
@@ -17,7 +17,7 @@ CASES = [case for case in kernels_cases.small_cases() if case.stream == "image"]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("rival", ["eager", "eager_unbind", "sdpa"])
-def test_competitors_agree_with_us(case, rival):
+def test_competitors_compute_the_same_attention(case, rival):
     """From the same qkv and table, to float32 rounding; the original's mask is -100 and not minus infinity."""
     torch.manual_seed(0)
     qkv, table = kernels_providers.arguments(case, "cpu", torch.float32)
@@ -35,7 +35,7 @@ def test_competitors_agree_with_us(case, rival):
     assert all(grad.isfinite().all() for grad in job.backward(outputs))
 
 
-def test_default_set_is_swin_b():
+def test_default_benchmark_shapes_are_swin_b():
     """Three shifted stages of four for clips, all four for images; the FLOPs of the published model."""
     cases = kernels_cases.default_cases()
     assert len(cases) == 15
@@ -47,7 +47,7 @@ def test_default_set_is_swin_b():
     assert executed / forward == pytest.approx(0.845, abs=0.005)
 
 
-def test_parts_cover_the_rest_once():
+def test_benchmark_parts_cover_all_other_shapes_once():
     """--part 1/3, 2/3, 3/3 together are all further shapes."""
     from benchmarks.kernels import part_of
 
@@ -86,7 +86,7 @@ def same_precision():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def test_some_shapes_and_providers_alone(tmp_path, monkeypatch, same_precision):
+def test_benchmark_of_selected_shapes_and_providers(tmp_path, monkeypatch, same_precision):
     """What is left out is measured by another call, which adds to the same file."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(kernels_benchmark, "measure", lambda run, device: Timing(1.0, 1.0, 1.0))
@@ -108,7 +108,7 @@ class Odd(Exception):
     """What no compiler is known to raise."""
 
 
-def test_a_competitor_may_fail_with_anything():
+def test_failing_competitor_leaves_its_reason():
     """And leaves its reason; a failure of ours ends the benchmark."""
 
     def make(*_):
@@ -120,18 +120,18 @@ def test_a_competitor_may_fail_with_anything():
         kernels_benchmark.time_job(make, "cpu", torch.float32, True, "case")
 
 
-def test_a_copy_without_history_is_told_its_commit(monkeypatch):
+def test_commit_can_be_given_without_git_history(monkeypatch):
     monkeypatch.setenv("BEVT_COMMIT", "of-which-it-is-a-copy")
     assert commit() == "of-which-it-is-a-copy"
 
 
-def test_nothing_measured_is_nothing_written():
+def test_report_leaves_out_what_was_not_measured():
     """Without forward rows there is no forward rate."""
     figures = pages.weighted([row("eager", p50=6.0), row("bevt_ds")])
     assert figures["forward"] is None and figures["backward"] is None
 
 
-def test_page_of_a_cpu_says_so():
+def test_page_of_a_cpu_sets_no_goals():
     """And sets no goals next to its numbers."""
     page = pages.kernels([row("bevt_ds") | {"provenance": {"device": "CPU x86_64"}}]).markdown()
     assert "These are CPU numbers" in page
@@ -147,7 +147,7 @@ def test_masked_jobs_run():
         assert all(grad.isfinite().all() for grad in job.backward(job.forward()))
 
 
-def test_soak_finds_a_difference(capsys, monkeypatch):
+def test_kernel_soak_finds_a_difference(capsys, monkeypatch):
     cases = [case for case in kernels_cases.small_cases() if case.stream == "image"][:1]
     monkeypatch.setattr(kernels_benchmark, "small_cases", lambda: cases)
     kernels_benchmark.soak("cpu", launches=1)

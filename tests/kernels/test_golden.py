@@ -40,7 +40,7 @@ def first_stage(golden, kind, kernels):
 
 
 @pytest.mark.parametrize(("kind", "kernels"), [("image", "reference"), ("video", "reference"), ("image", "triton")])
-def test_first_stage(kind, kernels, device, monkeypatch):
+def test_golden_first_stage_with_each_provider(kind, kernels, device, monkeypatch):
     """Channel means and rms of the original, its mask in unshifted image blocks included."""
     if kernels == "triton" and device == "cuda":
         pytest.skip("golden data is fp32 on the CPU; on a GPU the kernels are compared with the reference")

@@ -1,4 +1,4 @@
-"""The masked head's loss: the kernel against the reference."""
+"""The masked cross-entropy kernel against the reference."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ def chunked(request, monkeypatch):
 
 
 @pytest.mark.parametrize("block", [128, 32])
-def test_matches_reference(block, dtype, device, check_op, chunked, poisoned, monkeypatch):
+def test_head_loss_matches_reference(block, dtype, device, check_op, chunked, poisoned, monkeypatch):
     """Loss sums and the gradients of h, weight, bias, with the columns in one block or in four."""
     from bevt_ds.kernels import head_loss
 
@@ -44,7 +44,7 @@ def test_matches_reference(block, dtype, device, check_op, chunked, poisoned, mo
     check_op(loss_of, reference.masked_cross_entropy, tensors, target=target, segments=SEGMENTS)
 
 
-def test_hits_are_those_of_argmax(dtype, device):
+def test_head_hits_equal_argmax(dtype, device):
     """Also where several logits are equal: the first one counts."""
     (h, weight, bias), target = inputs(dtype, device)
     weight[60:] = weight[:40]
@@ -58,7 +58,7 @@ def test_hits_are_those_of_argmax(dtype, device):
     assert hits[0] >= 9
 
 
-def test_padding_rows_count_for_nothing(device, chunked):
+def test_head_loss_ignores_padding_rows(device, chunked):
     """Whatever a padding row holds, the loss, the hits and the other gradients are the same bitwise."""
     tensors, target = inputs(torch.float32, device)
 
@@ -73,7 +73,7 @@ def test_padding_rows_count_for_nothing(device, chunked):
         assert torch.equal(before, after)
 
 
-def test_segments_have_their_own_gradients(device):
+def test_head_loss_segments_have_independent_gradients(device):
     """The gradient of one segment's loss does not depend on the other's rows."""
     tensors, target = inputs(torch.float32, device)
     leaves = [x.requires_grad_() for x in tensors]
@@ -83,7 +83,7 @@ def test_segments_have_their_own_gradients(device):
     assert not dh[13:].any()
 
 
-def test_second_backward_and_no_grad(device):
+def test_head_loss_second_backward_and_no_grad(device):
     """The kept gradient survives a backward pass, and evaluation keeps none."""
     from bevt_ds.kernels.head_loss import forward_op
 
@@ -97,7 +97,7 @@ def test_second_backward_and_no_grad(device):
         assert forward_op(*tensors, target, SEGMENTS, False)[2].numel() == 0
 
 
-def test_registration_compile_and_flops(device):
+def test_head_loss_registration_compile_and_flops(device):
     """opcheck, one graph, recomputation, and three products' worth of FLOPs."""
     from bevt_ds.kernels.head_loss import backward_op, forward_op
 
@@ -122,7 +122,7 @@ def test_registration_compile_and_flops(device):
     assert counter.get_total_flops() == 6 * 23 * 24 * 100
 
 
-def test_segments_must_cover_the_rows(device):
+def test_head_loss_segments_must_cover_the_rows(device):
     """Row counts that do not sum to R."""
     tensors, target = inputs(torch.float32, device)
     with pytest.raises(ValueError, match="do not sum"):

@@ -1,4 +1,4 @@
-"""Mask tokens and row gather: the kernels against the reference."""
+"""The mask token and row gather kernels against the reference."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ SHAPES = [((2, 2, 6, 8, 20), (2, 2, 3, 2)), ((1, 1, 5, 5, 33), (1, 1, 5, 5)), ((
 
 
 @pytest.mark.parametrize(("tokens", "cells"), SHAPES)
-def test_insert_matches_reference(tokens, cells, dtype, device, check_op, poisoned):
+def test_mask_token_insert_matches_reference(tokens, cells, dtype, device, check_op, poisoned):
     """Output, dx and dtoken."""
     x = torch.randn(tokens, device=device).to(dtype)
     token = torch.randn(tokens[-1], device=device).to(dtype)
@@ -24,7 +24,7 @@ def test_insert_matches_reference(tokens, cells, dtype, device, check_op, poison
     check_op(insert, reference.insert_mask_tokens, (x, token), mask=mask)
 
 
-def test_insert_copies_bitwise_and_ignores_what_it_covers(device):
+def test_mask_token_insert_copies_bitwise_and_ignores_covered_tokens(device):
     """Kept tokens are copies; a masked token may be anything, NaN too, and gets no gradient."""
     x = torch.randn(1, 2, 4, 4, 20, device=device)
     mask = torch.rand(1, 2, 2, 2, device=device) < 0.5
@@ -41,7 +41,7 @@ def test_insert_copies_bitwise_and_ignores_what_it_covers(device):
 
 
 @pytest.mark.parametrize("channels", [16, 100, 600])
-def test_gather_matches_reference(channels, dtype, device, check_op, poisoned):
+def test_row_gather_matches_reference(channels, dtype, device, check_op, poisoned):
     """Rows and their scatter, padding at both ends and in between."""
     x = torch.randn(37, channels, device=device).to(dtype)
     index = torch.randperm(37, device=device)[:21]
@@ -49,7 +49,7 @@ def test_gather_matches_reference(channels, dtype, device, check_op, poisoned):
     check_op(gather, reference.gather_masked, (x,), index=index)
 
 
-def test_all_padding_and_no_rows(device):
+def test_row_gather_of_padding_or_no_rows(device):
     """A stream with nothing masked gathers zeros, or nothing, and its gradient is zero."""
     x = torch.randn(5, 16, device=device, requires_grad=True)
     for index in (torch.full((4,), -1, device=device), torch.empty(0, dtype=torch.int64, device=device)):
@@ -59,7 +59,7 @@ def test_all_padding_and_no_rows(device):
         assert not out.any() and not grad.any()
 
 
-def test_registration_and_compile(device):
+def test_mask_token_registration_and_compile(device):
     """opcheck of the four operators, one graph under torch.compile, recomputation."""
     from bevt_ds.kernels.mask_tokens import gather_op, insert_backward_op, insert_op, scatter_op
 
@@ -83,7 +83,7 @@ def test_registration_and_compile(device):
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_bad_mask_is_named(device):
+def test_mask_that_does_not_divide_the_tokens_is_named(device):
     """Cells that do not divide the tokens."""
     with pytest.raises(ValueError, match="does not divide"):
         insert(torch.zeros(1, 1, 6, 6, 16, device=device), torch.zeros(16), torch.zeros(1, 1, 4, 4) > 0)

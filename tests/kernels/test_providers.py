@@ -1,4 +1,4 @@
-"""Which provider runs, and what is said about it."""
+"""Choice of the kernels' provider (torch or triton), and its messages."""
 
 import logging
 import os
@@ -22,14 +22,14 @@ def fresh(monkeypatch):
     providers._decide_and_say.cache_clear()
 
 
-def test_auto_on_a_cpu_is_torch_without_a_warning(fresh, caplog):
+def test_provider_auto_on_a_cpu_is_torch_without_a_warning(fresh, caplog):
     """The expected path: said once, quietly."""
     with caplog.at_level(logging.INFO):
         assert [kernels.resolve("auto", CPU) for _ in range(3)] == ["torch"] * 3
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
-def test_auto_warns_once_where_a_gpu_gets_no_kernels(fresh, caplog):
+def test_provider_auto_warns_once_on_a_gpu_without_kernels(fresh, caplog):
     """One warning, with the reason."""
     fresh.setattr(providers, "why_not_triton", lambda device: "the package triton is not installed")
     for _ in range(3):
@@ -38,7 +38,7 @@ def test_auto_warns_once_where_a_gpu_gets_no_kernels(fresh, caplog):
     assert "triton is not installed" in caplog.text
 
 
-def test_triton_raises_where_it_cannot_run(fresh):
+def test_provider_triton_raises_where_it_cannot_run(fresh):
     """On a CPU without the interpreter, and without the package."""
     fresh.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 is not set"):
@@ -48,7 +48,7 @@ def test_triton_raises_where_it_cannot_run(fresh):
         kernels.resolve("triton", CPU)
 
 
-def test_late_interpreter_is_explained():
+def test_triton_interpret_set_too_late_is_explained():
     """TRITON_INTERPRET set after `import triton` is too late, and says so."""
     code = (
         "import triton, os, torch; os.environ['TRITON_INTERPRET'] = '1'; from bevt_ds import kernels; "
@@ -73,14 +73,14 @@ def test_torch_provider_launches_nothing():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
-def test_what_the_interpreter_gets_wrong_is_refused():
+def test_dtypes_the_interpreter_gets_wrong_are_refused():
     """bfloat16, and float64, which no kernel computes."""
     for dtype, message in ((torch.bfloat16, "interpreter"), (torch.float64, "float64")):
         with pytest.raises(TypeError, match=message):
             kernels.gather_masked(torch.zeros(2, 16, dtype=dtype), torch.tensor([0]), "triton")
 
 
-def test_public_names_import_neither_triton_nor_the_rest():
+def test_importing_kernels_does_not_import_triton():
     """`bevt_ds.kernels` needs torch alone until a kernel runs."""
     code = "import sys, bevt_ds.kernels; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The definition itself, against other people's: torchvision's Video Swin block and BEVT's own index buffer."""
+"""The reference ops against torchvision's Video Swin block and BEVT's own index buffer."""
 
 import hashlib
 from math import prod
@@ -13,14 +13,14 @@ from bevt_ds.kernels.geometry import Windows
 OFFICIAL_INDEX = "617532ad86365ae62776b83be3bddb26e27a1681f91a13793af0bf875935b59c"
 
 
-def test_index_is_the_official_one():
+def test_relative_position_index_equals_the_official_one():
     """Bit for bit, and the values of its corner."""
     index = reference.relative_position_index((8, 7, 7), (8, 7, 7))
     assert index[0, [0, 1, 7, 49]].tolist() == [1267, 1266, 1254, 1098]
     assert hashlib.sha256(index.numpy().tobytes()).hexdigest() == OFFICIAL_INDEX
 
 
-def test_an_image_uses_the_central_slab():
+def test_image_window_uses_the_central_slab_of_the_table():
     """The window (1, 7, 7) is the official code's corner of the index, rows 1183 to 1351."""
     index = reference.relative_position_index((1, 7, 7), (8, 7, 7))
     assert torch.equal(index, reference.relative_position_index((8, 7, 7), (8, 7, 7))[:49, :49])
@@ -29,7 +29,7 @@ def test_an_image_uses_the_central_slab():
 
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 2, 1)])
 @pytest.mark.parametrize("frames", [4, 1])
-def test_equals_torchvision(shift, frames):
+def test_reference_attention_equals_torchvision(shift, frames):
     """torchvision.models.video.swin_transformer, in float64, with its own clipping of short clips."""
     from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
@@ -58,7 +58,7 @@ def test_geometry_counts_what_the_mask_allows(mask_shift):
     assert windows.whole == len(allowed)
 
 
-def test_partition_and_back():
+def test_window_partition_is_inverted():
     """unpartition inverts partition."""
     x = torch.arange(prod((2, 4, 8, 6, 5))).view(2, 4, 8, 6, 5)
     parts = reference.partition(x, (2, 4, 3))
@@ -76,7 +76,7 @@ def test_partition_and_back():
         ({"grid": (32, 8, 6), "window": (32, 8, 6), "table_window": (32, 8, 6)}, "at most 1024"),
     ],
 )
-def test_bad_geometry_names_the_mistake(change, message):
+def test_bad_window_geometry_is_named(change, message):
     """A size that does not fit is a ValueError before any memory is touched."""
     good = {
         "grid": (2, 8, 6),

@@ -1,4 +1,4 @@
-"""The torch provider, the path of every CPU, against the reference."""
+"""The torch provider (every CPU's) against the reference."""
 
 from functools import partial
 from itertools import islice, product
@@ -15,14 +15,14 @@ attend = partial(kernels.window_attention, provider="torch")
 
 
 @pytest.mark.parametrize("low", DTYPES, ids=str)
-def test_window_attention(every_case, low, device, inputs, check_op):
+def test_torch_window_attention_matches_reference(every_case, low, device, inputs, check_op):
     """Output, dqkv and dtable."""
     qkv, table, windows = inputs(every_case, low, device, batch=2)
     check_op(attend, reference.window_attention, (qkv, table), windows=windows)
 
 
 @pytest.mark.parametrize("low", DTYPES, ids=str)
-def test_mask_tokens_and_gather(low, device, check_op):
+def test_torch_mask_tokens_and_gather_match_reference(low, device, check_op):
     """Output and gradients; x of the first also as the permuted view that a convolution leaves."""
     x = torch.randn(2, 20, 2, 6, 8, device=device).to(low).permute(0, 2, 3, 4, 1)
     token, mask = torch.randn(20, device=device).to(low), torch.rand(2, 2, 3, 2, device=device) < 0.5
@@ -35,7 +35,7 @@ def test_mask_tokens_and_gather(low, device, check_op):
 
 
 @pytest.mark.parametrize("low", DTYPES, ids=str)
-def test_masked_cross_entropy(low, device, check_op):
+def test_torch_masked_cross_entropy_matches_reference(low, device, check_op):
     """Loss sums and gradients; hits are those of the reference."""
     h, weight, bias = (torch.randn(*n, device=device).to(low) for n in ((12, 8), (30, 8), (30,)))
     target = torch.randint(30, (12,), device=device)
@@ -47,7 +47,7 @@ def test_masked_cross_entropy(low, device, check_op):
     assert torch.equal(loss_of(*arguments)[1], reference.masked_cross_entropy(*arguments)[1])
 
 
-def test_one_graph(device, inputs):
+def test_torch_ops_compile_into_one_graph(device, inputs):
     """torch.compile needs no break."""
     qkv, table, windows = inputs("clip-shifted", torch.float32, device)
     index = torch.tensor([3, -1, 0], device=device)
@@ -66,7 +66,7 @@ def test_one_graph(device, inputs):
         torch.testing.assert_close(a, b)
 
 
-def test_training_after_inference_mode(device, inputs):
+def test_torch_ops_train_after_inference_mode(device, inputs):
     """What is cached during an evaluation serves a later backward pass."""
     qkv, table, windows = inputs("window-below-table", torch.float32, device)
     torch_ops._bias_rows.cache_clear()
@@ -91,7 +91,7 @@ def test_bias_rows_are_numbered_by_query_minus_key(window):
         assert rows[q, k] == row_of[offset]
 
 
-def test_table_and_sizes_must_fit(device, inputs):
+def test_attention_table_and_sizes_must_fit(device, inputs):
     """A table of another window is named with the shape that is needed."""
     qkv, table, windows = inputs("clip", torch.float32, device)
     with pytest.raises(ValueError, match=r"bias_table has shape \(104, 2\)"):

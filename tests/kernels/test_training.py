@@ -1,4 +1,4 @@
-"""Thirty steps of a small two-stage model, by the kernels and in plain PyTorch: the same losses."""
+"""Training a small two-stage model with the kernels and in plain PyTorch: the same losses."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def train(provider, dtype, device):
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def test_same_losses_with_and_without_kernels(device):
+def test_training_losses_with_and_without_kernels(device):
     """The kernels' curve is as close to the float64 curve as PyTorch's own, within a factor of three.
 
     The floor is what fp32 roundings of 6e-8 grow to in 30 steps of this model, times ten.
@@ -106,7 +106,7 @@ def test_same_losses_with_and_without_kernels(device):
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_under_zero(stage):
+def test_kernels_under_zero_stages(stage):
     """DeepSpeed's partitioned gradients and parameters, gathered around modules, reach the kernels intact."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

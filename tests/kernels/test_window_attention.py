@@ -1,4 +1,4 @@
-"""The attention kernels against the reference: values, gradients, isolation, determinism, registration."""
+"""The window attention kernels against the reference: values, gradients, isolation, determinism."""
 
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ STILL = (0, 0, 0)
 attend = partial(kernels.window_attention, provider="triton")
 
 
-def test_matches_reference(every_case, dtype, device, inputs, check_op, poisoned):
+def test_window_attention_matches_reference(every_case, dtype, device, inputs, check_op, poisoned):
     """Output, dqkv and dtable, with every output element written."""
     heads = 1 if every_case.startswith("large-") else 2  # the interpreter takes a second a head of these
     qkv, table, windows = inputs(every_case, dtype, device, heads=heads)
@@ -24,14 +24,14 @@ def test_matches_reference(every_case, dtype, device, inputs, check_op, poisoned
 
 
 @pytest.mark.parametrize("case", ["clip-shifted", "large-cut-in-time"])
-def test_head_dim_batch_and_scale(case, device, inputs, check_op, poisoned):
+def test_window_attention_head_dim_batch_and_scale(case, device, inputs, check_op, poisoned):
     """d = 32, three heads or two, two samples, a given scale."""
     heads = 3 if case == "clip-shifted" else 2
     qkv, table, windows = inputs(case, torch.float32, device, batch=2, heads=heads, d=32)
     check_op(attend, reference.window_attention, (qkv, table), windows=windows, scale=0.5)
 
 
-def test_table_of_another_dtype(device, inputs):
+def test_window_attention_with_a_float32_table(device, inputs):
     """A float32 table beside float16 activations gives a float32 gradient."""
     qkv, table, windows = inputs("clip", torch.float16, device)
     table = table.float().requires_grad_()
@@ -40,7 +40,7 @@ def test_table_of_another_dtype(device, inputs):
     assert table.grad.dtype == torch.float32
 
 
-def test_public_calls_launch_the_kernels(device, inputs):
+def test_public_attention_launches_the_kernels(device, inputs):
     """Small windows take the fused backward kernel, large ones the three separate ones."""
     common = {"prepare_kernel": 2, "window_attention_fwd_kernel": 1, "fold_pairs_kernel": 1}
     expected = {
@@ -55,7 +55,7 @@ def test_public_calls_launch_the_kernels(device, inputs):
 
 
 @pytest.mark.parametrize("case", ["clip-shifted", "large-shifted"])
-def test_regions_do_not_see_each_other(case, device, inputs):
+def test_window_attention_regions_are_isolated(case, device, inputs):
     """Changing one token changes, bitwise, nothing outside its region, forward or backward."""
     qkv, table, windows = inputs(case, torch.float32, device, heads=1)
     grid = tuple(qkv.shape[1:4])
@@ -82,7 +82,7 @@ def test_regions_do_not_see_each_other(case, device, inputs):
 
 
 @pytest.mark.parametrize("case", ["clip-shifted", "large-cut-in-time", "small-map-by-number"])
-def test_bitwise_repeatable(case, device, inputs):
+def test_window_attention_is_bitwise_repeatable(case, device, inputs):
     """No atomics: equal inputs, equal bits."""
     qkv, table, windows = inputs(case, torch.float32, device, heads=1)
 
@@ -96,7 +96,7 @@ def test_bitwise_repeatable(case, device, inputs):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-def test_rolling_the_input_rolls_the_output(device, inputs):
+def test_window_attention_shift_equals_rolling_the_input(device, inputs):
     """Unmasked windows shifted by s are unshifted windows of the rolled map."""
     qkv, table, windows = inputs("rolled-unmasked", torch.float32, device)
     rolled = torch.roll(qkv, [-s for s in windows.shift], dims=(1, 2, 3))
@@ -116,7 +116,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_other_operator_between_the_linear_layers(device, inputs):
+def test_attention_block_runs_no_other_operator(device, inputs):
     """From qkv to out and back our two operators alone move data: no roll, no copy, no permute."""
     qkv, table, windows = inputs("clip-shifted", torch.float32, device)
     leaves = qkv.requires_grad_(), table.requires_grad_()
@@ -128,7 +128,7 @@ def test_no_other_operator_between_the_linear_layers(device, inputs):
     assert ours == ["bevt_ds::window_attention", "bevt_ds::window_attention_backward"]
 
 
-def test_registration(device, inputs):
+def test_window_attention_registration(device, inputs):
     """Schema, fake tensors and autograd agree with the implementation."""
     from bevt_ds.kernels.attention import backward_op, forward_op
 
@@ -141,7 +141,7 @@ def test_registration(device, inputs):
     torch.library.opcheck(backward_op, (*tensors, *settings))
 
 
-def test_flop_formula(device, inputs):
+def test_window_attention_flop_formula(device, inputs):
     """Forward 4 N d per token and head, backward 2.5 times that."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -153,7 +153,7 @@ def test_flop_formula(device, inputs):
     assert counter.get_total_flops() == forward * 7 // 2
 
 
-def test_under_compile_and_checkpointing(device, inputs):
+def test_window_attention_under_compile_and_checkpointing(device, inputs):
     """One graph under torch.compile, and recomputation give the eager gradients bitwise."""
     qkv, table, windows = inputs("clip", torch.float32, device)
 
@@ -171,7 +171,7 @@ def test_under_compile_and_checkpointing(device, inputs):
         assert all(torch.equal(a, b) for a, b in zip(expected, gradients(function), strict=True))
 
 
-def test_table_swapped_out_between_passes(device, inputs):
+def test_window_attention_with_a_table_emptied_by_zero3(device, inputs):
     """ZeRO-3 empties a parameter after its module ran, and fills it again before the backward pass."""
     qkv, table, windows = inputs("clip", torch.float32, device)
     expected = torch.nn.Parameter(table.clone())
@@ -184,7 +184,7 @@ def test_table_swapped_out_between_passes(device, inputs):
     assert torch.equal(parameter.grad, expected.grad)
 
 
-def test_head_width_the_kernels_lack_is_named(device, inputs):
+def test_unsupported_head_width_is_named(device, inputs):
     """Their tiles are for 16 and 32."""
     qkv, table, windows = inputs("clip", torch.float32, device, d=8)
     with pytest.raises(ValueError, match="not 8: use kernels='torch'"):

@@ -1,4 +1,4 @@
-"""Several clips from one decode of a video."""
+"""data.clips_per_video: several clips from one decode of a video."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def paired(config: Config) -> Config:
     return replace(config, data=replace(config.data, clips_per_video=2))
 
 
-def test_one_clip_a_video_is_the_plan_as_it_always_was() -> None:
+def test_one_clip_per_video_keeps_the_plan() -> None:
     once = StreamPlan(StreamId.VIDEO, COUNTS, DataConfig(), 0, 6).entry(3, 2)
     assert once.phase == 0.0
     others = StreamPlan(StreamId.IMAGE, COUNTS, DataConfig(clips_per_video=2), 0, 6)
@@ -35,7 +35,7 @@ def test_one_clip_a_video_is_the_plan_as_it_always_was() -> None:
     assert held_out.clips_per_sample == 1  # each held-out video counts once
 
 
-def test_a_group_shares_a_video_and_differs_in_all_else() -> None:
+def test_clips_of_a_group_share_a_video_and_differ_in_crop_and_mask() -> None:
     plan = StreamPlan(StreamId.VIDEO, COUNTS, DataConfig(clips_per_video=3), 0, 6)
     entries = [plan.entry(step, slot) for step in range(6) for slot in range(6)]
     groups = [entries[i : i + 3] for i in range(0, 36, 3)]
@@ -48,14 +48,14 @@ def test_a_group_shares_a_video_and_differs_in_all_else() -> None:
     assert len({(e.shard, e.member) for e in again}) == 1
 
 
-def test_phases_stay_in_the_span() -> None:
+def test_clip_phases_stay_within_the_span() -> None:
     for phase in np.linspace(0, 0.999, 7):
         numbers = clip_frames(0.9999, 100, 8, 4, phase)
         assert numbers[0] - clip_frames(0.9999, 100, 8, 4)[0] == int(4 * phase)
         assert (np.diff(numbers) == 4).all() and numbers.max() < 100
 
 
-def test_the_clips_are_those_that_single_decodes_would_give(paired: Config, monkeypatch) -> None:
+def test_grouped_clips_equal_single_decodes(paired: Config, monkeypatch) -> None:
     decodes = []
     real = DecodePool.clips
     monkeypatch.setattr(
@@ -81,7 +81,7 @@ def test_the_clips_are_those_that_single_decodes_would_give(paired: Config, monk
     assert torch.equal(views, alone)
 
 
-def test_any_split_over_ranks_and_any_resume(paired: Config) -> None:
+def test_grouped_clips_do_not_depend_on_ranks_or_resume(paired: Config) -> None:
     with Loader(paired) as loader:
         whole = list(islice(loader, 6))
     dealt = []
@@ -95,7 +95,7 @@ def test_any_split_over_ranks_and_any_resume(paired: Config) -> None:
     assert torch.equal(later[0].video.pixels, whole[2].video.pixels)
 
 
-def test_a_bad_video_is_replaced_for_all_its_clips(paired: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_video_is_replaced_for_all_its_clips(paired: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen = DecodePool.clips, []
 
     def first_is_bad(self, data, starts, *arguments, **more):
@@ -111,6 +111,6 @@ def test_a_bad_video_is_replaced_for_all_its_clips(paired: Config, monkeypatch: 
     assert batch.video.pixels.shape[0] == 2
 
 
-def test_a_group_stays_on_one_rank(paired: Config, with_data: Callable) -> None:
+def test_clips_of_a_group_stay_on_one_rank(paired: Config, with_data: Callable) -> None:
     with pytest.raises(UserError, match="train.micro_clips=2: must be a multiple of data.clips_per_video=3"):
         validate(with_data(clips_per_video=3))

@@ -1,4 +1,4 @@
-"""Containers are read before FFmpeg sees them: real ones pass, those that contradict themselves do not."""
+"""Container checks before decoding: valid MP4, WebM and AVI pass, contradictory or truncated ones do not."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ UNCOUNTED = ["mp4", "mov", "sound", "avi", "avi sound"]  # an edit list may hide
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_sound_passes(videos: dict[str, bytes], name: str) -> None:
+def test_valid_containers_pass(videos: dict[str, bytes], name: str) -> None:
     claims = check_container(videos[name], LIMITS)
     assert (claims.width, claims.height) == (WIDTH, HEIGHT)
     assert claims.frames == (None if name in UNCOUNTED else FRAMES)
@@ -103,7 +103,7 @@ BEHIND = {
 
 
 @pytest.mark.parametrize("what", BEHIND)
-def test_what_is_no_part_of_the_video_is_passed_over(videos: dict[str, bytes], what: str) -> None:
+def test_unknown_boxes_and_elements_are_ignored(videos: dict[str, bytes], what: str) -> None:
     """ISO/IEC 14496-12 says so of boxes that are not known; the frames are the same."""
     for name in ("mp4", "faststart", "mov"):
         longer = videos[name] + BEHIND[what]
@@ -115,7 +115,7 @@ def test_what_is_no_part_of_the_video_is_passed_over(videos: dict[str, bytes], w
                 check_container(videos[name][: moov + 200] + BEHIND[what], LIMITS)
 
 
-def test_a_box_that_nobody_knows_in_front(videos: dict[str, bytes]) -> None:
+def test_unknown_box_after_ftyp_is_ignored(videos: dict[str, bytes]) -> None:
     """Between `ftyp` and the rest, the offsets moved by as much."""
     data, start = videos["mp4"], struct.unpack(">I", videos["mp4"][:4])[0]
     table = data.index(b"stco") + 4
@@ -125,7 +125,7 @@ def test_a_box_that_nobody_knows_in_front(videos: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["JPEG", "PNG"])
-def test_bytes_behind_a_picture_are_passed_over(make: SimpleNamespace, encoding: str) -> None:
+def test_bytes_after_the_end_of_an_image_are_ignored(make: SimpleNamespace, encoding: str) -> None:
     buffer = io.BytesIO()
     Image.fromarray(make.noise(30, 40)).save(buffer, encoding)
     data = buffer.getvalue()
@@ -140,7 +140,7 @@ def test_bytes_behind_a_picture_are_passed_over(make: SimpleNamespace, encoding:
             check_image(cut, LIMITS)
 
 
-def test_dali_passes_over_what_is_no_part_of_the_video(make: SimpleNamespace) -> None:
+def test_dali_ignores_unknown_boxes_and_elements(make: SimpleNamespace) -> None:
     """VP9 is what it decodes on a CPU."""
     frames = make.noise(6, HEIGHT, WIDTH, softness=5.0)
     data = make.clip(frames, "mp4", "libvpx-vp9", deadline="realtime")
@@ -164,14 +164,14 @@ def by_dali(decoder: Callable, files: list[bytes]) -> list[np.ndarray]:
     return [np.asarray(decoded[i]) for i in range(len(files))]
 
 
-def test_real_clips_pass(media_folder: Path) -> None:
+def test_containers_of_real_clips_pass(media_folder: Path) -> None:
     for path in media_folder.iterdir():
         if path.suffix in (".mp4", ".avi"):
             assert probe(path.read_bytes(), LIMITS).frames > 0
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "live"])
-def test_a_cut_anywhere_is_found(videos: dict[str, bytes], name: str) -> None:
+def test_truncation_at_any_byte_is_found_d15(videos: dict[str, bytes], name: str) -> None:
     """D15: at every byte, box and element boundaries among them, by the container alone."""
     data = videos[name]
     for length in range(len(data)):
@@ -179,7 +179,7 @@ def test_a_cut_anywhere_is_found(videos: dict[str, bytes], name: str) -> None:
             check_container(data[:length], LIMITS)
 
 
-def test_a_live_webm_may_end_with_any_cluster(videos: dict[str, bytes]) -> None:
+def test_live_webm_cut_between_clusters_keeps_its_frames_d15(videos: dict[str, bytes]) -> None:
     """D15: such a file states no sizes, so that a cut between clusters shows nowhere; what is left is as it was."""
     data = videos["live"]
     whole = decode_clip(data, np.arange)
@@ -291,7 +291,7 @@ LIES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_lies_are_refused(videos: dict[str, bytes], lie: str) -> None:
+def test_containers_that_contradict_themselves_are_refused(videos: dict[str, bytes], lie: str) -> None:
     name, change, reason = LIES[lie]
     changed = change(videos[name])
     assert changed != videos[name]
@@ -334,7 +334,7 @@ FORMS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_rare_forms_pass(videos: dict[str, bytes], form: str) -> None:
+def test_rare_but_valid_layouts_pass(videos: dict[str, bytes], form: str) -> None:
     """What another muxer may write: the same frames."""
     name, change = FORMS[form]
     changed = change(videos[name])
@@ -342,14 +342,14 @@ def test_rare_forms_pass(videos: dict[str, bytes], form: str) -> None:
     np.testing.assert_array_equal(decode_clip(changed, np.arange), decode_clip(videos[name], np.arange))
 
 
-def test_a_file_of_tiny_elements(videos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_of_many_tiny_elements_is_refused_d17(videos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """D17: it may not take for ever."""
     monkeypatch.setattr("bevt_ds.data.decoding.matroska._MAX_ELEMENTS", 20)
     with pytest.raises(BadSample, match="more than 20 elements"):
         check_container(videos["live"], LIMITS)
 
 
-def test_frames_of_another_size_are_refused(videos: dict[str, bytes], make: SimpleNamespace) -> None:
+def test_change_of_frame_size_within_a_video_is_refused_d14(videos: dict[str, bytes], make: SimpleNamespace) -> None:
     """D14: the header's size holds for the first frames only."""
     larger = make.clip(
         make.noise(6, 2 * HEIGHT, 2 * WIDTH), "webm", "libvpx-vp9", deadline="realtime", muxer={"live": "1"}
@@ -365,7 +365,7 @@ def not_shown(data: bytes) -> bytes:
     return data[:at] + bytes([data[at] & ~2]) + data[at + 1 :]
 
 
-def test_packets_without_a_frame_have_no_number(videos: dict[str, bytes], make: SimpleNamespace) -> None:
+def test_packets_without_a_frame_are_not_numbered_d15(videos: dict[str, bytes], make: SimpleNamespace) -> None:
     """D15: the first frame is the first that is shown."""
     data = not_shown(videos["webm"])
     shown = decode_clip(data, np.arange)
@@ -375,7 +375,7 @@ def test_packets_without_a_frame_have_no_number(videos: dict[str, bytes], make: 
         probe(not_shown(make.clip(make.noise(1, HEIGHT, WIDTH), "webm", "libvpx-vp9")), LIMITS)
 
 
-def test_what_ffmpeg_refuses_is_a_bad_sample(videos: dict[str, bytes]) -> None:
+def test_payload_that_ffmpeg_refuses_is_a_bad_sample_d16(videos: dict[str, bytes]) -> None:
     """D16: a whole container around zeros."""
     data = videos["mp4"]
     zeros = data[: mdat(data)] + bytes(data.index(b"moov") - 4 - mdat(data)) + data[data.index(b"moov") - 4 :]
@@ -385,7 +385,7 @@ def test_what_ffmpeg_refuses_is_a_bad_sample(videos: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("name", ["mp4", "webm", "avi"])
-def test_caps(videos: dict[str, bytes], name: str) -> None:
+def test_limits_of_bytes_frames_and_pixels_hold_d17(videos: dict[str, bytes], name: str) -> None:
     """D17: the file, its frames, a picture, and a clip's decoded bytes."""
     clip = 3 * 4 * HEIGHT * WIDTH
     for limits, reason in [
@@ -403,7 +403,9 @@ def test_caps(videos: dict[str, bytes], name: str) -> None:
         check_image(b"\xff\xd8\xff" + bytes(200), Limits(file_bytes=100))
 
 
-def test_bombs_cost_nothing(videos: dict[str, bytes], make: SimpleNamespace) -> None:
+def test_decompression_bombs_are_refused_by_their_header_d13_d17(
+    videos: dict[str, bytes], make: SimpleNamespace
+) -> None:
     """D13, D17: refused within milliseconds, because the header is all that is read."""
     video = put(videos["mp4"], b"avc1", 24, struct.pack(">HH", 60000, 60000), nth=1)
     frames = put(videos["mp4"], b"stsz", 4, u32(1, 1 << 24))
@@ -430,7 +432,7 @@ def test_bombs_cost_nothing(videos: dict[str, bytes], make: SimpleNamespace) -> 
 
 
 @pytest.mark.parametrize("pixel_format", ["yuv422p", "yuv444p", "yuv420p10le"])
-def test_other_pixel_formats_are_decoded(make: SimpleNamespace, pixel_format: str) -> None:
+def test_pixel_formats_10_bit_422_444_are_decoded_d18(make: SimpleNamespace, pixel_format: str) -> None:
     """D18: the CPU path takes them; `bevt shards check` notes that a GPU would not."""
     frames = make.noise(4, HEIGHT, WIDTH, softness=5.0)
     data = make.clip(frames, "mp4", "libx264", pixel_format=pixel_format)
@@ -442,7 +444,9 @@ def test_other_pixel_formats_are_decoded(make: SimpleNamespace, pixel_format: st
 
 
 @pytest.mark.parametrize(("height", "width", "frames"), [(50, 34, 1), (66, 98, 3)])
-def test_odd_shapes(make: SimpleNamespace, height: int, width: int, frames: int) -> None:
+def test_single_frame_and_odd_sizes_are_decoded_d18(
+    make: SimpleNamespace, height: int, width: int, frames: int
+) -> None:
     """D18: a single frame, sides that are no multiple of 16."""
     data = make.clip(make.noise(frames, height, width), "mp4", "libx264")
     assert decode_clip(data, lambda total: np.zeros(5, int), LIMITS).shape == (5, height, width, 3)

@@ -1,4 +1,4 @@
-"""The pictures that torch makes of clips on a CPU, beside those of DALI's graph and of OpenCV."""
+"""Pixels made by torch on a CPU against DALI's graph and OpenCV."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def differences(graph: PixelPipeline, frames: np.ndarray, entries: list[PlanEntr
 
 
 @pytest.mark.parametrize(("height", "width"), [(120, 150), (150, 120), (97, 133), (96, 96)])
-def test_cuts_are_those_of_dali(graph: PixelPipeline, height: int, width: int) -> None:
+def test_cpu_crop_offsets_equal_dali(graph: PixelPipeline, height: int, width: int) -> None:
     """Without a resize the pixels are the very same, so every offset is."""
     pixels, view = differences(graph, noise(2, height, width), plan_entries(min(height, width), min(height, width)))
     assert pixels.max() < ROUNDING
     assert view.max() < 1 + ROUNDING and (view > 0.5).mean() < 1e-3  # a half may be rounded otherwise
 
 
-def test_resized_sizes_are_those_of_dali(entry: Callable) -> None:
+def test_cpu_resized_sizes_equal_dali(entry: Callable) -> None:
     """Where the exact length ends in a half it depends on the precision."""
     lengths = ((h, w, s) for h in range(100, 400, 4) for w in (h + 7, h * 16 // 9, 426) for s in range(256, 321))
     cases = [case for case in lengths if case[1] > case[0] and Fraction(case[1] * case[2], case[0]) % 1 == 0.5]
@@ -81,7 +81,7 @@ def test_resized_sizes_are_those_of_dali(entry: Callable) -> None:
 
 
 @pytest.mark.parametrize("size", [(120, 150), (400, 600)])
-def test_drawn_pictures_are_close_to_dalis(graph: PixelPipeline, size: tuple[int, int]) -> None:
+def test_cpu_resize_of_drawn_images_is_close_to_dali(graph: PixelPipeline, size: tuple[int, int]) -> None:
     """Enlarged and shrunk."""
     frames = render(np.random.default_rng(0), Extent(height=size[0], width=size[1], frames=2))
     for difference in differences(graph, frames, plan_entries(128, 160)):
@@ -89,7 +89,7 @@ def test_drawn_pictures_are_close_to_dalis(graph: PixelPipeline, size: tuple[int
 
 
 @pytest.mark.parametrize("name", ["arm_wrestling", "dog", "goat", "part_0"])
-def test_real_clips_are_close_to_dalis(media_folder: Path, name: str) -> None:
+def test_cpu_resize_of_real_clips_is_close_to_dali(media_folder: Path, name: str) -> None:
     """At the recipe's sizes, all of them enlarged: the bounds are 1.5 times what was measured."""
     with av.open(str(media_folder / f"{name}.mp4")) as container:
         frames = np.stack([f.to_ndarray(format="rgb24") for f in islice(container.decode(video=0), 0, 40, 20)])
@@ -104,7 +104,7 @@ def test_real_clips_are_close_to_dalis(media_folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("side", [96, 224, 36, 50])
-def test_the_view_is_opencvs_lanczos4(entry: Callable, side: int) -> None:
+def test_cpu_token_view_equals_opencv_lanczos4(entry: Callable, side: int) -> None:
     """The same taps; OpenCV sums them as integers, so that a half may be rounded otherwise."""
     crop = noise(6, side, side)  # more frames than are filtered at a time
     _, view = clip_pixels(ClipPixels(side), crop, [entry(short_side=side, flip=False)])
@@ -115,7 +115,7 @@ def test_the_view_is_opencvs_lanczos4(entry: Callable, side: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [ClipPixels, PixelPipeline])
-def test_views_are_made_of_masked_frames(kind: type, graph: PixelPipeline) -> None:
+def test_cpu_token_views_are_made_of_masked_frames_only(kind: type, graph: PixelPipeline) -> None:
     """In their order, whatever their number: a run that wraps around the end, all, none, and every second frame."""
     frames, entries = noise(10, 100, 130), plan_entries(100, 130)[:4]
     masked = np.array([[t in (0, 1, 2, 8, 9) for t in range(10)], [True] * 10, [False] * 10, [True, False] * 5])
@@ -127,7 +127,7 @@ def test_views_are_made_of_masked_frames(kind: type, graph: PixelPipeline) -> No
     assert torch.equal(every, same) and torch.equal(some, views[torch.from_numpy(masked)])
 
 
-def test_a_cut_that_ends_where_the_source_does(graph: PixelPipeline, entry: Callable) -> None:
+def test_cpu_crop_to_the_last_row_is_still_resized(graph: PixelPipeline, entry: Callable) -> None:
     """Torch would take 120 rows, made of 120 rows, for no resize."""
     view = entry(short_side=144, crop=(0.5, 0.5))
     assert cut(120, 150, Crop(144, 0.5, 0.5, S)).top + S == 120
@@ -136,7 +136,7 @@ def test_a_cut_that_ends_where_the_source_does(graph: PixelPipeline, entry: Call
 
 
 @pytest.mark.parametrize(("size", "mean"), [((120, 150), 3.0), ((300, 400), 0.3)])
-def test_shrunk_clips_are_opencvs(entry: Callable, size: tuple[int, int], mean: float) -> None:
+def test_cpu_downscaling_equals_opencv(entry: Callable, size: tuple[int, int], mean: float) -> None:
     """Noise, the hardest case: the same kernel where it is shrunk, another where it is enlarged."""
     frames, view = noise(2, *size), entry(short_side=140, crop=(0.3, 0.7))
     height, width, top, left = cut(*size, Crop(140, 0.3, 0.7, S))
@@ -145,7 +145,7 @@ def test_shrunk_clips_are_opencvs(entry: Callable, size: tuple[int, int], mean: 
     assert np.abs(crop.numpy() - reference[:, top : top + S, left : left + S]).mean() < mean
 
 
-def test_clips_of_one_video_take_their_own_frames(entry: Callable) -> None:
+def test_cpu_pixels_of_clips_sharing_one_decode(entry: Callable) -> None:
     """Frames in a row, spread, and repeated; and nothing refers to the worker's memory afterwards."""
     images, pixels = noise(6, S, S), ClipPixels(S)
     expected, places = images.copy(), np.array([[2, 3, 4], [0, 2, 5], [4, 5, 4]])
@@ -155,7 +155,7 @@ def test_clips_of_one_video_take_their_own_frames(entry: Callable) -> None:
         np.testing.assert_array_equal(crop, expected[rows])
 
 
-def test_frames_apart_are_cut_like_neighbours() -> None:
+def test_cpu_pixels_of_non_consecutive_frames() -> None:
     """Of frames that do not follow one another only the part that the crop needs is copied, over what was there."""
     images, pixels, rows = noise(6, 120, 150), ClipPixels(S), np.array([5, 0, 2])
     for e in plan_entries(100, 150):
@@ -164,7 +164,7 @@ def test_frames_apart_are_cut_like_neighbours() -> None:
         assert torch.equal(apart, pixels.crop(images[rows], np.arange(3), crop, "together"))
 
 
-def test_a_clip_does_not_depend_on_its_neighbours() -> None:
+def test_cpu_pixels_do_not_depend_on_the_rest_of_the_batch() -> None:
     frames, entries = noise(2, 120, 150), plan_entries(100, 130)
     together = ours(frames, entries)
     for i, e in enumerate(entries):
@@ -172,7 +172,7 @@ def test_a_clip_does_not_depend_on_its_neighbours() -> None:
             assert torch.equal(alone[0], one[i])
 
 
-def test_threads_of_one_core_leave_the_others_theirs() -> None:
+def test_compute_on_one_core_leaves_other_threads_alone() -> None:
     def elsewhere() -> int:
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(torch.get_num_threads).result()
@@ -188,7 +188,7 @@ def test_threads_of_one_core_leave_the_others_theirs() -> None:
         torch.set_num_threads(before)
 
 
-def test_memory_is_reused_only_when_nothing_refers_to_it() -> None:
+def test_pixel_buffers_are_reused_only_when_unreferenced() -> None:
     memory = ReusedMemory()
     first = memory.floats(2, 3)
     place, part = first.data_ptr(), first[1:]

@@ -1,4 +1,4 @@
-"""Decode workers: what they load, and that a sample outlives the worker it kills."""
+"""The pool of decode workers: results, imports, deadlines, and replacement of killed or hanging workers."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def expected(member: Load) -> np.ndarray:
     return decode_clip(member(), lambda total: clip_frames(0.3, total, 8, 2), Limits())[None]
 
 
-def test_workers_decode_what_the_caller_would(pool: DecodePool, member: Load, expected: np.ndarray) -> None:
+def test_decode_workers_equal_in_process_decoding(pool: DecodePool, member: Load, expected: np.ndarray) -> None:
     for clip in at_once(pool, member, 5):
         np.testing.assert_array_equal(clip, expected)
     assert pool.describe(member())["frames"] == 20
 
 
-def test_clips_of_one_decode_are_those_of_their_positions(pool: DecodePool, member: Load) -> None:
+def test_several_clips_from_one_decode_equal_single_decodes(pool: DecodePool, member: Load) -> None:
     """The phase too: what tells the clips of a video apart."""
     positions = [(0.3, 0.0), (0.3, 0.9), (0.8, 0.6)]
     clips = pooled_clips(pool, member(), positions, 8, 2)
@@ -69,7 +69,7 @@ def test_clips_of_one_decode_are_those_of_their_positions(pool: DecodePool, memb
     assert not np.array_equal(clips[0], clips[1])
 
 
-def test_a_worker_loads_neither_torch_nor_dali_nor_the_entry() -> None:
+def test_decode_worker_imports_neither_torch_nor_dali() -> None:
     code = (
         "import sys, json, bevt_ds.data.decoding.worker; "
         "print(json.dumps([m for m in ('torch', 'nvidia.dali', 'deepspeed', 'webdataset') if m in sys.modules]))"
@@ -79,7 +79,7 @@ def test_a_worker_loads_neither_torch_nor_dali_nor_the_entry() -> None:
     assert json.loads(output) == []
 
 
-def test_a_killed_worker_is_replaced_and_the_sample_decoded_again(
+def test_killed_worker_is_replaced_and_its_sample_decoded_again(
     pool: DecodePool, member: Load, expected: np.ndarray
 ) -> None:
     first = set(pool.pids)
@@ -90,7 +90,7 @@ def test_a_killed_worker_is_replaced_and_the_sample_decoded_again(
     assert len(pool.pids) == 2 and not first & set(pool.pids)
 
 
-def test_a_worker_killed_in_the_middle_of_a_sample(member: Load, expected: np.ndarray) -> None:
+def test_worker_killed_during_a_sample_is_replaced(member: Load, expected: np.ndarray) -> None:
     pool = DecodePool(workers=1, seconds=20.0, limits=Limits())
     try:
         pooled_clips(pool, member(), *CLIP)  # started up
@@ -104,7 +104,7 @@ def test_a_worker_killed_in_the_middle_of_a_sample(member: Load, expected: np.nd
         pool.close()
 
 
-def test_the_sample_of_a_worker_that_hangs_goes_to_a_fresh_one(
+def test_sample_of_a_hanging_worker_goes_to_a_new_one_d19(
     pool: DecodePool, member: Load, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D19: also where the others hang too. The first attempt has 0.3 s, a process that starts has more."""
@@ -127,7 +127,7 @@ def test_the_sample_of_a_worker_that_hangs_goes_to_a_fresh_one(
     assert len(pool.pids) == 2 and not stuck & set(pool.pids)
 
 
-def test_a_sample_that_always_hangs_costs_two_deadlines(member: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_that_always_hangs_is_bad_after_two_deadlines(member: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     program = f"import os, time; os.write(1, {READY!r}); time.sleep(60)"
     monkeypatch.setattr(subprocess_env, "command", lambda *_: [sys.executable, "-c", program])
     pool = DecodePool(workers=1, seconds=0.3, limits=Limits())
@@ -138,7 +138,9 @@ def test_a_sample_that_always_hangs_costs_two_deadlines(member: Load, monkeypatc
     pool.close()
 
 
-def test_a_worker_that_has_grown_is_replaced(pool: DecodePool, member: Load, expected: np.ndarray, monkeypatch) -> None:
+def test_worker_over_its_memory_limit_is_replaced_d23(
+    pool: DecodePool, member: Load, expected: np.ndarray, monkeypatch
+) -> None:
     """D23: its answer still counts; the next sample gets a fresh process. Below the bound nobody is replaced."""
     first = set(pool.pids)
     with pool.clips(member(), *CLIP) as decoded:
@@ -151,14 +153,14 @@ def test_a_worker_that_has_grown_is_replaced(pool: DecodePool, member: Load, exp
     assert len(pool.pids) == 2 and not first & set(pool.pids)
 
 
-def test_a_bad_sample_is_an_answer_not_a_death(pool: DecodePool, member: Load) -> None:
+def test_bad_sample_does_not_kill_its_worker(pool: DecodePool, member: Load) -> None:
     before = set(pool.pids)
     with pytest.raises(BadSample, match="cut"):
         pooled_clips(pool, member()[:-1000], *CLIP)
     assert set(pool.pids) == before
 
 
-def test_workers_that_cannot_start_are_no_fault_of_the_sample(member: Load, monkeypatch) -> None:
+def test_workers_that_cannot_start_end_the_run(member: Load, monkeypatch) -> None:
     program = "raise ImportError('no such library')"
     monkeypatch.setattr(subprocess_env, "command", lambda *_: [sys.executable, "-c", program])
     pool = DecodePool(workers=1, seconds=20.0, limits=Limits())
@@ -167,7 +169,7 @@ def test_workers_that_cannot_start_are_no_fault_of_the_sample(member: Load, monk
     pool.close()
 
 
-def test_closing_ends_every_process(member: Load, is_alive: Callable[[int], bool]) -> None:
+def test_closing_the_pool_ends_every_worker(member: Load, is_alive: Callable[[int], bool]) -> None:
     pool = DecodePool(workers=2, seconds=20.0, limits=Limits())
     pids = pool.pids
     with ThreadPoolExecutor(20) as threads:
@@ -179,7 +181,7 @@ def test_closing_ends_every_process(member: Load, is_alive: Callable[[int], bool
         pool.describe(member())
 
 
-def test_workers_end_with_their_parent(member: Load, is_alive: Callable[[int], bool]) -> None:
+def test_workers_end_when_their_parent_is_killed(member: Load, is_alive: Callable[[int], bool]) -> None:
     code = (
         "import os, signal, sys; from bevt_ds.data.decoding.pool import DecodePool; "
         "from bevt_ds.data.limits import Limits; "

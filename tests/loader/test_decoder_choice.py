@@ -1,4 +1,4 @@
-"""Which decoder: the faster one is chosen once; a clip that DALI's decoder is not for is decoded by a worker."""
+"""The choice between DALI's decoder and the workers, and the fallback for single clips."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from bevt_ds.data.plan import StreamId
 from tests.loader.media import decode_clip, pictures_of
 
 
-def test_the_faster_one_is_measured_once(tmp_path: Path) -> None:
+def test_faster_decoder_is_measured_once_and_remembered(tmp_path: Path) -> None:
     calls = []
     candidates = {name: lambda name=name: calls.append(name) or float(len(name)) for name in ("gpu", "slower", "c")}
     assert choose(candidates, ("these shards",), tmp_path) == "slower"
@@ -43,13 +43,13 @@ def test_the_faster_one_is_measured_once(tmp_path: Path) -> None:
         assert len(calls) == 3 * number
 
 
-def test_the_choice_is_logged_with_the_rates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_decoder_choice_is_logged_with_rates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         choose({"gpu": lambda: 12.34, "cpu": lambda: 5.0}, (), tmp_path)
     assert "videos are decoded on the gpu: gpu 12.3 clips/s, cpu 5.0 clips/s" in caplog.text
 
 
-def test_ranks_of_a_node_measure_one_after_the_other(tmp_path: Path) -> None:
+def test_ranks_of_a_node_share_one_decoder_measurement(tmp_path: Path) -> None:
     """The second finds what the first has measured."""
     calls = []
 
@@ -66,7 +66,7 @@ def test_ranks_of_a_node_measure_one_after_the_other(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
-def test_one_that_does_not_work_is_not_chosen(tmp_path: Path) -> None:
+def test_decoder_that_fails_is_not_chosen(tmp_path: Path) -> None:
     def absent() -> float:
         raise RuntimeError("no NVDEC here")
 
@@ -75,7 +75,7 @@ def test_one_that_does_not_work_is_not_chosen(tmp_path: Path) -> None:
         choose({"gpu": absent}, (1,), tmp_path)
 
 
-def test_the_first_batch_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoder_measurement_ignores_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither its clips nor its time: by a clock that the batches set."""
     clock = [0.0]
     monkeypatch.setattr("bevt_ds.data.decoder_choice.time.perf_counter", lambda: clock[0])
@@ -89,7 +89,7 @@ def test_the_first_batch_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("changed", ["workers", "threads", "frames", "stride", "size", "clips_per_video"])
-def test_what_the_rates_depend_on_is_measured_anew(
+def test_decoder_is_measured_again_for_other_data_settings(
     config: Config, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     asked = []
@@ -108,7 +108,7 @@ def vp9(make: SimpleNamespace) -> bytes:
     return make.clip(frames, "webm", "libvpx-vp9", deadline="realtime", **{"cpu-used": "8"})
 
 
-def test_both_decoders_feed_the_same_graph(vp9: bytes, entry: Callable) -> None:
+def test_dali_and_worker_decoders_give_equal_pixels(vp9: bytes, entry: Callable) -> None:
     """DALI's CPU decoder knows VP9: its pictures equal those of the workers' frames, to the bit."""
     e, numbers = entry(short_side=80, crop=(0.3, 0.7), flip=True), np.array([1, 4, 7, 10])
     frames = decode_clip(vp9, lambda total: numbers, Limits())
@@ -129,7 +129,7 @@ def through_dali(monkeypatch: pytest.MonkeyPatch, decoder: str | None) -> None:
 
 
 @pytest.mark.parametrize("clips_per_video", [1, 2])
-def test_clips_that_dali_cannot_decode_go_to_the_workers(
+def test_clips_that_dali_cannot_decode_go_to_workers(
     tmp_path: Path,
     make: SimpleNamespace,
     vp9: bytes,
@@ -155,7 +155,7 @@ def test_clips_that_dali_cannot_decode_go_to_the_workers(
         assert torch.equal(a.video.pixels, b.video.pixels)
 
 
-def test_a_video_that_fails_in_dali_is_decoded_by_a_worker(
+def test_video_that_fails_in_dali_is_decoded_by_a_worker(
     tmp_path: Path, make: SimpleNamespace, vp9: bytes, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pipeline is rebuilt and the batch decoded one by one: no sample is lost to what a GPU cannot decode."""
@@ -198,13 +198,13 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
     return ask
 
 
-def test_auto_measures_videos_on_a_gpu_only(with_data: Callable[..., Config], chosen: Callable) -> None:
+def test_decoder_auto_measures_videos_on_a_gpu_only(with_data: Callable[..., Config], chosen: Callable) -> None:
     assert chosen(with_data())[0] == ("gpu", "cpu")
     assert chosen(with_data(), StreamId.IMAGE) == "gpu"
     assert [chosen(with_data(decoder=name)) for name in ("gpu", "cpu")] == ["gpu", "cpu"]
 
 
-def test_a_resumed_run_keeps_its_decoder_where_there_is_a_choice(config: Config) -> None:
+def test_resumed_run_keeps_its_decoder(config: Config) -> None:
     """Not where the setting says which, and not where there is no GPU, though the run before had one."""
     state = {"decoder": {"VIDEO": "gpu", "IMAGE": "gpu"}}
     assert resumed_decoders(state, "auto", on_gpu=True) == state["decoder"]

@@ -1,4 +1,4 @@
-"""The fault reference of docs/data.md: each row is tried, and the page's table is made of these rows."""
+"""The fault reference of docs/data.md: each row is a case here, and the page's table is made of them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from bevt_ds.shards.sources import list_items
 from tests.loader.media import encode_clip, noise, write_tar
 from tests.loader.test_frame_numbers import CACHED
 from tests.loader.test_images import encoded, refused_by_pillow
+from tests.loader.test_rotated_videos import clip as turned_clip
 from tests.loader.test_sources import touched
 from tests.loader.test_tar_members import SPARSE_FORMATS, tar_with_holes
-from tests.loader.test_turned_videos import clip as turned_clip
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 LIMITS = Limits()
@@ -309,11 +309,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
-def test_the_outcome_is_the_one_stated(case: Case, tmp_path: Path) -> None:
+def test_fault_has_the_documented_outcome(case: Case, tmp_path: Path) -> None:
     assert case.attempt(tmp_path) == case.outcome
 
 
-def test_the_page_has_the_table() -> None:
+def test_fault_table_in_docs_matches_the_cases() -> None:
     """To write it: `python -m tests.loader.test_fault_reference`."""
     assert table() in PAGE.read_text()
 

@@ -1,4 +1,4 @@
-"""The n-th frame is the n-th that a full decode shows, wherever a clip starts and whatever timestamps say."""
+"""Frame numbers: frame n is the n-th of a full decode, from any start and with any timestamps."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def fully_decoded(data: bytes) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_start_gives_the_frames_of_a_full_decode(kind: str) -> None:
+def test_frames_from_any_start_equal_a_full_decode(kind: str) -> None:
     data = CACHED[kind]()
     shown = fully_decoded(data)
     assert len(shown) >= 3 and probe(data, LIMITS).frames == len(shown)
@@ -166,14 +166,14 @@ def test_every_start_gives_the_frames_of_a_full_decode(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["MPEG-4, packed", "fragmented", "ProRes", "VP8, hidden frames", "HuffYUV"])
-def test_it_can_be_rewritten(kind: str) -> None:
+def test_transcoding_keeps_every_frame_of_every_kind(kind: str) -> None:
     data = CACHED[kind]()
     total = len(fully_decoded(data))
     packed, facts = transcode(data, Profile(), LIMITS)
     assert facts["original"]["frames"] == total and decode_clip(packed, np.arange).shape[0] == facts["frames"]
 
 
-def test_a_copy_from_avi_shows_what_was_asked_for() -> None:
+def test_stream_copied_from_avi_shows_the_requested_frames() -> None:
     for container in ("mp4", "matroska"):
         copy = remuxed(encode_clip(shades(40), "avi", "libx264", **B_FRAMES), container, as_decoded)
         assert numbers_of(decode_clip(copy, lambda total: np.array([0, 3, 6, 9]))) == [0, 3, 6, 9]
@@ -185,7 +185,7 @@ FROM_THE_MIDDLE = ["HEVC", "MPEG-4", "MPEG-4 in AVI", "AV1", "H.264, open groups
 
 
 @pytest.mark.parametrize("kind", FROM_THE_MIDDLE)
-def test_decoding_begins_near_the_frame_where_that_is_safe(kind: str) -> None:
+def test_decoding_seeks_to_a_keyframe_where_that_is_safe(kind: str) -> None:
     with opened(CACHED[kind](), LIMITS) as video:
         video.frames(np.array([25]))
         assert video.decoded <= 15
@@ -196,18 +196,18 @@ CPU_ONLY += ["VP8, hidden frames", "MPEG-4, packed", "fragmented", "ProRes"]
 
 
 @pytest.mark.parametrize("kind", CPU_ONLY)
-def test_what_timestamps_and_keyframes_do_not_tell_is_not_for_a_gpu(kind: str) -> None:
+def test_videos_with_unsafe_timestamps_are_not_for_a_gpu(kind: str) -> None:
     assert not fits_gpu(vars(probe(CACHED[kind](), LIMITS)))
 
 
 @pytest.mark.parametrize(("kind", "codec"), [("AV1", "av1"), ("HEVC", "hevc"), ("ProRes", "prores"), ("VP9", "vp9")])
-def test_codecs_have_their_own_names(kind: str, codec: str) -> None:
+def test_codecs_are_named_not_their_libraries(kind: str, codec: str) -> None:
     """Not those of the libraries that decode them: AV1 is not "libdav1d"."""
     info = probe(next(make() for name, make in CACHED.items() if name.startswith(kind)), LIMITS)
     assert info.codec == codec
 
 
-def test_a_gpu_may_have_av1() -> None:
+def test_gpu_decoder_may_take_av1() -> None:
     assert fits_gpu(vars(probe(CACHED["AV1"](), LIMITS)))
 
 
@@ -218,7 +218,7 @@ DROPPED = [*range(10), *range(30, 55)]  # 1/25 s
     ("container", "codec", "options"),
     [("avi", "mpeg4", {}), ("avi", "mjpeg", {"pixel_format": "yuvj420p"}), ("matroska", "libx264", {"bf": "2"})],
 )
-def test_seconds_are_those_of_the_container(container: str, codec: str, options: dict) -> None:
+def test_duration_is_that_of_the_container(container: str, codec: str, options: dict) -> None:
     """Frames that were dropped take time, and so does each of a variable rate; an AVI has empty chunks for them."""
     data = encode_clip(shades(len(DROPPED)), container, codec, times=DROPPED, **options)
     with av.open(io.BytesIO(data)) as opened_container:
@@ -235,7 +235,7 @@ CUT = ["H.264, open groups, cut", "HEVC, open groups, cut", "VP8, between keyfra
 
 
 @pytest.mark.parametrize("kind", CUT)
-def test_seconds_begin_with_the_first_frame_that_is_shown(kind: str) -> None:
+def test_duration_begins_with_the_first_shown_frame(kind: str) -> None:
     info = probe(CACHED[kind](), LIMITS)
     assert info.frames <= 20 and info.duration == pytest.approx(info.frames / 25, abs=0.01)
 
@@ -243,6 +243,6 @@ def test_seconds_begin_with_the_first_frame_that_is_shown(kind: str) -> None:
 @pytest.mark.parametrize(
     ("container", "codec", "sound"), [("matroska", "libx264", "libopus"), ("mp4", "libx264", "aac")]
 )
-def test_seconds_are_not_those_of_a_longer_sound(container: str, codec: str, sound: str) -> None:
+def test_duration_ignores_a_longer_audio_track(container: str, codec: str, sound: str) -> None:
     """It lasts 0.8 s, the frames 0.4."""
     assert probe(with_sound(moving()[:10], container, codec, sound), LIMITS).duration == pytest.approx(0.4, abs=0.01)

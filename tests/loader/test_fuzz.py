@@ -1,4 +1,4 @@
-"""A few thousand of the cases of tests.loader.fuzz, the same each time."""
+"""A few thousand cases of tests.loader.fuzz, the same each time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_fuzz(kind: str) -> None:
+def test_fuzz_cases_have_no_fault(kind: str) -> None:
     cases, *outcomes = CASES[kind]
     tally = KINDS[kind][0](range(cases), 0)
     assert tally.faults == []
@@ -31,7 +31,7 @@ def test_fuzz(kind: str) -> None:
     assert all(tally.outcomes[outcome] >= 0.02 * cases for outcome in outcomes), str(tally)
 
 
-def test_the_page_says_what_was_run() -> None:
+def test_fuzz_report_states_what_was_run() -> None:
     """A soak whose memory grows by 100 bytes a case, and a run without a curve."""
     tally = Tally(curve=[{"cases": 50 * i, "bytes": (1 << 30) + 5000 * i, "files": 26} for i in range(1, POINTS + 1)])
     tally.outcomes.update(decoded=880, refused=120)

@@ -1,4 +1,4 @@
-"""Images are judged by what training decodes them with, and turned as their EXIF says."""
+"""Image checks: what DALI decodes passes; EXIF orientation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def segment(marker: int, content: bytes) -> bytes:
 
 @pytest.mark.parametrize("encoding", ["JPEG", "PNG"])
 @pytest.mark.parametrize("orientation", [None, *range(10)])
-def test_exif_is_read_as_dali_reads_it(
+def test_exif_orientation_is_read_as_dali_reads_it(
     make: SimpleNamespace, decoder: ImageDecoder, encoding: str, orientation: int | None
 ) -> None:
     data = encoded(make.noise(32, 48), encoding, orientation)
@@ -58,7 +58,7 @@ def test_exif_is_read_as_dali_reads_it(
     assert decode_image(data, LIMITS) == {"width": width, "height": height, **facts}
 
 
-def test_a_turn_is_a_mirror_and_then_a_rotation(make: SimpleNamespace) -> None:
+def test_exif_orientation_is_a_mirror_then_a_rotation(make: SimpleNamespace) -> None:
     """As the JSON says it; Pillow rotates the other way round."""
     image = Image.fromarray(make.noise(20, 30))
     for orientation, rotation in ROTATIONS.items():
@@ -69,7 +69,7 @@ def test_a_turn_is_a_mirror_and_then_a_rotation(make: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_the_byte_order_is_the_segments(make: SimpleNamespace, decoder: ImageDecoder, order: str) -> None:
+def test_exif_byte_order_is_that_of_its_segment(make: SimpleNamespace, decoder: ImageDecoder, order: str) -> None:
     plain = encoded(make.noise(32, 48), "JPEG")
     tiff = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IHHHIHH", 8, 1, 0x112, 3, 1, 6, 0)
     data = plain[:2] + segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0") + segment(0xE1, b"Exif\0\0" + tiff) + plain[2:]
@@ -89,7 +89,7 @@ def refused_by_pillow(make: SimpleNamespace) -> bytes:
     return data
 
 
-def test_what_training_decodes_is_good(tmp_path: Path, make: SimpleNamespace, decoder: ImageDecoder) -> None:
+def test_images_that_dali_decodes_pass_the_check(tmp_path: Path, make: SimpleNamespace, decoder: ImageDecoder) -> None:
     data = refused_by_pillow(make)
     assert decoder.decode(data).shape == (32, 48, 3)
     (tmp_path / "in").mkdir()
@@ -99,7 +99,7 @@ def test_what_training_decodes_is_good(tmp_path: Path, make: SimpleNamespace, de
     assert (report.samples, report.findings) == (1, [])
 
 
-def test_what_training_cannot_decode_is_bad(tmp_path: Path, make: SimpleNamespace) -> None:
+def test_images_that_dali_cannot_decode_fail_the_check(tmp_path: Path, make: SimpleNamespace) -> None:
     good = encoded(make.noise(32, 48), "JPEG")
     frame = good.index(b"\xff\xc0")
     deep = good[: frame + 4] + b"\x0c" + good[frame + 5 :]  # 12 bits a level
@@ -111,7 +111,7 @@ def test_what_training_cannot_decode_is_bad(tmp_path: Path, make: SimpleNamespac
         decode_image(deep, LIMITS)
 
 
-def test_sizes_are_those_of_the_upright_image(tmp_path: Path, make: SimpleNamespace) -> None:
+def test_image_size_is_that_of_the_upright_image(tmp_path: Path, make: SimpleNamespace) -> None:
     (tmp_path / "in").mkdir()
     data = encoded(make.noise(32, 48), "JPEG", 6)
     (tmp_path / "in" / "a.jpg").write_bytes(data)

@@ -1,4 +1,4 @@
-"""The loader: the same batches for any split over ranks and after any resume, whatever the samples do."""
+"""The loader: the same batches on any number of ranks and after any resume, with good and bad samples."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def batches(config: Config, cache: dict) -> list[Batch]:
     return cache["batches"]
 
 
-def test_shapes_and_types(batches: list[Batch]) -> None:
+def test_batch_shapes_and_dtypes(batches: list[Batch]) -> None:
     video, image = batches[0].video, batches[0].image
     assert video.pixels.shape == (2, 3, 8, 64, 64) and image.pixels.shape == (4, 3, 64, 64)
     masked = int(video.mask.any(dim=(2, 3)).sum()) * 2
@@ -79,7 +79,7 @@ def test_shapes_and_types(batches: list[Batch]) -> None:
         assert stream.view.min() >= 0 and stream.view.max() <= 1 and stream.targets is None
 
 
-def test_the_count_is_the_global_batchs(batches: list[Batch]) -> None:
+def test_masked_count_is_that_of_the_global_batch(batches: list[Batch]) -> None:
     for name, frames in (("video", 2), ("image", 1)):
         for step in range(3):
             streams = [getattr(b, name) for b in batches[2 * step : 2 * step + 2]]
@@ -88,13 +88,13 @@ def test_the_count_is_the_global_batchs(batches: list[Batch]) -> None:
             assert sum(int((s.rows >= 0).sum()) for s in streams) == cells
 
 
-def test_no_two_samples_share_a_key(batches: list[Batch]) -> None:
+def test_sample_keys_are_unique(batches: list[Batch]) -> None:
     """It decides on a sample's drop-path."""
     keys = torch.cat([stream.sample_keys for b in batches for stream in (b.video, b.image)])
     assert len(keys.unique()) == len(keys) == 6 * (2 + 4)
 
 
-def test_view_and_pixels_show_the_same_crop(batches: list[Batch]) -> None:
+def test_token_view_and_pixels_show_the_same_crop(batches: list[Batch]) -> None:
     """The 2:1 view is, up to its filter, what averaging pixel pairs gives."""
     mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
     image = batches[0].image
@@ -104,23 +104,25 @@ def test_view_and_pixels_show_the_same_crop(batches: list[Batch]) -> None:
 
 
 @pytest.mark.parametrize("resumed_at", [1, 2])
-def test_a_loader_started_later_continues_exactly(config: Config, batches: list[Batch], resumed_at: int) -> None:
+def test_loader_started_at_a_later_step_gives_the_same_batches(
+    config: Config, batches: list[Batch], resumed_at: int
+) -> None:
     later = take(config, 6 - 2 * resumed_at, start_step=resumed_at)
     assert_same(later, batches[2 * resumed_at :])
 
 
-def test_two_ranks_share_out_what_one_rank_sees(config: Config, batches: list[Batch]) -> None:
+def test_two_ranks_get_disjoint_halves_of_the_global_batch(config: Config, batches: list[Batch]) -> None:
     by_rank = [take(config, 3, ranks=OneRank(rank, 2)) for rank in range(2)]
     dealt = [by_rank[i % 2][i // 2] for i in range(6)]
     assert_same(dealt, batches)
 
 
-def test_the_order_of_preparation_does_not_matter(with_data: Callable, batches: list[Batch]) -> None:
+def test_workers_threads_and_prefetch_change_no_batch(with_data: Callable, batches: list[Batch]) -> None:
     assert_same(take(with_data(workers=3, threads=2, prefetch=1), 6), batches)
 
 
 @pytest.mark.parametrize("absent", ["video", "image"])
-def test_one_stream_alone(config: Config, batches: list[Batch], absent: str) -> None:
+def test_loader_with_one_stream_only(config: Config, batches: list[Batch], absent: str) -> None:
     missing = {"video": "clips", "image": "images"}[absent]
     alone = replace(
         config,
@@ -134,7 +136,7 @@ def test_one_stream_alone(config: Config, batches: list[Batch], absent: str) -> 
     assert all(getattr(b, absent) is None for b in eval_batches(alone))
 
 
-def test_held_out_batches_are_one_fixed_global_batch(config: Config) -> None:
+def test_held_out_batches_are_the_same_every_time_and_split_over_ranks(config: Config) -> None:
     first, again = list(eval_batches(config)), list(eval_batches(config))
     assert_same(first, again)
     assert len(first) == 2
@@ -145,18 +147,18 @@ def test_held_out_batches_are_one_fixed_global_batch(config: Config) -> None:
     assert_same([by_rank[0][0], by_rank[1][0]], first)
 
 
-def test_without_held_out_shards_there_are_no_batches(with_data: Callable) -> None:
+def test_no_held_out_shards_give_no_batches(with_data: Callable) -> None:
     assert list(eval_batches(with_data(eval_videos="", eval_images=""))) == []
 
 
-def test_waiting_is_measured(config: Config) -> None:
+def test_loader_measures_wait_seconds(config: Config) -> None:
     with Loader(config) as loader:
         next(loader)
         assert loader.wait_seconds() > 0
         assert loader.wait_seconds() == 0
 
 
-def test_closing_ends_threads_and_processes(config: Config, is_alive: Callable[[int], bool]) -> None:
+def test_closing_the_loader_ends_threads_and_processes(config: Config, is_alive: Callable[[int], bool]) -> None:
     loader = Loader(config)
     next(loader)
     pids = loader.worker_pids
@@ -166,7 +168,7 @@ def test_closing_ends_threads_and_processes(config: Config, is_alive: Callable[[
     assert not loader._thread.is_alive()
 
 
-def test_the_fingerprint_tells_data_apart_not_places(
+def test_fingerprint_depends_on_data_not_on_paths(
     config: Config, with_data: Callable, shards: Path, tmp_path: Path
 ) -> None:
     for shard in shards.glob("*.tar"):
@@ -247,7 +249,7 @@ def test_bad_videos_are_replaced(damaged, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_bad_ones_between_good_ones_are_not_in_a_row(damaged, monkeypatch, how: str) -> None:
+def test_bad_samples_between_good_ones_are_not_in_a_row(damaged, monkeypatch, how: str) -> None:
     """However large the micro-batch: here it meets about as many bad pictures as good ones, never twelve in a row."""
     monkeypatch.setattr(ledger_module, "IN_A_ROW", 12)
     config = damaged({f"image-{i:02d}": BROKEN[how] for i in range(0, 24, 2)})
@@ -273,7 +275,7 @@ def test_bad_held_out_samples_are_listed_and_limited(damaged, tmp_path: Path) ->
         held_out(0.001)
 
 
-def test_the_first_bad_sample_is_said_aloud(damaged, tmp_path: Path, caplog, capsys) -> None:
+def test_first_bad_sample_is_logged_as_a_warning(damaged, tmp_path: Path, caplog, capsys) -> None:
     """And at the end of a run their number; of all ranks, in each line of the log."""
     config = damaged({f"clip-{i:02d}": lambda data: data[:300] for i in (1, 4)}, kind="video")
     two_alike = SimpleNamespace(rank=0, world=1, sum_counts=lambda numbers: [2 * n for n in numbers])
@@ -301,7 +303,7 @@ def test_bad_samples_are_counted_once_and_up_to_the_last_step(tmp_path: Path, ca
     assert capsys.readouterr().out == ""
 
 
-def test_a_worker_that_starts_slowly_is_no_fault_of_a_sample(with_data: Callable, monkeypatch) -> None:
+def test_slow_worker_start_is_not_a_bad_sample(with_data: Callable, monkeypatch) -> None:
     """A sample's deadline begins when the worker runs; one that never does ends the run and is not blamed on data."""
     config = with_data(images="", decode_seconds=0.3)
     config = replace(config, train=replace(config.train, global_images=0))
@@ -315,7 +317,7 @@ def test_a_worker_that_starts_slowly_is_no_fault_of_a_sample(with_data: Callable
         next(loader)
 
 
-def test_a_video_shorter_than_a_clip_is_named(with_data: Callable, caplog) -> None:
+def test_video_shorter_than_a_clip_is_warned_of(with_data: Callable, caplog) -> None:
     with Loader(with_data(stride=9)) as loader:
         next(loader)
     assert len(caplog.messages) == 1
@@ -339,7 +341,7 @@ def test_reads_of_videos_overlap(with_data: Callable, monkeypatch) -> None:
         monkeypatch.setattr(Storage, "read", read)
 
 
-def test_a_closed_loader_says_so(config: Config) -> None:
+def test_closed_loader_raises(config: Config) -> None:
     with Loader(config) as loader:
         next(loader)
     with pytest.raises(RuntimeError, match="the loader is closed"):
@@ -361,7 +363,7 @@ def test_too_many_bad_samples_end_the_run(damaged) -> None:
         ({"decoder": "gpu"}, "needs a CUDA device"),
     ],
 )
-def test_mistakes_are_named_before_the_first_batch(with_data: Callable, changes: dict, message: str) -> None:
+def test_data_mistakes_are_named_before_the_first_batch(with_data: Callable, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Loader(with_data(**changes))
 
@@ -369,7 +371,7 @@ def test_mistakes_are_named_before_the_first_batch(with_data: Callable, changes:
 @pytest.mark.parametrize(
     "cap", [{"max_pixels": 6911}, {"max_frames": 19}, {"max_file_bytes": 500}, {"max_clip_bytes": 165_887}]
 )
-def test_caps_of_the_configuration_hold(config: Config, cap: dict) -> None:
+def test_data_limits_of_the_configuration_hold_d17(config: Config, cap: dict) -> None:
     """D17: for videos of 20 frames of 96x72; each cap is one below what a clip of 8 frames needs, or far below."""
     ((name, value),) = cap.items()
     few = replace(config, data=replace(config.data, **cap), train=replace(config.train, global_images=0))
@@ -377,12 +379,12 @@ def test_caps_of_the_configuration_hold(config: Config, cap: dict) -> None:
         take(few, 1)
 
 
-def test_batches_that_do_not_divide(config: Config) -> None:
+def test_batch_that_does_not_divide_over_ranks_is_refused(config: Config) -> None:
     with pytest.raises(UserError, match="micro_clips"):
         Loader(config, OneRank(0, 3))
 
 
-def test_an_epoch_shows_every_sample_once(config: Config, shards: Path) -> None:
+def test_epoch_shows_every_sample_once(config: Config, shards: Path) -> None:
     """24 images in steps of 8: three steps see 24 different pictures, though crops differ."""
     upright = replace(config.data, short_side=(64, 64), flip=0.0, image_jitter=(0.0, 0.0, 0.0))
     batches = take(replace(config, data=upright), 6)

@@ -1,4 +1,4 @@
-"""Masks: the original's statistics, any grid, and the index tensors made of them."""
+"""Masks: the original's statistics, any grid, index tensors of masked cells, empty masks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Z = 6.0
 ORIGINAL = json.loads((Path(__file__).parents[1] / "data" / "mask_stats.json").read_text())
 
 
-def test_the_committed_statistics_are_those_of_the_full_file() -> None:
+def test_committed_mask_statistics_equal_the_full_file() -> None:
     shared = SHARED / "golden" / "mask_stats.json"
     if not shared.exists():
         pytest.skip(f"no full golden set at {SHARED}")
@@ -57,7 +57,7 @@ def z_of_shares(ours: np.ndarray, theirs: np.ndarray, draws: int = DRAWS) -> np.
     return (ours - theirs) / np.sqrt(2 * pooled * (1 - pooled) / draws)
 
 
-def test_block_statistics_are_the_originals(blocks: np.ndarray) -> None:
+def test_block_mask_statistics_equal_the_original(blocks: np.ndarray) -> None:
     theirs = ORIGINAL["block"]
     counts = blocks.sum(axis=(1, 2))
     assert np.abs(z_of_shares(blocks.mean(0), theirs["cell_probability"])).max() < Z
@@ -66,7 +66,7 @@ def test_block_statistics_are_the_originals(blocks: np.ndarray) -> None:
     assert counts.max() == 98
 
 
-def test_tube_statistics_are_the_originals(tubes: np.ndarray) -> None:
+def test_tube_mask_statistics_equal_the_original(tubes: np.ndarray) -> None:
     theirs = ORIGINAL["tube"]
     lengths = tubes.any(axis=(2, 3)).sum(axis=1)
     shares = np.asarray(list(theirs["length_histogram"].values())) / DRAWS
@@ -77,7 +77,7 @@ def test_tube_statistics_are_the_originals(tubes: np.ndarray) -> None:
     assert np.abs(tubes.mean(axis=(0, 2, 3)) - theirs["time_cell_fraction"]).max() < Z * error * 2
 
 
-def test_a_tube_is_one_slice_on_a_circular_run(tubes: np.ndarray) -> None:
+def test_tube_mask_is_one_block_over_a_circular_run_of_frames(tubes: np.ndarray) -> None:
     wrapped = 0
     for mask in tubes[:500]:
         present = mask.any(axis=(1, 2))
@@ -94,7 +94,7 @@ def test_a_tube_is_one_slice_on_a_circular_run(tubes: np.ndarray) -> None:
     ratio=st.floats(0.05, 0.9),
     key=st.integers(0, 1000),
 )
-def test_any_grid_stays_under_its_cap(grid: tuple[int, int], ratio: float, key: int) -> None:
+def test_mask_of_any_grid_stays_under_its_cap(grid: tuple[int, int], ratio: float, key: int) -> None:
     config = replace(MaskConfig(), ratio=ratio)
     mask = block_mask(rng(key), grid, config)
     assert mask.shape == grid and mask.dtype == bool
@@ -102,14 +102,14 @@ def test_any_grid_stays_under_its_cap(grid: tuple[int, int], ratio: float, key: 
     np.testing.assert_array_equal(mask, block_mask(rng(key), grid, config))
 
 
-def test_the_smallest_block_scales_with_the_grid() -> None:
+def test_smallest_mask_block_scales_with_the_grid() -> None:
     counts = [block_mask(rng(i), (8, 8), MaskConfig()).sum() for i in range(200)]
     assert max(counts) == 32
     assert np.mean(counts) > 31  # with blocks of 16 cells, as on 14x14, it could seldom reach its cap
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_row_index_points_at_the_masked_cells(clip: bool) -> None:
+def test_row_index_points_at_masked_cells(clip: bool) -> None:
     if clip:
         mask = np.stack([tube_mask(rng(i), (4, 3, 5), MaskConfig(ratio=0.5)) for i in range(3)])
     else:
@@ -149,13 +149,13 @@ def test_row_index_points_at_the_masked_cells(clip: bool) -> None:
         ((14, 14), MaskConfig()),
     ],
 )
-def test_share_of_empty_masks_is_that_of_drawn_ones(grid: tuple[int, int], config: MaskConfig) -> None:
+def test_predicted_share_of_empty_masks_equals_drawn_share(grid: tuple[int, int], config: MaskConfig) -> None:
     draws, share = 3000, empty_share(grid, config)
     drawn = np.mean([not block_mask(rng(i), grid, config).any() for i in range(draws)])
     assert abs(drawn - share) <= Z * np.sqrt(share * (1 - share) / draws) + 0.002
 
 
-def test_many_empty_masks_are_noted_with_numbers_and_most_are_refused() -> None:
+def test_many_empty_masks_are_warned_of_and_most_are_refused() -> None:
     (note,) = check_empty_masks((14, 14), MaskConfig(ratio=0.05))
     assert "29.9% of the masks" in note
     assert "data.mask.ratio=0.05 and data.mask.min_block=16 on 14x14 cells" in note
@@ -171,7 +171,7 @@ def test_recipes_have_no_empty_masks(name: str) -> None:
     assert check_empty_masks((data.size // 16,) * 2, data.mask) == []
 
 
-def test_batches_without_a_masked_cell(config: Config) -> None:
+def test_batches_without_a_masked_cell_are_delivered(config: Config) -> None:
     """Every second mask or so is empty: some micro-batches hold no masked cell, and are delivered."""
     config = replace(config, data=replace(config.data, mask=MaskConfig(ratio=0.07, min_block=1000)))
     with Loader(config) as loader:

@@ -1,4 +1,4 @@
-"""The drawn action set: motion decides the class, and one frame does not give it away."""
+"""The synthetic action set: motion decides the class, and a single frame does not tell it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def rng(number: int) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_first_frame_does_not_depend_on_the_class(seed):
+def test_first_frame_does_not_depend_on_the_class(seed):
     clips = [render_action(rng(seed), name, EXTENT) for name in NAMES]
     for clip in clips:
         np.testing.assert_array_equal(clip[0], clips[0][0])
     assert len({clip[-1].tobytes() for clip in clips}) == len(NAMES)
 
 
-def test_shapes_that_leave_come_back_on_the_other_side():
+def test_shapes_wrap_around_the_frame():
     """So the ground covers about as much of any frame: no class empties the picture."""
     for name in NAMES:
         clip = render_action(rng(1), name, EXTENT).astype(int)
@@ -40,7 +40,7 @@ def test_shapes_that_leave_come_back_on_the_other_side():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tracks_follow_their_course(name):
+def test_synthetic_tracks_follow_their_class(name):
     course = COURSES[name]
     for seed in range(50):
         track = displacements(rng(seed), course, 8)
@@ -53,7 +53,7 @@ def test_tracks_follow_their_course(name):
             assert np.abs(off).min() <= WOBBLE + 1e-9
 
 
-def test_speeds_do_not_overlap():
+def test_synthetic_speeds_do_not_overlap():
     assert SLOW[1] < USUAL[0] < USUAL[1] < FAST[0]
 
 
@@ -82,7 +82,7 @@ def clips():
 
 
 @pytest.mark.parametrize("frame", (0, 4, 7))
-def test_a_single_frame_tells_nothing(clips, frame):
+def test_single_frame_does_not_tell_the_class(clips, frame):
     drawn, labels = clips
     tested = len(labels) // 2
     chance = 1 / len(NAMES)
@@ -90,7 +90,7 @@ def test_a_single_frame_tells_nothing(clips, frame):
     assert accuracy(np.stack([pixels(clip, frame) for clip in drawn]), labels) < bound
 
 
-def test_the_track_tells_the_class(clips):
+def test_track_tells_the_class(clips):
     _, labels = clips
     tracks = [displacements(rng(i), COURSES[NAMES[label]], 8) for i, label in enumerate(labels)]
     steps = np.diff(np.stack(tracks), axis=1) / FAST[1]

@@ -1,4 +1,4 @@
-"""Making shards: drawing, packing, and the command line over both."""
+"""Making shards: drawing, packing, and the `bevt shards` command line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def names(tar: Path) -> list[str]:
         return archive.getnames()
 
 
-def test_pack_writes_what_webdataset_reads(source: Path, tmp_path: Path) -> None:
+def test_pack_writes_shards_that_webdataset_reads(source: Path, tmp_path: Path) -> None:
     packed = pack(source, tmp_path / "out", "image", "train", shard_samples=3)
     assert [p.name for p in packed.shards] == ["train-000000.tar", "train-000001.tar"]
     assert (packed.samples, packed.rejected) == (4, 2)
@@ -60,7 +60,7 @@ def test_pack_writes_what_webdataset_reads(source: Path, tmp_path: Path) -> None
     assert samples[1]["jpeg"] == (source / "d/b.JPEG").read_bytes()
 
 
-def test_unusable_files_are_listed_with_the_reason(source: Path, tmp_path: Path) -> None:
+def test_pack_lists_unusable_files_with_the_reason(source: Path, tmp_path: Path) -> None:
     pack(source, tmp_path / "out", "image", "train")
     lines = (tmp_path / "out" / "train-rejected.jsonl").read_text().splitlines()
     reasons = {event["path"]: event["reason"] for event in map(json.loads, lines)}
@@ -68,7 +68,7 @@ def test_unusable_files_are_listed_with_the_reason(source: Path, tmp_path: Path)
     assert "cut" in reasons["broken.jpg"] and "key 'z'" in reasons["z.png"]
 
 
-def test_what_is_no_file_is_not_waited_for(source: Path, tmp_path: Path) -> None:
+def test_pack_does_not_open_pipes_or_folders(source: Path, tmp_path: Path) -> None:
     """A pipe has a reader's name and nothing to read; a list may name folders too."""
     os.mkfifo(source / "pipe.jpg")
     (source / "folder.jpg").mkdir()
@@ -78,7 +78,7 @@ def test_what_is_no_file_is_not_waited_for(source: Path, tmp_path: Path) -> None
     assert reasons[0] == "it is no regular file" and reasons[1].startswith("it is a folder")
 
 
-def test_a_listed_file_is_named_as_it_was_listed(source: Path, tmp_path: Path) -> None:
+def test_pack_reports_files_as_the_list_names_them(source: Path, tmp_path: Path) -> None:
     (source / "list.txt").write_text("gone.tif\nnotes.txt\na 3\n")
     assert pack(source / "list.txt", tmp_path / "out", "image").samples == 1
     events = [json.loads(line) for line in (tmp_path / "out" / "train-rejected.jsonl").open()]
@@ -86,7 +86,7 @@ def test_a_listed_file_is_named_as_it_was_listed(source: Path, tmp_path: Path) -
     assert "No such file" in events[0]["reason"] and "it is no image by its name" in events[1]["reason"]
 
 
-def test_broken_links_and_other_endings_are_written_down(source: Path, tmp_path: Path, capsys) -> None:
+def test_pack_reports_broken_links_and_other_extensions(source: Path, tmp_path: Path, capsys) -> None:
     (source / "linked").symlink_to("gone")
     (source / "again").symlink_to(".")
     out = tmp_path / "out"
@@ -110,7 +110,7 @@ LIMITED = {  # words -> what the messages cite
 
 
 @pytest.mark.parametrize("limit", LIMITED)
-def test_limits_that_messages_cite_can_be_set(source: Path, tmp_path: Path, capsys, limit: str) -> None:
+def test_pack_image_limits_can_be_set(source: Path, tmp_path: Path, capsys, limit: str) -> None:
     out = tmp_path / "out"
     pack_it = ["shards", "pack", str(source), str(out), "--kind", "image", "--jobs", "1"]
     assert cli.main([*pack_it[:2], limit, *pack_it[2:], "--split", "none"]) == 2
@@ -122,7 +122,7 @@ def test_limits_that_messages_cite_can_be_set(source: Path, tmp_path: Path, caps
     assert cli.main(check_it) == 0
 
 
-def test_a_videos_limits_can_be_set(tmp_path: Path, make: SimpleNamespace, capsys) -> None:
+def test_pack_video_limits_can_be_set(tmp_path: Path, make: SimpleNamespace, capsys) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.mp4").write_bytes(make.clip(make.noise(6, 48, 64), "mp4", "libx264"))
     command = ["shards", "pack", str(tmp_path / "in"), str(tmp_path / "out"), "--jobs", "1"]
@@ -132,7 +132,7 @@ def test_a_videos_limits_can_be_set(tmp_path: Path, make: SimpleNamespace, capsy
     assert cli.main([*command, "data.max_frames=6"]) == 0
 
 
-def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+def test_pack_is_byte_for_byte_repeatable(source: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(source, tmp_path / "elsewhere" / "source")
     first = pack(source, tmp_path / "1", "image", shard_bytes=4000)
     again = pack(moved, tmp_path / "2", "image", shard_bytes=4000)
@@ -140,7 +140,7 @@ def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> No
     assert [p.read_bytes() for p in first.shards] == [p.read_bytes() for p in again.shards]
 
 
-def test_each_tar_has_its_index_from_the_beginning(source: Path, tmp_path: Path, monkeypatch) -> None:
+def test_pack_writes_an_index_for_each_tar(source: Path, tmp_path: Path, monkeypatch) -> None:
     """So that what changes between packing and the first run is found, and by whoever has a copy of both."""
     packed = pack(source, tmp_path / "out", "image", shard_samples=3)
     first = load_shard(str(packed.shards[0])).member(0)
@@ -158,7 +158,7 @@ def test_each_tar_has_its_index_from_the_beginning(source: Path, tmp_path: Path,
     assert shards[1] == load_shard(str(moved / packed.shards[1].name), fresh=True)
 
 
-def test_pack_overwrites_nothing_and_leaves_nothing_half_done(
+def test_pack_overwrites_nothing_and_leaves_no_partial_shard(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack(source, tmp_path / "out", "image", "train")
@@ -184,12 +184,12 @@ def test_pack_overwrites_nothing_and_leaves_nothing_half_done(
         (lambda p: p / "*.mp4", "no glob that matches a video file"),
     ],
 )
-def test_pack_needs_something_to_pack(source: Path, tmp_path: Path, make_source, message: str) -> None:
+def test_pack_without_input_is_an_error(source: Path, tmp_path: Path, make_source, message: str) -> None:
     with pytest.raises(UserError, match=message):
         pack(make_source(source), tmp_path / "out", "video")
 
 
-def test_a_label_keeps_its_separators(tmp_path: Path, make: SimpleNamespace) -> None:
+def test_pack_label_keeps_unicode_line_separators(tmp_path: Path, make: SimpleNamespace) -> None:
     """Unicode has line separators of its own; a list's lines end with line feeds only."""
     (tmp_path / "list.csv").write_text("a.jpg,push\u2028left\nb.jpg,x\x85y\n")
     for i, name in enumerate("ab"):
@@ -202,7 +202,7 @@ def test_a_label_keeps_its_separators(tmp_path: Path, make: SimpleNamespace) -> 
         assert read_classes([shard], [], file).names == ("push\u2028left", "x\x85y")
 
 
-def test_a_folder_of_frames_is_no_file(tmp_path: Path) -> None:
+def test_pack_refuses_folders_of_frames(tmp_path: Path) -> None:
     """As Something-Something V1 and Jester come."""
     (tmp_path / "100218").mkdir()
     (tmp_path / "v1.csv").write_text("100218;Something falling, like a feather\n")
@@ -210,7 +210,7 @@ def test_a_folder_of_frames_is_no_file(tmp_path: Path) -> None:
         pack(tmp_path / "v1.csv", tmp_path / "out", "video", jobs=1)
 
 
-def test_drawing_is_repeatable_and_never_overwrites(tmp_path: Path) -> None:
+def test_drawing_shards_is_repeatable_and_never_overwrites(tmp_path: Path) -> None:
     draw(tmp_path / "a", clips=3, images=2, jobs=2)
     draw(tmp_path / "b", clips=3, images=2, jobs=1)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
@@ -220,7 +220,7 @@ def test_drawing_is_repeatable_and_never_overwrites(tmp_path: Path) -> None:
         draw(tmp_path / "a", clips=1, images=1)
 
 
-def test_demo_shards_appear_whole_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_shards_are_drawn_once_and_appear_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draw_module, "DEMO_SPLITS", {"train": (2, 2), "eval": (1, 1)})
     folder = tmp_path / "demo"
     ensure_demo_shards(folder)
@@ -236,7 +236,7 @@ def test_demo_shards_appear_whole_and_once(tmp_path: Path, monkeypatch: pytest.M
         ensure_demo_shards(folder)
 
 
-def test_without_locks_the_first_of_two_drawings_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_file_locks_the_first_demo_drawing_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draw_module, "DEMO_SPLITS", {"train": (1, 1)})
     folder, whole = tmp_path / "demo", draw_module._draw_demo
 
@@ -277,7 +277,7 @@ print(len(list((here / "demo").glob("*.tar"))))
 """
 
 
-def test_one_rank_draws_the_demo_shards_and_the_others_wait(tmp_path: Path) -> None:
+def test_one_rank_draws_the_demo_shards(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RANK, str(tmp_path)]
     ranks = [subprocess.Popen([*command, str(n), "3"], stdout=subprocess.PIPE, text=True) for n in range(3)]
     outputs = [rank.communicate(timeout=240)[0].split() for rank in ranks]
@@ -285,7 +285,7 @@ def test_one_rank_draws_the_demo_shards_and_the_others_wait(tmp_path: Path) -> N
     assert sorted(outputs) == [["2"], ["2"], ["drawn", "2"]]
 
 
-def test_an_interrupted_drawing_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_drawing_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -296,7 +296,7 @@ def test_an_interrupted_drawing_leaves_no_folder(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_shards_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     media, out = str(tmp_path / "media"), str(tmp_path / "out")
     assert cli.main(["shards", "draw", media, "--clips", "2", "--images", "1"]) == 0
     assert cli.main(["shards", "pack", media, out, "--shard-size", "1K"]) == 0
@@ -306,7 +306,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "train-000000.tar exists" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_one_line(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_ctrl_c_of_shards_command_is_one_line(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     def interrupt(data: bytes, limits: Limits) -> None:
         raise KeyboardInterrupt
 
@@ -329,7 +329,7 @@ def test_ctrl_c_is_one_line(source: Path, tmp_path: Path, monkeypatch, capsys) -
         ["-m", "bevt_ds.pretrain", "--help"],
     ],
 )
-def test_a_reader_that_has_gone_is_no_traceback(
+def test_closed_stdout_of_shards_command_is_no_traceback(
     tmp_path: Path, make: SimpleNamespace, words: list[str], with_errors: bool
 ) -> None:
     """What `| head` and `2>&1 | head` do."""
@@ -343,7 +343,7 @@ def test_a_reader_that_has_gone_is_no_traceback(
     assert done.returncode in (0, 141) and not done.stderr  # 0: argparse itself passes over what cannot be written
 
 
-def test_another_closed_pipe_is_an_error() -> None:
+def test_broken_pipe_other_than_stdout_is_an_error() -> None:
     """One between processes, say: the output is read."""
     code = "import os; from bevt_ds.config.command_line import while_read; r, w = os.pipe(); os.close(r)"
     code += "; while_read(lambda: os.write(w, b'x'))"
@@ -352,7 +352,7 @@ def test_another_closed_pipe_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["nonsense"], 2)])
-def test_usage(argv: list[str], code: int, capsys: pytest.CaptureFixture) -> None:
+def test_shards_usage_errors(argv: list[str], code: int, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(argv) == code
     captured = capsys.readouterr()
     assert "shards" in captured.out + captured.err
@@ -392,7 +392,7 @@ def test_usage(argv: list[str], code: int, capsys: pytest.CaptureFixture) -> Non
         ("draw . data.max_pixels=3", "data.max_pixels=3: this command reads no shards and no files"),
     ],
 )
-def test_mistakes_are_one_line(words: str, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_shards_command_mistakes_are_one_line(words: str, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
     """And exit code 2, before anything has been done."""
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("no folder")
@@ -407,7 +407,7 @@ def test_mistakes_are_one_line(words: str, message: str, tmp_path: Path, monkeyp
     assert message in error and "Traceback" not in error
 
 
-def test_a_finished_packing_repeated_is_nothing_to_do(tmp_path: Path, source: Path) -> None:
+def test_repeating_a_finished_pack_does_nothing(tmp_path: Path, source: Path) -> None:
     """But other files, other options or a shard that is gone are not the same call."""
     out = tmp_path / "out"
     first = pack(source, out, "image")

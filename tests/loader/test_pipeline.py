@@ -1,4 +1,4 @@
-"""Pixels: DALI's graph beside OpenCV and plain numpy, and the list of what the graph is made of."""
+"""DALI's pixel graph against OpenCV and numpy."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def encode(picture: np.ndarray, suffix: str = ".png") -> bytes:
     return cv2.imencode(suffix, picture[..., ::-1])[1].tobytes()
 
 
-def test_clips_are_resized_cropped_and_flipped_as_by_opencv(
-    video: PixelPipeline, make: SimpleNamespace, entry: Callable
-) -> None:
+def test_dali_resize_crop_and_flip_equal_opencv(video: PixelPipeline, make: SimpleNamespace, entry: Callable) -> None:
     frames, entries = make.noise(4, 120, 150), [entry(**view) for view in VIEWS]
     pixels, view = pictures_of(video, [frames] * 3, entries)
     assert pixels.shape == (3, 3, 4, S, S) and view.shape == (3, 4, 3, V, V)
@@ -75,7 +73,7 @@ def test_clips_are_resized_cropped_and_flipped_as_by_opencv(
     assert max(d.max() for d in differences) < 20
 
 
-def test_smooth_pictures_differ_little_from_opencv(video: PixelPipeline, make: SimpleNamespace, entry) -> None:
+def test_dali_resize_of_smooth_images_is_close_to_opencv(video: PixelPipeline, make: SimpleNamespace, entry) -> None:
     """Without noise, the difference that the docstring states."""
     frames = make.noise(1, 120, 150, softness=0.0)
     for view in VIEWS:
@@ -85,7 +83,7 @@ def test_smooth_pictures_differ_little_from_opencv(video: PixelPipeline, make: S
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
-def test_the_token_view_is_opencvs_lanczos4(kind: str, video, image, make: SimpleNamespace, entry) -> None:
+def test_dali_token_view_equals_opencv_lanczos4(kind: str, video, image, make: SimpleNamespace, entry) -> None:
     """The same taps; OpenCV sums them as integers, DALI in single precision, so that a half may round otherwise."""
     frames, views = make.noise(3, 120, 150), [entry(**view) for view in VIEWS]
     if kind == "video":
@@ -101,14 +99,16 @@ def test_the_token_view_is_opencvs_lanczos4(kind: str, video, image, make: Simpl
     assert small.min() >= 0 and small.max() <= 1
 
 
-def test_the_taps_are_a_symmetric_average() -> None:
+def test_token_view_taps_are_symmetric_and_sum_to_one() -> None:
     taps = lanczos4_taps()
     np.testing.assert_array_equal(taps, taps[::-1])
     assert abs(taps.sum() - 1) < 8 / 2 / 2048  # each is rounded to 1/2048
 
 
 @pytest.mark.parametrize("jitter", [(1.3, 0.7, 1.4), (0.6, 1.4, 0.6), (1.4, 1.4, 1.4), (1.0, 1.0, 1.0)])
-def test_colour_jitter(image: PixelPipeline, make: SimpleNamespace, entry: Callable, jitter: tuple) -> None:
+def test_dali_colour_jitter_equals_double_precision(
+    image: PixelPipeline, make: SimpleNamespace, entry: Callable, jitter: tuple
+) -> None:
     """Three factors in sequence in double precision, clipped once; the mean luma is the whole picture's."""
     picture = make.noise(120, 150)
     pixels, _ = pictures_of(image, [encode(picture)], [entry(short_side=120, crop=(0.3, 0.7), jitter=jitter)])
@@ -123,14 +123,16 @@ def test_colour_jitter(image: PixelPipeline, make: SimpleNamespace, entry: Calla
     assert difference.max() < 1 + ROUNDING and (difference > 0.5).mean() < 0.02
 
 
-def test_no_jitter_is_the_identity() -> None:
+def test_dali_without_jitter_is_the_identity() -> None:
     matrix, share = jitter_matrix((1.0, 1.0, 1.0))
     np.testing.assert_array_equal(matrix, np.eye(3, dtype=np.float32))
     assert share == 0
 
 
 @pytest.mark.parametrize(("mode", "suffix"), [("L", "PNG"), ("RGBA", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG")])
-def test_other_colour_modes_become_rgb(image: PixelPipeline, make: SimpleNamespace, entry, mode, suffix) -> None:
+def test_grey_cmyk_and_alpha_images_become_rgb(
+    image: PixelPipeline, make: SimpleNamespace, entry, mode, suffix
+) -> None:
     buffer = io.BytesIO()
     Image.fromarray(make.noise(110, 130)).convert(mode).save(buffer, suffix)
     pixels, view = pictures_of(image, [buffer.getvalue()], [entry(short_side=100)])
@@ -144,7 +146,7 @@ def test_other_colour_modes_become_rgb(image: PixelPipeline, make: SimpleNamespa
         ("image", {"Image", "ResizeCropMirror", "Flip", "CoordTransform", "Mean", "CropMirrorNormalize", "Filter"}),
     ],
 )
-def test_the_graph_does_the_work_and_holds_no_state(kind: str, operators: set, video, image) -> None:
+def test_dali_graph_operators_and_statelessness(kind: str, operators: set, video, image) -> None:
     graph = {"video": video, "image": image}[kind].graph
     names = {op.name.strip("_").split("_")[0] for op in graph._ops}
     assert operators <= names
@@ -153,7 +155,7 @@ def test_the_graph_does_the_work_and_holds_no_state(kind: str, operators: set, v
     assert names <= operators | inputs | arithmetic  # no reader and nothing random
 
 
-def test_a_broken_picture_fails_its_batch_and_no_later_one(make: SimpleNamespace, entry: Callable) -> None:
+def test_broken_image_fails_its_batch_and_no_later_one(make: SimpleNamespace, entry: Callable) -> None:
     pipeline = PixelPipeline("image", 2, S, V, threads=1)
     good = encode(make.noise(120, 150))
     before = pictures_of(pipeline, [good], [entry()])
@@ -163,7 +165,7 @@ def test_a_broken_picture_fails_its_batch_and_no_later_one(make: SimpleNamespace
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_fault_of_the_graph_is_no_bad_sample(make: SimpleNamespace, entry: Callable) -> None:
+def test_dali_graph_error_is_not_a_bad_sample(make: SimpleNamespace, entry: Callable) -> None:
     """Frames of two channels are the caller's mistake: no substitute, but a traceback."""
     pipeline = PixelPipeline("video", 1, S, V, threads=1)
     with pytest.raises(RuntimeError, match="crop_mirror_normalize"):
@@ -176,7 +178,7 @@ def header(jpeg: bytes, width: int, height: int) -> bytes:
     return jpeg[: at + 5] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + jpeg[at + 9 :]
 
 
-def test_headers_are_checked_before_a_decoder_sees_them(make: SimpleNamespace) -> None:
+def test_image_headers_are_checked_before_decoding(make: SimpleNamespace) -> None:
     picture = make.noise(40, 60)
     jpeg, png = encode(picture, ".jpg"), encode(picture)
     limits = Limits(pixels=10_000)
@@ -198,13 +200,13 @@ def test_headers_are_checked_before_a_decoder_sees_them(make: SimpleNamespace) -
             check_image(data, limits)
 
 
-def test_a_progressive_jpeg_passes() -> None:
+def test_progressive_jpeg_passes() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (30, 20)).save(buffer, "JPEG", progressive=True, exif=b"Exif\0\0" + bytes(500))
     assert check_image(buffer.getvalue(), Limits(pixels=1000)) == (30, 20)
 
 
-def test_a_picture_is_turned_as_its_exif_says(image: PixelPipeline, make: SimpleNamespace, entry: Callable) -> None:
+def test_dali_applies_exif_orientation(image: PixelPipeline, make: SimpleNamespace, entry: Callable) -> None:
     """Orientation 6, a quarter turn, as OpenCV's reader applies it too."""
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,4 +1,4 @@
-"""The same graph on a GPU: same frames and crops as on the CPU, pixels within what two decoders may differ."""
+"""DALI's pixel graph on a GPU against the CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.cpu() - b.cpu()).abs()
 
 
-def test_the_operators_give_the_same_pixels(make: SimpleNamespace, entry: Callable) -> None:
+def test_gpu_operators_give_cpu_pixels(make: SimpleNamespace, entry: Callable) -> None:
     frames = make.noise(4, 120, 150)
     entries = [entry(short_side=s, crop=(0.3, 0.7), flip=s == 120) for s in (120, 150)]
     results = [
@@ -45,7 +45,7 @@ def test_the_operators_give_the_same_pixels(make: SimpleNamespace, entry: Callab
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
-def test_decoding_on_the_gpu(kind: str, make: SimpleNamespace, entry: Callable) -> None:
+def test_gpu_decoding_is_close_to_cpu_decoding(kind: str, make: SimpleNamespace, entry: Callable) -> None:
     e = entry(short_side=120, crop=(0.3, 0.7), jitter=(1.1, 0.9, 1.2))
     if kind == "video":
         data = encode_mp4(make.noise(20, 120, 150, softness=5.0))
@@ -60,7 +60,7 @@ def test_decoding_on_the_gpu(kind: str, make: SimpleNamespace, entry: Callable) 
 
 
 @pytest.mark.parametrize("decoder", ["cpu", "gpu"])
-def test_the_loader_delivers_to_the_gpu(config: Config, decoder: str) -> None:
+def test_loader_delivers_batches_on_the_gpu(config: Config, decoder: str) -> None:
     config = replace(config, data=replace(config.data, decoder=decoder))
     with Loader(config, device="cuda:0") as loader:
         on_gpu = list(islice(loader, 3))
@@ -76,7 +76,7 @@ def test_the_loader_delivers_to_the_gpu(config: Config, decoder: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["arm_wrestling", "part_0", "dog", "goat"])
-def test_real_clips_are_decoded_alike(name: str, media_folder: Path, entry: Callable) -> None:
+def test_gpu_decoding_of_real_clips_is_close_to_cpu(name: str, media_folder: Path, entry: Callable) -> None:
     """The bound that is promised, on what it is promised for: H.264 and MPEG-4 from cameras."""
     data, numbers = (media_folder / f"{name}.mp4").read_bytes(), np.arange(0, 32, 2)
     e, frames = entry(short_side=288, crop=(0.3, 0.7)), decode_clip(data, lambda total: numbers, Limits())

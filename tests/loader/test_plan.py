@@ -1,4 +1,4 @@
-"""The sample plan: every sample once an epoch, the same for any split over ranks, every number in its range."""
+"""The sample plan: epochs, ranks, determinism, and ranges of its random numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan(stream: StreamId = StreamId.VIDEO, seed: int = 0, global_size: int = 6,
     window=st.integers(1, 12),
     seed=st.integers(0, 99),
 )
-def test_each_epoch_holds_each_sample_once(counts: list[int], window: int, seed: int) -> None:
+def test_epoch_holds_each_sample_once(counts: list[int], window: int, seed: int) -> None:
     order = SampleOrder(counts, seed, StreamId.IMAGE, window)
     everything = {(s, m) for s, n in enumerate(counts) for m in range(n)}
     for epoch in range(3):
@@ -43,7 +43,7 @@ def test_each_epoch_holds_each_sample_once(counts: list[int], window: int, seed:
 
 @pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
 @pytest.mark.parametrize("counters", [(), (1,), (5, 2**63, 9)])
-def test_random_numbers_are_philoxs(seed: int, counters: tuple[int, ...]) -> None:
+def test_random_numbers_equal_numpy_philox(seed: int, counters: tuple[int, ...]) -> None:
     """Seed and use are the key, the counters its counter: as numpy makes them when told so in full."""
     key = np.array([seed, Use.CROP], dtype=np.uint64)
     counter = np.array([0, *counters, *([0] * (3 - len(counters)))], dtype=np.uint64)
@@ -51,20 +51,20 @@ def test_random_numbers_are_philoxs(seed: int, counters: tuple[int, ...]) -> Non
     np.testing.assert_array_equal(generator(seed, Use.CROP, *counters).random(9), expected.random(9))
 
 
-def test_a_window_holds_few_shards() -> None:
+def test_shuffle_window_holds_few_shards() -> None:
     order = SampleOrder([10] * 12, 0, StreamId.VIDEO, 3)
     for first in range(0, 120, 30):
         assert len({order.at(p)[0] for p in range(first, first + 30)}) == 3
 
 
-def test_what_is_read_next_is_known_ahead() -> None:
+def test_plan_knows_the_next_shards_ahead() -> None:
     order = SampleOrder([10] * 7, 0, StreamId.VIDEO, 3)
     for position in range(0, 140, 7):
         now = order.shards_in(*order.window_at(position))
         assert order.at(position)[0] in now and order.at(position + 10)[0] in now
 
 
-def test_each_epoch_shuffles_shards_and_samples_anew() -> None:
+def test_each_epoch_shuffles_shards_and_samples_again() -> None:
     def epochs(counts: list[int], window: int) -> list[tuple]:
         order, n = SampleOrder(counts, 0, StreamId.VIDEO, window), sum(counts)
         return [tuple(order.at(p) for p in range(e * n, e * n + n)) for e in range(4)]
@@ -75,7 +75,7 @@ def test_each_epoch_shuffles_shards_and_samples_anew() -> None:
     assert len(set(windows)) == 4
 
 
-def test_a_plan_reads_within_its_window() -> None:
+def test_plan_reads_within_its_shuffle_window() -> None:
     """data.shuffle_window shards at a time, and storage hears of those in which a step begins."""
     for k in (1, 2):
         narrow = plan(shuffle_window=1, clips_per_video=k)
@@ -85,7 +85,7 @@ def test_a_plan_reads_within_its_window() -> None:
         assert windows == [narrow.entry(step, 0).shard for step in range(12)]
 
 
-def test_epochs_and_streams_differ() -> None:
+def test_order_differs_between_epochs_and_streams() -> None:
     sequences = {
         tuple(SampleOrder(COUNTS, seed, stream, 2).at(p) for p in range(first, first + 22))
         for seed, stream, first in [(0, 0, 0), (0, 0, 22), (0, 1, 0), (1, 0, 0)]
@@ -94,7 +94,7 @@ def test_epochs_and_streams_differ() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_the_split_over_ranks_only_deals_out_slots(world: int) -> None:
+def test_plan_slots_are_split_over_ranks(world: int) -> None:
     dealt = [
         slot
         for micro_step in range(48 // (world * 2))
@@ -104,14 +104,14 @@ def test_the_split_over_ranks_only_deals_out_slots(world: int) -> None:
     assert dealt == list(range(48))
 
 
-def test_entries_are_functions_of_their_counters() -> None:
+def test_plan_entries_are_functions_of_seed_step_and_slot() -> None:
     forward = [plan().entry(step, slot) for step in range(4) for slot in range(6)]
     backward = [plan().entry(step, slot) for step in reversed(range(4)) for slot in reversed(range(6))]
     assert forward == backward[::-1]
     assert len({(e.shard, e.member) for e in forward[:22]}) == 22
 
 
-def test_the_plan_never_changes_by_accident() -> None:
+def test_plan_entries_equal_pinned_values() -> None:
     """Pinned values: a run that is resumed with another version must meet the same samples."""
     first = plan(StreamId.IMAGE, seed=5).entry(3, 2)
     assert (first.shard, first.member, first.short_side, first.flip) == PINNED[0]
@@ -119,7 +119,7 @@ def test_the_plan_never_changes_by_accident() -> None:
     assert sample_key(5, StreamId.IMAGE, 3, 2) == PINNED[2]
 
 
-def test_random_views_cover_their_ranges() -> None:
+def test_random_crops_and_flips_cover_their_ranges() -> None:
     config = DataConfig(short_side=(20, 22), flip=0.25)
     entries = [StreamPlan(StreamId.IMAGE, COUNTS, config, 0, 2000).entry(0, slot) for slot in range(2000)]
     assert {e.short_side for e in entries} == {20, 21, 22}
@@ -130,13 +130,13 @@ def test_random_views_cover_their_ranges() -> None:
     assert crops.min() >= 0 and crops.max() < 1  # in single precision too
 
 
-def test_strong_jitter_stays_positive() -> None:
+def test_strong_colour_jitter_stays_positive() -> None:
     factors = [plan(StreamId.IMAGE, image_jitter=(0.0, 1.5, 3.0)).entry(s, 0).jitter for s in range(200)]
     low, high = np.min(factors, axis=0), np.max(factors, axis=0)
     assert low.min() >= 0 and (low[0], high[0]) == (1, 1) and 2 < high[1] <= 2.5 and 3 < high[2] <= 4
 
 
-def test_clips_are_not_jittered_and_held_out_samples_are_left_alone() -> None:
+def test_no_jitter_for_clips_and_no_augmentation_for_held_out() -> None:
     assert plan(StreamId.VIDEO).entry(0, 0).jitter == (1.0, 1.0, 1.0)
     held_out = plan(StreamId.EVAL_IMAGE).entry(0, 1)
     assert (held_out.crop, held_out.flip, held_out.jitter) == ((0.5, 0.5), False, (1.0, 1.0, 1.0))
@@ -157,7 +157,7 @@ def test_substitutes_are_other_samples_with_the_same_treatment() -> None:
 
 
 @pytest.mark.parametrize(("stream", "shape", "frames"), [(0, (6, 8, 14, 14), 2), (1, (6, 14, 14), 1)])
-def test_masks_have_the_streams_shape(stream: int, shape: tuple, frames: int) -> None:
+def test_plan_masks_have_the_shape_of_their_stream(stream: int, shape: tuple, frames: int) -> None:
     masks = plan(StreamId(stream)).masks(4)
     assert masks.shape == shape
     assert plan(StreamId(stream)).frames_per_cell == frames
@@ -172,7 +172,7 @@ def test_masks_have_the_streams_shape(stream: int, shape: tuple, frames: int) ->
     frames=st.integers(1, 32),
     stride=st.integers(1, 8),
 )
-def test_clip_frames(start: float, total: int, frames: int, stride: int) -> None:
+def test_clip_frame_numbers(start: float, total: int, frames: int, stride: int) -> None:
     numbers = clip_frames(start, total, frames, stride)
     assert len(numbers) == frames and numbers.min() >= 0 and numbers.max() < total
     assert (np.diff(numbers) % total == stride % total).all()
@@ -182,6 +182,6 @@ def test_clip_frames(start: float, total: int, frames: int, stride: int) -> None
         assert numbers[0] == 0
 
 
-def test_every_start_is_possible() -> None:
+def test_every_clip_start_is_possible() -> None:
     starts = {int(clip_frames(i / 1000, 21, 8, 2)[0]) for i in range(1000)}
     assert starts == set(range(6))

@@ -11,7 +11,7 @@ from bevt_ds.data.loader import Loader
 from bevt_ds.shards.pack import pack
 
 
-def test_real_media_from_files_to_batches(media_folder: Path, tmp_path: Path) -> None:
+def test_real_media_from_files_to_shards_to_batches(media_folder: Path, tmp_path: Path) -> None:
     videos = pack(media_folder, tmp_path, "video", "video")
     images = pack(media_folder, tmp_path, "image", "image")
     assert videos.rejected == images.rejected == 0

@@ -1,4 +1,4 @@
-"""Remote shards, from a server that stalls, cuts, errs and lies, and from fsspec. Their cache: test_cache.py."""
+"""Fetching remote shards over HTTP and fsspec: stalls, cuts, errors, secrets. The cache: test_shard_cache.py."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAME = "video-000000.tar"
     "faults",
     [[], ["500"], ["503", "429"], ["cut"], ["stall"], ["trickle"], ["cut", "500", "stall", "cut"]],
 )
-def test_a_server_in_trouble(server: Server, cache: ShardCache, faults: list[str]) -> None:
+def test_fetch_survives_stalls_cuts_and_http_errors_d24(server: Server, cache: ShardCache, faults: list[str]) -> None:
     """D24: every fault is got over; what has come is not fetched again."""
     server.faults = list(faults)
     assert cache.local(server.url(NAME)).read_bytes() == server.files[NAME]
@@ -49,7 +49,9 @@ def test_a_server_in_trouble(server: Server, cache: ShardCache, faults: list[str
     ("faults", "requests", "message"),
     [(["404"], 1, "HTTP 404"), (["403"], 1, "HTTP 403"), (["500"] * 5, 5, "HTTP 500"), (["cut"] * 5, 5, "cut after")],
 )
-def test_a_server_that_will_not(server: Server, cache: ShardCache, faults: list, requests: int, message: str) -> None:
+def test_fetch_reports_http_refusal(
+    server: Server, cache: ShardCache, faults: list, requests: int, message: str
+) -> None:
     server.faults = list(faults)
     with pytest.raises(RemoteError, match=f"{NAME}: .*{message}"):
         cache.local(server.url(NAME))
@@ -58,12 +60,12 @@ def test_a_server_that_will_not(server: Server, cache: ShardCache, faults: list,
     assert not list(cache.folder.glob(".fetch*"))
 
 
-def test_nobody_there(cache: ShardCache) -> None:
+def test_fetch_from_a_closed_port(cache: ShardCache) -> None:
     with pytest.raises(RemoteError, match="Connection refused|timed out"):
         cache.local("http://127.0.0.1:9/a.tar")
 
 
-def test_a_run_from_a_server_equals_a_local_one(config: Config, with_data, server: Server, tmp_path: Path) -> None:
+def test_batches_from_a_server_equal_local_ones(config: Config, with_data, server: Server, tmp_path: Path) -> None:
     remote = with_data(
         videos=server.url("video-00000{0..2}.tar"),
         images=server.url("image-00000{0..2}.tar"),
@@ -80,12 +82,12 @@ def test_a_run_from_a_server_equals_a_local_one(config: Config, with_data, serve
     assert len(server.requests) == 6  # neither the index nor the shards are fetched again
 
 
-def test_a_shard_that_is_not_there_is_named_at_the_start(with_data, server: Server, tmp_path: Path) -> None:
+def test_missing_remote_shard_is_named_at_the_start(with_data, server: Server, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none.tar: HTTP 404"):
         Loader(with_data(videos=server.url("none.tar"), cache_dir=str(tmp_path / "cache")))
 
 
-def test_the_next_window_is_fetched_before_it_is_read(with_data, server: Server, tmp_path: Path) -> None:
+def test_next_shuffle_window_is_prefetched(with_data, server: Server, tmp_path: Path) -> None:
     remote = with_data(videos=server.url("video-00000{0..2}.tar"), cache_dir=str(tmp_path / "cache"), shuffle_window=1)
     videos = Source(StreamId.VIDEO, remote.data.videos, 4, 2)
     with closing(BatchReader(remote, [videos], ALONE, "cpu", None)) as reader:
@@ -98,7 +100,7 @@ def test_the_next_window_is_fetched_before_it_is_read(with_data, server: Server,
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 2  # the window that is read, and the one after it
 
 
-def test_fsspec(shards: Path, tmp_path: Path) -> None:
+def test_fsspec_shards_are_read(shards: Path, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for path in shards.glob("video-*.tar"):
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())
@@ -116,7 +118,7 @@ def test_fsspec(shards: Path, tmp_path: Path) -> None:
     storage.close()
 
 
-def test_a_remote_name_that_exists_is_no_pattern() -> None:
+def test_existing_remote_name_is_not_a_pattern() -> None:
     memory = fsspec.filesystem("memory")
     for name in ("data[v2]/t-0.tar", "data[v2]/t-1.tar", "datav/t-0.tar"):
         memory.pipe(f"/odd/{name}", b"")
@@ -125,7 +127,7 @@ def test_a_remote_name_that_exists_is_no_pattern() -> None:
     assert expand("memory://odd/data[v]/t-*.tar") == ["memory:///odd/datav/t-0.tar"]
 
 
-def test_a_stalled_file_system_is_given_up(tmp_path: Path, monkeypatch) -> None:
+def test_stalled_fsspec_file_system_is_given_up(tmp_path: Path, monkeypatch) -> None:
     released = threading.Event()
 
     class Stalled(MemoryFileSystem):
@@ -189,21 +191,21 @@ def flaky(monkeypatch: pytest.MonkeyPatch) -> type[Flaky]:
     return Flaky
 
 
-def test_fsspec_has_errors_of_many_kinds_and_goes_on_after_them(cache: ShardCache, flaky: type[Flaky], caplog) -> None:
+def test_fsspec_errors_are_retried_and_fetches_resume(cache: ShardCache, flaky: type[Flaky], caplog) -> None:
     flaky.failures += [-1, 1 << 18, 1 << 19]
     assert cache.local("flaky://a.tar").read_bytes() == flaky.content
     assert flaky.read == [1 << 18, 1 << 18, 1 << 19]
     assert "cannot fetch flaky://a.tar: NotAnOSError: server disconnected; trying again" in caplog.text
 
 
-def test_fsspec_begins_anew_with_another_version(cache: ShardCache, flaky: type[Flaky]) -> None:
+def test_fsspec_starts_over_when_the_file_changed(cache: ShardCache, flaky: type[Flaky]) -> None:
     flaky.failures.append(1 << 18)
     flaky.versions = iter("12")
     assert cache.local("flaky://a.tar").read_bytes() == flaky.content
     assert flaky.read == [1 << 18, 1 << 20]
 
 
-def test_an_error_that_stays_is_named_with_its_kind(tmp_path: Path, flaky: type[Flaky]) -> None:
+def test_persistent_fsspec_error_is_named_with_its_type(tmp_path: Path, flaky: type[Flaky]) -> None:
     flaky.failures += [-1] * cache_module.ATTEMPTS
     storage = Storage(DataConfig(cache_dir=str(tmp_path / "cache")))
     storage.cache.first_pause = 0.01
@@ -224,13 +226,13 @@ def test_an_error_that_stays_is_named_with_its_kind(tmp_path: Path, flaky: type[
         ("https://me:secret@h/a.tar", "https://h/a.tar is no valid URL: user and password are not sent"),
     ],
 )
-def test_a_url_that_cannot_be_is_refused_at_once(url: str, message: str) -> None:
+def test_invalid_urls_are_refused_at_once(url: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         expand(f"{url},http://h/b.tar")
     assert "secret" not in str(caught.value)
 
 
-def test_pipe_runs_a_shell_only_where_that_is_allowed(shards: Path, tmp_path: Path) -> None:
+def test_pipe_urls_run_only_if_allowed_s5(shards: Path, tmp_path: Path) -> None:
     """S5."""
     canary = tmp_path / "canary"
     command = f"pipe:touch {canary}; cat {shards}/{NAME}"
@@ -246,7 +248,7 @@ def test_pipe_runs_a_shell_only_where_that_is_allowed(shards: Path, tmp_path: Pa
     storage.close()
 
 
-def test_secrets_are_not_shown() -> None:
+def test_secrets_in_urls_are_not_shown() -> None:
     url = "https://me:word@host/a/b.tar?token=x"
     assert redacted(url) == "https://host/a/b.tar"
     assert "word" not in str(RemoteError(url, "HTTP 500")) and "token" not in str(RemoteError(url, "HTTP 500"))

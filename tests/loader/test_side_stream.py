@@ -1,4 +1,4 @@
-"""Where batches for a GPU are made, as far as a machine without one can tell."""
+"""Making GPU batches on a CUDA side stream, as far as a machine without a GPU can tell."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return log
 
 
-def test_a_gpus_batch_is_made_on_a_stream_of_its_own_and_waited_for(log: list[str]) -> None:
+def test_gpu_batch_is_made_on_a_side_stream_and_waited_for(log: list[str]) -> None:
     side = SideStream(torch.device("cuda", 1))
     for _ in range(2):
         with side.context():

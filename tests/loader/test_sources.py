@@ -1,4 +1,4 @@
-"""What can be packed: folders, globs and the lists of four data sets."""
+"""Sources to pack: folders, globs and the file lists of four data sets."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def listed(items: Sequence[Item]) -> list[tuple[str, str, str]]:
         ),
     ],
 )
-def test_lists(media: Path, name: str, text: str, expected: list) -> None:
+def test_file_lists_of_four_data_sets(media: Path, name: str, text: str, expected: list) -> None:
     (media / name).write_text(text)
     items = listed(list_items(str(media / name), "video").items)
     full = [e if len(e) == 3 else ("with space.mp4", "with space", "4") for e in expected]
     assert items == full
 
 
-def test_kinetics_folders_may_have_underscores(media: Path) -> None:
+def test_kinetics_folder_names_may_have_underscores(media: Path) -> None:
     touched(media, "pull_ups/a_000001_000011.mp4", "abseiling/b_000001_000011.mp4", "tap dancing/c_000001_000011.mp4")
     rows = ["pull ups,a,1,11", "abseiling,b,1,11", "tap dancing,c,1,11", "pull ups,gone,1,11"]
     (media / "k700.csv").write_text("\n".join(["label,youtube_id,time_start,time_end", *rows]))
@@ -76,14 +76,14 @@ def test_kinetics_folders_may_have_underscores(media: Path) -> None:
     assert items[-1].name == "gone_000001_000011"  # packing it is what fails
 
 
-def test_a_list_may_lie_elsewhere(media: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_file_list_outside_the_media_folder(media: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     place = tmp_path_factory.mktemp("lists") / "list.txt"
     place.write_text("78687.webm 3\n")
     (item,) = list_items(str(place), "video", root=media).items
     assert item.path == media / "78687.webm"
 
 
-def test_imagenets_folders_give_labels_in_their_order(media: Path) -> None:
+def test_imagenet_folders_are_labels_in_their_order(media: Path) -> None:
     assert listed(list_items(str(media / "imagenet"), "image").items) == [
         ("n01440764/a.JPEG", "n01440764/a", "0"),
         ("n01443537/b.JPEG", "n01443537/b", "1"),
@@ -91,7 +91,7 @@ def test_imagenets_folders_give_labels_in_their_order(media: Path) -> None:
     assert {item.label for item in list_items(str(media), "image").items} == {""}  # other folders beside them
 
 
-def test_folders_may_be_classes(media: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_class_folders_give_labels(media: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("ucf")
     for name in ("Push left/g01/a.avi", "jump/b.avi"):
         (folder / name).parent.mkdir(parents=True)
@@ -107,7 +107,7 @@ def test_folders_may_be_classes(media: Path, tmp_path_factory: pytest.TempPathFa
         list_items(f"{media}/*.mp4", "video", class_folders=True)
 
 
-def test_a_class_folder_has_a_name_that_can_be_a_label(tmp_path: Path) -> None:
+def test_class_folder_name_must_be_a_label(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     (folder / "a.mp4").touch()
@@ -116,7 +116,7 @@ def test_a_class_folder_has_a_name_that_can_be_a_label(tmp_path: Path) -> None:
     assert len(list_items(str(tmp_path), "video").items) == 1
 
 
-def test_names_that_no_file_system_has(tmp_path: Path) -> None:
+def test_names_impossible_on_a_file_system(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("x" * 300 + ".mp4 1\n")
     (item,) = list_items(str(tmp_path / "list.txt"), "video").items  # packing it is what fails
     assert item.name == "x" * 300 + ".mp4"
@@ -124,7 +124,7 @@ def test_names_that_no_file_system_has(tmp_path: Path) -> None:
         list_items("x" * 300, "video")
 
 
-def test_quicktime_is_mp4_by_another_name(tmp_path: Path) -> None:
+def test_quicktime_extension_is_packed_as_mp4(tmp_path: Path) -> None:
     for name in ("a.MOV", "b.m4v", "c d.mov", "._a.MOV"):
         (tmp_path / name).touch()
     expected = [("a.MOV", "mp4"), ("b.m4v", "mp4"), ("c d.mov", "mp4")]
@@ -133,13 +133,13 @@ def test_quicktime_is_mp4_by_another_name(tmp_path: Path) -> None:
         assert [(item.name, item.extension) for item in list_items(str(source), "video").items] == expected
 
 
-def test_globs(media: Path) -> None:
+def test_sources_from_globs(media: Path) -> None:
     assert [item.name for item in list_items(f"{media}/**/*.mp4", "video").items] == sorted(
         ["_8Vy3dlHg2w_00000.mp4", "abseiling/0wR5jVB-WPk_000417_000427.mp4", "with space.mp4"]
     )
 
 
-def test_keys_stay_inside(tmp_path: Path) -> None:
+def test_source_keys_stay_inside_the_folder(tmp_path: Path) -> None:
     assert Item(tmp_path, "../../etc/a.b.mp4").key == "etc/a_b"
 
 
@@ -154,7 +154,7 @@ def faults(items: Sequence[Item]) -> dict[str, str]:
     return {item.name: item.fault for item in items if item.fault}
 
 
-def test_linked_class_folders_are_classes(tmp_path: Path) -> None:
+def test_symlinked_class_folders_are_classes(tmp_path: Path) -> None:
     folder = touched(tmp_path, "real/A/x.mp4", "real/A/deep/y.mp4", "ds/B/z.mp4") / "ds"
     (folder / "A").symlink_to("../real/A")
     (folder / "B" / "w.mp4").symlink_to("../../real/A/x.mp4")
@@ -166,7 +166,7 @@ def test_linked_class_folders_are_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["", "/**/*.mp4", "/**"])
-def test_a_link_to_a_folder_around_it_is_followed_once(tmp_path: Path, source: str) -> None:
+def test_symlink_cycle_is_followed_once(tmp_path: Path, source: str) -> None:
     folder = touched(tmp_path / "ds", "A/x.mp4", "B/y.mp4")
     for name in ("A/up", "A/again", "B/up"):
         (folder / name).symlink_to("..")
@@ -180,7 +180,7 @@ def test_a_link_to_a_folder_around_it_is_followed_once(tmp_path: Path, source: s
 
 
 @pytest.mark.parametrize("source", ["", "/*/*.mp4", "/**/*.mp4"])
-def test_links_that_lead_nowhere_are_named(tmp_path: Path, source: str) -> None:
+def test_broken_symlinks_are_named(tmp_path: Path, source: str) -> None:
     folder = touched(tmp_path / "ds", "B/x.mp4")
     (folder / "A").symlink_to("../gone/A")
     (folder / "B" / "y.mp4").symlink_to("z.mp4")
@@ -191,7 +191,7 @@ def test_links_that_lead_nowhere_are_named(tmp_path: Path, source: str) -> None:
     }
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, scandir = touched(tmp_path, "A/x.mp4", "B/y.mp4"), os.scandir
 
     def refused(path: Path):
@@ -204,7 +204,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
         assert faults(list_items(str(source), "video").items) == {"A": "cannot list the folder: Permission denied"}
 
 
-def test_imagenets_numbers_count_folders_without_a_usable_file(tmp_path: Path) -> None:
+def test_imagenet_label_numbers_count_empty_folders(tmp_path: Path) -> None:
     folder = touched(tmp_path, "n00000002/a.webp", "n00000003/b.jpg")
     (folder / "n00000001").symlink_to("gone")
     (folder / "readme").symlink_to("gone")
@@ -213,7 +213,7 @@ def test_imagenets_numbers_count_folders_without_a_usable_file(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("source", ["", "/**"])
-def test_other_endings_are_counted(tmp_path: Path, source: str) -> None:
+def test_other_extensions_are_counted(tmp_path: Path, source: str) -> None:
     names = ["a.mp4", "b.wmv", "c/d.WMV", "c/notes.txt", "c/README", "c/._e.mp4", "c/f.ts"]
     folder = touched(tmp_path / "ds", *names)
     passed_over = list_items(f"{folder}{source}", "video").passed_over
@@ -225,7 +225,7 @@ def test_other_endings_are_counted(tmp_path: Path, source: str) -> None:
     assert "2 .wmv" in str(caught.value)
 
 
-def test_a_source_that_exists_is_no_pattern(tmp_path: Path) -> None:
+def test_existing_source_is_not_a_pattern(tmp_path: Path) -> None:
     folder = touched(tmp_path, "data[v2]/a[1].mp4", "data[v2]/b.mp4", "datav/c.mp4")
     for pattern, names in [("data[v2]/*", 2), ("data[v2]/a[1].mp4", 1), ("data[v]/*", 1)]:
         assert len(list_items(f"{folder}/{pattern}", "video").items) == names
@@ -241,7 +241,7 @@ def test_a_source_that_exists_is_no_pattern(tmp_path: Path) -> None:
         ("a.txt", b"path label\n", "no video file in"),
     ],
 )
-def test_lists_that_are_none(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+def test_invalid_file_lists_are_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         list_items(str(tmp_path / name), "video")

@@ -1,4 +1,4 @@
-"""Tar members that are no plain files: sparse ones are passed over alone, hard links read; every command names them."""
+"""Tar members that are not plain files: sparse files, hard links, devices."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tar_with_holes(folder: Path, options: list[str], holes: str) -> Path:
 
 @pytest.mark.parametrize("holes", ["a", "b", "c"])
 @pytest.mark.parametrize("name", SPARSE_FORMATS)
-def test_a_sparse_member_is_passed_over_alone(tmp_path: Path, name: str, holes: str) -> None:
+def test_sparse_member_is_skipped_alone(tmp_path: Path, name: str, holes: str) -> None:
     tar = tar_with_holes(tmp_path, SPARSE_FORMATS[name], holes)
     assert tar.stat().st_size < 1_000_000
     for _ in range(2):  # from the tar, then from its index
@@ -53,7 +53,7 @@ def test_a_sparse_member_is_passed_over_alone(tmp_path: Path, name: str, holes: 
         assert shard.ignored_note() == f"1 passed over: '{holes}.mp4', sparse: pack it without `tar --sparse`"
 
 
-def test_a_tar_cut_inside_a_sparse_member_is_refused(tmp_path: Path) -> None:
+def test_tar_truncated_inside_a_sparse_member_is_refused(tmp_path: Path) -> None:
     tar = tar_with_holes(tmp_path, SPARSE_FORMATS["gnu"], "c")
     with tarfile.open(tar) as archive:
         last = archive.getmembers()[-1]
@@ -93,7 +93,7 @@ def test_hard_links_are_read(tmp_path: Path) -> None:
         assert shard.ignored == 2
 
 
-def test_what_is_passed_over_is_named_everywhere(tmp_path: Path, capsys, caplog) -> None:
+def test_skipped_members_are_named_by_every_command(tmp_path: Path, capsys, caplog) -> None:
     tar = linked_tar(tmp_path / "s.tar")
     named = "2 passed over: 'e.mp4', a hard link to 'later.mp4', which is no file before it; 'f.mp4', a symbolic link"
     assert cli.main(["shards", "index", str(tar)]) == 0
@@ -107,7 +107,7 @@ def test_what_is_passed_over_is_named_everywhere(tmp_path: Path, capsys, caplog)
     assert named in caplog.text
 
 
-def test_of_many_members_the_first_are_named(tmp_path: Path) -> None:
+def test_first_of_many_skipped_members_are_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for i in range(30):
             info = tarfile.TarInfo(f"{i}.mp4")

@@ -1,4 +1,4 @@
-"""The training profile: what it makes of a video, and that it is the same each time and after a kill."""
+"""The training profile of `pack`: properties, timing, determinism, resumption after a kill."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def clip(make: SimpleNamespace) -> bytes:
     return make.clip(frames, "mp4", "libx264", g="250", bf="3")
 
 
-def test_the_profile(clip: bytes) -> None:
+def test_training_profile_properties(clip: bytes) -> None:
     data, facts = transcode(clip, Profile(short_side=64), LIMITS)
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
@@ -58,7 +58,7 @@ def test_the_profile(clip: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("short_side", [48, 96])
-def test_levels_stay_what_they_were(container: str, codec: str, pixel_format: str, short_side: int) -> None:
+def test_transcoding_keeps_grey_levels(container: str, codec: str, pixel_format: str, short_side: int) -> None:
     """Of full range too, which cameras and screen recorders write: black is 0 there, and 16 in the profile's video."""
     levels = np.stack([np.full((96, 128, 3), level, np.uint8) for level in (0, 8, 60, 128, 200, 247, 255)])
     source = encode_clip(levels, container, codec, pixel_format)
@@ -68,7 +68,7 @@ def test_levels_stay_what_they_were(container: str, codec: str, pixel_format: st
     assert np.abs(before - after).max() < 4
 
 
-def test_fewer_frames_show_the_same_moments(clip: bytes) -> None:
+def test_transcoding_to_a_lower_rate_shows_the_same_moments(clip: bytes) -> None:
     """At a fifth of the rate a stride of 1 shows what a stride of 5 showed."""
     data, facts = transcode(clip, Profile(fps=5.0, crf=10), LIMITS)
     assert facts["frames"] == 12 and facts["times"] == [round(0.2 * i, 4) for i in range(12)]
@@ -87,11 +87,11 @@ def test_fewer_frames_show_the_same_moments(clip: bytes) -> None:
         ([0.0, 0.1, 1.0], 10.0, [0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2]),  # a variable rate
     ],
 )
-def test_the_nearest_frame_in_time(times: list, fps: float, expected: list) -> None:
+def test_transcoding_takes_the_nearest_frame_in_time(times: list, fps: float, expected: list) -> None:
     assert nearest(np.array(times), np.arange(len(expected)) / fps).tolist() == expected
 
 
-def test_two_frames_a_year_apart_are_no_video_of_a_year() -> None:
+def test_frames_a_year_apart_are_refused_d17() -> None:
     """D17: refused before memory is taken for its ticks."""
     year = 365 * 86400 * 25  # 1/25 s
     data = encode_clip(shades(2), "matroska", "libx264", times=[0, year])
@@ -99,14 +99,14 @@ def test_two_frames_a_year_apart_are_no_video_of_a_year() -> None:
         transcode(data, Profile(), Limits())
 
 
-def test_a_time_lapse_has_frames_enough() -> None:
+def test_time_lapse_keeps_its_frames() -> None:
     """Of a frame in an hour the rate would be rounded to none. The last one is shown for 1/25 s."""
     data = encode_clip(shades(3), "mp4", "libx264", times=[0, 90_000, 180_000])
     _, facts = transcode(data, Profile(), LIMITS)
     assert facts["frames"] == 7 and facts["times"] == [0.0] * 2 + [3600.0] * 4 + [7200.0]
 
 
-def test_the_same_bytes_for_any_number_of_processes(clip: bytes, tmp_path: Path) -> None:
+def test_transcoding_is_the_same_for_any_number_of_processes(clip: bytes, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for i in range(4):
@@ -136,7 +136,7 @@ pack(sys.argv[1], Path(sys.argv[2]), "video", shard_samples=5, jobs=1)
 """
 
 
-def test_a_killed_packing_goes_on_where_it_was(clip: bytes, tmp_path: Path) -> None:
+def test_killed_pack_continues_where_it_stopped(clip: bytes, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for i in range(13):
@@ -157,7 +157,7 @@ def test_a_killed_packing_goes_on_where_it_was(clip: bytes, tmp_path: Path) -> N
     assert not journal.parent.exists()
 
 
-def test_an_unfinished_packing_of_something_else_is_not_continued(clip: bytes, tmp_path: Path, monkeypatch) -> None:
+def test_unfinished_pack_of_other_input_is_not_continued(clip: bytes, tmp_path: Path, monkeypatch) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "a.mp4").write_bytes(clip)
@@ -171,7 +171,7 @@ def test_an_unfinished_packing_of_something_else_is_not_continued(clip: bytes, t
     assert pack(source, tmp_path / "out", "video").samples == 1  # killed while it gave the shards their names
 
 
-def test_decoding_can_start_at_any_keyframe(clip: bytes) -> None:
+def test_transcoded_video_decodes_from_any_keyframe(clip: bytes) -> None:
     data, _ = transcode(clip, Profile(), LIMITS)
     with opened(data, LIMITS) as video:
         video.frames(np.array([40, 41]))

@@ -1,4 +1,4 @@
-"""Blocks and tokenizers through torch.compile: the same numbers and names, and one graph for all that is alike."""
+"""torch.compile of blocks and tokenizers: the same values and names, one graph for all that is alike."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fresh_dynamo():
     torch._dynamo.config.recompile_limit = limit
 
 
-def test_compiled_blocks_are_the_same_model():
+def test_compiled_blocks_compute_the_same():
     """Features and gradients with drop-path; the backend runs torch's own kernels, so only the tracing is tested."""
     torch.manual_seed(0)
     sizes = {"embed_dim": 32, "depths": (4, 1), "num_heads": (1, 2), "window": (2, 2, 2), "drop_path": 0.5}
@@ -46,7 +46,7 @@ def test_compiled_blocks_are_the_same_model():
         torch.testing.assert_close(compiled_grads[name].grad, parameter.grad, msg=name)
 
 
-def test_the_switch_compiles_every_block(small_bevt):
+def test_compile_switch_compiles_every_block(small_bevt):
     """And nothing else: names and state stay as they are."""
     plain, compiled = small_bevt(), small_bevt(compile=True)
     assert plain.state_dict().keys() == compiled.state_dict().keys()
@@ -65,7 +65,7 @@ def small_tokenizers() -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("tokenizer", small_tokenizers(), ids=["dalle", "random_projection"])
-def test_a_compiled_tokenizer_gives_the_same_ids(tokenizer):
+def test_compiled_tokenizer_gives_the_same_ids(tokenizer):
     """The number of frames with a masked cell changes with every micro-batch: two graphs, the second for any number."""
     pictures = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     expected = [tokenizer.encode(pictures[:n]) for n in (6, 4, 5, 3)]
@@ -83,7 +83,7 @@ def loss_and_gradients(model: BEVT, batch: Batch) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)  # some hundred kernels of C++
-def test_a_step_through_inductor():
+def test_training_step_through_inductor():
     """What `model.compile` does to ids, loss and every gradient: errors are at most twice those of eager fp32."""
     batch = resident_batch(1, 2, 8, 128)
     for tokenizer in small_tokenizers():

@@ -1,4 +1,4 @@
-"""DALL-E's encoder: exact ids, both pickle containers and safetensors, and pickles that mean harm."""
+"""DALL-E's encoder: exact ids, both pickle containers and safetensors, hostile pickles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILES = ("encoder_small.pkl", "encoder_small_legacy.pkl", "dvae_encoder_small.sa
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_ids_and_logits(file, golden):
+def test_dalle_ids_and_logits_equal_golden(file, golden):
     tokenizer = load_tokenizer("dalle", weights=golden / file)
     io = load_file(golden / "dvae_encoder_small_io.safetensors")
     frames = io["in.image_u8"].float() / 255
@@ -41,7 +41,7 @@ def test_ids_and_logits(file, golden):
     torch.testing.assert_close(logits.std(1), io["out.logits_std"], rtol=1e-4, atol=0)
 
 
-def test_end_to_end_step(golden, joint, normalised, make_stream):
+def test_dalle_and_model_training_step_equals_golden(golden, joint, normalised, make_stream):
     """Tokenizer and model together: ids, losses and accuracies of the original's training step."""
     tokenizer = load_tokenizer("dalle", weights=golden / "encoder_small.pkl")
     model = BEVT.from_pretrained(golden / "bevt_joint_small.safetensors")
@@ -66,7 +66,7 @@ def test_end_to_end_step(golden, joint, normalised, make_stream):
         torch.testing.assert_close(accuracy, joint[f"e2e.acc_{name}"], rtol=0, atol=1.5 / 193)
 
 
-def test_full_size():
+def test_dalle_full_size():
     """OpenAI's published sizes: 74 tensors, 53,786,240 parameters, one id for 8x8 pixels."""
     with torch.device("meta"):
         tokenizer = DalleTokenizer()
@@ -97,7 +97,7 @@ def in_legacy(payload: bytes, path: Path) -> None:
 
 @pytest.mark.parametrize("wrap", [in_zip, in_legacy, lambda payload, path: path.write_bytes(payload)])
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_nothing_in_a_pickle_runs(wrap, protocol, tmp_path):
+def test_dalle_pickle_runs_no_code(wrap, protocol, tmp_path):
     canary = tmp_path / "canary"
     payload = pickle.dumps(Canary(canary), protocol)
     wrap(payload, tmp_path / "encoder.pkl")
@@ -129,13 +129,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("wrap", [in_zip, in_legacy])
-def test_odd_pickles_are_refused(name, wrap, tmp_path):
+def test_unusual_pickles_are_refused(name, wrap, tmp_path):
     wrap(HOSTILE[name], tmp_path / "encoder.pkl")
     with pytest.raises(UserError, match="not DALL-E's pickled encoder"):
         load_tokenizer("dalle", weights=tmp_path / "encoder.pkl")
 
 
-def test_modules_that_contain_each_other_end(tmp_path):
+def test_pickled_modules_in_a_cycle_are_refused(tmp_path):
     """A module whose child is itself would be walked for ever."""
     name = lambda s: b"X" + struct.pack("<I", len(s)) + s  # noqa: E731
     payload = (
@@ -147,7 +147,7 @@ def test_modules_that_contain_each_other_end(tmp_path):
         load_tokenizer("dalle", weights=tmp_path / "encoder.pkl")
 
 
-def test_a_storage_longer_than_the_file(golden, tmp_path):
+def test_pickled_storage_longer_than_the_file_is_refused(golden, tmp_path):
     """The length before a storage is a number like any other: it must not decide how much memory is asked for."""
     raw = bytearray((golden / "encoder_small_legacy.pkl").read_bytes())
     stream = BytesIO(raw)
@@ -159,7 +159,7 @@ def test_a_storage_longer_than_the_file(golden, tmp_path):
         load_tokenizer("dalle", weights=tmp_path / "encoder.pkl")
 
 
-def test_a_compressed_zip_is_refused(tmp_path):
+def test_compressed_zip_is_refused(tmp_path):
     in_zip(b"K\x01." + b"0" * 10_000, tmp_path / "encoder.pkl", zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match="compressed"):
         load_tokenizer("dalle", weights=tmp_path / "encoder.pkl")
@@ -167,13 +167,13 @@ def test_a_compressed_zip_is_refused(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x04N.", b"PK\x03\x04 broken"])
 @pytest.mark.parametrize("name", ["encoder.pkl", "encoder.safetensors"])
-def test_files_that_are_no_tokenizer(content, name, tmp_path):
+def test_files_that_are_not_a_tokenizer_are_named(content, name, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
         load_tokenizer("dalle", weights=tmp_path / name)
 
 
-def test_tensors_of_something_else(committed, tmp_path):
+def test_tensors_of_another_model_are_refused(committed, tmp_path):
     state = dict(load_tokenizer("dalle", weights=committed / "encoder_small.pkl").state_dict())
     for name, broken in {
         "missing": {k: v for k, v in state.items() if "group_3.block_2" not in k},
@@ -185,14 +185,14 @@ def test_tensors_of_something_else(committed, tmp_path):
             load_tokenizer("dalle", weights=tmp_path / f"{name}.safetensors")
 
 
-def test_missing_weights_say_what_to_do(tmp_path):
+def test_missing_tokenizer_weights_name_the_remedy(tmp_path):
     with pytest.raises(UserError, match="tokenizer.weights=FILE"):
         load_tokenizer("dalle")
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer("dalle", weights=tmp_path / "encoder.pkl")
 
 
-def test_weights_settle_once():
+def test_tokenizer_weights_are_converted_once():
     """Channels last after the first call, values untouched; in half precision the last convolution keeps fp32."""
     torch.manual_seed(0)
     tokenizer = DalleTokenizer(n_hid=4, vocab_size=32)

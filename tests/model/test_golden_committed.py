@@ -55,7 +55,7 @@ def check(x, stage1, name, part, relative_error):
 
 
 @pytest.mark.parametrize("name", ["video", "image"])
-def test_stem_and_first_stage(name, stage1, normalised, relative_error):
+def test_golden_stem_and_first_stage(name, stage1, normalised, relative_error):
     encoder, weights = first_stage(stage1)
     mask_token = part_of(MaskToken(32, "auto"), weights, "mask_token.")
     stem, policy = encoder.patch_embed, "swin"
@@ -72,7 +72,7 @@ def test_stem_and_first_stage(name, stage1, normalised, relative_error):
 
 
 @pytest.mark.parametrize("name", ["t32", "t32_window16", "pad_b"])
-def test_first_stage_of_longer_and_padded_clips(name, stage1, normalised, relative_error):
+def test_golden_first_stage_of_longer_and_padded_clips(name, stage1, normalised, relative_error):
     half = stage1["in.t32_half_u8"]
     pixels = stage1["in.pad_b_u8"] if name == "pad_b" else torch.cat([half, 255 - half.flip(2)], dim=2)
     encoder, _ = first_stage(stage1, (16, 7, 7) if name == "t32_window16" else (8, 7, 7))
@@ -81,7 +81,7 @@ def test_first_stage_of_longer_and_padded_clips(name, stage1, normalised, relati
     check(x, stage1, f"{name}.", "stage1", relative_error)
 
 
-def test_head(committed):
+def test_golden_head(committed):
     io = load_file(committed / "head.safetensors")
     head = part_of(LMHead(256, 512, "auto"), io, "cls_head.lm_head.")
     features, targets = io["in.features"], io["in.target_ids"].long()
@@ -97,7 +97,7 @@ def test_head(committed):
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
-def test_inflation(variant, committed):
+def test_golden_inflation(variant, committed):
     stored = load_file(committed / "tables.safetensors")
     part = lambda side: {k.split("/", 1)[1]: v for k, v in stored.items() if k.startswith(f"{side}.{variant}/")}  # noqa: E731
     ours, _ = inflate(unwrap({"module": part("in")}), window=(8, 7, 7), patch_time=2)
@@ -107,14 +107,14 @@ def test_inflation(variant, committed):
         torch.testing.assert_close(ours[key], reference, rtol=0, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def test_table_resizing(committed):
+def test_golden_table_resizing(committed):
     stored = load_file(committed / "tables.safetensors")
     name = "8x7x7_to_16x7x7/heads2"
     ours = resize_table(stored[f"in.{name}"], (8, 7, 7), (16, 7, 7))
     torch.testing.assert_close(ours, stored[f"out.{name}"], rtol=0, atol=1e-6)
 
 
-def test_tokenizer(committed):
+def test_golden_tokenizer(committed):
     tokenizer = load_tokenizer("dalle", weights=committed / "encoder_small.pkl")
     io = load_file(committed / "dvae.safetensors")
     frames = io["in.image_u8"].float() / 255
@@ -126,12 +126,12 @@ def test_tokenizer(committed):
     torch.testing.assert_close(logits[image, :, row, column], io["out.logits_at"], rtol=0, atol=2e-5)
 
 
-def test_files_are_small(committed):
+def test_golden_files_are_small(committed):
     sizes = [path.stat().st_size for path in committed.iterdir()]
     assert max(sizes) < BIG and sum(sizes) < 2.6 * BIG
 
 
-def test_subset_is_what_cut_makes_of_the_full_set(committed, golden):
+def test_committed_golden_subset_equals_the_full_set(committed, golden):
     spec = importlib.util.spec_from_file_location("cut", committed / "cut.py")
     cut = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cut)

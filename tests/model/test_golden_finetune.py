@@ -38,7 +38,7 @@ def classify(finetune, features):
 
 
 @pytest.mark.parametrize("name", ["t32", "pad_a", "pad_b"])
-def test_features(name, encoder, clips, finetune, relative_error):
+def test_golden_finetune_features(name, encoder, clips, finetune, relative_error):
     """Stage 4 of pad_a is left out: the original clips its bias index there, which is wrong where W is clipped."""
     with torch.no_grad():
         features, stages = encoder.forward_intermediates(clips[name])
@@ -50,14 +50,14 @@ def test_features(name, encoder, clips, finetune, relative_error):
         assert relative_error(classify(finetune, features), finetune[f"out.{name}.logits"]) < RTOL
 
 
-def test_clip_and_mirror(encoder, clips, finetune):
+def test_golden_finetune_clip_and_mirror(encoder, clips, finetune):
     with torch.no_grad():
         views = [encoder.forward_features(x) for x in (clips["t32"], clips["t32"].flip(-1))]
         average = torch.stack([classify(finetune, x).softmax(-1) for x in views]).mean(0)
     torch.testing.assert_close(average, finetune["out.t32.prob_avg_clip_and_hflip"], rtol=RTOL, atol=1e-6)
 
 
-def test_loss_and_gradients(encoder, clips, finetune, relative_error):
+def test_golden_finetune_loss_and_gradients(encoder, clips, finetune, relative_error):
     encoder.zero_grad()
     logits = classify(finetune, encoder.forward_features(clips["t32"]))
     loss = F.cross_entropy(logits, finetune["in.t32_label"].long())
@@ -77,7 +77,7 @@ def test_loss_and_gradients(encoder, clips, finetune, relative_error):
         assert relative_error(gradients[name], reference) < GRADIENTS, name
 
 
-def test_larger_window(golden, clips, finetune, relative_error):
+def test_golden_finetune_larger_window(golden, clips, finetune, relative_error):
     """Window (16,7,7) from weights of (8,7,7): tables resized while loading."""
     encoder = VideoSwin.from_pretrained(golden / "bevt_joint_small.safetensors", window=(16, 7, 7))
     for block in ("layers.0.blocks.1", "layers.2.blocks.0"):
@@ -92,7 +92,7 @@ def test_larger_window(golden, clips, finetune, relative_error):
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2", "v3"])
-def test_inflation(variant, golden):
+def test_golden_finetune_inflation(variant, golden):
     """Prefixes, containers, fc_norm, stems and tables: every tensor that the original loads, bit for bit or to 1e-6."""
     stored = load_file(golden / "inflate_small.safetensors")
     part = lambda side: {k.split("/", 1)[1]: v for k, v in stored.items() if k.startswith(f"{side}.{variant}/")}  # noqa: E731
@@ -102,7 +102,7 @@ def test_inflation(variant, golden):
 
 
 @pytest.mark.parametrize("heads", [2, 4])
-def test_table_resizing(heads, golden):
+def test_golden_finetune_table_resizing(heads, golden):
     stored = load_file(golden / "rpb_resize.safetensors")
     name = f"8x7x7_to_16x7x7/heads{heads}"
     ours = resize_table(stored[f"in.{name}"], (8, 7, 7), (16, 7, 7))
@@ -120,7 +120,7 @@ def classifier_file(golden, finetune, tmp_path_factory):
     return path
 
 
-def test_classifier(classifier_file, clips, finetune, relative_error):
+def test_golden_finetune_classifier(classifier_file, clips, finetune, relative_error):
     """An official fine-tuned file, head included: logits, loss and the head's gradients."""
     assert read_weights(classifier_file).arch["num_classes"] == 10
     model = VideoClassifier.from_pretrained(classifier_file).eval()

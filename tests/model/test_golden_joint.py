@@ -40,12 +40,12 @@ def features(model, streams):
 
 
 @pytest.mark.parametrize("name", ["video", "image"])
-def test_features(name, features, joint, relative_error):
+def test_golden_joint_features(name, features, joint, relative_error):
     assert relative_error(features[name], joint[f"out.{name}_features"]) < FEATURES
 
 
 @pytest.mark.parametrize("name", ["video", "image"])
-def test_predicted_ids(name, model, features, joint):
+def test_golden_joint_predicted_ids(name, model, features, joint):
     with torch.no_grad():
         logits = model.lm_head(features[name])
     decided = joint[f"out.{name}_logits_margin"] > MARGIN
@@ -59,7 +59,7 @@ def test_predicted_ids(name, model, features, joint):
 
 
 @pytest.mark.parametrize("name", ["video", "image"])
-def test_stages(name, model, streams, joint, relative_error):
+def test_golden_joint_stages(name, model, streams, joint, relative_error):
     stream = streams[name]
     with torch.no_grad():
         if name == "video":
@@ -77,7 +77,7 @@ def test_stages(name, model, streams, joint, relative_error):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("names", [("video", "image"), ("video",), ("image",)], ids="+".join)
-def test_losses_accuracies_and_gradients(names, checkpointing, model, streams, joint, relative_error):
+def test_golden_joint_losses_accuracies_and_gradients(names, checkpointing, model, streams, joint, relative_error):
     model.encoder.checkpointing = checkpointing
     model.zero_grad()
     out = model(Batch(*(streams[n] if n in names else None for n in ("video", "image"))))

@@ -1,4 +1,4 @@
-"""Imports point one way: the model knows nothing of data, configuration or the engine."""
+"""The model imports neither data, configuration nor engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_imports_of_the_model():
+def test_model_imports_neither_data_nor_engine():
     files = list(MODEL.rglob("*.py"))
     assert len(files) > 8
     for path in files:

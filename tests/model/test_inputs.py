@@ -1,4 +1,4 @@
-"""What the public methods say about tensors of the wrong kind, and what it costs them to look."""
+"""Checks of the model's inputs: messages, and that they cost neither a sync nor a graph break."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def bevt() -> BEVT:
 
 @pytest.mark.parametrize("wrong", BAD_PIXELS)
 @pytest.mark.parametrize("method", methods())
-def test_pixels_of_the_wrong_kind(method, wrong):
+def test_pixels_of_wrong_shape_or_dtype_are_named(method, wrong):
     call, good = methods()[method]
     change, message = BAD_PIXELS[wrong]
     with pytest.raises(UserError, match=message):
@@ -59,7 +59,7 @@ def test_pixels_of_the_wrong_kind(method, wrong):
 
 
 @pytest.mark.parametrize("method", methods())
-def test_right_pixels_pass_without_a_word(method):
+def test_valid_pixels_give_no_warning(method):
     call, good = methods()[method]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
@@ -73,7 +73,7 @@ def test_time_before_channels_is_named():
 
 
 @pytest.mark.parametrize("method", methods())
-def test_pixels_between_0_and_1_are_warned_of(method):
+def test_pixels_in_unit_range_are_warned_of(method):
     """They may be right: a hazy clip. So it is a warning."""
     call, good = methods()[method]
     with pytest.warns(UserWarning, match="as if it were RGB between 0 and 1"), torch.no_grad():
@@ -91,7 +91,7 @@ def test_pixels_between_0_and_1_are_warned_of(method):
         (lambda m: m[..., :2], "mask has the shape .*, 4, 4"),
     ],
 )
-def test_masks_of_the_wrong_kind(stream, change, message):
+def test_masks_of_wrong_shape_or_dtype_are_named(stream, change, message):
     model = bevt()
     call, pixels, mask = {
         "video": (model.forward_video, CLIP, VIDEO_MASK),
@@ -102,13 +102,13 @@ def test_masks_of_the_wrong_kind(stream, change, message):
 
 
 @pytest.mark.parametrize("keys", [torch.zeros(1), torch.zeros(2, dtype=torch.int64), [1]])
-def test_sample_keys_of_the_wrong_kind(keys):
+def test_sample_keys_of_wrong_shape_or_dtype_are_named(keys):
     for call in (VideoSwin(**SIZES), VideoClassifier(2, **SIZES), lambda x, k: bevt().forward_video(x, VIDEO_MASK, k)):
         with pytest.raises(UserError, match=r"sample_keys is .*int64 tensor \(1,\)"):
             call(CLIP, keys)
 
 
-def test_batches_of_the_wrong_kind(small_bevt, small_batch):
+def test_invalid_batches_are_named(small_bevt, small_batch):
     model, video = small_bevt(), small_batch.video
     for wrong, message in (
         (None, "batch is None"),
@@ -125,7 +125,7 @@ def test_batches_of_the_wrong_kind(small_bevt, small_batch):
 
 
 @pytest.mark.parametrize("make", [lambda: DalleTokenizer(8, 16), lambda: RandomProjectionTokenizer(16)])
-def test_frames_of_the_wrong_kind(make):
+def test_tokenizer_frames_of_wrong_shape_or_dtype_are_named(make):
     good = torch.rand(2, 3, 16, 16)
     assert make().encode(good).shape == (2, 2, 2)
     for wrong, message in (
@@ -160,7 +160,7 @@ def reads(call: Callable) -> int:
     return counted.reads
 
 
-def test_a_training_step_reads_no_value(small_bevt, small_batch):
+def test_input_checks_of_a_training_step_read_no_value(small_bevt, small_batch):
     model, classifier = small_bevt(), VideoClassifier(2, **SIZES).train()
     assert reads(lambda: model(small_batch)) == 0
     assert reads(lambda: classifier(CLIP)) == 2, "lowest and highest, once"
@@ -168,7 +168,7 @@ def test_a_training_step_reads_no_value(small_bevt, small_batch):
     assert reads(lambda: classifier.eval()(CLIP)) == 2, "in host memory it costs nothing"
 
 
-def test_the_checks_break_no_graph():
+def test_input_checks_break_no_graph():
     """fullgraph raises at a break; a backend that runs the graph as it is keeps this fast."""
     forward = bevt().eval().forward_video
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Shapes, sizes, gradients, drop-path and the order of rows, on models too small to learn anything."""
+"""The networks: shapes, parameter counts, gradients, drop-path, masked loss, initialisation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def parameters(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_parameter_counts(name):
+def test_swin_parameter_counts(name):
     with torch.device("meta"):
         model, encoder = create_model(name), create_model(f"video_{name}")
     assert (parameters(encoder), parameters(model) - parameters(model.lm_head)) == SIZES[name]
@@ -89,12 +89,12 @@ def test_small_windows_matter_where_height_or_width_is_clipped(grid, by_number):
     assert not block_windows(grid, TABLE, shifted=False).bias_by_number
 
 
-def test_table_rows():
+def test_relative_position_table_rows():
     assert (table_rows((8, 7, 7)), table_rows((16, 7, 7)), table_rows((1, 7, 7))) == (2535, 5239, 169)
 
 
 @pytest.mark.parametrize("patch", [(2, 4, 4), (1, 4, 4)])
-def test_patch_embedding_is_a_convolution(patch):
+def test_patch_embedding_equals_conv3d(patch):
     embed = PatchEmbed(patch, 8)
     conv = nn.Conv3d(3, 8, patch, patch)
     with torch.no_grad():
@@ -107,14 +107,14 @@ def test_patch_embedding_is_a_convolution(patch):
 
 
 @pytest.mark.parametrize("scale", [(1, 2, 2), (2, 1, 1)])
-def test_upsampling_is_a_transposed_convolution(scale):
+def test_upsampling_equals_a_transposed_convolution(scale):
     up, conv = Upsample(6, scale), nn.ConvTranspose3d(6, 6, scale, scale)
     up.load_state_dict(conv.state_dict())
     x = torch.randn(2, 3, 4, 5, 6)
     torch.testing.assert_close(up(x), conv(x.movedim(-1, 1)).movedim(1, -1), rtol=0, atol=1e-6)
 
 
-def test_merging_order():
+def test_patch_merging_order():
     merge = PatchMerging(4)
     x = torch.randn(1, 2, 5, 6, 4)
     padded = F.pad(x, (0, 0, 0, 0, 0, 1))
@@ -123,7 +123,7 @@ def test_merging_order():
 
 
 @pytest.mark.parametrize("frames", [1, 2])
-def test_decoder_against_its_definition(frames):
+def test_decoder_equals_its_definition(frames):
     """Transposed convolution, [fine, coarse] to one Linear, then the taps of time: BEVT's decoders, spelled out."""
     decoder = Decoder(8, frames, "torch")
     init_weights(decoder)
@@ -154,7 +154,7 @@ def test_shapes_of_the_public_surface(small_bevt):
 
 
 @pytest.mark.parametrize("policy", ["official", "swin"])
-def test_sizes_that_windows_do_not_tile(policy, small_bevt):
+def test_sizes_not_divisible_by_the_window(policy, small_bevt):
     """96 pixels: 24, 12, 6 and 3 tokens against windows of 7, that is padding, then clipping, in both streams."""
     model = small_bevt(window=(8, 7, 7), image_windows=policy)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_sizes_that_windows_do_not_tile(policy, small_bevt):
     assert video.isfinite().all() and image.isfinite().all()
 
 
-def test_half_precision(small_bevt, small_batch):
+def test_bfloat16_model(small_bevt, small_batch):
     """bf16 weights take fp32 pixels; the loss stays fp32 and close to the fp32 model's."""
     model = small_bevt(drop_path=0.2).train()
     expected = model(small_batch).loss
@@ -174,7 +174,7 @@ def test_half_precision(small_bevt, small_batch):
     torch.testing.assert_close(out.loss, expected, rtol=2**-7, atol=0)  # bf16 has 8 bits of precision
 
 
-def test_masked_pixels_do_not_leak(small_bevt):
+def test_masked_pixels_do_not_leak_into_features(small_bevt):
     """With every cell masked the picture has no influence; with none it has."""
     model = small_bevt().eval()
     a, b = torch.randn(2, 1, 3, 64, 64)
@@ -191,7 +191,7 @@ def test_every_parameter_gets_a_gradient(small_bevt, small_batch):
     assert not dead
 
 
-def test_loss_is_that_of_all_positions(small_bevt, small_batch):
+def test_gathered_loss_equals_loss_of_all_positions(small_bevt, small_batch):
     """Gathering before the decoder's last layers and the head is exact: the same loss as from every position."""
     model = small_bevt().eval()
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_loss_is_that_of_all_positions(small_bevt, small_batch):
     torch.testing.assert_close(out.loss, expected)
 
 
-def test_order_of_cells_does_not_matter(small_bevt, small_batch):
+def test_order_of_masked_cells_does_not_matter(small_bevt, small_batch):
     model, stream = small_bevt().eval(), small_batch.video
     shuffle = torch.randperm(len(stream.cells))
     rows, targets = (x.view(-1, 2)[shuffle].flatten() for x in (stream.rows, stream.targets))
@@ -227,7 +227,7 @@ def test_order_of_cells_does_not_matter(small_bevt, small_batch):
         [1, 5, 9, -1, -1, -1],  # one frame of a masked cell
     ],
 )
-def test_rows_must_be_those_of_the_cells(make_stream, rows):
+def test_rows_must_match_the_masked_cells(make_stream, rows):
     """The model takes a cell's features for the rows at its place, and would learn from the wrong targets."""
     mask = torch.zeros(1, 2, 2, 2, dtype=torch.bool)
     mask[0, 0, 0, 1] = mask[0, 1, 0, 1] = True
@@ -238,7 +238,7 @@ def test_rows_must_be_those_of_the_cells(make_stream, rows):
         replace(stream, rows=torch.tensor(rows))
 
 
-def test_splitmix64_against_integers():
+def test_splitmix64_equals_python_integers():
     """The published finaliser in Python's integers; torch has only signed 64-bit numbers that wrap."""
 
     def reference(x: int) -> int:
@@ -269,7 +269,7 @@ def test_drop_path_rates():
     assert draws.min() >= 0 and draws.max() < 1
 
 
-def test_drop_path_follows_the_sample(small_bevt, small_batch):
+def test_drop_path_depends_on_the_sample_only(small_bevt, small_batch):
     """Splitting a batch changes no sample's output by a bit, and another key changes it."""
     model = small_bevt(drop_path=0.5).train()
     stream = small_batch.video
@@ -285,7 +285,7 @@ def test_drop_path_follows_the_sample(small_bevt, small_batch):
     )
 
 
-def test_drop_path_without_keys(small_bevt):
+def test_drop_path_without_sample_keys(small_bevt):
     """In training torch's own generator decides; in evaluation nothing is dropped."""
     encoder = small_bevt(drop_path=0.5).encoder
     clip = torch.randn(1, 3, 4, 32, 32).expand(8, -1, -1, -1, -1)
@@ -298,7 +298,7 @@ def test_drop_path_without_keys(small_bevt):
         assert torch.equal(encoder.eval()(clip), encoder(clip))
 
 
-def test_checkpointing_changes_nothing(small_bevt, small_batch):
+def test_activation_checkpointing_changes_nothing(small_bevt, small_batch):
     model = small_bevt(drop_path=0.5).train()
     gradients = []
     for model.encoder.checkpointing in (False, True):
@@ -308,7 +308,7 @@ def test_checkpointing_changes_nothing(small_bevt, small_batch):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_one_stream_alone(small_bevt, small_batch):
+def test_model_with_one_stream_only(small_bevt, small_batch):
     model = small_bevt().eval()
     with torch.no_grad():
         both = model(small_batch)
@@ -318,7 +318,7 @@ def test_one_stream_alone(small_bevt, small_batch):
     torch.testing.assert_close(video.loss + image.loss, both.loss)
 
 
-def test_initialisation(small_bevt):
+def test_initialisation_spreads_and_seed(small_bevt):
     """Seedable, leaves nothing unset, and has the stated spreads."""
     model = small_bevt()
     with torch.no_grad():

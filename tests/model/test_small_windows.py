@@ -64,12 +64,12 @@ def test_official_small_windows_equal_torchvision(side, theirs, expected):
     assert difference(loaded(theirs), *expected[side]) > 1e-2
 
 
-def test_whole_windows_equal_torchvision_either_way(theirs, expected):
+def test_whole_windows_equal_torchvision_with_either_option(theirs, expected):
     for option in ("exact", "official"):
         assert difference(loaded(theirs, small_windows=option), *expected[224]) < 1e-5
 
 
-def test_every_model_has_the_option_and_keeps_it(tmp_path):
+def test_every_model_saves_the_small_windows_option(tmp_path):
     small = SIZES | {"depths": (1, 1, 1, 1), "small_windows": "official"}
     models = {"bevt": BEVT(vocab_size=16, **small), "swin": VideoSwin(**small), "class": VideoClassifier(3, **small)}
     for name, model in models.items():

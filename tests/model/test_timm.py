@@ -1,4 +1,4 @@
-"""The models are in timm's registry after `import bevt_ds`, whichever package is imported first."""
+"""Registration of the models with timm, and timm's options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(code: str) -> str:
 
 
 @pytest.mark.parametrize("imports", ["import bevt_ds, timm", "import timm, bevt_ds"])
-def test_either_order_of_imports(imports):
+def test_timm_registry_with_either_order_of_imports(imports):
     code = f"{imports}; print(type(timm.create_model('bevt_tiny', vocab_size=8)).__name__)"
     assert run(code) == "BEVT"
 
@@ -27,7 +27,7 @@ BUILT = {"bevt_tiny": (BEVT, VideoSwin), "video_tiny": (VideoSwin, VideoSwin)}  
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_num_classes_chooses_the_model(name):
+def test_timm_num_classes_chooses_the_model(name):
     make = functools.partial(timm.create_model, name)
     assert [type(make()), type(make(num_classes=0))] == [*BUILT[name]]
     classifier = make(num_classes=7, drop_path=0.1, classes=tuple("abcdefg"))
@@ -36,7 +36,7 @@ def test_num_classes_chooses_the_model(name):
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_features_only_gives_what_feature_info_says(name):
+def test_timm_features_only_matches_feature_info(name):
     clip = torch.randn(1, 3, 4, 64, 64)
     model = timm.create_model(name, features_only=True).eval()
     outputs, info = model(clip), model.feature_info
@@ -63,10 +63,10 @@ def test_features_only_gives_what_feature_info_says(name):
         ({"pretrained": True}, "no weights to download"),
     ],
 )
-def test_what_no_model_has_is_named(arguments, message):
+def test_unknown_timm_arguments_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         timm.create_model("bevt_tiny", **arguments)
 
 
-def test_import_alone_costs_neither_torch_nor_timm():
+def test_import_of_bevt_ds_loads_neither_torch_nor_timm():
     assert run("import sys, bevt_ds; print([m for m in ('torch', 'timm') if m in sys.modules])") == "[]"

@@ -1,4 +1,4 @@
-"""Tokenizers as the training loop uses them: targets of masked rows, and the weightless tokenizer's statistics."""
+"""Tokenizers: targets of masked rows, and statistics of the random projection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Positions:
         return (frames[:, 0, 0, 0].round().long() * 64)[:, None, None] + place
 
 
-def test_targets_of_masked_rows(make_stream):
+def test_tokenizer_targets_of_masked_rows(make_stream):
     """Each row gets the id of its own frame and cell, and frames without a masked cell are not encoded."""
     mask = torch.zeros(2, 2, 4, 4, dtype=torch.bool)
     mask[0, 1, 2, 3] = mask[1, 0, 0, 1] = True  # frames 2, 3 of clip 0 and 0, 1 of clip 1
@@ -44,7 +44,7 @@ def test_targets_of_masked_rows(make_stream):
     assert tokenize(tokenizer, Batch(None, batch.image)).video is None
 
 
-def test_a_view_of_the_wrong_size_is_named(make_stream):
+def test_token_view_of_the_wrong_size_is_named(make_stream):
     stream = make_stream(torch.zeros(1), torch.ones(1, 4, 4, dtype=torch.bool), view=torch.rand(1, 3, 64, 64))
     with pytest.raises(UserError, match="8x8 ids a picture, the mask has 4x4"):
         tokenize(load_tokenizer("random_projection", vocab_size=8), Batch(None, stream))
@@ -100,7 +100,7 @@ def test_random_projection_ignores_brightness_and_contrast():
     assert same.float().mean() > 0.95
 
 
-def test_unknown_names_and_options():
+def test_unknown_tokenizer_names_and_options_are_named():
     with pytest.raises(UserError, match="choose one of dalle, random_projection"):
         load_tokenizer("peco")
     with pytest.raises(UserError, match="no weights"):

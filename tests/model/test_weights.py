@@ -1,4 +1,4 @@
-"""Saving, loading, and what is said when a file is not what it should be."""
+"""Saving and loading weights, official checkpoints, and refusals of unsuitable files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(value, theirs[name]) for name, value in a.state_dict().items())
 
 
-def test_round_trip(small_bevt, tmp_path, capsys):
+def test_save_and_load_round_trip(small_bevt, tmp_path, capsys):
     model = small_bevt(image_windows="swin", drop_path=0.2)
     model.save_pretrained(tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
@@ -58,7 +58,7 @@ def test_round_trip(small_bevt, tmp_path, capsys):
     assert f"{len(model.state_dict())} tensors loaded" in capsys.readouterr().out
 
 
-def test_nothing_is_overwritten(small_bevt, tmp_path):
+def test_save_overwrites_nothing(small_bevt, tmp_path):
     small_bevt().save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="exists"):
@@ -66,7 +66,7 @@ def test_nothing_is_overwritten(small_bevt, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_unwritable_folder(small_bevt, tmp_path):
+def test_save_into_an_unwritable_folder_is_named(small_bevt, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write a model"):
         small_bevt().save_pretrained(tmp_path / "file" / "out")
@@ -85,7 +85,7 @@ def test_encoder_from_a_bevt_folder_and_back(small_bevt, tmp_path):
 
 @pytest.mark.parametrize("container", ["model", "module", "state_dict", None])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_official_file(container, suffix, official, tmp_path):
+def test_official_checkpoint_loads_every_tensor(container, suffix, official, tmp_path):
     """Every tensor arrives, whatever the wrapping; what is of no use is listed with its reason."""
     model, state = official
     state = {f"module.{key}": value for key, value in state.items()} if container else state
@@ -109,7 +109,7 @@ def test_official_file(container, suffix, official, tmp_path):
         assert reason in str(report)
 
 
-def test_encoder_from_an_official_file(official, tmp_path):
+def test_encoder_from_an_official_checkpoint(official, tmp_path):
     model, state = official
     torch.save({"state_dict": state | {"cls_head.fc_cls.weight": torch.zeros(3, 256)}}, tmp_path / "finetuned.pth")
     assert equal(VideoSwin.from_pretrained(tmp_path / "finetuned.pth"), model.encoder)
@@ -129,7 +129,7 @@ def image_stream(official_state):
     return state | {"lm_head.weight": torch.zeros(16, 256), "lm_head.bias": torch.zeros(16)}
 
 
-def test_image_stream_file(official, tmp_path):
+def test_official_image_stream_checkpoint_is_inflated(official, tmp_path):
     """A still clip looks to the inflated stem as its picture looks to the images' stem."""
     _, state = official
     torch.save({"model": image_stream(state)}, tmp_path / "image.pth")
@@ -146,7 +146,7 @@ def test_image_stream_file(official, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["joint", "image stream"])
-def test_classifier_from_an_official_file(kind, official, tmp_path):
+def test_classifier_from_an_official_checkpoint(kind, official, tmp_path):
     """Fine-tuning's start: the encoder is taken and its tables are fitted to a longer window; the head is new."""
     model, state = official
     save_file(state if kind == "joint" else image_stream(state), tmp_path / "model.safetensors")
@@ -161,7 +161,7 @@ def test_classifier_from_an_official_file(kind, official, tmp_path):
     assert planes.std(0).max() < 1e-6 or kind == "joint", "an image says nothing about time"
 
 
-def test_image_only_model_is_spread_over_time(small_bevt, tmp_path):
+def test_image_only_model_is_inflated_for_joint_training(small_bevt, tmp_path):
     """Joint training starts from an image-only run of ours: no untrained tables, no untrained stem for the clips."""
     model = small_bevt()
     model.save_pretrained(tmp_path / "stage1", streams=["image"])
@@ -184,7 +184,7 @@ def test_image_only_model_is_spread_over_time(small_bevt, tmp_path):
 @pytest.mark.parametrize(
     ("stream", "untrained"), [("image", ("video_decoder.",)), ("video", ("image_decoder.", "image_embed."))]
 )
-def test_a_decoder_that_was_never_trained_starts_fresh(stream, untrained, small_bevt, tmp_path):
+def test_untrained_decoder_of_a_checkpoint_starts_fresh(stream, untrained, small_bevt, tmp_path):
     """Older runs of one stream left the other's decoder decayed to nearly nothing in their weights."""
     model = small_bevt()
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_a_decoder_that_was_never_trained_starts_fresh(stream, untrained, small_
     assert not load_init(whole, tmp_path / "both").fresh
 
 
-def test_tables_fit_another_window(small_bevt, tmp_path):
+def test_bias_tables_are_resized_to_another_window(small_bevt, tmp_path):
     model = small_bevt()
     with torch.no_grad():
         for stage in model.encoder.layers:
@@ -219,7 +219,7 @@ def test_tables_fit_another_window(small_bevt, tmp_path):
     torch.testing.assert_close(table.detach(), torch.full_like(table, 3.0))
 
 
-def test_config_beside_an_official_file_states_the_window(small_bevt, tmp_path):
+def test_config_next_to_an_official_checkpoint_states_the_window(small_bevt, tmp_path):
     model = small_bevt(depths=(1, 1, 1, 1))
     save_file(to_official(model), tmp_path / "joint.safetensors")
     with pytest.raises(UserError, match="config.json"):
@@ -232,7 +232,7 @@ def test_config_beside_an_official_file_states_the_window(small_bevt, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "official"])
-def test_other_image_windows_are_refused(kind, official, tmp_path):
+def test_checkpoints_with_another_image_window_are_refused(kind, official, tmp_path):
     model, state = official
     path = tmp_path / "joint.safetensors"
     if kind == "folder":
@@ -248,13 +248,13 @@ def test_other_image_windows_are_refused(kind, official, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"embed_dim": 64}, {"vocab_size": 32}, {"depths": (1, 1, 2, 1)}])
-def test_other_architectures_are_refused(change, small_bevt, tmp_path):
+def test_checkpoints_of_another_architecture_are_refused(change, small_bevt, tmp_path):
     small_bevt().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{next(iter(change))}=.*, this model .*: (make them agree|use the same)"):
         load_init(small_bevt(**change), tmp_path)
 
 
-def test_head_of_another_vocabulary_starts_fresh_where_asked(small_bevt, tmp_path):
+def test_head_of_another_vocabulary_starts_fresh_on_request(small_bevt, tmp_path):
     """Stage 1 to stage 2 with another tokenizer: everything but the head is loaded, and the report says so."""
     first, second = small_bevt(vocab_size=16), small_bevt(vocab_size=24)
     first.save_pretrained(tmp_path / "stage1")
@@ -284,7 +284,7 @@ def test_unknown_and_missing_tensors_are_refused(official, tmp_path):
             BEVT.from_pretrained(tmp_path / f"{name}.safetensors")
 
 
-def test_damaged_config(small_bevt, tmp_path):
+def test_damaged_config_is_named(small_bevt, tmp_path):
     small_bevt().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for broken, message in (
@@ -301,7 +301,7 @@ def test_damaged_config(small_bevt, tmp_path):
         load_init(small_bevt(), tmp_path)
 
 
-def test_paths_that_hold_no_model(tmp_path):
+def test_paths_without_a_model_are_named(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.pth").write_text("not a checkpoint")
     (tmp_path / "text.safetensors").write_text("not a checkpoint")
@@ -329,7 +329,7 @@ class Canary:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_nothing_in_a_checkpoint_runs(zipped, tmp_path):
+def test_checkpoint_pickle_runs_no_code(zipped, tmp_path):
     canary = tmp_path / "canary"
     torch.save({"state_dict": Canary(canary)}, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="without running its code"):
@@ -337,7 +337,7 @@ def test_nothing_in_a_checkpoint_runs(zipped, tmp_path):
     assert not canary.exists()
 
 
-def test_every_official_name_has_one_of_ours(golden):
+def test_every_official_tensor_name_is_mapped(golden):
     names = load_file(golden / "bevt_joint_small.safetensors").keys()
     ours = [our_name(name.removeprefix("backbone.")) for name in names]
     assert None not in ours and len(set(ours)) == len(ours)

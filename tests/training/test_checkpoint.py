@@ -1,4 +1,4 @@
-"""The commit protocol, without torch: what is damaged is found, what is torn does not exist."""
+"""The checkpoint folder without torch: damage, kills during a commit, retention, refusals on resume."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def test_nothing_to_continue_from(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest", "manifest gone"])
-def test_damage_is_found_and_the_one_before_is_used(tmp_path, damage, capsys):
+def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, damage, capsys):
     commit(tmp_path, 1)
     newest = commit(tmp_path, 2)
     victim = newest / "state" / "a.pt"
@@ -66,7 +66,7 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path, damage, capsys):
     assert damage == "manifest gone" or "step-00000002 is damaged" in capsys.readouterr().out
 
 
-def test_every_flipped_bit_is_found(tmp_path):
+def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path):
     folder = commit(tmp_path, 1)
     victim = folder / "state" / "a.pt"
     whole = victim.read_bytes()
@@ -79,7 +79,7 @@ def test_every_flipped_bit_is_found(tmp_path):
     assert find_damage(folder, ALONE) is None
 
 
-def test_all_damaged_is_an_error_and_never_a_fresh_start(tmp_path):
+def test_all_checkpoints_damaged_is_an_error(tmp_path):
     folder = commit(tmp_path, 1)
     (folder / "state" / "b.pt").write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint is whole"):
@@ -87,7 +87,7 @@ def test_all_damaged_is_an_error_and_never_a_fresh_start(tmp_path):
 
 
 @pytest.mark.parametrize("point", range(6))
-def test_a_kill_at_any_point_of_a_commit_leaves_the_old_or_the_new(tmp_path, monkeypatch, point):
+def test_kill_during_a_commit_leaves_the_old_or_the_new(tmp_path, monkeypatch, point):
     commit(tmp_path, 1)
     calls = {"n": 0}
 
@@ -112,13 +112,13 @@ def test_a_kill_at_any_point_of_a_commit_leaves_the_old_or_the_new(tmp_path, mon
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_retention(tmp_path):
+def test_checkpoint_retention(tmp_path):
     for step in range(1, 6):
         commit(tmp_path, step, keep=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005", "step-00000004"]
 
 
-def test_retention_keeps_the_lowest_loss_as_well(tmp_path):
+def test_checkpoint_retention_keeps_the_lowest_loss(tmp_path):
     """A run that goes wrong with finite losses can be begun again from before it did."""
     for step, loss in enumerate((3.0, 2.0, 2.5, 40.0, 41.0), start=1):
         save(tmp_path, replace(FACTS, step=step, loss=loss), write_files, ALONE, keep=2)
@@ -137,17 +137,17 @@ def test_retention_keeps_the_lowest_loss_as_well(tmp_path):
         (replace(FACTS, config=set_value(FACTS.config, "optim.eps", 0.1)), "optim.eps"),
     ],
 )
-def test_another_run_cannot_be_continued(now, part):
+def test_checkpoint_of_another_configuration_is_refused(now, part):
     with pytest.raises(UserError, match=part):
         check_continues(FACTS, now, Path("runs/x/checkpoints/step-00000001"))
 
 
-def test_what_does_not_change_the_result_may_change():
+def test_settings_without_effect_on_the_result_may_change_on_resume():
     now = replace(FACTS, config=set_value(FACTS.config, "train.log_every", 1))
     check_continues(FACTS, now, Path("x"))
 
 
-def test_newer_schema_is_refused(tmp_path, monkeypatch):
+def test_checkpoint_of_a_newer_schema_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SCHEMA", 2)
     folder = commit(tmp_path, 1)
     monkeypatch.setattr(checkpoint, "SCHEMA", 1)
@@ -158,7 +158,7 @@ def test_newer_schema_is_refused(tmp_path, monkeypatch):
 # --- the run's folder -----------------------------------------------------------------------------
 
 
-def test_folder_of_a_run_is_not_overwritten(tmp_path, monkeypatch):
+def test_run_folder_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = get_recipe("demo")
     for expected in ("runs/demo", "runs/demo-2", "runs/demo-3"):
@@ -172,7 +172,7 @@ def test_folder_of_a_run_is_not_overwritten(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["weights", "samples.png", "checkpoints"])
-def test_files_of_the_user_are_not_overwritten(tmp_path, name):
+def test_foreign_files_in_the_run_folder_are_not_overwritten(tmp_path, name):
     (tmp_path / name).mkdir()
     for resume in ("never", "auto"):
         config = set_value(set_value(get_recipe("demo"), "output_dir", str(tmp_path)), "resume", resume)
@@ -180,7 +180,7 @@ def test_files_of_the_user_are_not_overwritten(tmp_path, name):
             choose_folder(config, ALONE)
 
 
-def test_one_run_does_not_continue_into_the_folder_of_another(tmp_path):
+def test_run_does_not_continue_in_the_folder_of_another(tmp_path):
     config = get_recipe("demo")
     for run in ("a", "b"):
         folder = choose_folder(set_value(config, "output_dir", str(tmp_path / run)), ALONE)
@@ -207,7 +207,7 @@ def test_resume_auto_refuses_another_configuration_before_the_first_checkpoint(t
         choose_folder(set_value(config, "optim.eps", 0.5), ALONE)
 
 
-def test_folder_that_cannot_be_written(tmp_path):
+def test_unwritable_run_folder_is_named(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(UserError, match="cannot write"):

@@ -1,4 +1,4 @@
-"""Configuration: overrides, validation, and the DeepSpeed JSON."""
+"""Configuration: command line, validation, DeepSpeed JSON, help."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def configured(*words: str, recipe: str = "joint_swin_b"):
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_recipes_are_valid_and_survive_json(name):
+def test_pretraining_recipes_are_valid_and_survive_json(name):
     config = get_recipe(name)
     assert config.recipe == name
     assert validate(config) is config
@@ -74,14 +74,14 @@ def test_every_field_can_be_set_from_the_command_line():
         (["model.checkpointing=yes"], ["true or false"]),
     ],
 )
-def test_mistakes_on_the_command_line_are_named(words, parts):
+def test_pretraining_command_line_mistakes_are_named(words, parts):
     with pytest.raises(UserError) as caught:
         configured(*words)
     for part in parts:
         assert part in str(caught.value)
 
 
-def test_whole_numbers_may_be_written_as_floats():
+def test_integers_may_be_written_as_floats():
     for text in ("100000", "1e5", "100000.0"):
         value = configured(f"train.steps={text}").train.steps
         assert (value, type(value)) == (100_000, int)
@@ -109,13 +109,13 @@ def test_whole_numbers_may_be_written_as_floats():
         ("train.log_every=0", "at least 1"),
     ],
 )
-def test_values_that_cannot_work_are_refused(word, part):
+def test_invalid_configuration_values_are_refused(word, part):
     with pytest.raises(UserError) as caught:
         validate(configured(word))
     assert part in str(caught.value)
 
 
-def test_batch_that_does_not_divide_lists_sizes_that_do():
+def test_indivisible_batch_size_lists_divisible_ones():
     for micro in (0, 7):
         with pytest.raises(UserError, match=r"train.micro_clips can be 1, 2, 4, 8, 16, 32, 64, 128\.$"):
             micro_steps(configured(f"train.micro_clips={micro}"), world=2)
@@ -125,7 +125,7 @@ def test_batch_that_does_not_divide_lists_sizes_that_do():
         micro_steps(configured("train.micro_clips=8"), world=2)
 
 
-def test_missing_inputs_are_named(tmp_path):
+def test_missing_pretraining_inputs_are_named(tmp_path):
     with pytest.raises(UserError, match="data.videos is empty"):
         require_inputs(configured())
     shards = ("data.videos=v.tar", "data.images=i.tar")
@@ -142,7 +142,7 @@ def test_missing_inputs_are_named(tmp_path):
 # --- the DeepSpeed JSON ---------------------------------------------------------------------------
 
 
-def test_the_projects_json_goes_by_name_in_any_folder(tmp_path, monkeypatch):
+def test_ds_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in JSONS:
         assert read_json(path.stem) == json.loads(path.read_text())
@@ -150,7 +150,7 @@ def test_the_projects_json_goes_by_name_in_any_folder(tmp_path, monkeypatch):
         read_json("ds_configs/zero2.json")
 
 
-def test_bevt_starts_the_programs(tmp_path, monkeypatch, capsys):
+def test_bevt_command_starts_the_programs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["pretrain", "--deepspeed_config", "zero3", "dry_run=true"]) == 0
     assert "parameters" in capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_bevt_starts_the_programs(tmp_path, monkeypatch, capsys):
         assert f"bevt_ds/{program}.py" in capsys.readouterr().out
 
 
-def test_ctrl_c_is_one_line(monkeypatch, capsys):
+def test_ctrl_c_of_bevt_is_one_line(monkeypatch, capsys):
     def interrupt(argv):
         raise KeyboardInterrupt
 
@@ -171,7 +171,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("path", JSONS, ids=lambda p: p.stem)
-def test_shipped_json_leaves_every_number_to_the_recipe(path):
+def test_shipped_deepspeed_json_leaves_numbers_to_the_recipe(path):
     config, values = get_recipe("joint_swin_b"), read_json(str(path))
     merged, notes = merge(config, set(), values, world=2)
     assert (merged, notes) == (config, [])
@@ -185,7 +185,7 @@ def test_shipped_json_leaves_every_number_to_the_recipe(path):
     assert result["data_types"]["grad_accum_dtype"] == "fp32"
 
 
-def test_number_in_the_json_replaces_a_default_and_is_reported():
+def test_deepspeed_json_number_replaces_a_default_and_is_reported():
     values = {"gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95]}}}
     config, notes = merge(get_recipe("joint_swin_b"), set(), values, world=1)
     assert (config.optim.clip_grad, config.optim.lr, config.optim.betas) == (1.0, 1e-4, (0.9, 0.95))
@@ -193,7 +193,7 @@ def test_number_in_the_json_replaces_a_default_and_is_reported():
     assert "optim.lr: 0.0005 -> 0.0001" in "\n".join(notes)
 
 
-def test_json_that_contradicts_the_command_line_is_an_error():
+def test_deepspeed_json_that_contradicts_the_command_line_is_an_error():
     config = configured("optim.lr=0.001")
     with pytest.raises(UserError, match=r"optim.lr=0.001.*optimizer.params.lr.*0.0001"):
         merge(config, {"optim.lr"}, {"optimizer": {"params": {"lr": 1e-4}}}, world=1)
@@ -212,7 +212,7 @@ def test_json_that_contradicts_the_command_line_is_an_error():
         ({}, "bf16"),
     ],
 )
-def test_json_precision(sections, precision):
+def test_deepspeed_json_precision(sections, precision):
     config, _ = merge(get_recipe("joint_swin_b"), set(), sections, world=1)
     assert config.train.precision == precision
     settings = resolve(sections, config, 1, 1, 1, 1)
@@ -224,7 +224,7 @@ def test_json_precision(sections, precision):
 
 @pytest.mark.parametrize("values", [{}, {"zero_optimization": {"stage": 0}}, {"zero_optimization": {}}])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_without_zero_is_refused_with_the_remedy(values, precision):
+def test_half_precision_without_zero_is_refused(values, precision):
     config = configured(f"train.precision={precision}")
     with pytest.raises(UserError, match=r"stage 0.*zero1.*train.precision=fp32"):
         validate(config, values)
@@ -232,7 +232,7 @@ def test_half_precision_without_zero_is_refused_with_the_remedy(values, precisio
     validate(config, {"zero_optimization": {"stage": 1}})
 
 
-def test_json_batch_sizes_keep_the_ratio_of_clips_to_images():
+def test_deepspeed_json_batch_size_keeps_the_clip_to_image_ratio():
     config, _ = merge(get_recipe("joint_swin_b"), set(), {"train_batch_size": 1152}, world=1)
     assert (config.train.global_clips, config.train.global_images) == (128, 1024)
     config, _ = merge(get_recipe("joint_swin_b"), set(), {"train_micro_batch_size_per_gpu": 18}, world=1)
@@ -266,7 +266,7 @@ def test_json_batch_sizes_keep_the_ratio_of_clips_to_images():
         ('{"checkpoint": {"use_node_local_storage": true}}', "remove checkpoint.use_node_local_storage"),
     ],
 )
-def test_json_that_cannot_be_used(tmp_path, text, part):
+def test_unusable_deepspeed_json_is_named(tmp_path, text, part):
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -274,7 +274,7 @@ def test_json_that_cannot_be_used(tmp_path, text, part):
     assert part in str(caught.value)
 
 
-def test_unknown_auto_is_refused():
+def test_unknown_deepspeed_auto_is_refused():
     values = {"zero_optimization": {"stage": 2, "sub_group_size": "auto"}}
     with pytest.raises(UserError, match="zero_optimization.sub_group_size"):
         resolve(values, get_recipe("demo"), 1, 1, 1, 1)
@@ -283,7 +283,7 @@ def test_unknown_auto_is_refused():
 # --- arguments and help ---------------------------------------------------------------------------
 
 
-def test_arguments():
+def test_pretraining_arguments():
     a = parse_arguments(
         ["--local_rank=0", "--deepspeed_config", "x.json", "recipe=demo", "a=1", "--deepspeed"], "r", "j"
     )

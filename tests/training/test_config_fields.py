@@ -1,4 +1,4 @@
-"""What stands with a field: its bounds, whether it may change on resume, and that saved configurations still load."""
+"""Fields of the configuration: bounds, what may change on resume, configurations of earlier runs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def another(leaf: Leaf, value: Any) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "leaf"), LEAVES, ids=[f"{kind.__name__}-{leaf.key}" for kind, leaf in LEAVES])
-def test_what_may_change_on_resume(kind: type[TrainingConfig], leaf: Leaf) -> None:
+def test_fields_that_may_change_on_resume(kind: type[TrainingConfig], leaf: Leaf) -> None:
     """A new field is added to one of the lists above, by what it does to a run that is continued."""
     assert leaf.field.resume == EXPECTED[leaf.key]
     saved = TRAININGS[kind]
@@ -75,7 +75,7 @@ def test_what_may_change_on_resume(kind: type[TrainingConfig], leaf: Leaf) -> No
             check_same(saved, changed, Path("run"))
 
 
-def test_every_expected_field_exists() -> None:
+def test_listed_fields_exist() -> None:
     assert {leaf.key for _, leaf in LEAVES} == set(EXPECTED)
 
 
@@ -114,14 +114,14 @@ class Bounded(Section):
         ("choice", (2,), "1 or 3"),
     ],
 )
-def test_values_out_of_bounds_are_named(key: str, values: tuple, rule: str) -> None:
+def test_field_values_out_of_bounds_are_named(key: str, values: tuple, rule: str) -> None:
     for value in values:
         with pytest.raises(UserError) as caught:
             check_fields(set_value(Bounded(), key, value), "data.")
         assert str(caught.value) == f"data.{key}={value}: must be {rule}."
 
 
-def test_values_at_the_bounds_are_accepted() -> None:
+def test_field_values_at_the_bounds_are_accepted() -> None:
     check_fields(Bounded())
     check_fields(
         Bounded(count=(1 << 63) - 1, rate=1e-300, share=1.0, smaller=(0.0, 0.999), part=1e-9, sides=64, pairs=4)
@@ -129,7 +129,7 @@ def test_values_at_the_bounds_are_accepted() -> None:
 
 
 @pytest.mark.parametrize("kind", [Config, FinetuneConfig, EvaluateConfig, ProbeRunConfig])
-def test_defaults_are_within_their_bounds(kind: type) -> None:
+def test_field_defaults_are_within_their_bounds(kind: type) -> None:
     check_fields(kind())
 
 

@@ -1,4 +1,4 @@
-"""`dry_run=true`: everything that would stop a run, the exit code, and what the run would be."""
+"""`dry_run=true`: all that would stop a run, exit codes, memory estimate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dry(capsys, small):
     return run
 
 
-def test_nothing_in_the_way(dry, shards, tmp_path):
+def test_dry_run_of_a_valid_run(dry, shards, tmp_path):
     samples = len(load_shard(str(shards["data.videos"])).only("video"))
     code, lines, stops = dry(**{"output_dir": tmp_path / "run"})
     assert (code, stops) == (0, [])
@@ -34,7 +34,7 @@ def test_nothing_in_the_way(dry, shards, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_all_that_would_stop_it_is_listed(dry, tmp_path):
+def test_dry_run_lists_all_that_would_stop_the_run(dry, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text("")
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
@@ -56,7 +56,7 @@ def test_all_that_would_stop_it_is_listed(dry, tmp_path):
     assert len(stops) == 6
 
 
-def test_fields_out_of_bounds_are_all_listed_with_the_rest(dry, tmp_path):
+def test_dry_run_lists_all_fields_out_of_bounds(dry, tmp_path):
     code, lines, stops = dry(**{"optim.lr": 0, "data.size": 65, "data.images": tmp_path / "none.tar"})
     assert code == 2
     assert [
@@ -68,12 +68,12 @@ def test_fields_out_of_bounds_are_all_listed_with_the_rest(dry, tmp_path):
 @pytest.mark.parametrize(
     ("resume", "part"), [("nowhere/step-00000001", "not a checkpoint"), ("auto", "nothing to continue")]
 )
-def test_resume_that_cannot_be(dry, tmp_path, resume, part):
+def test_dry_run_of_an_impossible_resume(dry, tmp_path, resume, part):
     code, _, stops = dry(**{"resume": resume, "output_dir": tmp_path / "run", "init_from": tmp_path / "gone"})
     assert code == 2 and any(part in stop for stop in stops), stops
 
 
-def test_finetuning_lists_too(dry, tmp_path):
+def test_dry_run_of_finetuning(dry, tmp_path):
     base = {"recipe": "finetune_demo", "data.train": tmp_path / "none.tar", "data.classes": tmp_path / "classes.txt"}
     code, lines, stops = dry(finetune, base=base, **{"train.micro_clips": 3})
     assert code == 2
@@ -82,7 +82,7 @@ def test_finetuning_lists_too(dry, tmp_path):
     assert "validation     none: data.val is empty" in lines
 
 
-def test_memory_of_a_rank():
+def test_dry_run_memory_of_a_rank():
     """Bytes a parameter on 4 ranks: weights, gradients, and 12 of the optimizer (8 in fp32 without ZeRO)."""
     expected = {
         ("bf16", 1): 2 + 4 + 12 / 4,
@@ -95,14 +95,14 @@ def test_memory_of_a_rank():
         assert memory_bytes(1000, precision, stage, world=4) == 1000 * size
 
 
-def test_owner_is_seen_without_taking_the_lock(tmp_path):
+def test_run_owner_is_seen_without_taking_the_lock(tmp_path):
     assert owner_of(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
     assert hold(tmp_path) is None
     assert owner_of(tmp_path) is None  # this process itself
 
 
-def test_a_run_by_epochs_says_its_steps_and_only_the_streams_it_trains(dry, shards, tmp_path):
+def test_dry_run_by_epochs_shows_steps_and_trained_streams(dry, shards, tmp_path):
     samples = len(load_shard(str(shards["data.videos"])).only("video"))
     settings = {"train.steps": 0, "train.epochs": 3, "train.global_images": 0, "output_dir": tmp_path / "run"}
     code, lines, stops = dry(**settings)

@@ -1,4 +1,4 @@
-"""The engine's promises that need no run: what its checkpoint reader refuses, and how ranks meet."""
+"""The engine without a run: hostile checkpoint shards, compile switch, memory."""
 
 import json
 import os
@@ -35,7 +35,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_hostile_shard_is_refused(tmp_path, zipped):
+def test_hostile_checkpoint_shard_is_refused(tmp_path, zipped):
     canary, shard = tmp_path / "canary", tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": torch.zeros(2), "extra": Hostile(canary)}, shard, _use_new_zipfile_serialization=zipped)
     with pytest.raises(Exception, match="mkdir|weights_only|Unsupported"):
@@ -53,13 +53,13 @@ def test_compiled_blocks_are_refused_under_zero_3():
 
 
 @pytest.mark.parametrize("compile", [True, False])
-def test_the_switch_compiles_the_tokenizer(compile):
+def test_compile_switch_compiles_the_tokenizer(compile):
     config = replace(demo(), model=replace(demo().model, compile=compile))
     tokenizer = make_tokenizer(config, Ranks(0, 1, torch.device("cpu")))
     assert (tokenizer._compiled_call_impl is not None) == compile
 
 
-def test_what_deepspeed_stores_is_read(tmp_path):
+def test_deepspeed_checkpoint_objects_are_read(tmp_path):
     state = {
         "loss_scaler": LossScaler(1),
         "stage": ZeroStageEnum.weights,
@@ -91,7 +91,7 @@ print(loose, faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc hands freed memory back that eagerly")
-def test_freed_memory_is_kept():
+def test_freed_host_memory_is_kept():
     """Buffers of 64 MB that come and go: afterwards their pages are not fetched anew."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, cwd=ROOT, check=True)
     loose, kept = map(int, done.stdout.split()[-2:])

@@ -1,4 +1,4 @@
-"""The engine is the same AdamW at every ZeRO stage, precision, number of ranks and of micro-steps."""
+"""The engine equals AdamW at every ZeRO stage, precision, number of ranks and micro-steps."""
 
 import json
 
@@ -31,12 +31,12 @@ def check(rows: list[dict], loose: float = 1) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_stages_and_precisions(tmp_path, world):
+def test_engine_at_zero_stages_and_precisions(tmp_path, world):
     check(run_matrix(tmp_path, world))
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_another_precision_goes_on_with_the_same_state(tmp_path, world):
+def test_engine_resumes_with_another_precision(tmp_path, world):
     for row in run_matrix(tmp_path, world, "other"):
         other = {"fp32": "bfloat16", "bf16": "float32"}[row["precision"]]
         assert row["compute type"] == f"torch.{other}", row
@@ -48,13 +48,13 @@ def test_another_precision_goes_on_with_the_same_state(tmp_path, world):
 @pytest.mark.slow
 @pytest.mark.timeout(SLOW_SECONDS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_stages_precisions_and_accumulations(tmp_path, world):
+def test_engine_at_stages_precisions_and_accumulations(tmp_path, world):
     check(run_matrix(tmp_path, world, "wide"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(SLOW_SECONDS)
 @pytest.mark.parametrize("world", [1, 2])
-def test_offloaded_optimizer(tmp_path, world):
+def test_engine_with_offloaded_optimizer(tmp_path, world):
     """DeepSpeed compiles its CPU AdamW at the first use, which takes minutes."""
     check(run_matrix(tmp_path, world, "offload"), loose=10)

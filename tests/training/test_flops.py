@@ -1,4 +1,4 @@
-"""Arithmetic counts against published figures: Video Swin's README and torchvision count GMACs as GFLOPs."""
+"""FLOP counts against published figures and torch's counter; MFU."""
 
 import time
 
@@ -22,23 +22,23 @@ PUBLISHED = {  # 32x224x224, window (8,7,7): GMACs
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_backbone_matches_published_counts(name):
+def test_backbone_flops_match_published_counts(name):
     (width, depths), gmacs = PUBLISHED[name]
     count = backbone_macs(SwinArch(width, depths), (32, 224, 224))
     assert count / 1e9 == pytest.approx(gmacs, rel=3e-3)
 
 
-def test_head_counts_masked_cells_only():
+def test_head_flops_count_masked_cells_only():
     arch = SwinArch()
     assert clip_macs(arch, 8192, 16, 224, 100) - clip_macs(arch, 8192, 16, 224, 0) == 100 * 1024 * 8192
 
 
-def test_peaks():
+def test_peak_flops_of_devices():
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("an unknown device") is None
 
 
-def test_training_flops_are_those_that_torch_counts():
+def test_training_flops_equal_torch_counts():
     """Forward, gradients of inputs and of weights: two FLOPs a multiply-accumulate each."""
     rows, widths = 5, (8, 16, 4)
     network = nn.Sequential(nn.Linear(widths[0], widths[1]), nn.ReLU(), nn.Linear(widths[1], widths[2]))
@@ -47,7 +47,7 @@ def test_training_flops_are_those_that_torch_counts():
     assert training_flops(rows * (8 * 16 + 16 * 4)) == counter.get_total_flops()
 
 
-def test_a_step_counts_the_clips_and_images_of_all_ranks():
+def test_step_flops_count_clips_and_images_of_all_ranks():
     config, arch = demo(), SwinArch(64, (1, 1, 1, 1), window=(4, 4, 4))
     clip = clip_macs(arch, 0, config.data.frames, config.data.size, 0)
     images = image_macs(arch, 0, config.data.size, 0)

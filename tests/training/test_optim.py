@@ -1,4 +1,4 @@
-"""Schedule and parameter groups."""
+"""Learning rate schedule and parameter groups of pretraining."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_schedule_is_mmcv_cosine_times_linear_warmup():
     assert rates == sorted(rates, reverse=True)
 
 
-def test_norms_and_bias_tables_alone_are_not_decayed():
+def test_weight_decay_skips_norms_and_bias_tables_only():
     """Right value: every parameter of a LayerNorm, and every table; nothing else."""
     with torch.device("meta"):
         model = create_model("tiny", vocab_size=64)
@@ -37,7 +37,7 @@ def test_norms_and_bias_tables_alone_are_not_decayed():
 
 
 @pytest.mark.parametrize("stream", ["video", "image"])
-def test_what_a_stream_does_not_train_is_in_no_group(stream):
+def test_untrained_parameters_are_in_no_optimizer_group(stream):
     """Right value: the parameters that get no gradient from that stream."""
     model = create_model("tiny", vocab_size=64, window=(2, 2, 2))
     if stream == "video":

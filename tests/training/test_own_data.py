@@ -1,4 +1,4 @@
-"""The first run on one's own shards: what the recipes leave out, epochs, samples held out, and what is said of them."""
+"""Training on own shards: recipes, epochs, the held-out share, messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def keys_of(shards: list[Shard]) -> list[str]:
 # --- samples held out -----------------------------------------------------------------------------
 
 
-def test_a_share_of_the_keys_is_held_out_however_they_lie_in_shards():
+def test_held_out_share_does_not_depend_on_sharding():
     keys = [f"folder/clip-{i:05}" for i in range(10_000)]
     rest, held = split([shard_of("a", keys)], 0.02, "video")
     assert 150 < len(keys_of(held)) < 250  # 200 wanted, standard deviation 14
@@ -51,7 +51,7 @@ def test_a_share_of_the_keys_is_held_out_however_they_lie_in_shards():
     assert split(parts, 0.0, "video") == (parts, [])
 
 
-def test_samples_of_one_key_stay_together_and_one_is_always_held_out():
+def test_held_out_split_keeps_samples_of_one_key_together():
     shards = [shard_of("a", ["x", "y"]), shard_of("b", ["x"]), shard_of("c", ["y", "z"])]
     rest, held = split(shards, 1e-9, "video")
     assert len(set(keys_of(held))) == 1 and not set(keys_of(rest)) & set(keys_of(held))
@@ -60,7 +60,7 @@ def test_samples_of_one_key_stay_together_and_one_is_always_held_out():
         split([shard_of("a", ["x"]), shard_of("b", ["x"])], 0.1, "video")
 
 
-def test_training_never_sees_what_is_held_out(shards):
+def test_training_never_sees_held_out_samples(shards):
     storage = Storage(DataConfig())
     for train, judge, path in (
         (StreamId.VIDEO, StreamId.EVAL_VIDEO, shards["data.videos"]),
@@ -74,7 +74,7 @@ def test_training_never_sees_what_is_held_out(shards):
     storage.close()
 
 
-def test_a_run_by_epochs_with_samples_held_out_resumes_exactly(tmp_path, small, shards):
+def test_run_by_epochs_with_held_out_share_resumes_exactly(tmp_path, small, shards):
     """Two ranks. Right values: 2 epochs of the clips that are left, rounded up; the same losses after a resume."""
     settings = {**small, "data.holdout": 0.2, "train.epochs": 2, "train.checkpoint_every": 1, "model.drop_path": 0.3}
     del settings["train.steps"]
@@ -99,7 +99,7 @@ def test_a_run_by_epochs_with_samples_held_out_resumes_exactly(tmp_path, small, 
 # --- recipes --------------------------------------------------------------------------------------
 
 
-def test_the_demos_own_settings_leave_with_its_shards():
+def test_demo_settings_do_not_apply_to_own_shards():
     own = configured("demo", data__videos="mine-*.tar")
     assert (own.data.eval_videos, own.data.eval_images, own.data.images, own.train.min_gain) == ("", "", "", 0)
     assert (own.train.global_clips, own.train.global_images) == (4, 0)
@@ -111,7 +111,7 @@ def test_the_demos_own_settings_leave_with_its_shards():
     assert configured("demo", data__videos=demo().data.videos, train__log_every="10") == demo()
 
 
-def test_a_small_run_trains_on_what_it_is_given():
+def test_small_recipe_trains_on_given_streams():
     clips, images = configured("small", data__videos="v.tar"), configured("small", data__images="i.tar")
     assert (clips.train.global_images, images.train.global_clips) == (0, 0)
     assert clips.train.global_clips and images.train.global_images
@@ -121,7 +121,7 @@ def test_a_small_run_trains_on_what_it_is_given():
         assert validate(config).data.holdout and config.tokenizer.name == "random_projection"
 
 
-def test_epochs_replace_the_recipes_steps():
+def test_epochs_replace_the_steps_of_a_recipe():
     assert (configured("demo", train__epochs="3").train.steps, configured("demo").train.steps) == (0, 280)
     assert configured("demo", train__epochs="3", train__steps="5").train.steps == 5
     assert recipe_for("finetune_demo", FinetuneConfig, {"train.epochs": "3"}).train.steps == 0
@@ -130,14 +130,14 @@ def test_epochs_replace_the_recipes_steps():
 # --- words ----------------------------------------------------------------------------------------
 
 
-def test_what_is_not_learned_names_the_data_and_the_remedy():
+def test_not_learned_names_the_data_and_the_remedy():
     summaries = {"video": StreamSummary(2.302, 0.1, 2.0, 0.2, 100), "image": StreamSummary(1.0, 0.1, 2.0, 0.2, 100)}
     message = shortfall(summaries, 0.2, {"video": "data.eval_videos=mine.tar", "image": "x"})
     assert "video loss on data.eval_videos=mine.tar ended 0.302 nats above" in message
     assert "train.steps" in message and "image loss" not in message
 
 
-def test_weights_of_another_preset_are_refused_with_its_name(tmp_path):
+def test_init_from_another_preset_is_refused_by_name(tmp_path):
     create_model("tiny", vocab_size=8).save_pretrained(tmp_path / "weights")
     require_same_sizes("tiny", str(tmp_path / "weights"))
     with pytest.raises(UserError, match=r"embed_dim=32 \(model.name=swin_b has 128\).*say model.name=tiny"):

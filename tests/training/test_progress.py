@@ -20,7 +20,7 @@ class Stream(io.StringIO):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_bar(monkeypatch, terminal):
+def test_progress_bar_on_a_terminal(monkeypatch, terminal):
     monkeypatch.setattr(sys, "stderr", Stream(terminal))
     monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
     with progress.progress_bar(range(3), unit="step") as bar:
@@ -33,7 +33,7 @@ def test_bar(monkeypatch, terminal):
     assert "3/3" in lines[-1] and "loss 2" in lines[-1]
 
 
-def test_lines_are_few(monkeypatch):
+def test_progress_in_a_file_is_few_lines(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream(False))
     assert sum(progress.progress_bar(range(10_000), total=10_000)) == sum(range(10_000))
     assert [line.split("|")[0] for line in sys.stderr.getvalue().splitlines()] == ["0%", "100%"]

@@ -1,4 +1,4 @@
-"""After a failure: what may be overridden on resume, where it is recorded, and that nothing spoilt is saved."""
+"""Recovery after a failure: overrides on resume, skipped samples, non-finite weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def start_at(step: int, **facts) -> tuple[Path, Facts]:
     return Path("commit"), replace(Facts(step, 1, 2, DEMO, "abc", SKIPS), **facts)
 
 
-def test_given_keys_override_and_the_others_stay(tmp_path):
+def test_resume_keeps_settings_that_are_not_given(tmp_path):
     """The command of the first start, given again, takes back nothing that was overridden in between."""
     lower = set_value(DEMO, "optim.lr", 1e-5)
     config, changes, _ = go_on(lower, {"optim.lr"}, tmp_path, start_at(4))
@@ -48,14 +48,14 @@ def test_given_keys_override_and_the_others_stay(tmp_path):
     assert [change["step"] for change in twice] == [4, 8]
 
 
-def test_another_seed_forgets_places_of_the_old_order(tmp_path):
+def test_another_seed_forgets_skipped_positions(tmp_path):
     _, _, skips = go_on(DEMO, set(), tmp_path, start_at(4))
     assert skips == SKIPS
     _, _, skips = go_on(set_value(DEMO, "train.seed", 7), {"train.seed"}, tmp_path, start_at(4))
     assert skips == {**SKIPS, "skips": []}
 
 
-def test_samples_are_skipped_once_and_never_taken_back(tmp_path):
+def test_skipped_samples_are_recorded_once_and_kept(tmp_path):
     skipping = set_value(DEMO, "train.skip_steps", 3)
     config, changes, _ = go_on(skipping, {"train.skip_steps"}, tmp_path, start_at(4))
     assert (config.train.skip_steps, len(changes)) == (3, 1)
@@ -66,7 +66,7 @@ def test_samples_are_skipped_once_and_never_taken_back(tmp_path):
         go_on(fewer, {"train.skip_steps"}, tmp_path, start_at(6, config=config))
 
 
-def test_a_run_cannot_end_before_it_stands():
+def test_run_cannot_end_before_its_current_step():
     require_steps(6, 6)
     with pytest.raises(UserError, match="has done 6 steps.*end after 5"):
         require_steps(6, 5)
@@ -87,7 +87,7 @@ def stub_engine(spoilt: str) -> Engine:
 
 
 @pytest.mark.parametrize("spoilt", ["", "weight", "exp_avg", "exp_avg_sq"])
-def test_what_is_not_finite_is_not_saved(spoilt):
+def test_non_finite_weights_are_not_saved(spoilt):
     engine = stub_engine(spoilt)
     with pytest.raises(UserError, match="the loss of step 3 is nan.*resume=auto.*optim.lr"):
         require_good(engine, float("nan"), 3)
@@ -98,7 +98,7 @@ def test_what_is_not_finite_is_not_saved(spoilt):
         require_good(engine, 1.0, 3)
 
 
-def test_the_advice_after_a_nan_works_as_written(tmp_path, small):
+def test_advice_after_a_nan_works_as_written(tmp_path, small):
     settings = {**small, "train.checkpoint_every": 2, "train.keep_checkpoints": 1, "train.steps": 4}
     run = run_ranks(tmp_path / "run", settings)
     assert run.code == 0, run.output
@@ -123,7 +123,7 @@ def test_the_advice_after_a_nan_works_as_written(tmp_path, small):
     assert [line["step"] for line in run.log()] == list(range(6))
 
 
-def test_skipped_steps_samples_are_those_of_later_steps(tmp_path, small):
+def test_skipping_steps_uses_samples_of_later_steps(tmp_path, small):
     """With hardly any learning rate, step 0 of a run that skips one step has the loss of the other's step 1."""
     still = {**small, "optim.lr": 1e-12, "train.steps": 2}
     plain = run_ranks(tmp_path / "plain", still)

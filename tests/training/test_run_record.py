@@ -1,4 +1,4 @@
-"""run.json, console.log, and what TensorBoard gets besides the numbers of the log."""
+"""run.json, console.log, TensorBoard settings and images, peak memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.training.processes import environment
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def test_starts_are_appended(tmp_path):
+def test_run_json_appends_each_start(tmp_path):
     weights = tmp_path / "encoder.pkl"
     weights.write_bytes(b"weights")
     with pytest.raises(KeyboardInterrupt), RunRecord(tmp_path, ALONE, 0, str(weights)):
@@ -48,14 +48,14 @@ def test_starts_are_appended(tmp_path):
         RunRecord(tmp_path, ALONE, 4)
 
 
-def test_other_ranks_write_nothing(tmp_path):
+def test_other_ranks_write_no_run_record(tmp_path):
     gathered = SimpleNamespace(is_main=False, device=torch.device("cpu"), gather=lambda value: [value] * 2, world=2)
     with RunRecord(tmp_path, gathered, 0):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_commit_of_a_checkout(tmp_path):
+def test_run_record_names_the_commit_of_a_checkout(tmp_path):
     assert commit_of(tmp_path) is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     (tmp_path / "file").write_text("one")
@@ -67,7 +67,7 @@ def test_commit_of_a_checkout(tmp_path):
     assert commit_of(tmp_path) == f"{head}-dirty"
 
 
-def test_console_keeps_what_a_terminal_shows():
+def test_console_log_keeps_what_a_terminal_shows():
     screen, log = io.StringIO(), io.StringIO()
     tee = Tee(screen, log)
     written = [
@@ -90,7 +90,7 @@ def test_console_keeps_what_a_terminal_shows():
     assert tee.isatty() is False
 
 
-def test_console_gets_all_streams_and_loggers(tmp_path):
+def test_console_log_gets_all_streams_and_loggers(tmp_path):
     code = """
 import logging, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whole runs on committed shards: what they write, that ranks do not change the losses, that resume is exact."""
+"""Pretraining runs on committed shards: golden curve, ranks, exact resume, run folder, launchers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.training.golden_curve import FILE, curve_run
 from tests.training.processes import ROOT, SECONDS, command, environment, run_ranks, start_ranks
 
 
-def test_losses_equal_the_committed_curve(tmp_path, shards):
+def test_losses_equal_the_golden_curve(tmp_path, shards):
     """A refactor must not move the losses. Bits differ between CPUs, hence the tolerance."""
     run = curve_run(tmp_path / "run", shards)
     assert run.code == 0, run.output
@@ -34,7 +34,7 @@ def test_losses_equal_the_committed_curve(tmp_path, shards):
         assert {k: line[k] for k in golden} == pytest.approx(golden, rel=1e-4)
 
 
-def test_what_a_run_writes(tmp_path, small, shards):
+def test_pretraining_run_folder_contents(tmp_path, small, shards):
     held_out = {key.replace("data.", "data.eval_"): path for key, path in shards.items()}
     settings = {**small, **held_out, "train.steps": 2, "train.eval_batches": 1}
     run = run_ranks(tmp_path / "run", settings)
@@ -63,7 +63,7 @@ def test_what_a_run_writes(tmp_path, small, shards):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_images_alone_leave_what_only_clips_train(tmp_path, small, stage):
+def test_image_only_run_leaves_clip_parameters_untouched(tmp_path, small, stage):
     """Right value: the initialisation of the seed, in fp32 although the run computes in bf16; also after a resume."""
     settings = {**small, "train.global_clips": 0, "train.precision": "bf16", "model.window": "2,2,2"}
     settings |= {"train.steps": 3, "train.checkpoint_every": 2, "optim.lr": 0.1, "optim.warmup_steps": 0}
@@ -83,7 +83,7 @@ def test_images_alone_leave_what_only_clips_train(tmp_path, small, stage):
     assert not list(run.folder.rglob("*.py"))
 
 
-def test_ranks_do_not_change_the_losses(tmp_path, small):
+def test_pretraining_losses_do_not_depend_on_ranks(tmp_path, small):
     settings = {**small, "model.drop_path": 0.3, "train.steps": 4}
     alone = run_ranks(tmp_path / "one", settings, world=1)
     both = run_ranks(tmp_path / "two", settings, world=2)
@@ -95,7 +95,7 @@ def test_ranks_do_not_change_the_losses(tmp_path, small):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_killed_run_continues_exactly(tmp_path, small, stage):
+def test_killed_pretraining_continues_bit_for_bit(tmp_path, small, stage):
     """SIGKILL in the middle of the warm-up, 2 ranks, drop-path 0.3: every later loss is equal to the last bit."""
     extra = {"model.drop_path": 0.3, "train.steps": 5, "train.checkpoint_every": 2, "optim.warmup_steps": 6}
     settings = {**small, **extra}
@@ -136,7 +136,7 @@ def last_step(log: Path) -> int:
     [(["deepspeed", "--master_port", "29617"], 2, "fp32"), (["torchrun", "--standalone"], 1, "bf16")],
     ids=["deepspeed", "torchrun"],
 )
-def test_launchers(tmp_path, small, launcher, stage, precision):
+def test_run_starts_with_every_launcher(tmp_path, small, launcher, stage, precision):
     settings = {**small, "train.steps": 1, "train.precision": precision, "output_dir": tmp_path / "run"}
     program = str(Path(sys.executable).parent / launcher[0])
     done = subprocess.run(
@@ -151,7 +151,7 @@ def test_launchers(tmp_path, small, launcher, stage, precision):
     assert last_step(tmp_path / "run" / "log.jsonl") == 0
 
 
-def test_real_media_train(tmp_path, small, media):
+def test_pretraining_on_real_media(tmp_path, small, media):
     """The main job on real clips (H.264 and MPEG-4, MP4 and AVI) and real JPEGs, without a bad sample."""
     for kind, split in (("video", "clips"), ("image", "images")):
         pack(media, tmp_path / "shards", kind, split=split)
@@ -174,7 +174,7 @@ def test_real_media_train(tmp_path, small, media):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_mistake_is_one_line_and_exit_code_2(tmp_path, small, settings, part):
+def test_user_mistake_is_one_line_and_exit_code_2(tmp_path, small, settings, part):
     run = run_ranks(tmp_path / "run", {**small, **settings})
     errors = [line for line in run.output.splitlines() if line.startswith("error: ")]
     assert (run.code, len(errors)) == (2, 1), run.output
@@ -185,7 +185,7 @@ def test_mistake_is_one_line_and_exit_code_2(tmp_path, small, settings, part):
     assert not kept.exists() or kept.read_text().splitlines()[-1] == errors[0]
 
 
-def test_checkout_beside_another_installed_copy_is_an_error(tmp_path):
+def test_checkout_next_to_another_installed_copy_is_an_error(tmp_path):
     """A non-editable install run from inside the checkout would mix two versions of the code."""
     copy = tmp_path / "bevt_ds" / "pretrain.py"
     copy.parent.mkdir()

@@ -1,4 +1,4 @@
-"""Settings from files: the settings of a run as a recipe, a run that continues alone, and `config=FILE`."""
+"""Settings from files: a run as a recipe, resume with a run's settings, `config=FILE`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def resolved(*words, kind=Config):
     return config, values["zero_optimization"]["stage"], given_keys(arguments, config)
 
 
-def test_a_run_is_a_recipe(run):
+def test_settings_of_a_run_serve_as_a_recipe(run):
     for name in (run, run / "config.json"):
         config, stage, given = resolved(f"recipe={name}", "train.seed=3")
         assert (config.recipe, config.optim.lr, config.train.seed, stage) == ("demo", 0.25, 3, 3)
@@ -38,7 +38,7 @@ def test_a_run_is_a_recipe(run):
     assert resolved(f"recipe={run}", "--deepspeed_config", "zero1")[1] == 1
 
 
-def test_a_run_continues_alone(run):
+def test_resume_takes_the_settings_of_the_run(run):
     config, stage, given = resolved("resume=auto", f"output_dir={run}", "train.log_every=7")
     assert (config.optim.lr, config.train.log_every, stage) == (0.25, 7, 3)
     assert (config.output_dir, config.resume) == (str(run), "auto")
@@ -47,7 +47,7 @@ def test_a_run_continues_alone(run):
     assert resolved("resume=auto", f"output_dir={run}-2")[0].recipe == "joint_swin_b"
 
 
-def test_a_run_of_another_kind_or_damaged_is_named(run):
+def test_settings_of_another_kind_or_damaged_run_are_named(run):
     with pytest.raises(UserError, match=f"{run}.*does not know: "):
         resolved(f"recipe={run}", kind=FinetuneConfig)
     (run / "config.json").write_text('{"train": ')
@@ -66,7 +66,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_file_of_settings(tmp_path, name):
+def test_config_file_sets_fields(tmp_path, name):
     (tmp_path / name).write_text(SETTINGS[name])
     config, _, given = resolved(f"config={tmp_path / name}", "train.steps=11")
     assert (config.recipe, config.train.steps, config.optim.lr) == ("demo", 11, 1e-3)  # the command line wins
@@ -87,7 +87,7 @@ def test_a_file_of_settings(tmp_path, name):
         ("train: {steps: many}", "train.steps=many"),
     ],
 )
-def test_mistake_in_a_file_is_named(tmp_path, text, message):
+def test_mistake_in_a_config_file_is_named(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         resolved(f"config={tmp_path / 'a.yaml'}")

@@ -1,4 +1,4 @@
-"""`bevt shards check|stats`: what they find, and that what they find does not stop them."""
+"""`bevt shards check` and `stats`: what they find in damaged shards, and their deadlines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def run_stats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return lambda shards: cli.main(["shards", "stats", shards, *words])
 
 
-def test_stats_of_good_and_bad(run_stats, shards: Path, scenes, make, tmp_path: Path, capsys) -> None:
+def test_stats_reports_bad_videos_and_unreadable_shards(
+    run_stats, shards: Path, scenes, make, tmp_path: Path, capsys
+) -> None:
     """Bad are the first video, a whole shard, and the end of one that was cut; another holds no video."""
     video = encode_mp4(scenes[0])
     make.tar(tmp_path / "a.tar", {"bad.mp4": video[:500], "good.mp4": video})
@@ -50,7 +52,7 @@ def test_stats_of_good_and_bad(run_stats, shards: Path, scenes, make, tmp_path: 
     assert out.count("the shard ends") == 3
 
 
-def test_stats_of_nothing_that_can_be_read(run_stats, tmp_path: Path, capsys) -> None:
+def test_stats_without_a_readable_sample(run_stats, tmp_path: Path, capsys) -> None:
     (tmp_path / "a.tar").write_bytes(b"no tar")
     assert run_stats(f"{tmp_path}/a.tar") == 1
     out = capsys.readouterr().out
@@ -66,7 +68,7 @@ def packed(shards: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_shard_that_the_manifest_names_may_be_missing(packed: Path, capsys) -> None:
+def test_check_reports_shard_missing_from_its_manifest(packed: Path, capsys) -> None:
     """Which a glob cannot tell. Whoever names shards has chosen them."""
     (packed / "image-000001.tar").unlink()
     assert cli.main(["shards", "check", f"{packed}/image-*.tar", "--jobs", "1"]) == 1
@@ -76,13 +78,13 @@ def test_a_shard_that_the_manifest_names_may_be_missing(packed: Path, capsys) ->
 
 
 @pytest.mark.parametrize("text", ["garbage", "[]", '{"shards": 3}', '{"shards": [{"name": "x"}]}', "[" * 100_000])
-def test_a_manifest_that_cannot_be_read_is_a_fault(packed: Path, text: str) -> None:
+def test_check_reports_unreadable_manifest(packed: Path, text: str) -> None:
     (packed / "image-manifest.json").write_text(text)
     ((file, reason),) = manifest.compare([f"{packed}/image-000002.tar"], jobs=1)
     assert file == f"{packed}/image-manifest.json" and "cannot read the manifest" in reason
 
 
-def test_a_shard_that_cannot_be_hashed_is_a_fault(packed: Path, monkeypatch) -> None:
+def test_check_reports_shard_that_cannot_be_hashed(packed: Path, monkeypatch) -> None:
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error")
 
@@ -91,7 +93,7 @@ def test_a_shard_that_cannot_be_hashed_is_a_fault(packed: Path, monkeypatch) -> 
     assert file == f"{packed}/image-000002.tar" and reason == "cannot read the shard: Input/output error"
 
 
-def test_shards_are_hashed_side_by_side_and_with_a_bar(packed: Path, monkeypatch, capsys) -> None:
+def test_check_hashes_shards_in_parallel_with_a_progress_bar(packed: Path, monkeypatch, capsys) -> None:
     together = threading.Barrier(3, timeout=20)
     monkeypatch.setattr(manifest, "_sha256", lambda path: str(together.wait() * 0))
     faults = manifest.compare([str(path) for path in packed.glob("*.tar")], jobs=3, progress=True)
@@ -107,7 +109,7 @@ def released() -> Iterator[threading.Event]:
     event.set()
 
 
-def test_hashing_does_not_wait_for_ever(packed: Path, monkeypatch, released: threading.Event) -> None:
+def test_check_hashing_has_a_deadline(packed: Path, monkeypatch, released: threading.Event) -> None:
     monkeypatch.setattr(manifest, "_sha256", lambda path: released.wait(20))
     monkeypatch.setattr(manifest, "Deadline", lambda seconds: Deadline(0.2))
     with pytest.raises(StorageStalled, match="image-00000.*tar: no answer"):
@@ -116,7 +118,7 @@ def test_hashing_does_not_wait_for_ever(packed: Path, monkeypatch, released: thr
 
 @pytest.mark.parametrize("verb", ["index", "check", "stats"])
 @pytest.mark.parametrize(("call", "pattern"), [("stat", "a.tar"), ("scandir", "*.tar")])
-def test_looking_for_shards_does_not_wait_for_ever(
+def test_check_listing_has_a_deadline(
     verb: str, call: str, pattern: str, tmp_path: Path, monkeypatch, released: threading.Event, capsys
 ) -> None:
     real, folder = getattr(os, call), tmp_path / "dead"
@@ -128,7 +130,7 @@ def test_looking_for_shards_does_not_wait_for_ever(
     assert "no answer for data.read_seconds=0.2 s" in capsys.readouterr().err
 
 
-def test_indexing_does_not_wait_for_ever(packed: Path, monkeypatch, released: threading.Event, capsys) -> None:
+def test_index_command_has_a_deadline(packed: Path, monkeypatch, released: threading.Event, capsys) -> None:
     monkeypatch.setattr("bevt_ds.data.reading.index._open_tar", lambda path: released.wait(20))
     assert cli.main(["shards", "index", f"{packed}/*.tar", "data.read_seconds=0.2"]) == 5
     assert "image-000000.tar: no answer" in capsys.readouterr().err
@@ -141,7 +143,7 @@ def lying(data: bytes) -> bytes:
     return changed
 
 
-def test_clips_are_decoded_as_in_training_and_compared(make, tmp_path: Path) -> None:
+def test_check_compares_clip_decodes_with_a_full_decode(make, tmp_path: Path) -> None:
     """What every start of a clip gives is fine; where one gives other frames than a full decode, it says which."""
     frames = np.stack([np.roll(make.noise(32, 400, softness=8.0), 3 * i, axis=1) for i in range(150)])
     refreshed = make.clip(frames, "mp4", "libx264", g="30", bf="0", **{"x264-params": "intra-refresh=1"})
@@ -158,7 +160,7 @@ def test_clips_are_decoded_as_in_training_and_compared(make, tmp_path: Path) -> 
     assert re.fullmatch(r"decoding from frame \d+ on, frame \d+ is not that of a full decode", fault["reason"])
 
 
-def test_packets_that_promise_other_frames(make, monkeypatch) -> None:
+def test_check_reports_packets_that_do_not_match_frames(make, monkeypatch) -> None:
     data = make.clip(make.noise(20, 48, 64), "mp4", "libx264")
     monkeypatch.setattr(verify, "full_decode", lambda *_: islice(full_decode(data, Limits()), 18))
     with pytest.raises(BadSample, match="a full decode shows 18 frames, where its packets promise 20"):

@@ -1,4 +1,4 @@
-"""Streams without a masked position, and targets that are no ids of the head's, from the batch to the summary."""
+"""Batches without a masked position, and targets outside the head's vocabulary."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def engine_of():
 
 
 @pytest.mark.parametrize("streams", [("video", "image"), ("video",), ("image",)])
-def test_a_stream_without_masked_positions_has_loss_0_and_no_metrics(streams, small_bevt, unmasked):
+def test_stream_without_masked_positions_has_loss_0_and_no_metrics(streams, small_bevt, unmasked):
     model = small_bevt(vocab_size=8)
     batch = tokenize(RandomProjectionTokenizer(8), unmasked(*streams))
     out = model(batch)
@@ -55,7 +55,7 @@ def test_a_stream_without_masked_positions_has_loss_0_and_no_metrics(streams, sm
     assert step_metrics({name: float(value) for name, value in out.metrics.items()}) == {"loss": 0.0}
 
 
-def test_the_other_stream_is_trained_as_if_alone(small_bevt, unmasked, small_batch):
+def test_other_stream_is_trained_as_if_alone(small_bevt, unmasked, small_batch):
     model = small_bevt()
     empty = tokenize(RandomProjectionTokenizer(16), unmasked("video"))
     both, alone = model(replace(small_batch, video=empty.video)), model(replace(small_batch, video=None))
@@ -64,14 +64,14 @@ def test_the_other_stream_is_trained_as_if_alone(small_bevt, unmasked, small_bat
     assert set(step_metrics(totals)) == {"loss", "loss_image", "acc_image"}
 
 
-def test_tokenizers_take_a_batch_without_a_masked_frame(unmasked):
+def test_tokenizers_accept_a_batch_without_a_masked_frame(unmasked):
     for tokenizer in (RandomProjectionTokenizer(16), DalleTokenizer(n_hid=8, vocab_size=16)):
         batch = tokenize(tokenizer, unmasked("video", "image"))
         assert batch.video.targets.tolist() == []
         assert batch.image.targets.tolist() == []
 
 
-def test_summary_and_samples_without_masked_positions(small_bevt, unmasked, engine_of, tmp_path):
+def test_held_out_summary_and_samples_without_masked_positions(small_bevt, unmasked, engine_of, tmp_path):
     engine, tokenizer = engine_of(small_bevt().eval()), RandomProjectionTokenizer(16)
     batch = unmasked("video", "image")
     summaries = evaluate(engine, tokenizer, [batch])
@@ -129,7 +129,7 @@ def test_held_out_targets_outside_the_vocabulary_are_an_error(small_bevt, make_s
         evaluate(engine_of(small_bevt().eval()), Wrong(16), [batch])
 
 
-def test_a_tokenizer_of_more_ids_than_the_head_has_is_refused():
+def test_tokenizer_with_more_ids_than_the_head_is_refused():
     require_vocabulary(RandomProjectionTokenizer(16), 16)
     with pytest.raises(UserError, match="the tokenizer has 17 ids, the model's head 16"):
         require_vocabulary(RandomProjectionTokenizer(17), 16)

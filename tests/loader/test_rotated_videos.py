@@ -1,4 +1,4 @@
-"""Videos that are stored lying and shown upright: every path applies the display matrix, and says so."""
+"""Rotated videos: every path applies the display matrix and records it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def stored() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("matrix", MATRICES)
-def test_frames_are_upright(stored: dict[str, np.ndarray], stream: str, matrix: tuple[int, ...]) -> None:
+def test_rotated_video_frames_are_upright(stored: dict[str, np.ndarray], stream: str, matrix: tuple[int, ...]) -> None:
     data = clip(matrix, stream)
     expected = shown(stored[stream], matrix)
     np.testing.assert_array_equal(decode_clip(data, np.arange), expected)
@@ -82,7 +82,7 @@ def test_frames_are_upright(stored: dict[str, np.ndarray], stream: str, matrix: 
 
 @pytest.mark.parametrize("size", [(48, 64), (47, 63)])
 @pytest.mark.parametrize("matrix", MATRICES)
-def test_a_part_is_one_of_the_upright_frame(matrix: tuple[int, ...], size: tuple[int, int]) -> None:
+def test_crop_of_a_rotated_video_is_of_the_upright_frame(matrix: tuple[int, ...], size: tuple[int, int]) -> None:
     """What a crop needs is cut before pixels are converted: the same as in the whole frame, but for the outermost."""
     data = clip(matrix, "webm", noise(2, *size))
     whole = decode_clip(data, np.arange)
@@ -95,7 +95,7 @@ def test_a_part_is_one_of_the_upright_frame(matrix: tuple[int, ...], size: tuple
         np.testing.assert_array_equal(part[cut], frame[cut])
 
 
-def test_workers_give_upright_clips_of_every_choice(stored: dict[str, np.ndarray]) -> None:
+def test_workers_give_upright_clips_for_training_and_testing(stored: dict[str, np.ndarray]) -> None:
     """For pretraining, fine-tuning and testing."""
     matrix, pool = (0, 1, -1, 0), DecodePool(1, 60.0, LIMITS)
     try:
@@ -110,7 +110,7 @@ def test_workers_give_upright_clips_of_every_choice(stored: dict[str, np.ndarray
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
-def test_rewriting_turns_the_pixels(matrix: tuple[int, ...]) -> None:
+def test_transcoding_rotates_the_pixels(matrix: tuple[int, ...]) -> None:
     """For good, so that whatever reads the shards has them upright; the JSON keeps what was done."""
     smooth = noise(3, 48, 64, softness=0)
     data, facts = transcode(clip(matrix, frames=smooth), Profile(crf=1), LIMITS)
@@ -123,7 +123,7 @@ def test_rewriting_turns_the_pixels(matrix: tuple[int, ...]) -> None:
     assert probe(data, LIMITS).rotation == 0 and not probe(data, LIMITS).mirrored
 
 
-def test_packing_says_what_is_turned(tmp_path: Path) -> None:
+def test_pack_records_rotation(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     data = clip((0, 1, -1, 0))
     (tmp_path / "in" / "a.mp4").write_bytes(data)
@@ -137,14 +137,14 @@ def test_packing_says_what_is_turned(tmp_path: Path) -> None:
         assert report.findings == [] and (report.facts[0]["width"], report.facts[0]["height"]) == (48, 64)
 
 
-def test_a_file_is_loaded_upright(tmp_path: Path) -> None:
+def test_load_video_returns_upright_frames(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(clip((0, 1, -1, 0)))
     (tmp_path / "b.mp4").write_bytes(clip((1, 0, 0, 1), frames=shown(FRAMES, (0, 1, -1, 0))))
     lying, upright = (bevt_ds.load_clip(tmp_path / f"{name}.mp4", frames=2, stride=1, size=32) for name in "ab")
     assert (lying - upright).abs().mean() < 0.3 < (lying - upright.transpose(-1, -2)).abs().mean()
 
 
-def test_the_movies_matrix_counts_too() -> None:
+def test_movie_level_display_matrix_is_applied() -> None:
     """That of the whole MP4, on top of its tracks'."""
     data = clip((0, 1, -1, 0))
     at = data.index(b"mvhd") + 40
@@ -153,7 +153,7 @@ def test_the_movies_matrix_counts_too() -> None:
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
-def test_the_streams_own_message_counts(codec: str) -> None:
+def test_display_orientation_sei_is_applied(codec: str) -> None:
     """A display orientation of 90 degrees counter-clockwise in the first frame's packet, no matrix in the container."""
     plain = encode_clip(
         FRAMES, "mp4", codec, bf="0", g="3", **({"x265-params": "log-level=0"} if codec == "libx265" else {})
@@ -169,7 +169,7 @@ def test_the_streams_own_message_counts(codec: str) -> None:
     np.testing.assert_array_equal(decode_clip(data, lambda _: np.array([4])), expected[4:5])
 
 
-def test_other_angles_are_refused() -> None:
+def test_rotation_by_other_angles_is_refused() -> None:
     slanted = (56755, -32767, 0, 32767, 56755, 0, 0, 0, LAST)
     data = encode_clip(FRAMES, "mp4", "libx264", matrix=slanted)
     with pytest.raises(BadSample, match="by no multiple of 90 degrees"):
@@ -177,7 +177,7 @@ def test_other_angles_are_refused() -> None:
 
 
 @pytest.mark.parametrize("scales", [(1, 1), (3, 0.5), (1e-4, 1)])
-def test_scales_do_not_count(scales: tuple[float, float]) -> None:
+def test_display_matrix_scale_is_ignored(scales: tuple[float, float]) -> None:
     for (a, b, c, d), (rotation, mirrored) in MATRICES.items():
         turn = turn_of_matrix([a * scales[0], b * scales[1], 0, c * scales[0], d * scales[1], 0, 0, 0, 1])
         assert turn.facts == {"rotation": rotation, "mirrored": mirrored}
@@ -185,14 +185,14 @@ def test_scales_do_not_count(scales: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("turn", [Turn(*parts) for parts in product([False, True], repeat=3)])
-def test_a_turn_can_be_undone(make: SimpleNamespace, turn: Turn) -> None:
+def test_rotation_can_be_inverted(make: SimpleNamespace, turn: Turn) -> None:
     stored = make.noise(5, 7)
     upright = turn.applied(stored)
     assert upright.shape[1::-1] == turn.size(7, 5)
     np.testing.assert_array_equal(turn.undone(upright), stored)
 
 
-def test_ffmpeg_reads_the_same_matrix() -> None:
+def test_ffmpeg_reads_the_same_display_matrix() -> None:
     """The tests' matrices are in the files as they are meant."""
     with av.open(io.BytesIO(clip((0, 1, -1, 0)))) as container:
         assert next(container.decode(video=0)).rotation == -90  # counter-clockwise

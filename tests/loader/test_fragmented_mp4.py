@@ -1,4 +1,4 @@
-"""Fragmented MP4: what muxers write is decoded, and tables that point nowhere are refused."""
+"""Fragmented MP4: frames, truncation, and tables that point nowhere."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fragmented(plain: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_its_frames_are_those_of_a_plain_file(plain: bytes, fragmented: dict[str, bytes], form: str) -> None:
+def test_fragmented_mp4_has_the_frames_of_a_plain_mp4(plain: bytes, fragmented: dict[str, bytes], form: str) -> None:
     data = fragmented[form]
     assert b"moof" in data and check_container(data, LIMITS).name == "fragmented mp4"
     np.testing.assert_array_equal(decode_clip(data, np.arange), decode_clip(plain, np.arange))
@@ -55,12 +55,12 @@ def test_its_frames_are_those_of_a_plain_file(plain: bytes, fragmented: dict[str
     assert info.frames == FRAMES and not fits_gpu(vars(info))
 
 
-def test_a_track_of_sound_is_passed_over(frames: np.ndarray) -> None:
+def test_fragmented_mp4_with_sound_is_read(frames: np.ndarray) -> None:
     data = with_sound(frames, "mp4", "libx264", "aac", muxer={"movflags": FORMS["keyframes"]}, g="8")
     assert check_container(data, LIMITS).frames in (None, FRAMES) and probe(data, LIMITS).frames == FRAMES
 
 
-def test_a_cut_anywhere_is_found_or_ends_with_a_fragment(fragmented: dict[str, bytes]) -> None:
+def test_fragmented_mp4_cut_anywhere_is_found_or_ends_with_a_fragment_d15(fragmented: dict[str, bytes]) -> None:
     """D15: nothing says how many fragments there are to be; those that are left are as they were."""
     data, left = fragmented["keyframes"], set()
     whole = decode_clip(data, np.arange)
@@ -90,7 +90,7 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_lies_are_refused(fragmented: dict[str, bytes], lie: str) -> None:
+def test_fragments_that_contradict_themselves_are_refused(fragmented: dict[str, bytes], lie: str) -> None:
     change, reason = LIES[lie]
     data = fragmented["keyframes"]
     assert change(data) != data
@@ -98,12 +98,12 @@ def test_lies_are_refused(fragmented: dict[str, bytes], lie: str) -> None:
         probe(change(data), LIMITS)
 
 
-def test_frames_over_the_limit_are_refused(fragmented: dict[str, bytes]) -> None:
+def test_fragmented_mp4_over_the_frame_limit_is_refused(fragmented: dict[str, bytes]) -> None:
     with pytest.raises(BadSample, match=f"it has {FRAMES} frames, over data.max_frames=19"):
         check_container(fragmented["keyframes"], Limits(frames=FRAMES - 1))
 
 
-def test_no_fragment_holds_a_frame(fragmented: dict[str, bytes]) -> None:
+def test_fragmented_mp4_without_a_frame_is_refused(fragmented: dict[str, bytes]) -> None:
     data = fragmented["keyframes"]
     with pytest.raises(BadSample, match="0 boxes 'mdat'|it has no frames"):
         check_container(data[: data.index(b"moof") - 4] + u32(8) + b"mdat", LIMITS)

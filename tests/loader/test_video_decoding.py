@@ -1,4 +1,4 @@
-"""Clips decoded by PyAV: the frames that were asked for, the pixels that DALI would give, refusals."""
+"""Decoding of clips by PyAV: frames, seeking, pixels equal to DALI's, refusals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def clips(make: SimpleNamespace) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("wanted", [[0], [39], [21, 23, 25], [30, 5, 5, 12], list(range(40))])
-def test_any_frames_equal_those_of_a_full_decode(clips: dict[str, bytes], name: str, wanted: list) -> None:
+def test_any_frames_equal_a_full_decode(clips: dict[str, bytes], name: str, wanted: list) -> None:
     with av.open(io.BytesIO(clips[name])) as container:
         everything, writer = np.empty((40, 50, 66, 3), np.uint8), RgbWriter()
         for picture, frame in zip(everything, container.decode(video=0), strict=True):
@@ -47,7 +47,7 @@ def test_any_frames_equal_those_of_a_full_decode(clips: dict[str, bytes], name: 
     np.testing.assert_array_equal(got, np.stack([everything[i] for i in wanted]))
 
 
-def test_decoding_starts_at_the_keyframe(clips: dict[str, bytes]) -> None:
+def test_decoding_starts_at_the_nearest_keyframe(clips: dict[str, bytes]) -> None:
     """Frame 25 of a file with a keyframe every 10 needs few packets, not 26."""
     with opened(clips["h264"], LIMITS) as video:
         video.frames(np.array([25]))
@@ -55,13 +55,13 @@ def test_decoding_starts_at_the_keyframe(clips: dict[str, bytes]) -> None:
         assert Entry(20, 20) in video.index.entries and video.index.beginnings(25)[0] == 20
 
 
-def test_probe(clips: dict[str, bytes]) -> None:
+def test_probe_returns_video_properties(clips: dict[str, bytes]) -> None:
     info = probe(clips["h264"], LIMITS)
     assert (info.frames, info.width, info.height, info.codec) == (40, 66, 50, "h264")
     assert info.fps == pytest.approx(25)
 
 
-def test_pixels_equal_dalis_decoder(clips: dict[str, bytes]) -> None:
+def test_decoded_pixels_equal_dali(clips: dict[str, bytes]) -> None:
     """VP9 is what DALI's CPU decoder knows: swscale's flags make the conversion to RGB the same."""
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
@@ -99,11 +99,11 @@ def sound() -> bytes:
         (lambda clip: sound(), "no video stream"),
     ],
 )
-def test_what_cannot_be_decoded_says_why(clips: dict[str, bytes], make_bad, reason: str) -> None:
+def test_undecodable_video_names_the_reason(clips: dict[str, bytes], make_bad, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         decode_clip(make_bad(clips["h264"]), lambda total: np.array([total - 1]), LIMITS)
 
 
-def test_frames_over_the_limit_are_refused(clips: dict[str, bytes]) -> None:
+def test_video_over_the_frame_limit_is_refused(clips: dict[str, bytes]) -> None:
     with pytest.raises(BadSample, match="66x50 pixels, over data.max_pixels"):
         decode_clip(clips["h264"], lambda total: np.array([0]), Limits(pixels=3000))

@@ -1,4 +1,4 @@
-"""Labelled sets without a video that decodes are found before anything starts, whoever reads them."""
+"""Preflight: labelled sets without a decodable video are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -55,19 +55,23 @@ def tar(labelled_shards: Path, tmp_path: Path) -> Callable[[set[str]], str]:
 
 
 @pytest.mark.parametrize("field", ["train", "val"])
-def test_fine_tuning_does_not_start(labelled: LabelledDataConfig, tar: Callable, field: str) -> None:
+def test_finetuning_on_undecodable_videos_does_not_start(
+    labelled: LabelledDataConfig, tar: Callable, field: str
+) -> None:
     with pytest.raises(UserError, match=rf"^data\.{field}: {DAMAGE}"):
         LabelledLoader(replace(labelled, **{field: tar(set())}), TRAIN)
 
 
-def test_one_good_video_is_enough_to_start(labelled: LabelledDataConfig, tar: Callable) -> None:
+def test_one_decodable_video_is_enough_to_start(labelled: LabelledDataConfig, tar: Callable) -> None:
     assert TRIED > 7  # the small set is tried whole
     with LabelledLoader(replace(labelled, val=tar({"clip-06.mp4"})), TRAIN) as loader:
         assert sum(map(len, loader.val_shards)) == 7
 
 
 @pytest.mark.parametrize("field", ["train", "val"])
-def test_the_online_probe_does_not_start(labelled: LabelledDataConfig, tar: Callable, field: str) -> None:
+def test_online_probe_on_undecodable_videos_does_not_start(
+    labelled: LabelledDataConfig, tar: Callable, field: str
+) -> None:
     data = DataConfig(frames=8, stride=2, size=64, token_size=32, short_side=(72, 80), workers=1, threads=1)
     probe = replace(OnlineProbeConfig(2, labelled.train, labelled.val), **{field: tar(set())})
     config = Config("test", data=data, train=TrainConfig(steps=5, micro_clips=2), probe=probe)
@@ -75,7 +79,7 @@ def test_the_online_probe_does_not_start(labelled: LabelledDataConfig, tar: Call
         on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks, config.train.steps))
 
 
-def test_the_probe_does_not_start(
+def test_probe_on_undecodable_videos_does_not_start(
     labelled: LabelledDataConfig, tar: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it make a folder; its test set would be opened after all features of the training set."""

@@ -1,4 +1,4 @@
-"""Checkpoints of other projects: each is named in the refusal, and Microsoft's Swin is taken."""
+"""Checkpoints of other projects: each layout is named in the refusal; Microsoft's Swin is loaded."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def refusal(state, folder) -> str:
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_a_layout_is_named(layout, tmp_path):
+def test_foreign_checkpoint_layout_is_named(layout, tmp_path):
     message = refusal(OTHERS[layout]().state_dict(), tmp_path)
     assert layout in message and "other.pth" in message
     for taken in ("config.json", "BEVT", "Video Swin", "Microsoft's Swin", "docs/weights.md"):
@@ -63,11 +63,11 @@ def test_a_layout_is_named(layout, tmp_path):
 
 
 @pytest.mark.parametrize("layout", NAMES)
-def test_names_alone_tell_a_layout(layout, tmp_path):
+def test_checkpoint_layout_is_told_by_tensor_names(layout, tmp_path):
     assert layout in refusal({name: torch.zeros(4, 3, 4, 4) for name in NAMES[layout]}, tmp_path)
 
 
-def test_our_own_file_without_its_config_says_so(small_bevt, tmp_path):
+def test_own_weights_without_config_are_named(small_bevt, tmp_path):
     save_file(small_bevt().state_dict(), tmp_path / "mine.safetensors")
     with pytest.raises(UserError, match=r"mine\.safetensors holds this project's own .* without their config\.json"):
         BEVT.from_pretrained(tmp_path / "mine.safetensors")
@@ -84,7 +84,7 @@ def microsoft(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_microsofts_swin_is_taken(tmp_path):
+def test_microsoft_swin_checkpoint_starts_the_encoder(tmp_path):
     """An image classifier starts the encoder: every block, the tables repeated over time; its head is left out."""
     torch.manual_seed(0)
     swin = SwinTransformer(56, embed_dim=32, depths=SIZES[0], num_heads=SIZES[1], num_classes=3)
@@ -103,7 +103,7 @@ def test_microsofts_swin_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["run", "newest checkpoint", "checkpoint", "weights", "file"])
-def test_from_pretrained_takes_what_init_from_takes(place, small_bevt, tmp_path):
+def test_from_pretrained_accepts_what_init_from_accepts(place, small_bevt, tmp_path):
     run, model = tmp_path / "runs" / "demo", small_bevt()
     commit = run / "checkpoints" / "step-00000007"
     inside = {"newest checkpoint": commit, "checkpoint": commit}.get(place, run)
@@ -122,7 +122,7 @@ def test_from_pretrained_takes_what_init_from_takes(place, small_bevt, tmp_path)
         assert all(value.equal(model.encoder.state_dict()[name]) for name, value in encoder.state_dict().items())
 
 
-def test_a_run_without_a_checkpoint_yet(tmp_path):
+def test_run_without_a_checkpoint_is_named(tmp_path):
     (tmp_path / "log.jsonl").touch()
     with pytest.raises(UserError, match="has not written a checkpoint yet"):
         BEVT.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""D3, D10: a tar cut at any byte, or with a flipped bit in any byte of its headers.
+"""Tars truncated at any byte, or with a flipped bit in any byte of a header (D3, D10).
 
 Never indexed, it is refused by name or gives every sample that is whole. With its index it gives those in any case.
 """
@@ -85,7 +85,7 @@ def lost_and_read(tar: Tar, shard: Shard, length: int) -> int:
     return lost
 
 
-def test_a_cut_tar_that_was_never_indexed(tar: Tar, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_tar_before_indexing_is_refused_d3(tar: Tar, caplog: pytest.LogCaptureFixture) -> None:
     """A cut behind a member cannot be told from a tar without end: that is read, with a warning."""
     whole = scanned(tar.path)
     assert (whole.keys, whole.labels) == (("a", LONG, "c"), ("3", "", ""))
@@ -107,7 +107,7 @@ def test_a_cut_tar_that_was_never_indexed(tar: Tar, caplog: pytest.LogCaptureFix
     assert outcomes["read"] == len(NAMES) + END - 1 and outcomes["refused"] > 4000
 
 
-def test_a_tar_cut_since_it_was_indexed(tar: Tar, caplog: pytest.LogCaptureFixture) -> None:
+def test_tar_truncated_after_indexing_loses_only_the_cut_samples_d3(tar: Tar, caplog: pytest.LogCaptureFixture) -> None:
     """What lies before the cut is used; the index keeps the rest, so that the epoch keeps its length."""
     whole = load_shard(str(tar.path))
     for length in tar.cuts():
@@ -130,7 +130,7 @@ def flipped(tar: Tar, places: Iterator[int]) -> Iterator[int]:
             os.pwrite(file.fileno(), tar.bytes[at : at + 1], at)
 
 
-def test_a_flipped_bit_in_a_header_that_was_never_indexed(tar: Tar) -> None:
+def test_flipped_header_bit_before_indexing_d10(tar: Tar) -> None:
     """Refused, or it changes nothing. A name in a PAX record has no checksum: there the sample may change its name."""
     whole = scanned(tar.path)
     record = range(tar.begins[2] + BLOCK, tar.begins[2] + 2 * BLOCK)
@@ -150,7 +150,7 @@ def test_a_flipped_bit_in_a_header_that_was_never_indexed(tar: Tar) -> None:
     assert refused > 2300
 
 
-def test_a_flipped_bit_in_a_header_of_an_indexed_tar(tar: Tar) -> None:
+def test_flipped_header_bit_after_indexing_d10(tar: Tar) -> None:
     """The header before a sample's data is compared; the samples are those of the index in any case."""
     whole = load_shard(str(tar.path))
     index = Path(f"{tar.path}{SUFFIX}").read_bytes()

@@ -1,4 +1,4 @@
-"""From a shard pattern to samples: patterns, the index, and what each unusable input is answered."""
+"""Shard patterns, the index of a shard, reading of members, and unusable tars."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("a-00{1..9..4}.tar,b-{x..y}.tar", ["a-001", "a-005", "a-009", "b-x", "b-y"]),
     ],
 )
-def test_patterns(folder: Path, pattern: str, names: list[str]) -> None:
+def test_shard_patterns(folder: Path, pattern: str, names: list[str]) -> None:
     assert expand(pattern) == [f"{name}.tar" for name in names]
 
 
@@ -91,7 +91,7 @@ ODD_NAMES += [
         ("e{1,2}/{x,y?}.tar", ["e{1,2}/x", "e{1,2}/y?"], False),
     ],
 )
-def test_a_name_that_exists_is_no_pattern(
+def test_existing_name_is_not_a_pattern(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, names: list[str], is_glob: bool
 ) -> None:
     for name in ODD_NAMES:
@@ -125,7 +125,7 @@ def test_a_name_that_exists_is_no_pattern(
         ("{o..p}ipe:cat", "shell"),
     ],
 )
-def test_bad_patterns_say_what_is_wrong(folder: Path, pattern: str, message: str) -> None:
+def test_bad_patterns_are_named(folder: Path, pattern: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         expand(pattern)
 
@@ -139,7 +139,7 @@ def test_bad_patterns_say_what_is_wrong(folder: Path, pattern: str, message: str
         ("../../etc/p.png", ("../../etc/p", "png")),
     ],
 )
-def test_names(name: str, parts: tuple[str, str]) -> None:
+def test_member_names_are_split_into_key_and_extension(name: str, parts: tuple[str, str]) -> None:
     assert split_name(name) == parts
 
 
@@ -154,7 +154,7 @@ MEMBERS = {
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_members_are_read_by_offset(tmp_path: Path, make: SimpleNamespace, format: int) -> None:
+def test_members_are_read_by_their_offset(tmp_path: Path, make: SimpleNamespace, format: int) -> None:
     tar = make.tar(tmp_path / "s.tar", MEMBERS, format)
     shard = load_shard(str(tar))
     assert shard.keys == ("one", "folder/two", "3", "x" * 150)
@@ -166,7 +166,7 @@ def test_members_are_read_by_offset(tmp_path: Path, make: SimpleNamespace, forma
     assert shard.only("video").keys == ("3", "x" * 150)
 
 
-def test_only_regular_files_are_samples(tmp_path: Path) -> None:
+def test_only_regular_files_of_a_tar_are_samples(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for name, kind in [("link.jpg", tarfile.SYMTYPE), ("dev.jpg", tarfile.CHRTYPE), ("d.jpg", tarfile.DIRTYPE)]:
             info = tarfile.TarInfo(name)
@@ -178,7 +178,7 @@ def test_only_regular_files_are_samples(tmp_path: Path) -> None:
     assert load_shard(str(tmp_path / "s.tar")).keys == ("real",)
 
 
-def test_the_index_is_kept_and_used(tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_is_kept_and_used_again(tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = make.tar(tmp_path / "s.tar", MEMBERS)
     shard = load_shard(str(tar))
     assert Path(f"{tar}{SUFFIX}").exists()
@@ -186,7 +186,7 @@ def test_the_index_is_kept_and_used(tmp_path: Path, make: SimpleNamespace, monke
     assert load_shard(str(tar)) == shard
 
 
-def test_a_rewritten_tar_is_indexed_again(tmp_path: Path, make: SimpleNamespace) -> None:
+def test_rewritten_tar_is_indexed_again(tmp_path: Path, make: SimpleNamespace) -> None:
     tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1111"})
     old = load_shard(str(tar)).member(0)
     make.tar(tar, {"b.jpg": b"2222"})
@@ -196,7 +196,7 @@ def test_a_rewritten_tar_is_indexed_again(tmp_path: Path, make: SimpleNamespace)
         read_member(old)
 
 
-def test_a_tar_that_is_being_written_is_not_indexed(
+def test_tar_that_is_being_written_is_not_indexed(
     tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its index would be of a part, with the size of the whole."""
@@ -215,7 +215,7 @@ def test_a_tar_that_is_being_written_is_not_indexed(
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 99}', "null", "[" * 100_000])
-def test_a_damaged_index_is_made_again(tmp_path: Path, make: SimpleNamespace, damage: str) -> None:
+def test_damaged_index_is_made_again(tmp_path: Path, make: SimpleNamespace, damage: str) -> None:
     tar = make.tar(tmp_path / "s.tar", MEMBERS)
     shard = load_shard(str(tar))
     Path(f"{tar}{SUFFIX}").write_text(damage)
@@ -223,7 +223,7 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, make: SimpleNamespace, da
 
 
 @pytest.mark.parametrize(("column", "value"), [("offsets", [1 << 40] * 4), ("sizes", [-1] * 4), ("keys", ["a"])])
-def test_an_index_that_points_outside_is_made_again(
+def test_index_with_offsets_outside_the_tar_is_made_again(
     tmp_path: Path, make: SimpleNamespace, column: str, value: list
 ) -> None:
     tar = make.tar(tmp_path / "s.tar", MEMBERS)
@@ -331,7 +331,7 @@ def test_a_lost_index_of_a_packed_shard_is_written_next_to_it_if_that_can_be(
         (lambda data: data[:100] + b"\xff" + data[101:], "not a whole tar"),
     ],
 )
-def test_tars_that_cannot_be_used(tmp_path: Path, make: SimpleNamespace, damage, message: str) -> None:
+def test_unusable_tars_are_refused(tmp_path: Path, make: SimpleNamespace, damage, message: str) -> None:
     tar = make.tar(tmp_path / "s.tar", MEMBERS)
     tar.write_bytes(damage(tar.read_bytes()))
     with pytest.raises(UserError, match=message) as caught:
@@ -339,7 +339,7 @@ def test_tars_that_cannot_be_used(tmp_path: Path, make: SimpleNamespace, damage,
     assert str(tar) in str(caught.value)
 
 
-def test_a_key_twice_and_a_tar_without_samples(tmp_path: Path, make: SimpleNamespace) -> None:
+def test_duplicate_key_or_tar_without_samples_is_refused(tmp_path: Path, make: SimpleNamespace) -> None:
     twice = make.tar(tmp_path / "twice.tar", {"a.jpg": b"", "a.png": b""})
     with pytest.raises(UserError, match="two (image|video)s under the key 'a'"):
         load_shards([str(twice)], "image")
@@ -348,7 +348,7 @@ def test_a_key_twice_and_a_tar_without_samples(tmp_path: Path, make: SimpleNames
         load_shards([str(text)], "image")
 
 
-def test_a_member_that_is_damaged_or_gone(tmp_path: Path, make: SimpleNamespace) -> None:
+def test_damaged_or_missing_member_is_a_bad_sample(tmp_path: Path, make: SimpleNamespace) -> None:
     tar = make.tar(tmp_path / "s.tar", MEMBERS)
     member = load_shard(str(tar)).only("video").member(0)
     data = bytearray(tar.read_bytes())
@@ -365,7 +365,7 @@ def test_a_member_that_is_damaged_or_gone(tmp_path: Path, make: SimpleNamespace)
         read_member(member)
 
 
-def test_an_index_for_dali_of_a_cut_tar(tmp_path: Path, make: SimpleNamespace, capsys) -> None:
+def test_dali_index_of_a_truncated_tar(tmp_path: Path, make: SimpleNamespace, capsys) -> None:
     """Its own index still says what is left; DALI would read the tar to its end."""
     tar = make.tar(tmp_path / "s.tar", MEMBERS)
     load_shard(str(tar))
@@ -375,7 +375,7 @@ def test_an_index_for_dali_of_a_cut_tar(tmp_path: Path, make: SimpleNamespace, c
     assert not tar.with_suffix(".idx").exists()
 
 
-def test_an_index_for_dali_has_no_spaces(tmp_path: Path, make: SimpleNamespace, capsys) -> None:
+def test_dali_index_of_names_with_spaces(tmp_path: Path, make: SimpleNamespace, capsys) -> None:
     for name in ("clip 7.mp4", "a\udcff.mp4"):  # the latter is no UTF-8
         tar = make.tar(tmp_path / "s.tar", {"READ ME": b"no sample", name: b"x"}, format=tarfile.GNU_FORMAT)
         assert cli.main(["shards", "index", str(tar), "--dali", "--fresh"]) == 2

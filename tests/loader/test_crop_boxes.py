@@ -1,4 +1,4 @@
-"""Only the part of a picture that a crop needs is converted to RGB, and the crop is none the worse for it."""
+"""Crop boxes: only the part of a frame that a crop needs is converted to RGB, with equal pixels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pixels() -> ClipPixels:
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_a_crop_is_made_of_its_box_alone(pixels: ClipPixels, height: int, width: int) -> None:
+def test_crop_equals_that_of_the_whole_frame(pixels: ClipPixels, height: int, width: int) -> None:
     frames = noise(2, height, width)
     for entry in entries():
         crop = Crop(entry.short_side, *entry.crop, S)
@@ -57,7 +57,7 @@ def test_a_crop_is_made_of_its_box_alone(pixels: ClipPixels, height: int, width:
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_boxes_are_even_small_and_inside(height: int, width: int) -> None:
+def test_crop_boxes_are_even_and_inside_the_frame(height: int, width: int) -> None:
     for entry in entries():
         crop = Crop(entry.short_side, *entry.crop, S)
         box = source_box(height, width, crop)
@@ -68,7 +68,7 @@ def test_boxes_are_even_small_and_inside(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_part_converts_like_the_whole(name: str) -> None:
+def test_partial_rgb_conversion_equals_that_of_the_whole_frame(name: str) -> None:
     """But for a line at its edges, which no crop reads."""
     container, codec, pixel_format, size, is_cut = FORMATS[name]
     data, numbers = encode_clip(noise(3, *size), container, codec, pixel_format), np.arange(3)
@@ -86,7 +86,7 @@ def inside(box: Box) -> tuple:
     return np.s_[:, box.top + 1 : box.top + box.height - 1, box.left + 1 : box.left + box.width - 1]
 
 
-def test_clips_that_share_a_picture_share_a_box() -> None:
+def test_clips_that_share_a_frame_share_a_crop_box() -> None:
     a, b = Box(0, 0, 10, 10), Box(4, 6, 10, 12)
     assert needed(np.array([[0, 1, 1], [1, 2, 3]]), [a, b]) == [a, Box(0, 0, 14, 18), b, b]
     assert needed(np.array([[0, 1]]), []) is None
@@ -100,7 +100,7 @@ def pool() -> Iterator[DecodePool]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_workers_convert_what_the_crops_need(pool: DecodePool, pixels: ClipPixels, name: str) -> None:
+def test_workers_convert_only_the_crop_boxes(pool: DecodePool, pixels: ClipPixels, name: str) -> None:
     """Four clips of one video, after another that has filled the memory."""
     container, codec, pixel_format, size, _ = FORMATS[name]
     data, filler = (encode_clip(noise(20, *size, seed=s), container, codec, pixel_format) for s in (0, 1))
@@ -118,7 +118,7 @@ def test_workers_convert_what_the_crops_need(pool: DecodePool, pixels: ClipPixel
         assert torch.equal(one, other)
 
 
-def test_a_writer_is_for_many_boxes() -> None:
+def test_frame_writer_takes_a_box_for_each_frame() -> None:
     """Each frame's own, in any order."""
     data = encode_clip(noise(4, 90, 120), "mp4", "libx264")
     boxes = [Box(0, 0, 40, 40), Box(20, 30, 50, 60), Box(0, 0, 40, 40), Box(0, 0, 90, 120)]

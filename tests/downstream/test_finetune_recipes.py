@@ -1,4 +1,4 @@
-"""Fine-tuning's recipes, command line, loss and mixing: what shows without a run."""
+"""Fine-tuning recipes, command line, label smoothing, mixup and cutmix, moving average; no run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def resolved(*words: str, stage: int = 2, world: int = 1) -> FinetuneConfig:
 
 
 @pytest.mark.parametrize("name", FINETUNING)
-def test_recipes_are_valid_and_survive_json(name):
+def test_finetuning_recipes_are_valid_and_survive_json(name):
     config = get_recipe(name, FinetuneConfig)
     assert config.recipe == name
     assert validate(config) is config
@@ -102,25 +102,25 @@ def test_ssv2_has_the_original_numbers():
         ),
     ],
 )
-def test_mistakes_on_the_command_line_are_named(words, part):
+def test_finetuning_command_line_mistakes_are_named(words, part):
     with pytest.raises(UserError) as caught:
         resolved(*words)
     assert part in str(caught.value)
 
 
-def test_recipes_of_the_two_programs_are_kept_apart():
+def test_recipe_of_the_other_program_is_refused():
     with pytest.raises(UserError, match="recipe of bevt_ds/finetune.py"):
         get_recipe("finetune_k400")
 
 
-def test_a_run_of_the_other_program_is_not_continued(tmp_path):
+def test_run_of_the_other_program_is_not_continued(tmp_path):
     write_config(tmp_path, get_recipe("demo"))
     config = replace(finetune_demo(), output_dir=str(tmp_path), resume="auto")
     with pytest.raises(UserError, match="another program"):
         choose_folder(config, Ranks(0, 1, torch.device("cpu")))
 
 
-def test_the_list_of_classes_may_move():
+def test_class_file_may_move_on_resume():
     """What is in it is held by the checkpoint's fingerprint of the data."""
     config = finetune_demo()
     check_same(config, replace(config, data=replace(config.data, classes="elsewhere.txt")), "run")
@@ -128,7 +128,7 @@ def test_the_list_of_classes_may_move():
         check_same(config, replace(config, data=replace(config.data, flip=0.5)), "run")
 
 
-def test_missing_inputs_are_named(tmp_path):
+def test_missing_finetuning_inputs_are_named(tmp_path):
     config = finetune_k400()
     with pytest.raises(UserError, match="data.train is empty"):
         require_inputs(config)
@@ -137,7 +137,7 @@ def test_missing_inputs_are_named(tmp_path):
         require_inputs(named)
 
 
-def test_deepspeed_json_counts_clips(tmp_path):
+def test_deepspeed_json_batch_size_counts_clips(tmp_path):
     """A number in the JSON replaces the recipe's, and DeepSpeed accepts any number of parameters."""
     path = tmp_path / "own.json"
     zero = {"zero_optimization": {"stage": 1}}
@@ -151,7 +151,7 @@ def test_deepspeed_json_counts_clips(tmp_path):
     assert settings["zero_optimization"]["allgather_bucket_size"] % 2 == 0
 
 
-def test_help_and_dry_run():
+def test_finetuning_help_and_dry_run():
     text = page(USAGE, FINETUNING, finetune_ssv2())
     assert all(name in text for name in FINETUNING)
     assert all(f"  {f.key}=" in text for f in config_fields(FinetuneConfig) if f.key != "recipe")
@@ -163,7 +163,7 @@ def test_help_and_dry_run():
 # --- loss, mixing, moving average -----------------------------------------------------------------
 
 
-def test_label_smoothing_is_the_original_one():
+def test_label_smoothing_equals_the_original():
     """The target's class counts 1 - e + e/K, every other e/K."""
     logits, labels, e = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 5, 0.1
     shares = torch.full((6, 5), e / 5)
@@ -180,7 +180,7 @@ def clips() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mixing_is_a_function_of_step_and_part(alphas):
+def test_mixup_is_a_function_of_step_and_part(alphas):
     labels, before = torch.tensor([0, 1, 2, 2]), np.random.get_state()[1].copy()
     draw = lambda step, part: Mixing(*alphas, classes=3, seed=5)(clips(), labels, step, part)  # noqa: E731
     (pixels, targets), (again, _), (other, _) = draw(3, 1), draw(3, 1), draw(3, 2)
@@ -189,14 +189,14 @@ def test_mixing_is_a_function_of_step_and_part(alphas):
     torch.testing.assert_close(targets.sum(-1), torch.ones(4))
 
 
-def test_mixed_pixels_are_what_the_targets_say():
+def test_mixed_pixels_match_mixed_targets():
     labels = torch.tensor([0, 1, 0, 1])
     mixed, targets = Mixing(0.8, 0.0, classes=2, seed=0)(clips(), labels, step=1, part=0)
     own = targets[0, 0]
     torch.testing.assert_close(mixed, own * clips() + (1 - own) * clips().flip(0))
 
 
-def test_cutmix_cuts_one_box_from_all_frames():
+def test_cutmix_box_is_the_same_in_all_frames():
     labels = torch.tensor([0, 1, 0, 1])
     mixed, targets = Mixing(0.0, 1.0, classes=2, seed=0)(clips(), labels, step=0, part=0)
     foreign = (mixed != clips())[0]  # (3,T,S,S)

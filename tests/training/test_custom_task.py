@@ -1,4 +1,4 @@
-"""A third kind of training on the same loop, in one file: linear regression. It logs, commits and resumes exactly."""
+"""A custom training task (linear regression) on the same loop: logs, checkpoints, exact resume."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def lines(folder: Path) -> list[tuple]:
 def started(folder: Path, **changes: object) -> subprocess.CompletedProcess:
     """The regression in a process of its own: DeepSpeed's groups live as long as theirs. changes: see `regress_as`."""
     return subprocess.run(
-        [sys.executable, "-m", "tests.training.test_loop", str(folder), json.dumps(changes)],
+        [sys.executable, "-m", "tests.training.test_custom_task", str(folder), json.dumps(changes)],
         cwd=ROOT,
         env=environment(),
         timeout=SECONDS,
@@ -159,7 +159,7 @@ def regress_as(folder: Path, last: int = STEPS, resume: str = "", lr: float = 0.
     return regress(replace(base, resume=resume or base.resume, optim=replace(base.optim, lr=lr)), last)
 
 
-def test_a_third_kind_of_training_resumes_exactly_after_a_kill(tmp_path):
+def test_custom_task_resumes_exactly_after_a_kill(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     finished = started(whole)
     assert finished.returncode == 0, finished.stderr
@@ -175,7 +175,7 @@ def test_a_third_kind_of_training_resumes_exactly_after_a_kill(tmp_path):
     assert json.loads((run / "updates.json").read_text()) == STEPS
 
 
-def test_what_a_task_calls_not_learned_is_exit_code_1(tmp_path):
+def test_task_that_has_not_learned_is_exit_code_1(tmp_path):
     finished = started(tmp_path / "run", lr=1e-4)
     assert finished.returncode == 1, finished.stderr
     assert finished.stdout.endswith("not learned: the line is off\n")

@@ -1,4 +1,4 @@
-"""The check of compiled code: what it calls worse, and one real compilation for a GPU that is not there."""
+"""`kernels.check`: what counts as worse compiled code, and one compilation for an absent GPU."""
 
 import json
 import os
@@ -24,7 +24,7 @@ GOOD = {"registers": 100, "spills": 0, "shared": 8192, "products": "HGMMA"}
         ({"products": "HMMA"}, "products HGMMA -> HMMA"),
     ],
 )
-def test_what_counts_as_worse(change, found):
+def test_compiled_kernel_that_is_worse_is_reported(change, found):
     """More registers than the slack, any spill, more shared memory, another class of matrix product."""
     from bevt_ds.kernels.check import regressions
 
@@ -32,7 +32,7 @@ def test_what_counts_as_worse(change, found):
     assert lines == ([] if found is None else [f"{found}: kernel"])
 
 
-def test_a_changed_list_of_configurations_is_found():
+def test_changed_list_of_configurations_is_found():
     """The table must be updated when a configuration comes or goes."""
     from bevt_ds.kernels.check import regressions
 
@@ -40,7 +40,7 @@ def test_a_changed_list_of_configurations_is_found():
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("compiled_*.json")), ids=lambda path: path.stem)
-def test_tables_hold_what_the_readme_says(path):
+def test_compiled_tables_match_the_readme(path):
     """Tensor cores in every 16-bit attention kernel, those of Hopper where a tile has their 64 rows, and no spill."""
     table = json.loads(path.read_text())
     attention = {key: row for key, row in table.items() if "window_attention" in key and "_kernel fp32" not in key}
@@ -51,7 +51,7 @@ def test_tables_hold_what_the_readme_says(path):
     assert not any(row["spills"] for row in table.values())
 
 
-def test_compiles_without_a_gpu():
+def test_kernel_compiles_without_a_gpu():
     """The forward kernel for sm_90 is no worse than the committed table."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bevt_ds.kernels.check", "--only", "sm_90 window_attention_fwd_kernel bf16"]

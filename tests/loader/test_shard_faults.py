@@ -1,6 +1,6 @@
-"""The table of faults of shards: what the index, the reader and the loader make of each. D numbers: docs/data.md.
+"""Faults of shards: what the index, the reader and the loader make of each. D numbers: docs/data.md.
 
-D3, cuts at every byte: test_cuts.py. D24 and S6: test_remote.py, test_cache.py, test_stall.py.
+D3, cuts at every byte: test_truncated_tars.py. D24 and S6: test_remote.py, test_shard_cache.py, test_storage_stalls.py.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def flip_bits(path: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("fault", CUTS)
-def test_a_damaged_shard_costs_its_samples_only(copies: Path, with_data, tmp_path: Path, fault: str) -> None:
+def test_damaged_shard_loses_only_its_own_samples(copies: Path, with_data, tmp_path: Path, fault: str) -> None:
     """The epoch stays as long as it was; what is lost is listed and replaced."""
     CUTS[fault](copies / "image-000001.tar")
     got, events = train_on(with_data, copies, tmp_path)
@@ -93,7 +93,7 @@ def test_a_damaged_shard_costs_its_samples_only(copies: Path, with_data, tmp_pat
     assert len({e["key"] for e in events}) >= 8  # of 9
 
 
-def test_d2_a_shard_that_vanishes_while_it_is_read(copies: Path, with_data, tmp_path: Path) -> None:
+def test_shard_deleted_during_a_run_is_bad_samples_d2(copies: Path, with_data, tmp_path: Path) -> None:
     config = with_data(images=f"{copies}/image-*.tar", max_bad_fraction=0.9)
     with Loader(config, folder=tmp_path) as loader:
         next(loader)
@@ -104,7 +104,7 @@ def test_d2_a_shard_that_vanishes_while_it_is_read(copies: Path, with_data, tmp_
         Loader(with_data(images=f"{copies}/image-00000{{0..2}}.tar"))
 
 
-def test_d4_a_repacked_tar_is_named_and_indexed_again(copies: Path, make, caplog: pytest.LogCaptureFixture) -> None:
+def test_repacked_tar_is_indexed_again_with_a_warning_d4(copies: Path, make, caplog: pytest.LogCaptureFixture) -> None:
     path = copies / "image-000000.tar"
     with tarfile.open(path) as tar:
         members = {info.name: tar.extractfile(info).read() for info in tar}
@@ -116,7 +116,7 @@ def test_d4_a_repacked_tar_is_named_and_indexed_again(copies: Path, make, caplog
         assert read_member(member) == members[f"{member.key}.{member.extension}"]
 
 
-def test_d4_the_index_of_another_tar_is_refused(copies: Path) -> None:
+def test_index_of_another_tar_of_equal_size_and_time_is_refused_d4(copies: Path) -> None:
     """Even where size and time are equal."""
     path, other = copies / "image-000000.tar", copies / "image-000001.tar"
     stored = json.loads(Path(f"{other}{SUFFIX}").read_text())
@@ -130,7 +130,7 @@ def test_d4_the_index_of_another_tar_is_refused(copies: Path) -> None:
     assert len(load_shard(str(path))) == 9
 
 
-def test_a_copied_tar_keeps_its_index(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copied_tar_keeps_its_index(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copies / "image-000000.tar"
     whole = load_shard(str(path))
     os.utime(path, (5, 5))
@@ -144,7 +144,7 @@ NONSENSE = [None, [], {}, -1, "x", [None], [[1]], [1 << 70] * 9, ["a"] * 9, [1.5
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_d5_a_mutated_index_is_made_again(copies: Path, name: str) -> None:
+def test_mutated_index_is_made_again_d5(copies: Path, name: str) -> None:
     path = copies / "image-000000.tar"
     whole, place = load_shard(str(path)), Path(f"{path}{SUFFIX}")
     good = json.loads(place.read_text())
@@ -154,7 +154,7 @@ def test_d5_a_mutated_index_is_made_again(copies: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["version", "tar", "ignored", "keys", "extensions", "offsets", "sizes", "heads"])
-def test_d5_even_a_mutation_that_is_signed_stays_inside_the_tar(copies: Path, name: str) -> None:
+def test_signed_index_cannot_point_outside_its_tar_d5(copies: Path, name: str) -> None:
     path = copies / "image-000000.tar"
     whole, place = load_shard(str(path)), Path(f"{path}{SUFFIX}")
     good = json.loads(place.read_text())
@@ -173,7 +173,9 @@ def sign(place: Path, stored: dict) -> None:
     place.write_text(json.dumps({**rest, "digest": index_digest(rest)}))
 
 
-def test_d6_duplicate_keys(tmp_path: Path, make: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
+def test_duplicate_keys_in_a_tar_are_refused_or_deduplicated_d6(
+    tmp_path: Path, make: SimpleNamespace, capsys: pytest.CaptureFixture
+) -> None:
     tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1", "b.jpg": b"2", "a.png": b"3", "a.JPG": b"4"})
     with pytest.raises(UserError, match=r"two images under the key 'a' \(.jpg and .png\).*--dedupe first"):
         load_shard(str(tar))
@@ -183,7 +185,7 @@ def test_d6_duplicate_keys(tmp_path: Path, make: SimpleNamespace, capsys: pytest
     assert shard.keys == ("a", "b") and read_member(shard.member(0)) == b"1" and shard.dropped == 2
 
 
-def test_d6_a_video_and_its_thumbnail_are_two_samples(tmp_path: Path, make: SimpleNamespace) -> None:
+def test_video_and_thumbnail_of_one_key_are_two_samples_d6(tmp_path: Path, make: SimpleNamespace) -> None:
     """Of two streams; the label is that of both. The index says the same as the first reading."""
     tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1", "a.mp4": b"22", "a.cls": b"7", "b.mp4": b"3"})
     for _ in range(2):
@@ -194,7 +196,7 @@ def test_d6_a_video_and_its_thumbnail_are_two_samples(tmp_path: Path, make: Simp
         load_shard(str(make.tar(tmp_path / "s.tar", {"a.mp4": b"1", "a.jpg": b"1", "a.webm": b"1"})))
 
 
-def test_d6_twins_in_two_shards_are_found_by_check(tmp_path: Path, make: SimpleNamespace) -> None:
+def test_check_finds_the_same_sample_in_two_shards_d6(tmp_path: Path, make: SimpleNamespace) -> None:
     jpeg = encode_jpeg(make.noise(20, 30))
     for name in ("a", "b"):
         make.tar(tmp_path / f"{name}.tar", {"x.jpg": jpeg})
@@ -202,13 +204,13 @@ def test_d6_twins_in_two_shards_are_found_by_check(tmp_path: Path, make: SimpleN
     assert [f["key"] for f in report.findings] == ["x"] and "a.tar too" in report.findings[0]["reason"]
 
 
-def test_d7_components_that_are_not_neighbours(tmp_path: Path, make: SimpleNamespace) -> None:
+def test_components_of_a_sample_may_lie_apart_d7(tmp_path: Path, make: SimpleNamespace) -> None:
     tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1", "b.jpg": b"2", "b.cls": b"7", "a.json": b'{"label": "cat"}'})
     shard = load_shard(str(tar))
     assert (shard.keys, shard.labels) == (("a", "b"), ("cat", "7"))
 
 
-def test_d9_hostile_names_stay_names(tmp_path: Path, make: SimpleNamespace) -> None:
+def test_hostile_member_names_are_never_paths_d9(tmp_path: Path, make: SimpleNamespace) -> None:
     names = ["../../x.jpg", "/etc/y.jpg", "a\nb.jpg", "e\x1b[31m.jpg", "ü\u202e.jpg", "-rf.jpg", "~/z.jpg"]
     before = sorted(tmp_path.rglob("*"))
     tar = make.tar(tmp_path / "s.tar", {name: name.encode() for name in names})
@@ -218,7 +220,7 @@ def test_d9_hostile_names_stay_names(tmp_path: Path, make: SimpleNamespace) -> N
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tar, Path(f"{tar}{SUFFIX}")])
 
 
-def test_d9_members_that_are_no_files_are_counted(tmp_path: Path) -> None:
+def test_members_that_are_not_files_are_counted_d9(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for name, kind in [
             ("link.jpg", tarfile.SYMTYPE),
@@ -235,7 +237,9 @@ def test_d9_members_that_are_no_files_are_counted(tmp_path: Path) -> None:
     assert (shard.keys, shard.ignored) == (("real",), 3)
 
 
-def test_d9_what_macos_adds_is_no_sample(tmp_path: Path, make: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
+def test_macos_metadata_files_are_not_samples_d9(
+    tmp_path: Path, make: SimpleNamespace, capsys: pytest.CaptureFixture
+) -> None:
     names = ["._a.jpg", "a.jpg", "d/._b.mp4", "d/b.mp4", "._.jpg", "._d/c.jpg", "._a.json"]
     tar = make.tar(tmp_path / "s.tar", dict.fromkeys(names, b"{}"))
     assert cli.main(["shards", "index", str(tar)]) == 0
@@ -255,7 +259,7 @@ HOSTILE_LABELS = {
 }
 
 
-def test_s5_hostile_labels_are_text_or_nothing(tmp_path: Path, make, capsys, monkeypatch) -> None:
+def test_hostile_labels_are_text_or_refused_s5(tmp_path: Path, make, capsys, monkeypatch) -> None:
     """Nothing is executed or unpickled, a label may not be huge, and the terminal sees no control codes."""
     monkeypatch.chdir(tmp_path)
     jpeg = encode_jpeg(make.noise(20, 30))
@@ -279,7 +283,9 @@ def test_s5_hostile_labels_are_text_or_nothing(tmp_path: Path, make, capsys, mon
         (lambda d: d[:2600], "not a whole tar"),
     ],
 )
-def test_d10_no_sample_is_lost_in_silence(tmp_path: Path, make: SimpleNamespace, damage, message: str) -> None:
+def test_damaged_headers_never_lose_a_sample_silently_d10(
+    tmp_path: Path, make: SimpleNamespace, damage, message: str
+) -> None:
     tar = make.tar(tmp_path / "s.tar", {f"{i}.jpg": bytes([i]) * 300 for i in range(1, 5)})
     tar.write_bytes(damage(tar.read_bytes()))
     with pytest.raises(UserError, match=message):
@@ -306,7 +312,7 @@ SIZES = {"8G": b"77777777777", "4M": b"00020000000", "negative": b"\xff" * 10 + 
     [(kind, SIZES[name]) for kind in EXTENDED for name in SIZES]
     + [(tarfile.REGTYPE, SIZES["8G"]), (tarfile.REGTYPE, SIZES["negative"])],
 )
-def test_d10_headers_that_claim_what_cannot_be(tmp_path: Path, make, kind: bytes, size: bytes) -> None:
+def test_headers_that_claim_impossible_sizes_are_refused_d10(tmp_path: Path, make, kind: bytes, size: bytes) -> None:
     """Nothing is read into memory at a header's word, and none leads backwards, in circles for ever."""
     tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1"})
     tar.write_bytes(claims(kind, size) + tar.read_bytes())
@@ -321,7 +327,7 @@ def test_d10_headers_that_claim_what_cannot_be(tmp_path: Path, make, kind: bytes
         tracemalloc.stop()
 
 
-def test_d11_every_flipped_bit_is_found(copies: Path) -> None:
+def test_every_flipped_bit_of_a_sample_is_found_d11(copies: Path) -> None:
     """As long as the bytes are verified; without that the damaged bytes go through."""
     path = copies / "image-000000.tar"
     members = list(load_shard(str(path)).members())
@@ -340,7 +346,7 @@ def test_d11_every_flipped_bit_is_found(copies: Path) -> None:
             assert read_member(member) == read_member(member, verify=False) != damaged
 
 
-def test_d11_a_run_that_does_not_verify(copies: Path, with_data, tmp_path: Path) -> None:
+def test_without_verify_flipped_bits_pass_d11(copies: Path, with_data, tmp_path: Path) -> None:
     """The same damage: what still decodes goes unseen."""
     flip_bits(copies / "image-000001.tar", 9)
     found = []
@@ -361,7 +367,7 @@ BAD_PICTURES = {
 }
 
 
-def test_d12_a_bad_picture_anywhere_in_a_batch(shards: Path, make, with_data, tmp_path: Path) -> None:
+def test_bad_image_leaves_the_rest_of_its_batch_unchanged_d12(shards: Path, make, with_data, tmp_path: Path) -> None:
     """First, in the middle, last: the neighbours come through untouched."""
     good = {}
     for shard in sorted(shards.glob("image-*.tar")):
@@ -389,7 +395,9 @@ def test_d12_a_bad_picture_anywhere_in_a_batch(shards: Path, make, with_data, tm
         assert [key for key, same in zip(keys, equal, strict=True) if not same] == [broken]
 
 
-def test_foreign_shards(tmp_path: Path, shards: Path, scenes, make: SimpleNamespace) -> None:
+def test_shards_of_webdataset_video2dataset_and_tar_are_read(
+    tmp_path: Path, shards: Path, scenes, make: SimpleNamespace
+) -> None:
     """Tars of webdataset's writer, of video2dataset's layout, and of plain `tar`: no manifest, any spelling."""
     jpeg = encode_jpeg(make.noise(20, 30))
     video = read_member(load_shard(str(shards / "video-000000.tar")).member(0))
@@ -414,7 +422,7 @@ def test_foreign_shards(tmp_path: Path, shards: Path, scenes, make: SimpleNamesp
             assert read_member(member) in (jpeg, video)
 
 
-def test_dalis_reader_takes_the_index(shards: Path) -> None:
+def test_dali_reads_with_our_index(shards: Path) -> None:
     path = shards / "image-000000.tar"
     index = write_dali_index(str(path))
 
@@ -430,7 +438,7 @@ def test_dalis_reader_takes_the_index(shards: Path) -> None:
     index.unlink()
 
 
-def test_check_finds_every_flipped_bit_and_every_broken_file(tmp_path: Path, scenes, make, capsys) -> None:
+def test_check_finds_every_flipped_bit_and_broken_file(tmp_path: Path, scenes, make, capsys) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for i in range(6):
@@ -450,7 +458,7 @@ def test_check_finds_every_flipped_bit_and_every_broken_file(tmp_path: Path, sce
     assert "not a whole tar" in check([str(tmp_path / "cut.tar")], jobs=1).findings[0]["reason"]
 
 
-def test_stats(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+def test_stats_of_shards(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     monkeypatch.setattr(stats, "measure", partial(stats.measure, seconds=0.1))
     plot = tmp_path / "s.png"
     arguments = ["--recipe", "demo", "--clips-per-second", "1", "--plot", str(plot), "--jobs", "1"]

@@ -1,4 +1,4 @@
-"""`bevt compare`: what it shows of runs, also of those that are damaged or go on."""
+"""`bevt compare`: settings and losses of runs, damaged and unfinished ones included."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(text):
     return {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
 
 
-def test_differing_settings_and_last_losses_side_by_side(runs):
+def test_compare_shows_differing_settings_and_last_losses(runs):
     found = rows(compare(runs))
     assert found["optim.lr"] == ["0.001", "0.0005"]
     assert found["new"] == ["-", "True"]
@@ -42,18 +42,18 @@ def test_differing_settings_and_last_losses_side_by_side(runs):
     assert found["mfu"] == ["-", "-"]
 
 
-def test_all_lists_equal_settings_too(runs, capsys):
+def test_compare_all_lists_equal_settings(runs, capsys):
     assert cli.main(["compare", "--all", *map(str, runs)]) == 0
     assert rows(capsys.readouterr().out)["train.steps"] == ["10", "10"]
 
 
-def test_equal_runs_and_an_empty_log(tmp_path):
+def test_compare_of_equal_runs_and_an_empty_log(tmp_path):
     made = [write_run(tmp_path / name, {"recipe": "demo"}) for name in "ab"]
     assert compare(made) == "the settings are equal\n\nnothing is logged yet"
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])
-def test_not_a_run(tmp_path, content):
+def test_compare_of_a_folder_that_is_not_a_run(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json"):

@@ -1,4 +1,4 @@
-"""Too many bad samples: all ranks stop at the same micro-batch. What is no matter of bytes is passed on at a resume."""
+"""Limits of bad samples on all ranks, skips that survive a resume, reports of waiting and bottlenecks."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[PlanEntry], bool], 
     monkeypatch.setattr(GraphReader, "_sample", sample)
 
 
-def test_ranks_stop_together_when_one_of_them_meets_too_many(images_only: Config, monkeypatch) -> None:
+def test_ranks_stop_at_the_same_step_over_the_bad_sample_limit_d21(images_only: Config, monkeypatch) -> None:
     """D21, D22: only slots of rank 1 are bad; 2 slots a micro-batch and rank, so it is over after a few steps."""
     spoil(monkeypatch, lambda e: e.attempt == 0 and e.slot % 4 >= 2, BadSample("spoilt"))
     (got, error), (also_got, also_error) = run_ranks(images_only, 2)
@@ -111,7 +111,7 @@ def test_ranks_stop_together_when_one_of_them_meets_too_many(images_only: Config
     assert got == ALWAYS_ALLOWED // 2  # the 11th bad sample is in the 6th micro-batch
 
 
-def test_a_rank_that_finds_nothing_good_stops_the_others(images_only: Config, monkeypatch) -> None:
+def test_rank_without_a_good_substitute_stops_all_ranks(images_only: Config, monkeypatch) -> None:
     """All substitutes of one slot are bad too: there is no batch to hand out."""
     spoil(monkeypatch, lambda e: e.step == 1 and e.slot == 2, BadSample("spoilt"))
     (got, error), (also_got, also_error) = run_ranks(images_only, 2)
@@ -120,7 +120,7 @@ def test_a_rank_that_finds_nothing_good_stops_the_others(images_only: Config, mo
     assert f"{IN_A_ROW} bad image samples in a row" in str(also_error) and "another rank" in str(error)
 
 
-def test_a_bug_on_one_rank_stops_the_others(images_only: Config, monkeypatch) -> None:
+def test_exception_on_one_rank_stops_all_ranks(images_only: Config, monkeypatch) -> None:
     spoil(monkeypatch, lambda e: e.step == 1 and e.slot == 2, ZeroDivisionError("a bug"))
     (got, error), (also_got, also_error) = run_ranks(images_only, 2)
     assert got == also_got == 2
@@ -128,7 +128,7 @@ def test_a_bug_on_one_rank_stops_the_others(images_only: Config, monkeypatch) ->
     assert isinstance(error, RuntimeError) and "failed on another rank" in str(error)
 
 
-def test_a_stall_on_one_rank_stops_the_others(images_only: Config, monkeypatch) -> None:
+def test_storage_stall_on_one_rank_stops_all_ranks(images_only: Config, monkeypatch) -> None:
     """With the same exit code, whichever of them the launcher hears of first."""
     spoil(monkeypatch, lambda e: e.step == 1 and e.slot == 2, StorageStalled("s.tar: no answer"))
     (got, error), (also_got, also_error) = run_ranks(images_only, 2)
@@ -137,7 +137,7 @@ def test_a_stall_on_one_rank_stops_the_others(images_only: Config, monkeypatch) 
     assert str(also_error) == "s.tar: no answer"
 
 
-def test_few_bad_samples_stop_nobody(images_only: Config, monkeypatch) -> None:
+def test_bad_samples_under_the_limit_stop_no_rank(images_only: Config, monkeypatch) -> None:
     spoil(monkeypatch, lambda e: e.attempt == 0 and e.slot == 3 and e.step < 4, BadSample("spoilt"))
     assert run_ranks(images_only, 2, steps=12) == [(12, None)] * 2
 
@@ -146,7 +146,7 @@ def test_few_bad_samples_stop_nobody(images_only: Config, monkeypatch) -> None:
     ("good", "bad", "fraction", "stops"),
     [(0, 10, 0.001, False), (0, 11, 0.001, True), (19_980, 20, 0.001, False), (19_979, 21, 0.001, True)],
 )
-def test_the_budget(good: int, bad: int, fraction: float, stops: bool) -> None:
+def test_bad_sample_limits(good: int, bad: int, fraction: float, stops: bool) -> None:
     if stops:
         with pytest.raises(DataLimitError, match="over data.max_bad_fraction=0.001"):
             require_few_bad("clip", good, bad, fraction, Path("x.jsonl"))
@@ -155,7 +155,9 @@ def test_the_budget(good: int, bad: int, fraction: float, stops: bool) -> None:
 
 
 @pytest.mark.parametrize(("clips_per_video", "videos"), [(1, 2), (2, 1)])
-def test_ranks_are_told_of_every_sample(with_data: Callable[..., Config], clips_per_video: int, videos: int) -> None:
+def test_ranks_share_counts_of_good_and_bad_samples(
+    with_data: Callable[..., Config], clips_per_video: int, videos: int
+) -> None:
     """No stall, no failure; good and bad videos, good and bad images, up to the micro-batch that is handed out."""
     told = []
     ranks = SimpleNamespace(rank=0, world=1, sum_counts=lambda n: told.append(n) or n)
@@ -168,7 +170,7 @@ def entry(step: int, slot: int = 0, attempt: int = 0) -> PlanEntry:
     return PlanEntry(step, slot, attempt, 0, 0, 0.0, 0.0, 64, (0.5, 0.5), False, (1.0, 1.0, 1.0))
 
 
-def test_rows_are_counted_for_each_stream(tmp_path: Path) -> None:
+def test_bad_samples_in_a_row_are_counted_for_each_stream(tmp_path: Path) -> None:
     """Good images do not hide that no video is readable."""
     videos, images = (Ledger(s, None, Skips()) for s in (StreamId.VIDEO, StreamId.IMAGE))
     with pytest.raises(DataLimitError, match="100 bad video samples in a row"):
@@ -177,7 +179,7 @@ def test_rows_are_counted_for_each_stream(tmp_path: Path) -> None:
             videos.reject(entry(i), MEMBER, BadSample("broken"))
 
 
-def test_hostile_keys_do_not_reach_the_terminal(tmp_path: Path) -> None:
+def test_control_characters_in_keys_are_escaped_s5(tmp_path: Path) -> None:
     """S5: a key is data; the ledger and the messages show its escape characters as such."""
     ledger = Ledger(StreamId.VIDEO, tmp_path / "bad.jsonl", Skips())
     with pytest.raises(DataLimitError) as caught:
@@ -188,7 +190,7 @@ def test_hostile_keys_do_not_reach_the_terminal(tmp_path: Path) -> None:
     assert json.loads(text.splitlines()[0])["key"] == MEMBER.key
 
 
-def test_secrets_of_a_url_do_not_reach_the_ledger(tmp_path: Path) -> None:
+def test_secrets_of_a_url_are_not_in_the_ledger(tmp_path: Path) -> None:
     ledger = Ledger(StreamId.VIDEO, tmp_path / "bad.jsonl", Skips())
     secret = replace(MEMBER, path="https://me:word@host/a.tar?token=x")
     with pytest.raises(DataLimitError) as caught:
@@ -198,7 +200,7 @@ def test_secrets_of_a_url_do_not_reach_the_ledger(tmp_path: Path) -> None:
     assert "https://host/a.tar" in text and "word" not in text and "token" not in text
 
 
-def test_only_later_and_transient_skips_are_passed_on() -> None:
+def test_resume_state_holds_transient_skips_of_later_steps_only() -> None:
     skips = Skips()
     ledger = Ledger(StreamId.VIDEO, None, skips)
     ledger.reject(entry(3), MEMBER, BadSample("timed out", transient=True))
@@ -212,7 +214,7 @@ def test_only_later_and_transient_skips_are_passed_on() -> None:
     assert merged == {**skips.state(0), "decoder": {"VIDEO": "gpu"}}
 
 
-def test_a_resumed_run_skips_what_the_first_one_had_no_time_for(config: Config) -> None:
+def test_resumed_run_skips_samples_that_timed_out_before(config: Config) -> None:
     """A clip that timed out the first time decodes the second; the batches must not differ for that."""
     state = {"skips": [[int(StreamId.VIDEO), 2, 1, 0, "not decoded within 20 s"]]}
     with Loader(config, state=state) as loader:
@@ -227,7 +229,7 @@ def test_a_resumed_run_skips_what_the_first_one_had_no_time_for(config: Config) 
     assert not torch.equal(unskipped[4].video.pixels, whole[4].video.pixels)
 
 
-def test_a_time_out_becomes_state(config: Config, monkeypatch) -> None:
+def test_decode_timeout_is_saved_in_the_loader_state(config: Config, monkeypatch) -> None:
     real, calls = DecodePool._answered, []
 
     def slow_once(self, data, request):
@@ -245,7 +247,7 @@ def test_a_time_out_becomes_state(config: Config, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("batches", [3, pytest.param(100, marks=pytest.mark.slow)])
-def test_dead_workers_change_nothing(config: Config, monkeypatch, batches: int) -> None:
+def test_killed_workers_change_no_batch_d20(config: Config, monkeypatch, batches: int) -> None:
     """D20: the worker is killed before every clip (200 times in the long version); order and content stay."""
     few = replace(config, train=replace(config.train, global_images=0, micro_images=0))
     with Loader(few) as loader:
@@ -266,7 +268,7 @@ def test_dead_workers_change_nothing(config: Config, monkeypatch, batches: int) 
     assert len(seen) >= 2 * batches
 
 
-def test_the_bottleneck_is_the_busiest_stage() -> None:
+def test_bottleneck_is_the_busiest_stage() -> None:
     times = StageTimes()
     times.add("decode", 8.0)
     times.add("augment", 3.0)
@@ -276,7 +278,7 @@ def test_the_bottleneck_is_the_busiest_stage() -> None:
     assert sum(times.take().values()) == 0
 
 
-def test_the_loader_knows_its_bottleneck(with_data: Callable[..., Config]) -> None:
+def test_loader_reports_its_bottleneck(with_data: Callable[..., Config]) -> None:
     """A stage's seconds are shared by those who do its work."""
     with Loader(with_data(workers=3, readers=2)) as loader:
         list(islice(loader, 3))
@@ -290,7 +292,7 @@ def test_the_loader_knows_its_bottleneck(with_data: Callable[..., Config]) -> No
         )
 
 
-def test_the_share_of_waiting(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_share_of_time_spent_waiting_for_data(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the time since the last reading."""
     clock = iter((100.0, 110.0, 114.0))
     monkeypatch.setattr("bevt_ds.runtime.logging.time.perf_counter", clock.__next__)
@@ -304,7 +306,7 @@ def test_the_share_of_waiting(config: Config, monkeypatch: pytest.MonkeyPatch) -
 LANES = {"storage": 4, "demux": 2, "decode": 2, "augment": 1, "copy": 1}
 
 
-def test_a_long_wait_is_reported_with_its_cause(capsys: pytest.CaptureFixture) -> None:
+def test_long_wait_is_reported_with_its_cause(capsys: pytest.CaptureFixture) -> None:
     """Over 5 % of the time; the cause is what was busy since the last look, whether or not that was reported."""
     times = StageTimes()
     loader = SimpleNamespace(bottleneck=lambda: bottleneck(times.take(), LANES))
@@ -320,7 +322,7 @@ def test_a_long_wait_is_reported_with_its_cause(capsys: pytest.CaptureFixture) -
 
 
 @pytest.mark.parametrize("is_main", [True, False])
-def test_the_loops_lines_report_it(is_main: bool, capsys: pytest.CaptureFixture) -> None:
+def test_wait_report_comes_from_the_main_rank_only(is_main: bool, capsys: pytest.CaptureFixture) -> None:
     """On the main rank alone, from what the loop has waited since its last line."""
     none = lambda *_: None  # noqa: E731
     task = SimpleNamespace(
@@ -357,7 +359,7 @@ class NoReader:
         pass
 
 
-def test_waits_add_up(with_data: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_seconds_add_up(with_data: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes on by a second at each look."""
     with BackgroundLoader(NoReader(), 1, with_data().data, ALONE) as loader:
         monkeypatch.setattr("bevt_ds.data.loader.time.perf_counter", count().__next__)
@@ -365,7 +367,7 @@ def test_waits_add_up(with_data: Callable[..., Config], monkeypatch: pytest.Monk
         assert loader.wait_seconds() == 4 and loader.wait_seconds() == 0
 
 
-def test_batches_are_prepared_before_anyone_asks(with_data: Callable[..., Config]) -> None:
+def test_loader_prefetches_batches_up_to_its_limit(with_data: Callable[..., Config]) -> None:
     """`prefetch` ready, one that waits for its place, and `prefetch` more being decoded; then it stops."""
     reader = NoReader()
     with BackgroundLoader(reader, 2, with_data(prefetch=3).data, ALONE, 5) as loader:

@@ -1,4 +1,4 @@
-"""Videos that are odd and still fine: edit lists, variable rates. Each shows the frames it should (D18)."""
+"""Unusual but valid videos: edit lists, odd sizes, variable frame rates (D18)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ EDITS = {
 
 @pytest.mark.parametrize("codec", ["h264", "vp9"])
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_list_hides_frames_that_others_refer_to(plain: dict[str, bytes], codec: str, edit: str) -> None:
+def test_edit_list_hides_reference_frames(plain: dict[str, bytes], codec: str, edit: str) -> None:
     """The frames are those that FFmpeg shows, from any of them on."""
     first, count = EDITS[edit]
     data = edited(plain[codec], first, count)
@@ -67,7 +67,7 @@ def test_an_edit_list_hides_frames_that_others_refer_to(plain: dict[str, bytes],
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 63), (47, 64), (47, 63)])
-def test_odd_sizes_are_not_for_a_gpu(height: int, width: int) -> None:
+def test_odd_frame_sizes_are_not_for_a_gpu(height: int, width: int) -> None:
     """VP9 has them, Something-Something's 427x240 among others. The CPU decodes them whole."""
     data = encode_clip(shades(4, height, width), "webm", "libvpx-vp9", **VP9)
     info = probe(data, LIMITS)
@@ -76,7 +76,7 @@ def test_odd_sizes_are_not_for_a_gpu(height: int, width: int) -> None:
     assert decode_clip(data, np.arange).shape == (4, height, width, 3)
 
 
-def test_dalis_decoder_counts_the_same_frames(plain: dict[str, bytes]) -> None:
+def test_dali_counts_the_same_frames(plain: dict[str, bytes]) -> None:
     """VP9 is what DALI decodes on a CPU."""
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
@@ -104,7 +104,7 @@ UNEVEN = [0, 1, 2, 3, 8, 9, 10, 11, 30, 31, 32, 33, 34, 60, 61, 62, 63, 64, 65, 
         ("webm", "libvpx-vp9", VP9),
     ],
 )
-def test_a_variable_rate(container: str, codec: str, options: dict[str, str]) -> None:
+def test_variable_frame_rate_numbers_frames_as_shown(container: str, codec: str, options: dict[str, str]) -> None:
     """Frames are numbered as they are shown, however long each lasts; their times are the file's."""
     data = encode_clip(shades(len(UNEVEN)), container, codec, times=UNEVEN, **options)
     assert numbers_of(decode_clip(data, np.arange)) == list(range(len(UNEVEN)))
@@ -114,7 +114,7 @@ def test_a_variable_rate(container: str, codec: str, options: dict[str, str]) ->
         np.testing.assert_allclose(video.times(), np.array(UNEVEN) / 25, atol=0.5e-3 + 1e-9)
 
 
-def test_packing_makes_a_variable_rate_constant() -> None:
+def test_training_profile_makes_the_rate_constant() -> None:
     """At 25 frames a second each tick shows the source's nearest frame in time."""
     source = encode_clip(shades(len(UNEVEN)), "mp4", "libx264", times=UNEVEN, bf="2", crf="1")
     data, facts = transcode(source, Profile(fps=25.0, crf=1), LIMITS)
@@ -123,7 +123,7 @@ def test_packing_makes_a_variable_rate_constant() -> None:
     assert shown[:67] == expected and facts["times"][:67] == [round(UNEVEN[i] / 25, 4) for i in expected]
 
 
-def test_two_frames_at_one_time() -> None:
+def test_two_frames_at_one_timestamp_are_counted() -> None:
     """Of a thousand and more a second Matroska cannot tell the times: the frames are counted."""
     data = encode_clip(shades(8), "webm", "libvpx-vp9", **VP9)
     second = b"\x81\x00\x28\x00"  # track 1, 40 ms, no keyframe
@@ -151,11 +151,11 @@ FOR_A_GPU |= {"width": 64, "height": 48, "rotation": 0, "mirrored": False}
         {"mirrored": True},
     ],
 )
-def test_what_is_left_to_the_cpu(change: dict) -> None:
+def test_videos_that_only_the_cpu_decodes(change: dict) -> None:
     assert fits_gpu(FOR_A_GPU) and not fits_gpu(FOR_A_GPU | change)
 
 
-def test_the_rate_of_a_file_that_states_none() -> None:
+def test_file_without_a_frame_rate_is_packed_at_25() -> None:
     """A single frame has no rate: packing then takes 25 a second."""
     data = encode_clip(shades(1), "matroska", "mjpeg", pixel_format="yuvj420p")
     _, facts = transcode(data, Profile(), LIMITS)

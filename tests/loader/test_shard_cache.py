@@ -1,4 +1,4 @@
-"""The cache of remote shards: shared, bounded, and mended where it is damaged, cut short or out of date."""
+"""The cache of remote shards: sharing between processes, size limit, repair of damaged or outdated copies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def storage_of(folder: Path, **changes: object) -> Storage:
     return Storage(DataConfig(cache_dir=str(folder / "cache"), remote_seconds=5.0, **changes))
 
 
-def test_processes_of_a_node_fetch_once(server: Server, cache: ShardCache) -> None:
+def test_concurrent_processes_fetch_a_shard_once(server: Server, cache: ShardCache) -> None:
     """Threads with locks of their own stand in for processes: flock does not tell them apart."""
     threads = [threading.Thread(target=cache.local, args=(server.url(NAME),)) for _ in range(8)]
     for thread in threads:
@@ -39,7 +39,7 @@ def test_processes_of_a_node_fetch_once(server: Server, cache: ShardCache) -> No
     assert len(server.requests) == 1
 
 
-def test_the_cache_is_bounded(server: Server, tmp_path: Path) -> None:
+def test_cache_evicts_to_stay_within_its_size(server: Server, tmp_path: Path) -> None:
     names = sorted(server.files)[:4]
     size = max(len(server.files[name]) for name in names)
     cache = ShardCache(tmp_path / "cache", 2 * size, seconds=5)
@@ -52,7 +52,7 @@ def test_the_cache_is_bounded(server: Server, tmp_path: Path) -> None:
     assert sum(place.stat().st_size for place in kept) <= 2 * size
 
 
-def test_a_cache_smaller_than_a_shard_costs_traffic_only(server: Server, tmp_path: Path, caplog) -> None:
+def test_cache_smaller_than_its_shards_still_reads_every_sample(server: Server, tmp_path: Path, caplog) -> None:
     """Readers of three shards throw out each other's copies: every sample comes through; a line says why it drags."""
     storage, right = storage_of(tmp_path, cache_bytes=1), []
     shards = [storage.load_shard(server.url(f"video-00000{i}.tar")) for i in range(3)]
@@ -76,7 +76,7 @@ def test_a_cache_smaller_than_a_shard_costs_traffic_only(server: Server, tmp_pat
 
 
 @pytest.mark.parametrize("times", [1, 1000])
-def test_a_copy_that_is_thrown_out_before_it_is_opened(
+def test_copy_evicted_before_it_is_opened_is_fetched_again(
     server: Server, cache: ShardCache, monkeypatch, times: int
 ) -> None:
     """By another process, whose shards need the room: it is fetched again, a few times."""
@@ -114,7 +114,7 @@ def small_disk(monkeypatch: pytest.MonkeyPatch, cache: ShardCache) -> Callable[[
     return lambda size: room.__setitem__(0, size)
 
 
-def test_a_full_disk_makes_room_for_what_is_needed_now(
+def test_full_disk_evicts_other_shards(
     server: Server, cache: ShardCache, small_disk: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     names = ["video-000000.tar", "video-000001.tar", "image-000000.tar"]
@@ -130,14 +130,14 @@ def test_a_full_disk_makes_room_for_what_is_needed_now(
     assert [place.exists() for place in places] == [False, True, True]
 
 
-def test_a_disk_too_small_for_one_shard_is_named(server: Server, cache: ShardCache, small_disk) -> None:
+def test_disk_too_small_for_one_shard_is_an_error(server: Server, cache: ShardCache, small_disk) -> None:
     small_disk(len(server.files[NAME]) - 1)
     with pytest.raises(UserError, match=f"no room left in data.cache_dir=.*{NAME}.*larger disk"):
         cache.local(server.url(NAME))
     assert not list(cache.folder.glob("*.tar")) and not list(cache.folder.glob(".fetch*"))
 
 
-def test_what_a_killed_fetch_left_is_removed_after_a_day(server: Server, cache: ShardCache) -> None:
+def test_leftovers_of_killed_fetches_are_removed_after_a_day(server: Server, cache: ShardCache) -> None:
     cache.folder.mkdir(mode=0o700)
     old, young = cache.folder / ".fetch.old", cache.folder / ".fetch.young"
     for file, age in ((old, 90_000), (young, 80_000)):
@@ -148,7 +148,7 @@ def test_what_a_killed_fetch_left_is_removed_after_a_day(server: Server, cache: 
 
 
 @pytest.mark.parametrize("damage", ["shorter", "no facts", "facts"])
-def test_a_copy_that_is_not_whole_is_fetched_again(server: Server, cache: ShardCache, damage: str) -> None:
+def test_truncated_copy_is_fetched_again(server: Server, cache: ShardCache, damage: str) -> None:
     place = cache.local(server.url(NAME))
     if damage == "shorter":
         os.truncate(place, 100)
@@ -160,7 +160,7 @@ def test_a_copy_that_is_not_whole_is_fetched_again(server: Server, cache: ShardC
     assert len(server.requests) == 2
 
 
-def test_a_damaged_copy_is_replaced_and_a_damaged_source_is_a_bad_sample(server: Server, tmp_path: Path) -> None:
+def test_corrupt_copy_is_replaced_and_corrupt_source_is_a_bad_sample(server: Server, tmp_path: Path) -> None:
     """A flipped bit in the cache is got over; the same bit at the source is not the sample that was indexed."""
     storage = Storage(DataConfig(cache_dir=str(tmp_path / "cache"), remote_seconds=5.0))
     member = storage.load_shard(server.url(NAME)).member(0)
@@ -177,7 +177,7 @@ def test_a_damaged_copy_is_replaced_and_a_damaged_source_is_a_bad_sample(server:
 
 
 @pytest.mark.parametrize("trap", ["link", "writable"])
-def test_a_cache_that_others_could_write_is_refused(tmp_path: Path, trap: str) -> None:
+def test_cache_folder_writable_by_others_is_refused(tmp_path: Path, trap: str) -> None:
     """S6."""
     folder = tmp_path / "cache"
     if trap == "link":
@@ -191,7 +191,7 @@ def test_a_cache_that_others_could_write_is_refused(tmp_path: Path, trap: str) -
     assert not list(tmp_path.glob("elsewhere/*"))
 
 
-def test_a_link_in_the_cache_is_not_followed(server: Server, cache: ShardCache, tmp_path: Path) -> None:
+def test_symlink_in_the_cache_is_not_followed(server: Server, cache: ShardCache, tmp_path: Path) -> None:
     """S6: even where somebody got in, no file outside is written."""
     place = cache.index_place(server.url(NAME)).with_suffix("").with_suffix(".tar")
     outside = tmp_path / "outside"
@@ -206,7 +206,9 @@ def test_a_link_in_the_cache_is_not_followed(server: Server, cache: ShardCache, 
 
 
 @pytest.mark.parametrize("same_size", [False, True])
-def test_a_file_replaced_between_runs(server: Server, tmp_path: Path, make, same_size: bool) -> None:
+def test_remote_shard_replaced_between_runs_stops_then_reindexes(
+    server: Server, tmp_path: Path, make, same_size: bool
+) -> None:
     """Found when it is fetched: the run stops, since its plan is of the old one; the next start indexes the new."""
     url, name = server.url("s.tar"), "s.tar"
     server.files[name] = make.tar(tmp_path / name, {"a.jpg": b"old", "b.jpg": b"old"}).read_bytes()
@@ -227,7 +229,7 @@ def test_a_file_replaced_between_runs(server: Server, tmp_path: Path, make, same
         each.close()
 
 
-def test_a_tar_that_came_damaged_is_fetched_anew_at_the_next_start(server: Server, tmp_path: Path) -> None:
+def test_tar_fetched_corrupt_is_fetched_again_at_the_next_start(server: Server, tmp_path: Path) -> None:
     url, whole = server.url(NAME), server.files[NAME]
     server.files[NAME] = whole[:3000]
     with pytest.raises(UserError, match=f"{NAME} is not a whole tar"):
@@ -236,7 +238,7 @@ def test_a_tar_that_came_damaged_is_fetched_anew_at_the_next_start(server: Serve
     assert len(storage_of(tmp_path).load_shard(url)) == 4
 
 
-def test_d2_a_remote_shard_that_is_gone_is_a_bad_sample(server: Server, tmp_path: Path) -> None:
+def test_missing_remote_shard_is_a_bad_sample_d2(server: Server, tmp_path: Path) -> None:
     """One that may be there the next time."""
     storage = storage_of(tmp_path)
     member = storage.load_shard(server.url(NAME)).member(0)
@@ -248,7 +250,7 @@ def test_d2_a_remote_shard_that_is_gone_is_a_bad_sample(server: Server, tmp_path
     storage.close()
 
 
-def test_many_bad_samples_are_one_more_fetch(server: Server, tmp_path: Path) -> None:
+def test_many_bad_samples_of_a_shard_cost_one_more_fetch(server: Server, tmp_path: Path) -> None:
     storage = storage_of(tmp_path)
     members = list(storage.load_shard(server.url(NAME)).members())
     damaged = bytearray(server.files[NAME])

@@ -1,4 +1,4 @@
-"""Scores: hand-counted accuracies, ties, padding, and counts that add up over ranks."""
+"""Metrics: accuracies counted by hand, ties, padding, sums over ranks."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def test_accuracies_counted_by_hand():
     assert result == {"top1": 0.5, "mean_class_accuracy": pytest.approx((1 / 3 + 1) / 2), "videos": 4}
 
 
-def test_confusion_has_labels_in_rows():
+def test_confusion_matrix_has_labels_in_rows():
     assert counted(torch.eye(3)[[2, 2]], [0, 1]).confusion.tolist() == [[0, 0, 1], [0, 0, 1], [0, 0, 0]]
 
 
-def test_top5_is_five_of_many_classes():
+def test_top5_accuracy_of_many_classes():
     scores = torch.arange(7.0).expand(7, 7)  # best to worst: 6, 5, 4, 3, 2, 1, 0
     assert counted(scores, list(range(7))).result()["top5"] == 5 / 7
 
 
-def test_equal_scores_do_not_count_as_right():
+def test_tied_scores_do_not_count_as_right():
     """A constant output must score as one guess, the lowest class, not as all of them."""
     result = counted(torch.ones(10, 10), list(range(10))).result()
     assert (result["top1"], result["top5"]) == (0.1, 0.5)
@@ -55,7 +55,7 @@ def test_padding_is_not_counted():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(0, 20))
-def test_counts_add_up_over_batches_and_ranks(seed, classes, cut):
+def test_metric_counts_add_up_over_batches_and_ranks(seed, classes, cut):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(20, classes, generator=generator)
     labels = torch.randint(-1, classes, (20,), generator=generator)
@@ -70,7 +70,7 @@ def test_counts_add_up_over_batches_and_ranks(seed, classes, cut):
     assert total.result() == whole.result()
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_invalid_scores_or_labels_are_refused():
     with pytest.raises(UserError, match="finite"):
         rank_classes(torch.tensor([[0.0, float("nan")]]))
     with pytest.raises(ValueError, match="for 3 classes"):

@@ -1,4 +1,4 @@
-"""D16: what a damaged sample turns into depends on its own bytes only, never on the sample before it.
+"""What a damaged sample decodes to depends on its own bytes only, not on the sample before it (D16).
 
 DALI's video decoder has been seen to hand out the previous sample's pixels. Here each damaged file is decoded twice,
 after two different good ones: were there a trace of those, the two outcomes would differ.
@@ -65,7 +65,7 @@ def outcomes(
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_videos(decode: Callable[[bytes], bytes | str], name: str) -> None:
+def test_damaged_video_decodes_the_same_after_any_other(decode: Callable[[bytes], bytes | str], name: str) -> None:
     container, codec, options = CODECS[name]
     good, *before = (
         encode_clip(noise(FRAMES, HEIGHT, WIDTH, seed=seed), container, codec, **options) for seed in range(3)
@@ -83,7 +83,7 @@ def picture(seed: int, form: str, **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("form", ["JPEG", "progressive", "PNG"])
-def test_images(entry, form: str) -> None:
+def test_damaged_image_decodes_the_same_after_any_other(entry, form: str) -> None:
     """Through DALI in this process. What is cut and has its end marker back is decoded in part."""
     pipeline, view = PixelPipeline("image", 1, 32, 16, threads=1), entry(short_side=32)
 

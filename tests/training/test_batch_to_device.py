@@ -1,4 +1,4 @@
-"""What a micro-batch costs on its way to the device: nothing on a CPU, else one copy of all that the host made."""
+"""Moving a micro-batch to the device: one copy of all index tensors, none on a CPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def on_device(stream: Stream) -> Stream:
     return replace(stream, pixels=stream.pixels.to("meta"), view=stream.view.to("meta"))
 
 
-def test_one_copy_of_all_index_tensors(batch: Batch) -> None:
+def test_index_tensors_reach_the_device_in_one_copy(batch: Batch) -> None:
     delivered = Batch(on_device(batch.video), on_device(batch.image))
     with Copies() as copies:
         moved = delivered.to("meta", non_blocking=True)
@@ -58,7 +58,7 @@ def test_one_copy_of_all_index_tensors(batch: Batch) -> None:
     assert (moved.video.count, moved.image.count) == (batch.video.count, batch.image.count)
 
 
-def test_a_stream_alone_and_labelled_clips(batch: Batch) -> None:
+def test_copy_to_device_of_one_stream_and_of_labelled_clips(batch: Batch) -> None:
     labelled = LabelledBatch(
         torch.zeros(2, 3, device="meta"), torch.tensor([4, -1]), torch.tensor([7, 8]), ("a", ""), 2
     )
@@ -69,7 +69,7 @@ def test_a_stream_alone_and_labelled_clips(batch: Batch) -> None:
     assert Batch(None, batch.image).to("meta").video is None
 
 
-def test_nothing_is_copied_on_a_cpu(batch: Batch) -> None:
+def test_batch_is_not_copied_on_a_cpu(batch: Batch) -> None:
     with Copies() as copies:
         same = batch.to("cpu", non_blocking=True)
     assert copies.copied == []
@@ -77,7 +77,7 @@ def test_nothing_is_copied_on_a_cpu(batch: Batch) -> None:
     assert all(ours is original for (_, ours), (_, original) in pairs)
 
 
-def test_values_survive_the_journey(batch: Batch) -> None:
+def test_copy_to_device_keeps_values_and_dtypes(batch: Batch) -> None:
     """A buffer on the host stands for the device's; int64 must lie aligned behind any number of bools."""
     index = [t for _, t in tensors(batch.video, batch.image) if not t.is_floating_point()]
     odd = [torch.tensor([True, False, True]), torch.empty(0, dtype=torch.int64), torch.arange(6).view(2, 3).t()]
@@ -91,7 +91,7 @@ def test_values_survive_the_journey(batch: Batch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_values_on_a_gpu(batch: Batch) -> None:
+def test_batch_values_on_a_gpu(batch: Batch) -> None:
     moved = batch.to("cuda", non_blocking=True)
     for (name, ours), (_, original) in zip(
         tensors(moved.video, moved.image), tensors(batch.video, batch.image), strict=True

@@ -1,4 +1,4 @@
-"""Both providers at the edges: nothing in the batch, targets outside the vocabulary, second derivatives."""
+"""Both providers at edge cases: empty batches, targets outside the vocabulary, second derivatives."""
 
 from functools import partial
 
@@ -46,7 +46,7 @@ def calls(provider, device, batch):
     }
 
 
-def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(provider, device):
+def test_empty_batch_gives_an_empty_result_and_zero_gradients(provider, device):
     for name, (op, leaves) in calls(provider, device, batch=0).items():
         out = op(*leaves)
         gradients = torch.autograd.grad(out.sum(), leaves)
@@ -55,7 +55,7 @@ def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(provider, devic
         assert not any(g.any() for g in gradients), name
 
 
-def test_padding_alone_is_gathered_from_nothing(provider, device):
+def test_gather_of_padding_rows_only(provider, device):
     rows = torch.zeros(0, 16, device=device, requires_grad=True)
     out = kernels.gather_masked(rows, torch.full((3,), -1, device=device), provider)
     assert torch.equal(out, torch.zeros(3, 16, device=device))
@@ -75,7 +75,7 @@ def test_second_derivatives_raise_one_error(provider, device, power):
 
 
 @pytest.mark.parametrize("wrong", [9, 10**9, -1, -101, 2**40])
-def test_a_target_outside_the_vocabulary_makes_the_loss_nan(provider, device, wrong):
+def test_target_outside_the_vocabulary_makes_the_loss_nan(provider, device, wrong):
     """In its segment only; its row has no gradient, and what the other rows give is unchanged."""
     h, weight, bias = (torch.randn(*n, device=device, requires_grad=True) for n in ((6, 16), (9, 16), (9,)))
     target = torch.tensor([0, 8, 3, 4, -100, 1], device=device)

@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and what happens to a lock whose process was killed."""
+"""The lock of a run folder: one run at a time, killed owners, file systems without locks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def held_by_another(tmp_path, monkeypatch):
     other.communicate()
 
 
-def test_another_process_is_named(held_by_another):
+def test_run_lock_names_the_other_process(held_by_another):
     folder, other = held_by_another
     assert f"process {other.pid} on " in hold(folder)
     config = set_value(get_recipe("demo"), "output_dir", str(folder))
@@ -49,11 +49,11 @@ def test_another_process_is_named(held_by_another):
         choose_folder(config, ALONE)
 
 
-def test_a_run_without_a_name_takes_the_next_folder(held_by_another):
+def test_unnamed_run_takes_the_next_folder(held_by_another):
     assert choose_folder(get_recipe("demo"), ALONE) == Path("runs/demo-2")
 
 
-def test_a_killed_process_holds_nothing(held_by_another):
+def test_lock_of_a_killed_process_is_free(held_by_another):
     folder, other = held_by_another
     other.kill()
     other.wait()
@@ -61,13 +61,13 @@ def test_a_killed_process_holds_nothing(held_by_another):
     assert hold(folder) is None, "this process may ask again"
 
 
-def test_a_lock_without_facts_is_named_too(held_by_another):
+def test_lock_without_owner_facts_is_named(held_by_another):
     folder, _ = held_by_another
     (folder / ".lock").write_text("")
     assert hold(folder) == "another process"
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+def test_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 

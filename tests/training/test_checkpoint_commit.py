@@ -1,4 +1,4 @@
-"""A checkpoint's commit is on disk before it counts, and no rank runs ahead of another."""
+"""The checkpoint commit: fsync before the rename, and barriers between ranks."""
 
 import os
 import time
@@ -37,7 +37,7 @@ def write_files(folder: Path) -> None:
         (folder / "state" / name).write_bytes(name.encode() * 100)
 
 
-def test_every_file_is_synced_before_the_rename_and_the_rename_after_it(tmp_path, monkeypatch):
+def test_checkpoint_files_are_fsynced_before_the_rename(tmp_path, monkeypatch):
     calls = record_disk_calls(monkeypatch)
     (final,) = on_ranks(1, lambda ranks: save(tmp_path, FACTS, write_files, ranks, keep=2))
     renamed = calls.index(("rename", str(final)))
@@ -53,7 +53,7 @@ def own_file(ranks: Ranks, folder: Path) -> None:
     (folder / f"rank-{ranks.rank}.pt").write_bytes(bytes(1000))
 
 
-def test_a_slow_writer_is_waited_for(tmp_path):
+def test_commit_waits_for_a_slow_rank(tmp_path):
     """Rank 1 writes late: the manifest that rank 0 seals names its file all the same."""
 
     def work(ranks: Ranks) -> None:
@@ -69,7 +69,7 @@ def test_a_slow_writer_is_waited_for(tmp_path):
     assert set(checkpoint._read_manifest(found)["files"]) == {"rank-0.pt", "rank-1.pt"}
 
 
-def test_no_rank_writes_before_the_folder_is_there(tmp_path, monkeypatch):
+def test_no_rank_writes_before_the_folder_exists(tmp_path, monkeypatch):
     make_folder = checkpoint.make_folder
 
     def late(path: Path) -> None:

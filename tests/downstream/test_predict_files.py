@@ -1,4 +1,4 @@
-"""From a file to a tensor, a prediction, features: the same as evaluation and probes make of the file in a shard."""
+"""load_video, load_image, predict and features on files: equal to evaluation and probes on shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def clip_file(tmp_path, labelled_videos):
     return path
 
 
-def test_clip_is_what_evaluation_sees(labelled, clip_file):
+def test_load_video_equals_the_evaluation_view(labelled, clip_file):
     views = ViewsConfig(clips=1, crops=1, short_side=72, micro_videos=1)
     shards = shards_of(labelled.val, labelled)
     batches = view_batches(labelled, views, 0, 1, "cpu", shards, Classes(CLASS_NAMES), None)
@@ -36,7 +36,7 @@ def test_clip_is_what_evaluation_sees(labelled, clip_file):
     assert torch.equal(ours, theirs)
 
 
-def test_image_is_turned_resized_and_normalised(tmp_path):
+def test_load_image_is_rotated_resized_and_normalised(tmp_path):
     """Left half black, right half white; the EXIF orientation 6 turns it by 90 degrees: black is on top."""
     image = Image.new("RGB", (80, 60))
     image.paste((255, 255, 255), (40, 0, 80, 60))
@@ -60,14 +60,14 @@ def test_predictions_are_ordered_and_named(clip_file):
     assert found[0][1] == pytest.approx(float(expected.max().detach()))
 
 
-def test_the_model_keeps_its_mode_and_unnamed_classes_are_numbers(clip_file):
+def test_predict_keeps_the_model_mode_and_numbers_unnamed_classes(clip_file):
     model = VideoClassifier(2, **TINY).train()
     assert {name for name, _ in bevt_ds.predict(model, clip_file, frames=4, stride=2, size=64)} == {"0", "1"}
     assert model.training and model.encoder.training
 
 
 @pytest.mark.parametrize("kind", ["encoder", "bevt", "classifier"])
-def test_features_are_a_linear_probes(clip_file, kind):
+def test_features_equal_those_of_a_linear_probe(clip_file, kind):
     model = {
         "encoder": lambda: VideoSwin(**TINY),
         "bevt": lambda: create_model("tiny", vocab_size=8),
@@ -82,7 +82,7 @@ def test_features_are_a_linear_probes(clip_file, kind):
     assert ours.dtype == torch.float32 and ours.ndim == 1
 
 
-def test_mistakes_are_named(tmp_path, clip_file):
+def test_file_mistakes_are_named(tmp_path, clip_file):
     (tmp_path / "no.mp4").write_bytes(b"not a video")
     (tmp_path / "no.jpg").write_bytes(b"\xff\xd8\xff" + b"cut")
     for call, words in [

@@ -1,4 +1,4 @@
-"""Lists of files: where a path ends and its label begins, headers, and messages that name line and remedy."""
+"""File lists: columns, headers, labels, and errors that name line and remedy."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from bevt_ds.shards.file_lists import LONGEST, read_rows
         ("a\u2028b.mp4\tpush\xa0left", ("a\u2028b.mp4", "push\xa0left")),
     ],
 )
-def test_a_line_without_a_header(line: str, row: tuple[str, str]) -> None:
+def test_file_list_without_a_header(line: str, row: tuple[str, str]) -> None:
     assert read_rows(Path("list.txt"), f"{line}\n") == [row]
     assert read_rows(Path("list.TXT"), f"other.mp4 1\n\n  {line} \r\n")[1] == row
 
 
-def test_a_csv_has_commas_between() -> None:
+def test_file_list_as_csv() -> None:
     text = 'clip 7,Push left\n"a, b","x, y"\nb.mp4 Push left\nc.mp4\n'
     rows = [("clip 7", "Push left"), ("a, b", "x, y"), ("b.mp4", "Push left"), ("c.mp4", "")]
     assert read_rows(Path("list.csv"), text) == rows
@@ -77,7 +77,7 @@ def test_a_csv_has_commas_between() -> None:
         ("jester.csv", "34870;Drumming Fingers\n", ("34870", "Drumming Fingers")),
     ],
 )
-def test_headers(name: str, text: str, row: tuple[str, str]) -> None:
+def test_file_list_headers(name: str, text: str, row: tuple[str, str]) -> None:
     assert read_rows(Path(name), text) == [row]
 
 
@@ -133,16 +133,16 @@ def test_headers(name: str, text: str, row: tuple[str, str]) -> None:
         ("a.txt", "x" * (LONGEST + 1), "line 1: 'x{80}' has 10001 characters: this is no list"),
     ],
 )
-def test_lines_that_need_another_hand(name: str, text: str, message: str) -> None:
+def test_file_list_errors_name_line_and_remedy(name: str, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_rows(Path(name), text)
 
 
-def test_words_alone_are_data() -> None:
+def test_file_list_without_extensions_has_no_header() -> None:
     """A name without an extension is no header where the other lines look like it."""
     assert read_rows(Path("a.txt"), "jump left\nrun right\n") == [("jump", "left"), ("run", "right")]
 
 
-def test_a_label_may_be_null() -> None:
+def test_file_list_label_may_be_null() -> None:
     text = '[{"id": "1", "label": null}, {"id": 2, "template": null}, {"vid_name": "3", "label": null}]'
     assert read_rows(Path("a.json"), text) == [("1", ""), ("2", ""), ("3", "")]

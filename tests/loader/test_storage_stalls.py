@@ -1,4 +1,4 @@
-"""D24, local: a disk or file server that does not answer ends the run with its name, and holds nobody for ever.
+"""Local storage that does not answer ends the run with its name, in every phase (D24).
 
 A FIFO that nobody writes to blocks whoever opens it, in the kernel, as a dead file server does.
 """
@@ -54,7 +54,7 @@ def member(tmp_path: Path, shards: Path) -> Member:
     return load_shard(str(path)).member(2)
 
 
-def test_a_stalled_read_is_named_with_its_place(member: Member, stall, caplog: pytest.LogCaptureFixture) -> None:
+def test_stalled_read_is_named_with_shard_and_offset(member: Member, stall, caplog: pytest.LogCaptureFixture) -> None:
     storage = Storage(DataConfig(read_seconds=0.4))
     assert len(storage.read(member)) == member.size
     stall(Path(member.path))
@@ -66,7 +66,7 @@ def test_a_stalled_read_is_named_with_its_place(member: Member, stall, caplog: p
     storage.close()
 
 
-def test_a_run_on_a_stalled_shard_ends(shards: Path, tmp_path: Path, stall, with_data) -> None:
+def test_run_on_a_stalled_shard_ends(shards: Path, tmp_path: Path, stall, with_data) -> None:
     for path in shards.glob("image-*.tar"):
         load_shard(str(path))
         shutil.copy2(path, tmp_path / path.name)
@@ -92,7 +92,7 @@ storage.read(Member(sys.argv[1], "k", "jpg", 512, 10, 0))
 """
 
 
-def test_a_stuck_thread_does_not_keep_the_process(tmp_path: Path) -> None:
+def test_stuck_thread_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     """Nor does it need a `close`: the error alone ends the program."""
     os.mkfifo(tmp_path / "s.tar")
     command = [sys.executable, "-P", "-c", ENDS, str(tmp_path / "s.tar")]
@@ -100,7 +100,7 @@ def test_a_stuck_thread_does_not_keep_the_process(tmp_path: Path) -> None:
     assert done.returncode == 1 and "StorageStalled" in done.stderr and "at byte 512" in done.stderr
 
 
-def test_closing_ends_the_waiting(member: Member, stall) -> None:
+def test_closing_the_loader_ends_a_stalled_wait(member: Member, stall) -> None:
     storage = Storage(DataConfig(read_seconds=60.0))
     stall(Path(member.path))
     raised: list[BaseException] = []
@@ -131,7 +131,7 @@ def released() -> Iterator[threading.Event]:
     event.set()
 
 
-def test_a_shard_that_stalls_when_it_is_opened(shards: Path, monkeypatch, released: threading.Event) -> None:
+def test_shard_that_stalls_on_open_is_named(shards: Path, monkeypatch, released: threading.Event) -> None:
     """At the start of a run, before any sample is asked for."""
     monkeypatch.setattr("bevt_ds.data.reading.index._open_tar", lambda path: released.wait(20))
     with pytest.raises(StorageStalled, match="shard .*image-000000.tar: no answer"):
@@ -139,7 +139,9 @@ def test_a_shard_that_stalls_when_it_is_opened(shards: Path, monkeypatch, releas
 
 
 @pytest.mark.parametrize("reads", [1, 5])
-def test_a_shard_that_stalls_while_it_is_indexed(member: Member, monkeypatch, released, reads: int) -> None:
+def test_shard_that_stalls_during_indexing_is_named_with_the_byte(
+    member: Member, monkeypatch, released, reads: int
+) -> None:
     """Anywhere between its first byte and its last, with the byte."""
     Path(member.path + SUFFIX).unlink()
     left = iter(range(reads))
@@ -150,7 +152,7 @@ def test_a_shard_that_stalls_while_it_is_indexed(member: Member, monkeypatch, re
         Storage(DataConfig(read_seconds=0.2)).load_shard(member.path)
 
 
-def test_indexing_may_take_long_as_long_as_it_goes_on(member: Member, monkeypatch) -> None:
+def test_slow_indexing_that_progresses_is_allowed(member: Member, monkeypatch) -> None:
     """The deadline is for each read, not for a tar of any size."""
     Path(member.path + SUFFIX).unlink()
     monkeypatch.setattr(tar_scan, "read_at", lambda *place: time.sleep(0.05) or read_at(*place))
@@ -162,7 +164,7 @@ def test_indexing_may_take_long_as_long_as_it_goes_on(member: Member, monkeypatc
 @pytest.mark.parametrize(
     ("call", "pattern"), [("stat", "a.tar"), ("stat", "{a,b}.tar"), ("scandir", "*.tar"), ("scandir", "*/a.tar")]
 )
-def test_a_dead_mount_is_named_before_any_shard_is_opened(
+def test_dead_mount_is_named_before_any_shard_is_opened(
     tmp_path: Path, monkeypatch, released, call: str, pattern: str
 ) -> None:
     """`os.stat` and a glob's listing block in the kernel too: here for whatever lies under one folder."""
@@ -176,14 +178,14 @@ def test_a_dead_mount_is_named_before_any_shard_is_opened(
     assert caught.value.exit_code == 5
 
 
-def test_a_run_does_not_start_on_a_dead_mount(with_data, tmp_path: Path, monkeypatch, released) -> None:
+def test_run_does_not_start_on_a_dead_mount(with_data, tmp_path: Path, monkeypatch, released) -> None:
     real = os.path.exists
     monkeypatch.setattr(os.path, "exists", lambda path: released.wait(20) if "dead" in str(path) else real(path))
     with pytest.raises(StorageStalled, match="/dead.tar: no answer"):
         Loader(with_data(images=f"{tmp_path}/dead.tar", read_seconds=0.3))
 
 
-def test_check_ends_where_storage_stalls(member: Member, monkeypatch) -> None:
+def test_check_command_stops_at_stalled_storage(member: Member, monkeypatch) -> None:
     """It is no fault of the tar, and the tars after it are not tried for minutes each."""
     asked = []
 
@@ -197,7 +199,7 @@ def test_check_ends_where_storage_stalls(member: Member, monkeypatch) -> None:
     assert asked == [member.path]
 
 
-def test_another_process_that_indexes_is_waited_for(member: Member) -> None:
+def test_indexing_by_another_process_is_waited_for(member: Member) -> None:
     """Longer than storage may take to answer, because that one is at work."""
     Path(member.path + SUFFIX).unlink()
     storage, found = Storage(DataConfig(read_seconds=0.3)), []
@@ -211,7 +213,7 @@ def test_another_process_that_indexes_is_waited_for(member: Member) -> None:
     assert found[0].member(2) == member
 
 
-def test_another_process_is_not_waited_for_for_ever(member: Member, monkeypatch, caplog) -> None:
+def test_wait_for_another_indexing_process_has_a_deadline(member: Member, monkeypatch, caplog) -> None:
     Path(member.path + SUFFIX).unlink()
     monkeypatch.setattr(index, "LONGEST_TURN", 0.2)
     with open(member.path, "rb") as tar:
@@ -220,7 +222,7 @@ def test_another_process_is_not_waited_for_for_ever(member: Member, monkeypatch,
     assert "s.tar: another process holds its lock for over 0.2 s; going on without" in caplog.text
 
 
-def test_the_copy_of_a_remote_shard_may_stall_too(shards: Path, tmp_path: Path, stall) -> None:
+def test_stalled_cache_folder_is_named(shards: Path, tmp_path: Path, stall) -> None:
     """The cache's folder may lie on a file server: a home folder does."""
     fsspec.filesystem("memory").pipe("/stall/s.tar", (shards / "image-000000.tar").read_bytes())
     storage = Storage(DataConfig(cache_dir=str(tmp_path / "cache"), read_seconds=0.3, remote_seconds=0.2))
@@ -232,7 +234,7 @@ def test_the_copy_of_a_remote_shard_may_stall_too(shards: Path, tmp_path: Path, 
         storage.read(first)
 
 
-def test_work_that_nobody_waits_for_any_more_ends(released: threading.Event) -> None:
+def test_abandoned_read_stops_when_storage_comes_back(released: threading.Event) -> None:
     """Storage that comes back finds a thread that was given up: it does not go on reading."""
     executor, ended = DeadlineExecutor(1), threading.Event()
 
@@ -249,13 +251,13 @@ def test_work_that_nobody_waits_for_any_more_ends(released: threading.Event) -> 
     assert ended.wait(10)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_pipes_and_folders_are_refused_as_shards(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "s.tar")
     with pytest.raises(UserError, match="s.tar is no regular file"):
         load_shard(str(tmp_path / "s.tar"))
 
 
-def test_threads_are_used_again_and_errors_come_through() -> None:
+def test_deadline_executor_reuses_threads_and_raises_errors() -> None:
     calls, seen = DeadlineExecutor(50), set()
     place = {"place": "x", "deadline": Deadline(5.0)}
     for i in range(50):
@@ -268,14 +270,14 @@ def test_threads_are_used_again_and_errors_come_through() -> None:
     calls.close()
 
 
-def test_a_slow_answer_counts(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_answer_within_the_deadline_counts(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(deadline, "WARN_AFTER", 0.1)
     slow = DeadlineExecutor(1).call(time.sleep, 0.3, place="the shard", deadline=Deadline(10.0))
     assert slow is None
     assert "the shard: no answer for 0.1 s; the run stops after 10 s" in caplog.text
 
 
-def test_a_remote_file_system_that_stalls_while_connecting() -> None:
+def test_fsspec_that_stalls_on_connecting_is_named() -> None:
     """s3 or sftp may block before there is a file to ask for."""
     released = threading.Event()
 
