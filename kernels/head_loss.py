@@ -202,7 +202,8 @@ def masked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`reference.masked_cross_entropy` by the kernel; under autocast in autocast's dtype."""
     device = h.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
+    dtype = torch.get_autocast_dtype(device) if casts else h.dtype
     h, weight, bias = (x.to(dtype) for x in (h, weight, bias))
     keep_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
     loss_sums, hits, _ = forward_op(h.contiguous(), weight, bias, target.contiguous(), segments, keep_grad)

@@ -137,6 +137,24 @@ def joint_swin_l() -> Config:
     return replace(config, model=replace(config.model, checkpointing=True))
 
 
+def joint_swin_h() -> Config:
+    """Stage 2 with Video Swin-H (encoder: 657 million), for ZeRO-3; recomputes activations. Ours: docs/scaling.md."""
+    return _large("swin_h", micro_clips=4)
+
+
+def joint_swin_g() -> Config:
+    """Stage 2 with Video Swin-G (encoder: 3.0 billion), for ZeRO-3; recomputes activations. Ours: docs/scaling.md."""
+    return _large("swin_g", micro_clips=2)
+
+
+def _large(name: str, micro_clips: int) -> Config:
+    """A lower rate, as Swin V2's for its largest models, and 8 images for each clip as everywhere."""
+    config = _joint(name, drop_path=0.3)
+    train = replace(config.train, micro_clips=micro_clips, micro_images=8 * micro_clips)
+    model, optim = replace(config.model, checkpointing=True), replace(config.optim, lr=2e-4)
+    return replace(config, model=model, optim=optim, train=train)
+
+
 def _joint(name: str, drop_path: float) -> Config:
     base = joint_swin_b()
     return replace(base, recipe=f"joint_{name}", model=replace(base.model, name=name, drop_path=drop_path))
@@ -210,7 +228,8 @@ def _named(*recipes: Callable[[], RunT]) -> dict[str, Callable[[], RunT]]:
     return {recipe.__name__: recipe for recipe in recipes}
 
 
-PRETRAINING = _named(demo, small, small_images, image_swin_b, joint_swin_b, joint_swin_t, joint_swin_s, joint_swin_l)
+JOINT = (joint_swin_b, joint_swin_t, joint_swin_s, joint_swin_l, joint_swin_h, joint_swin_g)
+PRETRAINING = _named(demo, small, small_images, image_swin_b, *JOINT)
 FINETUNING = _named(finetune_k400, finetune_ssv2, finetune_diving48, finetune_demo)
 RECIPES: dict[type[RunConfig], Mapping[str, Callable[[], RunConfig]]] = {
     Config: PRETRAINING,

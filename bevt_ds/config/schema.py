@@ -29,7 +29,9 @@ Precision = Literal["bf16", "fp16", "fp32"]
 class BackboneConfig:
     """Video Swin. Width, depths and heads belong to the preset that `name` names."""
 
-    name: A[Literal["tiny", "swin_t", "swin_s", "swin_b", "swin_l"], "preset of the backbone"] = "swin_b"
+    name: A[Literal["tiny", "swin_t", "swin_s", "swin_b", "swin_l", "swin_h", "swin_g"], "preset of the backbone"] = (
+        "swin_b"
+    )
     window: A[
         tuple[int, int, int],
         F("attention window in tokens: time, height, width; loaded tables are resized to it", least=1),
@@ -40,9 +42,11 @@ class BackboneConfig:
         " official: as the original and torchvision, for their weights",
     ] = "exact"
     drop_path: A[float, F("stochastic depth of the last block, linear from 0", below=1)] = 0.3
-    checkpointing: A[bool, F("recompute every block in the backward pass: less memory, more time", resume="free")] = (
-        False
-    )
+    checkpointing: A[bool, F("recompute blocks in the backward pass: less memory, more time", resume="free")] = False
+    recompute: A[
+        Literal["block", "attention"], F("checkpointing: whole blocks, or their attention alone", resume="free")
+    ] = "block"
+    recompute_every: A[int, F("checkpointing: each n-th block of a stage", least=1, resume="free")] = 1
     compile: A[
         bool, "torch.compile blocks, and the tokenizer if any: the first steps take minutes; not with ZeRO-3"
     ] = False

@@ -90,7 +90,7 @@ class BEVT(PretrainedMixin, nn.Module):
 
     `encoder.patch_embed` is the clips' stem and `encoder.norm` follows the decoders. Height and width of the pictures
     are multiples of 32, frames of 2. `image_windows="official"` masks images as the released weights expect it,
-    "swin" as the Swin paper does. `sizes` are the fields of SwinArch, the other arguments VideoSwin's.
+    "swin" as the Swin paper does. `options` are VideoSwin's arguments, `kernels` too.
     """
 
     def __init__(
@@ -98,16 +98,14 @@ class BEVT(PretrainedMixin, nn.Module):
         *,
         vocab_size: int = 8192,
         image_windows: WindowPolicy = "official",
-        checkpointing: bool = False,
-        compile: bool = False,
         kernels: str = "auto",
-        **sizes: Any,
+        **options: Any,
     ):
         super().__init__()
         if image_windows not in POLICIES:
             raise UserError(f"image_windows={image_windows!r}: choose one of {', '.join(POLICIES)}")
         self.image_windows: WindowPolicy = image_windows
-        self.encoder = VideoSwin(checkpointing=checkpointing, compile=compile, kernels=kernels, **sizes)
+        self.encoder = VideoSwin(kernels=kernels, **options)
         self.arch = self.encoder.arch | {"vocab_size": vocab_size, "image_windows": image_windows}
         patch, embed_dim = self.arch["patch"], self.arch["embed_dim"]
         dim = self.encoder.norm.normalized_shape[0]

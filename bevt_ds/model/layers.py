@@ -8,16 +8,24 @@ Source of the semantics: xyzforever/BEVT@8881b21, mmaction/models/backbones/swin
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bevt_ds.kernels as ops
 
+from .arch import NormPlace
 from .windows import Size3, Windows, table_rows
+
+Recompute = Literal["", "attention", "block"]  # what of a block the backward pass computes again
+# No block draws random numbers, so that no generator's state need be kept.
+again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def pad_end(x: Tensor, grid: Size3) -> Tensor:
@@ -159,20 +167,34 @@ class WindowAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: windowed attention, then MLP, each on a residual branch."""
+    """Transformer block: windowed attention, then MLP, each on a residual branch with a LayerNorm.
 
-    def __init__(self, dim: int, num_heads: int, window: Size3, mlp_ratio: float, kernels: str):
+    `norm`: in front of the branch ("pre"), or behind it ("post", Liu et al. 2022, "Swin Transformer V2", section 3.2).
+    Branches with the latter begin at 0, as in microsoft/Swin-Transformer, so that a new block is the identity.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, window: Size3, mlp_ratio: float, kernels: str, norm: NormPlace = "pre"
+    ):
         super().__init__()
+        self.norm = norm
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, window, kernels)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, windows: Windows, scales: Tensor | None = None) -> Tensor:
-        """(B,T,H,W,C) -> the same shape; `scales` (2,B) multiplies the two branches per sample."""
+    def forward(self, x: Tensor, windows: Windows, scales: Tensor | None = None, recompute: Recompute = "") -> Tensor:
+        """(B,T,H,W,C) -> the same shape; `scales` (2,B) multiplies the two branches per sample.
+
+        `recompute`: "attention" keeps nothing of that branch but its input; "block" is the caller's.
+        """
         attn_scale, mlp_scale = (None, None) if scales is None else scales
-        x = add_residual(x, self.attn(self.norm1(x), windows), attn_scale)
-        return add_residual(x, self.mlp(self.norm2(x)), mlp_scale)
+        attend = again if recompute == "attention" else lambda run, *inputs: run(*inputs)
+        x = add_residual(x, attend(self._attention, x, windows), attn_scale)
+        return add_residual(x, self.norm2(self.mlp(x)) if self.norm == "post" else self.mlp(self.norm2(x)), mlp_scale)
+
+    def _attention(self, x: Tensor, windows: Windows) -> Tensor:
+        return self.norm1(self.attn(x, windows)) if self.norm == "post" else self.attn(self.norm1(x), windows)
 
 
 @torch.no_grad()
@@ -181,7 +203,7 @@ def init_weights(model: nn.Module, generator: torch.Generator | None = None) -> 
 
     Linear layers, bias tables and the mask token: normal of std 0.02; biases 0; LayerNorm 1 and 0. What the
     original writes as convolutions keeps torch's default for those: uniform within 1/sqrt(fan-in), where the fan-in of
-    a transposed convolution counts its outputs.
+    a transposed convolution counts its outputs. The norms of post-norm branches begin with weight 0.
     """
     for module in model.modules():
         match module:
@@ -199,6 +221,10 @@ def init_weights(model: nn.Module, generator: torch.Generator | None = None) -> 
                 _init_normal(module.relative_position_bias_table, generator)
             case MaskToken():
                 _init_normal(module.token, generator)
+    for module in model.modules():
+        if isinstance(module, Block) and module.norm == "post":
+            for norm in (module.norm1, module.norm2):
+                nn.init.zeros_(norm.weight)
 
 
 def _init_normal(weight: Tensor, generator: torch.Generator | None) -> None:

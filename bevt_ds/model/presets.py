@@ -1,7 +1,9 @@
 """Model sizes by name. They are registered with timm as well: `timm.create_model("bevt_swin_b")`.
 
 Sizes T to L are those of Swin and Video Swin (configs/_base_/models/swin/* of xyzforever/BEVT@8881b21, with the patch
-and window of its experiments); `tiny` is ours, for 128 px and 8 frames on a CPU: its windows tile that exactly.
+and window of its experiments); H and G have the widths and depths of Swin V2 (Liu et al. 2022, section 3.5) and its
+residual post-norm, with Video Swin's attention and bias tables: there are no weights of them. `tiny` is ours, for
+128 px and 8 frames on a CPU: its windows tile that exactly.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ SIZES = {
     "swin_s": SwinArch(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
     "swin_b": SwinArch(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
     "swin_l": SwinArch(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+    "swin_h": SwinArch(embed_dim=352, depths=(2, 2, 18, 2), num_heads=(11, 22, 44, 88), norm="post"),
+    "swin_g": SwinArch(embed_dim=512, depths=(2, 2, 42, 4), num_heads=(16, 32, 64, 128), norm="post"),
 }
 ENCODERS = {f"video_{name}": name for name in SIZES}
 
@@ -62,7 +66,7 @@ def create_model(
     out_indices: Sequence[int] | None = None,
     **overrides: Any,
 ) -> nn.Module:
-    """A model by name: `tiny`, `swin_t`, `swin_s`, `swin_b`, `swin_l`, or an encoder: `video_tiny`, `video_swin_b`, ...
+    """A model by name: `tiny`, `swin_t`, `_s`, `_b`, `_l`, `_h`, `_g`, or an encoder: `video_tiny`, `video_swin_b`, ...
 
     Args:
         num_classes: none: a BEVT, or the bare VideoSwin of a `video_` name; 0: a bare VideoSwin; more: a

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .arch import SwinArch
 from .drop_path import residual_scales
 from .inputs import CLIPS, look_at_values, require_keys, require_pixels
-from .layers import Block, PatchEmbed, PatchMerging, init_weights
+from .layers import Block, PatchEmbed, PatchMerging, Recompute, again, init_weights
 from .weights import PretrainedMixin
 from .windows import WindowPolicy, block_windows
 
@@ -29,19 +28,27 @@ class Stage(nn.Module):
         self.window, self.small = arch.window, arch.small_windows
         dim, heads = arch.embed_dim << number, arch.num_heads[number]
         self.blocks = nn.ModuleList(
-            Block(dim, heads, arch.window, arch.mlp_ratio, kernels) for _ in range(arch.depths[number])
+            Block(dim, heads, arch.window, arch.mlp_ratio, kernels, arch.norm) for _ in range(arch.depths[number])
         )
         self.downsample = nn.Identity() if number + 1 == len(arch.depths) else PatchMerging(dim)
 
-    def forward(self, x: Tensor, policy: WindowPolicy, scales: Sequence[Tensor | None], recompute: bool) -> Tensor:
-        """(B,T',H',W',C) -> the same shape, before merging; `scales` holds a (2,B) per block."""
+    def forward(
+        self,
+        x: Tensor,
+        policy: WindowPolicy,
+        scales: Sequence[Tensor | None],
+        recompute: Recompute = "",
+        every: int = 1,
+    ) -> Tensor:
+        """(B,T',H',W',C) -> the same shape, before merging; `scales` holds a (2,B) per block.
+
+        The backward pass computes `recompute` again, of each `every`-th block.
+        """
         for index, (block, scale) in enumerate(zip(self.blocks, scales, strict=True)):
             shifted = index % 2 == 1
             windows = block_windows(tuple(x.shape[1:4]), self.window, shifted=shifted, policy=policy, small=self.small)
-            if recompute:  # no block draws random numbers, so that no generator's state need be kept
-                x = checkpoint(block, x, windows, scale, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, windows, scale)
+            part = "" if index % every else recompute
+            x = again(block, x, windows, scale) if part == "block" else block(x, windows, scale, part)
         return x
 
 
@@ -61,15 +68,26 @@ class VideoSwin(PretrainedMixin, nn.Module):
     """The encoder: patches, four stages of window attention, LayerNorm.
 
     `sizes` are the fields of SwinArch. Any clip size works: patches, windows and merging pad with zeros at the end, as
-    in the original. `checkpointing` recomputes each block in the backward pass; `compile` puts each through
-    torch.compile; `kernels` is auto, triton or torch.
+    in the original. `checkpointing` recomputes blocks in the backward pass: `recompute` of them ("block", or
+    "attention" alone), of every `recompute_every`-th block of a stage. `compile` puts each block through torch.compile;
+    `kernels` is auto, triton or torch.
     """
 
-    def __init__(self, *, checkpointing: bool = False, compile: bool = False, kernels: str = "auto", **sizes: Any):
+    def __init__(
+        self,
+        *,
+        checkpointing: bool = False,
+        recompute: Recompute = "block",
+        recompute_every: int = 1,
+        compile: bool = False,
+        kernels: str = "auto",
+        **sizes: Any,
+    ):
         super().__init__()
         arch = SwinArch.from_arguments(sizes)
         self.arch = arch.arguments()
-        self.depths, self.drop_path, self.checkpointing = arch.depths, arch.drop_path, checkpointing
+        self.depths, self.drop_path = arch.depths, arch.drop_path
+        self.checkpointing, self.recompute, self.recompute_every = checkpointing, recompute, recompute_every
         self.patch_embed = PatchEmbed(arch.patch, arch.embed_dim)
         self.layers = nn.ModuleList(Stage(arch, number, kernels) for number in range(len(arch.depths)))
         self.norm = nn.LayerNorm(arch.width)
@@ -88,10 +106,10 @@ class VideoSwin(PretrainedMixin, nn.Module):
         generator, once per call. In evaluation mode nothing is dropped.
         """
         scales = self._residual_scales(tokens, sample_keys)
-        recompute = self.checkpointing and torch.is_grad_enabled()
+        recompute = self.recompute if self.checkpointing and torch.is_grad_enabled() else ""
         outputs, first = [], 0
         for stage, depth in zip(self.layers, self.depths, strict=True):
-            outputs.append(stage(tokens, policy, scales[first : first + depth], recompute))
+            outputs.append(stage(tokens, policy, scales[first : first + depth], recompute, self.recompute_every))
             tokens = stage.downsample(outputs[-1])
             first += depth
         return outputs

@@ -248,9 +248,10 @@ def _other_classes(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
 
 def _check_arch(arch: dict[str, Any], weights: Weights) -> None:
     plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731
-    for key, theirs in weights.arch.items():
-        ours = arch.get(key)
-        if key not in arch or key in MAY_DIFFER or plain(ours) == plain(theirs):
+    wanted, given = ({"norm": "pre", **sizes} for sizes in (arch, weights.arch))  # only those that differ name it
+    for key, theirs in given.items():
+        ours = wanted.get(key)
+        if key not in wanted or key in MAY_DIFFER or plain(ours) == plain(theirs):
             continue
         fresh_head = ", or start the head fresh with init_head=false" if key == "vocab_size" else ""
         raise UserError(

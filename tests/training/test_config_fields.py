@@ -20,7 +20,7 @@ from bevt_ds.runtime.checkpoint import check_same
 MAY_CHANGE = {  # the right answers
     # nothing of these changes what a run computes
     "free": """
-        output_dir init_from init_head resume dry_run model.checkpointing
+        output_dir init_from init_head resume dry_run model.checkpointing model.recompute model.recompute_every
         data.decoder data.workers data.threads data.readers data.prefetch data.decode_seconds data.read_seconds
         data.verify data.max_bad_fraction data.cache_dir data.cache_bytes data.remote_seconds data.allow_pipe
         data.videos data.images data.eval_videos data.eval_images data.train data.val data.classes data.expected_val
