@@ -178,8 +178,8 @@ def _check_checkpoint(path: str, values: dict[str, Any]) -> None:
     section = values.get("checkpoint") or {}
     if refused := set(section) - {"tag_validation", "checkpoint_serialization"}:
         raise UserError(
-            f"{path}: remove checkpoint.{min(refused)}; a checkpoint is written whole by torch.save before it counts."
-            " The keys that work are tag_validation and checkpoint_serialization."
+            f"{path}: remove checkpoint.{min(refused)}; checkpoints are the project's own files."
+            " The keys that may stay are tag_validation and checkpoint_serialization, which decide nothing."
         )
     if str(section.get("tag_validation", "warn")).lower() not in TAG_VALIDATION:
         raise UserError(f"{path}: checkpoint.tag_validation must be one of {', '.join(TAG_VALIDATION)}.")

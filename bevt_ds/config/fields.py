@@ -15,9 +15,10 @@ TOO_LARGE = 1 << 63  # what reads a configuration's integers has 64 bits for the
 Resume = Literal["never", "free", "override"]
 """Whether the field may differ between a run and its continuation.
 
-never: it decides what is computed. free: it changes nothing in the result, such as the number of workers, or where the
-shards are (a checkpoint's fingerprint holds what is in them). override: a user may want to change it after a failure,
-such as the learning rate; what follows is then another run than the one that was begun.
+never: it decides what is computed. free: it changes nothing in the result but its rounding, such as the micro-batch,
+the number of workers, or where the shards are (a checkpoint's fingerprint holds what is in them). override: a user may
+want to change it after a failure, such as the learning rate; what follows is then another run than the one that was
+begun.
 """
 
 

@@ -48,9 +48,13 @@ class BackboneConfig:
     ] = "block"
     recompute_every: A[int, F("checkpointing: each n-th block of a stage", least=1, resume="free")] = 1
     compile: A[
-        bool, "torch.compile blocks, and the tokenizer if any: the first steps take minutes; not with ZeRO-3"
+        bool,
+        F(
+            "torch.compile blocks, and the tokenizer if any: the first steps take minutes; not with ZeRO-3",
+            resume="free",
+        ),
     ] = False
-    kernels: A[Kernels, "provider of attention, gather and loss"] = "auto"
+    kernels: A[Kernels, F("provider of attention, gather and loss", resume="free")] = "auto"
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ class FinetuneOptimConfig(AdamWConfig):
     clip_grad: A[float, F("bound on the gradient's global L2 norm; 0: no clipping", resume="override")] = 40.0
     ema: A[
         float,
-        F("weight of the new parameters in their moving average, each step; 0: none. ZeRO stages 0 to 2", below=1),
+        F("weight of the new parameters in their moving average, each step; 0: none", below=1),
     ] = 0.0
 
 
@@ -270,7 +274,7 @@ class LoopConfig:
     """Batch, precision, and what is written when. A step is one update of the weights over the global batch."""
 
     global_clips: A[int, F("clips a step, over all ranks; 0: no video stream")] = 256
-    micro_clips: A[int, F("clips a rank takes in one forward pass")] = 4
+    micro_clips: A[int, F("clips a rank takes in one forward pass", resume="free")] = 4
     precision: A[Precision, F("compute type; master weights are fp32", resume="override")] = "bf16"
     seed: A[int, F("seed of everything random; on resume, of what is drawn from there on", resume="override")] = 0
     skip_steps: A[
@@ -298,7 +302,7 @@ class TrainConfig(LoopConfig):
     ] = 0
     steps: A[int, F("optimizer steps (PT: 150 epochs of 240k clips); 0: from epochs", resume="override")] = 140_550
     global_images: A[int, F("images a step, over all ranks; 0: no image stream")] = 2048
-    micro_images: A[int, F("images a rank takes in one forward pass")] = 32
+    micro_images: A[int, F("images a rank takes in one forward pass", resume="free")] = 32
     eval_batches: A[int, F("held-out micro-batches of the closing summary", least=1, resume="free")] = 4
     min_gain: A[
         float,
@@ -320,7 +324,10 @@ class FinetuneTrainConfig(LoopConfig):
     ] = 60
     steps: A[int, F("steps instead of epochs; 0: from epochs", resume="override")] = 0
     global_clips: A[int, F("clips a step, over all ranks", least=1)] = 64
-    micro_clips: A[int, F("clips a rank takes in one forward pass", least=1)] = 2
+    micro_clips: A[
+        int,
+        F("clips a rank takes in one forward pass; with mixup or cutmix not on resume", least=1, resume="free"),
+    ] = 2
     label_smoothing: A[float, F("of the cross-entropy", below=1)] = 0.0
     mixup: A[float, F("mixup's alpha (timm); 0: none")] = 0.0
     cutmix: A[float, F("cutmix's alpha (timm); 0: none. With both, each batch takes one of the two")] = 0.0

@@ -54,7 +54,6 @@ def _rules(config: RunConfig, values: Mapping[str, Any] | None) -> Iterator[str]
         yield from _pretraining(config)
     elif isinstance(config, FinetuneConfig):
         yield from _finetuning(config)
-        yield from _average(config, values or {})
     if isinstance(config, FinetuneConfig | InferenceConfig):
         yield from _labelled(config.data)
         yield from _crop("views.short_side", config.views.short_side, config.data.size)
@@ -156,16 +155,6 @@ def _finetuning(config: FinetuneConfig) -> Iterator[str]:
     yield from unless(
         not (train.mixup or train.cutmix) or train.micro_clips % 2 == 0,
         f"train.mixup and train.cutmix mix pairs of clips: train.micro_clips={train.micro_clips} must be even.",
-    )
-
-
-def _average(config: FinetuneConfig, values: Mapping[str, Any]) -> Iterator[str]:
-    """The moving average needs the fp32 master weights in one piece for each rank."""
-    ema, stage = config.optim.ema, zero_stage(values)
-    yield from unless(
-        not ema or stage != 3,
-        f"optim.ema={ema} works with ZeRO stages 0 to 2, and the DeepSpeed JSON has stage 3: use"
-        " --deepspeed_config ds_configs/zero2.json, or optim.ema=0.",
     )
 
 

@@ -1,7 +1,8 @@
 """Checkpoints that are either whole or absent: written aside, hashed, renamed; verified before they are read.
 
-A checkpoint is `checkpoints/step-00000100/`: DeepSpeed's shards under `state/`, and `manifest.json` with the size and
-SHA-256 of every file. The position in the data is the step itself. Every rank sees the same file system.
+A checkpoint is `checkpoints/step-00000100/`: what the ranks wrote under `state/` (pieces.py), the fp32 weights, and
+`manifest.json` with the size and SHA-256 of every file. The position in the data is the step itself. Every rank sees
+the same file system.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from bevt_ds.config.parse import config_fields, from_dict, get_value, set_value, to_dict
-from bevt_ds.config.schema import Config, TrainingConfig, TrainingT
+from bevt_ds.config.schema import Config, FinetuneConfig, TrainingConfig, TrainingT
 from bevt_ds.errors import UserError
 from bevt_ds.folders import MANIFEST, checkpoints
 from bevt_ds.runtime.distributed import Ranks
 
-SCHEMA = 1
+SCHEMA = 2
+RESHARDING = 2  # since this schema the state is the project's own, for any number of ranks, ZeRO stage and precision
 Change = dict[str, Any]  # step from which it holds, key, and the values: from, to
 
 
@@ -38,6 +40,7 @@ class Facts:
     skips: dict[str, Any]  # what the loader must know besides the step
     changes: tuple[Change, ...] = ()  # what has been overridden on resume so far
     loss: float | None = None  # of the last step; older checkpoints do not say
+    schema: int = SCHEMA
 
 
 def save(root: Path, facts: Facts, write: Callable[[Path], None], ranks: Ranks, keep: int) -> Path:
@@ -136,7 +139,7 @@ def read_facts(folder: Path, kind: type[TrainingConfig] = Config) -> Facts:
     """
     manifest = _read_manifest(folder)
     plain = {name: manifest[name] for name in ("step", "world", "stage", "data", "skips")}
-    later = {"changes": tuple(manifest.get("changes", ())), "loss": manifest.get("loss")}
+    later = {"changes": tuple(manifest.get("changes", ())), "loss": manifest.get("loss"), "schema": manifest["schema"]}
     return Facts(config=from_dict(manifest["config"], kind), **plain, **later)
 
 
@@ -144,15 +147,15 @@ def check_continues(saved: Facts, now: Facts, folder: Path) -> None:
     """Refuse to continue a different run.
 
     Raises:
-        UserError: another world size, ZeRO stage, data or configuration.
+        UserError: other data, or another configuration; of an earlier version, another layout too.
     """
-    if saved.world != now.world:
+    layouts = [{"ranks": f.world, "ZeRO stage": f.stage, "precision": f.config.train.precision} for f in (saved, now)]
+    if saved.schema < RESHARDING and layouts[0] != layouts[1]:
+        before, after = (", ".join(f"{name} {value}" for name, value in layout.items()) for layout in layouts)
         raise UserError(
-            f"{folder} was written by {saved.world} ranks and this run has {now.world}: start {saved.world}, or begin a"
-            f" new run from its weights with init_from={folder.parent.parent}."
+            f"{folder} was written by an earlier version, whose checkpoints cannot be split in another way: it has"
+            f" {before}, and this run {after}. Continue it once as it was, to its next checkpoint."
         )
-    if saved.stage != now.stage:
-        raise UserError(f"{folder} was written with ZeRO stage {saved.stage} and this run uses {now.stage}.")
     check_same(saved.config, now.config, folder)
     if saved.data != now.data:
         raise UserError(f"{folder} was trained on other shards than these: their sample lists or their classes differ.")
@@ -166,10 +169,12 @@ def check_same(saved: TrainingConfig, now: TrainingConfig, folder: Path) -> None
     Raises:
         UserError: the fields that differ.
     """
+    mixes = isinstance(now, FinetuneConfig) and (now.train.mixup or now.train.cutmix)
+    tied = {"train.micro_clips"} if mixes else ()  # clips are mixed within a forward pass
     changed = [
         f"{f.key}: {get_value(saved, f.key)} -> {get_value(now, f.key)}"
         for f in config_fields(type(now))
-        if f.field.resume == "never" and get_value(saved, f.key) != get_value(now, f.key)
+        if (f.field.resume == "never" or f.key in tied) and get_value(saved, f.key) != get_value(now, f.key)
     ]
     if changed:
         raise UserError(
@@ -231,7 +236,7 @@ def _seal(folder: Path, facts: Facts) -> None:
             "sha256": _digest(path),
         }
     manifest = {
-        "schema": SCHEMA,
+        "schema": facts.schema,
         "step": facts.step,
         "world": facts.world,
         "stage": facts.stage,

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
 from bevt_ds.runtime.engine import Engine
 
@@ -17,7 +18,7 @@ FOLDER = "average"
 class WeightAverage:
     """average <- average + weight * (master weights - average) after every step, from the weights at its start.
 
-    As mmcv's EMAHook, which counts micro-iterations; see recipes.py. ZeRO stages 0 to 2.
+    As mmcv's EMAHook, which counts micro-iterations; see recipes.py.
     """
 
     def __init__(self, engine: Engine, weight: float):
@@ -34,17 +35,13 @@ class WeightAverage:
         with self._engine.holding(self._averages):
             yield
 
-    def save(self, checkpoint: Path) -> None:
-        """Write this rank's part into a checkpoint's folder."""
-        path = self._file(checkpoint)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({str(i): part.cpu() for i, part in enumerate(self._averages)}, path)
+    @property
+    def parts(self) -> list[Tensor]:
+        """This rank's part of the averages, like the engine's `masters`."""
+        return self._averages
 
-    def load(self, checkpoint: Path) -> None:
-        """Read back what `save` wrote, with the same world size and stage."""
-        saved = load_file(self._file(checkpoint))
+    def load_shards(self, checkpoint: Path) -> None:
+        """Read what earlier versions wrote next to DeepSpeed's shards, of the same ranks and ZeRO stage."""
+        saved = load_file(checkpoint / FOLDER / f"rank-{self._engine.ranks.rank:05d}.safetensors")
         for i, part in enumerate(self._averages):
             part.copy_(saved[str(i)])
-
-    def _file(self, checkpoint: Path) -> Path:
-        return checkpoint / FOLDER / f"rank-{self._engine.ranks.rank:05d}.safetensors"

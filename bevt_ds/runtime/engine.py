@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.tensor_fragment import fragment_address
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
@@ -40,13 +31,15 @@ from bevt_ds.config.deepspeed import resolve
 from bevt_ds.config.schema import AdamWConfig, TrainingConfig
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks, choose_rendezvous
+from bevt_ds.runtime.pieces import COUNTERS, MOMENTS, WEIGHTS, Piece, SavedPieces, Snapshot, share, take_snapshot
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # All that DeepSpeed's shards of stages 0-3 need beyond tensors and plain containers.
 SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 TAG = "state"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-FROZEN = "frozen.safetensors"  # next to DeepSpeed's shards
+FROZEN = "frozen.safetensors"  # next to DeepSpeed's shards, in checkpoints of earlier versions
+COUNTED = ("skipped_steps", "global_steps", "global_samples")  # what DeepSpeed's engine counts
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes in its dynamic loss scaler
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 # DeepSpeed calls collectives by names that newer torch wants replaced; no one who trains can do anything about it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -56,15 +49,6 @@ def load_shard(path: str, map_location: Any = None) -> Any:
     """What DeepSpeed's reader returns, except that a pickle in a shard cannot run code: an allow-list of classes."""
     with torch.serialization.safe_globals(SAFE_CLASSES):
         return torch.load(path, map_location=map_location, weights_only=True)
-
-
-@dataclass(frozen=True)
-class WholeState:
-    """A model and its AdamW, on the CPU, whole on every rank, fp32, by parameter name."""
-
-    weights: dict[str, Tensor]  # buffers too
-    moments: dict[str, tuple[Tensor, Tensor]]  # as MOMENTS; none for what is frozen
-    updates: int
 
 
 def start_ranks() -> Ranks:
@@ -201,91 +185,77 @@ class Engine:
         return result
 
     def masters(self) -> list[Tensor]:
-        """This rank's part of the fp32 master weights, which each step changes in place (ZeRO stages 0 to 2)."""
+        """This rank's part of the fp32 master weights, which each step changes in place."""
+        if self.stage == 3:
+            return [part.data for part in self.ds.optimizer.fp32_partitioned_groups_flat]
         return [part.data for group in self.ds.optimizer.param_groups for part in group["params"]]
 
     @contextmanager
     def holding(self, masters: list[Tensor]) -> Iterator[None]:
-        """Other master weights, and the model made from them, inside the block. Collective (ZeRO stages 0 to 2)."""
-        parameters = list(self.module.parameters())
-        ours, shown = ([t.detach().clone() for t in tensors] for tensors in (self.masters(), parameters))
+        """Other master weights, and the model made from them, inside the block. Collective."""
+        ours = [part.clone() for part in self.masters()]
         try:
-            _assign(self.masters(), masters)
-            for parameter in parameters:
-                parameter.data.copy_(self._full(parameter))
+            self._take(masters)
             yield
         finally:
-            _assign(self.masters(), ours)
-            _assign(parameters, shown)
+            self._take(ours)
+
+    def _take(self, masters: Sequence[Tensor]) -> None:
+        """Put other numbers in the place of the masters, and make the model from them. Collective."""
+        for own, other in zip(self.masters(), masters, strict=True):
+            own.copy_(other)
+        self._show_masters()
+
+    def _show_masters(self) -> None:
+        """Make the model's parameters, in the compute type, from the masters, as the end of a step does. Collective."""
+        optimizer = self.ds.optimizer
+        if self.stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self.stage == 3:
+            optimizer.checkpoint_event_prologue()  # splits what lies whole on every rank between steps
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            optimizer.checkpoint_event_epilogue()
 
     def _full(self, parameter: nn.Parameter) -> Tensor:
         """One whole fp32 master weight. Collective."""
         full = safe_get_full_fp32_param(parameter)
         return parameter.detach() if full is None else full  # without ZeRO, in fp32, a parameter is its own master
 
-    def whole_state(self) -> WholeState:
-        """Everything that training changes, for an engine of another precision (ZeRO stages 1 to 3). Collective."""
-        weights = {name: buffer.cpu().clone() for name, buffer in self.module.named_buffers()} | self._frozen
-        moments = {}
-        self._link_moments()
-        for name, parameter in self.module.named_parameters():
-            if name not in self._frozen:
-                weights[name] = self._full(parameter).float().cpu().clone()
-                both = (safe_get_full_optimizer_state(parameter, key) for key in MOMENTS)
-                moments[name] = tuple(moment.float().cpu().clone() for moment in both)
-        return WholeState(weights, moments, max(int(state["step"]) for state in self.ds.optimizer.state.values()))
+    def _pieces(self) -> list[Piece]:
+        """Which elements of which parameters this rank's masters and moments are."""
+        optimizer, trained = self.ds.optimizer, [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+        if self.stage == 0:
+            flats = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+            return [Piece(name, 0, p.numel(), flats[id(p)], 0) for name, p in trained]
+        if self.stage == 3:
+            return [piece for name, p in trained if (piece := self._split_piece(name, p)).size > 0]
+        mapped = [(name, p._hp_mapping) for name, p in trained if p._hp_mapping is not None]
+        places = [(name, m.lp_fragment_address, m.hp_fragment_address, m.param_group_index) for name, m in mapped]
+        return [Piece(name, ours.start, ours.numel, flat, kept.start) for name, ours, kept, flat in places]
 
-    def take_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put other weights in the place of the masters, and of the model below stage 3. Collective.
+    def _split_piece(self, name: str, parameter: nn.Parameter) -> Piece:
+        """A parameter's part on this rank under ZeRO-3, which pads the last rank's; its size may be 0 or less."""
+        optimizer = self.ds.optimizer
+        flat, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = size * self.ranks.rank
+        return Piece(name, start, min(size, parameter.ds_numel - start), flat, offset)
 
-        At stage 3 the model must have begun with these weights: DeepSpeed has made its masters of their rounded values.
-        """
-        for name, parameter in self.module.named_parameters():
-            if name in self._frozen:
-                continue
-            whole = weights[name].to(self.ranks.device)
-            if self.stage < 3:
-                safe_set_full_fp32_param(parameter, whole)
-                parameter.data.copy_(whole)
-            else:
-                size = safe_get_local_fp32_param(parameter).numel()
-                safe_set_local_fp32_param(parameter, self._part(whole, size))
+    def _kinds(self) -> dict[str, list[Tensor]]:
+        """The masters and both moments of this rank, which each step changes in place. The moments are made first."""
+        optimizer, keys = self.ds.optimizer, self._state_keys()
+        for key in keys:
+            if not optimizer.state[key]:
+                step = 0 if self.ds.zero_cpu_offload() else torch.zeros((), device=key.device)
+                optimizer.state[key].update({"step": step} | {name: torch.zeros_like(key.data) for name in MOMENTS})
+        moments = {name: [optimizer.state[key][name] for key in keys] for name in MOMENTS}
+        return {WEIGHTS: self.masters()} | moments
 
-    def take_moments(self, state: WholeState) -> None:
-        """Go on with the AdamW of another engine (ZeRO stages 1 to 3). Collective."""
-        self._link_moments()
-        parameters = dict(self.module.named_parameters())
-        for name, moments in state.moments.items():
-            for key, moment in zip(MOMENTS, moments, strict=True):
-                parameter, whole = parameters[name], moment.to(self.ranks.device)
-                if self.stage < 3:
-                    safe_set_full_optimizer_state(parameter, whole, key)
-                else:
-                    size = safe_get_local_optimizer_state(parameter, key).numel()
-                    safe_set_local_optimizer_state(parameter, self._part(whole, size), key)
-        for own in self.ds.optimizer.state.values():
-            own["step"] = torch.full_like(own["step"], state.updates) if torch.is_tensor(own["step"]) else state.updates
-
-    def _part(self, whole: Tensor, size: int) -> Tensor:
-        """This rank's `size` elements of a tensor that ZeRO-3 splits over ranks; the last part is padded."""
-        padded = torch.cat([whole.flatten(), whole.new_zeros(size * self.ranks.world - whole.numel())])
-        return padded[size * self.ranks.rank :][:size]
-
-    def _link_moments(self) -> None:
-        """Make the moments, which DeepSpeed does at the first step, and let it find those of each parameter.
-
-        Below stage 3 it links them once, in its first step, and then only those of the first group.
-        """
-        optimizer, states = self.ds.optimizer, self.ds.optimizer.state
-        groups = [group["params"][0] for group in optimizer.param_groups] if self.stage < 3 else []
-        for flat in groups or optimizer.fp32_partitioned_groups_flat:
-            if not states[flat]:
-                step = 0 if self.ds.zero_cpu_offload() else torch.zeros((), device=flat.device)
-                states[flat].update({"step": step} | {key: torch.zeros_like(flat.data) for key in MOMENTS})
-        for parameter in self.module.parameters() if groups else ():
-            if mapping := getattr(parameter, "_hp_mapping", None):
-                flat = groups[mapping.param_group_index]
-                mapping.set_optim_state_fragment(flat, states[flat])
+    def _state_keys(self) -> list[Tensor]:
+        """What the optimizer's state is filed under, in the order of `masters`."""
+        if self.stage == 3:
+            return list(self.ds.optimizer.fp32_partitioned_groups_flat)
+        return [part for group in self.ds.optimizer.param_groups for part in group["params"]]
 
     def is_finite(self) -> bool:
         """Whether all master weights and optimizer state are finite numbers, on every rank. Collective."""
@@ -299,17 +269,63 @@ class Engine:
         states = self.ds.optimizer.state.values()
         return sum(t.numel() * t.element_size() for s in states for t in s.values() if isinstance(t, Tensor))
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards under `folder`. Collective."""
-        self.ds.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        if self.ranks.is_main:
-            for script in folder.glob("*.py"):  # DeepSpeed's copies of its converters, which unpickle what they read
-                script.unlink()
-            if self._frozen:
-                save_file(self._frozen, folder / TAG / FROZEN)
+    def snapshot(self, **more: list[Tensor]) -> Snapshot:
+        """A copy of all that training changes, this rank's share, on the CPU.
 
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, with the same world size and stage. Collective.
+        more: further tensors like `masters`, by what they are.
+        """
+        kinds, pieces = self._kinds() | more, self._pieces()
+        if self.stage == 0:
+            pieces = share(pieces, self.ranks.rank, self.ranks.world)
+        buffers = {name: buffer.to("cpu", copy=True) for name, buffer in self.module.named_buffers()}
+        return take_snapshot(pieces, kinds, buffers | self._frozen, self._counters())
+
+    def _counters(self) -> dict[str, Any]:
+        """The numbers of the optimizer and of the loss's scale."""
+        updates = max((int(state["step"]) for state in self.ds.optimizer.state.values()), default=0)
+        scaler = getattr(self.ds.optimizer, "loss_scaler", None)
+        scale = {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)}
+        return {"updates": updates, "loss_scale": scale} | {name: getattr(self.ds, name) for name in COUNTED}
+
+    def load(self, folder: Path, **more: list[Tensor]) -> None:
+        """Go on from a checkpoint's `snapshot`s, of any number of ranks, ZeRO stage and precision. Collective.
+
+        Raises:
+            UserError: nothing to load, or it is of another model.
+        """
+        if not (folder / TAG / COUNTERS).is_file():
+            return self._load_shards(folder)
+        with SavedPieces(folder / TAG) as saved:
+            saved.load(self._pieces(), self._kinds() | more)
+            self._show_masters()
+            self._take_whole(saved.whole())
+            self._take_counters(saved.counters)
+
+    def _take_counters(self, counters: dict[str, Any]) -> None:
+        """Set the numbers of the optimizer and of the loss's scale; the latter where both runs scale it."""
+        for own in self.ds.optimizer.state.values():
+            step = own["step"]
+            own["step"] = torch.full_like(step, counters["updates"]) if torch.is_tensor(step) else counters["updates"]
+        for name in COUNTED:
+            setattr(self.ds, name, counters[name])
+        scaler = getattr(self.ds.optimizer, "loss_scaler", None)
+        if self.dtype is torch.float16 and SCALER[0] in counters["loss_scale"]:
+            for name, value in counters["loss_scale"].items():
+                setattr(scaler, name, value)
+
+    def _take_whole(self, whole: dict[str, Tensor]) -> None:
+        """Set frozen parameters and buffers. Collective."""
+        self._frozen = {name: whole[name] for name in self._frozen}
+        places = dict(chain(self.module.named_parameters(), self.module.named_buffers()))
+        for name, value in whole.items():
+            if self.stage == 3 and name in self._frozen:
+                with deepspeed.zero.GatheredParameters([places[name]], modifier_rank=0):
+                    places[name].data.copy_(value)
+            else:
+                places[name].data.copy_(value)
+
+    def _load_shards(self, folder: Path) -> None:
+        """Read DeepSpeed's own shards, which earlier versions wrote; of the same ranks, stage and precision.
 
         Raises:
             UserError: nothing to load, or a version wrote it that trained the parameters which are frozen here.
@@ -324,11 +340,6 @@ class Engine:
         loaded, _ = self.ds.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise UserError(f"{folder}: DeepSpeed found no state to load there.")
-
-
-def _assign(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.data.copy_(source)
 
 
 def _cast(value: Batch | Tensor | None, dtype: torch.dtype) -> Batch | Tensor | None:

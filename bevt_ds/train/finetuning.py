@@ -30,6 +30,7 @@ from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.flops import backbone_macs, training_flops
 from bevt_ds.runtime.logging import RunLog
 from bevt_ds.runtime.optim import layer_decay_groups, learning_rate
+from bevt_ds.runtime.pieces import AVERAGE
 from bevt_ds.train.loop import Setup, Task, run_training
 from bevt_ds.train.mixup import Mixing
 
@@ -85,9 +86,8 @@ class Finetuning(Task[FinetuneConfig, LabelledBatch]):
         with self.averaged():
             return self.engine.weights()
 
-    def save(self, folder: Path) -> None:
-        if self.average:
-            self.average.save(folder)
+    def averages(self) -> dict[str, list[Tensor]]:
+        return {AVERAGE: self.average.parts} if self.average else {}
 
     def describe(self) -> str:
         loader = self.loader
@@ -124,17 +124,11 @@ def make_mixing(config: FinetuneConfig, classes: Classes) -> Mixing | None:
     return Mixing(train.mixup, train.cutmix, len(classes), train.seed) if train.mixup or train.cutmix else None
 
 
-def make_engine(
-    config: FinetuneConfig,
-    setup: Setup[FinetuneConfig],
-    loader: LabelledLoader,
-    steps: int,
-    weights: dict[str, Tensor] | None = None,
-) -> Engine:
-    """The classifier under DeepSpeed, with these weights or as the run begins; `config` may be of another precision."""
+def make_engine(config: FinetuneConfig, setup: Setup[FinetuneConfig], loader: LabelledLoader, steps: int) -> Engine:
+    """The classifier under DeepSpeed, as a new run begins."""
     options, names = asdict(config.model), loader.classes.names
     model = create_classifier(options.pop("name"), len(names), classes=names, **options)
-    setup.initialise(model, weights)
+    setup.initialise(model)
     groups = layer_decay_groups(model, model.arch["depths"], config.optim)
     epoch = loader.steps_an_epoch
     warmup = config.optim.warmup_epochs * epoch

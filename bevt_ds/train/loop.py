@@ -35,7 +35,7 @@ from bevt_ds.runtime.console import keep_console
 from bevt_ds.runtime.continuing import Build, Start, begin_engine, find_start, go_on, print_changes, require_steps
 from bevt_ds.runtime.distributed import Ranks, describe_device
 from bevt_ds.runtime.ema import WeightAverage
-from bevt_ds.runtime.engine import Engine, start_ranks
+from bevt_ds.runtime.engine import TAG, Engine, start_ranks
 from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums, peak_bytes
 from bevt_ds.runtime.run_record import RunRecord
 
@@ -77,8 +77,8 @@ class Setup(Generic[ConfigT]):
         start = {"start_step": self.first_position, "state": self.loader_state}
         return {"ranks": self.ranks, "device": self.ranks.device, "folder": self.folder, **start}
 
-    def initialise(self, model: nn.Module, weights: dict[str, Tensor] | None = None, **options: Any) -> None:
-        """Give a model these weights, or those of the seed and, in a new run, of `init_from`; see load_init's options.
+    def initialise(self, model: nn.Module, **options: Any) -> None:
+        """Give a model the weights of the seed and, in a new run, those of `init_from`; see load_init's options.
 
         Raises:
             UserError: `init_from` does not fit.
@@ -88,8 +88,6 @@ class Setup(Generic[ConfigT]):
             report = load_init(model, weights_of(self.config.init_from, "init_from"), **options)
             if self.ranks.is_main:
                 print(report, flush=True)
-        if weights:
-            model.load_state_dict(weights)
 
     def begin_engine(self, build: Build, fingerprint: str, ema: float = 0.0) -> tuple[Engine, WeightAverage | None]:
         """The engine, and the average of its weights if `ema` is not 0, as the run begins or continues. Collective.
@@ -97,7 +95,7 @@ class Setup(Generic[ConfigT]):
         fingerprint: of the data that the run reads.
 
         Raises:
-            UserError: the checkpoint is of another world size, ZeRO stage, data or configuration.
+            UserError: the checkpoint is of other data or another configuration.
         """
         if self.start:
             folder, saved = self.start
@@ -166,6 +164,10 @@ class Task(ABC, Generic[ConfigT, BatchT]):
     def tokenizer_file(self) -> str:
         """The file of the tokenizer's weights, if the task has one."""
         return ""
+
+    def averages(self) -> dict[str, list[Tensor]]:
+        """Further tensors like the engine's masters that a checkpoint holds, by what they are."""
+        return {}
 
     def save(self, folder: Path) -> None:
         """Write what else a checkpoint holds. Collective."""
@@ -267,7 +269,7 @@ def report_wait(step: int, share: float, loader: BackgroundLoader) -> None:
 
 
 def save_checkpoint(task: Task, steps_done: int, loss: float) -> None:
-    """Commit a checkpoint: the engine's shards, the task's own part, and the weights on their own. Collective.
+    """Commit a checkpoint: each rank's pieces, the task's own part, and the weights on their own. Collective.
 
     Raises:
         UserError: the loss, or something that would be saved, is not a finite number. Nothing is saved then.
@@ -275,7 +277,7 @@ def save_checkpoint(task: Task, steps_done: int, loss: float) -> None:
     require_good(task.engine, loss, steps_done - 1)
 
     def write(folder: Path) -> None:
-        task.engine.save(folder)
+        task.engine.snapshot(**task.averages()).write(folder / TAG, task.ranks.rank)
         task.save(folder)
         state = task.weights()
         if task.ranks.is_main:
@@ -356,9 +358,13 @@ def kernel_provider(config: TrainingConfig, ranks: Ranks) -> str:
 
 def opening(task: Task, provider: str) -> str:
     """Where the run begins, and on what."""
-    first = task.setup.first_step
-    origin = f"continuing from step {first}" if task.setup.start else "starting at step 0"
-    return f"{origin}, kernels: {provider}, ZeRO stage {task.engine.stage}, {task.ranks.world} ranks"
+    now = f"kernels: {provider}, ZeRO stage {task.engine.stage}, {task.ranks.world} ranks"
+    if not task.setup.start:
+        return f"starting at step 0, {now}"
+    saved = task.setup.start[1]
+    same = (saved.stage, saved.world) == (task.engine.stage, task.ranks.world)
+    before = "" if same else f", saved at ZeRO stage {saved.stage} by {saved.world} ranks"
+    return f"continuing from step {saved.step}, {now}{before}"
 
 
 def close_run(setup: Setup, steps: int, problem: str | None) -> int:

@@ -131,13 +131,11 @@ def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
     return tokenizer
 
 
-def make_engine(
-    config: Config, setup: Setup[Config], vocab_size: int, steps: int, weights: dict[str, Tensor] | None = None
-) -> Engine:
-    """The model under DeepSpeed, with these weights or as the run begins; `config` may be of another precision."""
+def make_engine(config: Config, setup: Setup[Config], vocab_size: int, steps: int) -> Engine:
+    """The model under DeepSpeed, as a new run begins."""
     options = asdict(config.model)
     model = create_model(options.pop("name"), vocab_size=vocab_size, **options)
-    setup.initialise(model, weights, head=config.init_head)
+    setup.initialise(model, head=config.init_head)
     freeze_unused(model, trained_streams(config))
     groups = parameter_groups(model, config.optim.weight_decay)
     schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=config.optim.warmup_steps)

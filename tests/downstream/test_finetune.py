@@ -72,7 +72,7 @@ def run_stages(folder: Path, stages: tuple[int, ...], settings: dict[str, object
     """On two ranks: a run at each stage, and its continuation after a kill at step 2."""
     jobs = []
     for stage in stages:
-        own = {"optim.ema": 0 if stage == 3 else 0.1, "train.precision": "bf16" if stage == 1 else "fp32"}
+        own = {"optim.ema": 0.1, "train.precision": "bf16" if stage == 1 else "fp32"}
         run = folder / f"zero{stage}"
         line = words({**settings, **own}, max(stage, 1))
         line[1] = str(zero_json) if stage == 0 else line[1]

@@ -96,10 +96,6 @@ def test_ssv2_has_the_original_numbers():
         (["recipe=finetune_k400", "views.crops=2"], "views.crops=2: expected one of 1, 3"),
         (["recipe=finetune_k400", "optim.lr=0"], "must be positive"),
         (["recipe=finetune_k400", "optim.betas=[0.9,1.5]"], "optim.betas=(0.9, 1.5): must be in [0, 1)"),
-        (
-            ["recipe=finetune_ssv2", f"--deepspeed_config={ROOT}/ds_configs/zero3.json"],
-            "ds_configs/zero2.json, or optim.ema=0",
-        ),
     ],
 )
 def test_finetuning_command_line_mistakes_are_named(words, part):
@@ -219,16 +215,12 @@ class FakeEngine:
         return self.parts
 
 
-def test_moving_average_follows_its_formula_and_is_saved(tmp_path):
+def test_moving_average_follows_its_formula():
     engine = FakeEngine()
     average = WeightAverage(engine, 0.25)
     for part in engine.parts:
         part += 4
     average.update()
     average.update()
-    average.save(tmp_path)
-    again = WeightAverage(engine, 0.25)
-    again.load(tmp_path)
-    for start, a, b in zip((0.0, 1.0), average._averages, again._averages, strict=True):
-        assert a.equal(b)
+    for start, a in zip((0.0, 1.0), average.parts, strict=True):
         torch.testing.assert_close(a, torch.full_like(a, start + 4 * (1 - 0.75**2)))

@@ -131,8 +131,6 @@ def test_checkpoint_retention_keeps_the_lowest_loss(tmp_path):
 @pytest.mark.parametrize(
     ("now", "part"),
     [
-        (replace(FACTS, world=2), "written by 1 ranks"),
-        (replace(FACTS, stage=3), "ZeRO stage 2"),
         (replace(FACTS, data="xyz"), "other shards"),
         (replace(FACTS, config=set_value(FACTS.config, "optim.eps", 0.1)), "optim.eps"),
     ],
@@ -140,6 +138,15 @@ def test_checkpoint_retention_keeps_the_lowest_loss(tmp_path):
 def test_checkpoint_of_another_configuration_is_refused(now, part):
     with pytest.raises(UserError, match=part):
         check_continues(FACTS, now, Path("runs/x/checkpoints/step-00000001"))
+
+
+def test_any_layout_continues_but_one_of_an_earlier_version():
+    elsewhere = replace(FACTS, world=2, stage=3)
+    check_continues(FACTS, elsewhere, Path("x"))
+    earlier = replace(FACTS, schema=1)
+    check_continues(earlier, earlier, Path("x"))
+    with pytest.raises(UserError, match="earlier version.*ranks 1, ZeRO stage 2.*ranks 2, ZeRO stage 3.*as it was"):
+        check_continues(earlier, elsewhere, Path("x"))
 
 
 def test_settings_without_effect_on_the_result_may_change_on_resume():

@@ -18,13 +18,15 @@ from bevt_ds.rng import Use, generator
 from bevt_ds.runtime.checkpoint import check_same
 
 MAY_CHANGE = {  # the right answers
-    # nothing of these changes what a run computes
+    # nothing of these changes what a run computes, but its rounding
     "free": """
         output_dir init_from init_head resume dry_run model.checkpointing model.recompute model.recompute_every
+        model.compile model.kernels
         data.decoder data.workers data.threads data.readers data.prefetch data.decode_seconds data.read_seconds
         data.verify data.max_bad_fraction data.cache_dir data.cache_bytes data.remote_seconds data.allow_pipe
         data.videos data.images data.eval_videos data.eval_images data.train data.val data.classes data.expected_val
         train.log_every train.checkpoint_every train.keep_checkpoints train.eval_batches train.min_gain train.val_every
+        train.micro_clips train.micro_images
         probe.every probe.train probe.val views.clips views.crops views.short_side views.micro_videos
     """,
     # these a user may want to change after a failure
@@ -35,14 +37,13 @@ MAY_CHANGE = {  # the right answers
     # these decide what is computed
     "never": """
         recipe model.name model.window model.small_windows model.drop_path model.dropout model.image_windows
-        model.compile model.kernels
         tokenizer.name tokenizer.weights tokenizer.vocab_size tokenizer.seed
         data.shuffle_window data.max_pixels data.max_frames data.max_file_bytes data.max_clip_bytes
         data.frames data.stride data.clips_per_video data.size data.short_side data.flip data.image_jitter
         data.token_size data.holdout data.mask.ratio data.mask.min_block data.mask.min_aspect data.mask.tube
         data.sampling data.crop_area data.crop_aspect data.randaugment data.erasing
         optim.betas optim.eps optim.weight_decay optim.layer_decay optim.backbone_scale optim.groups optim.ema
-        train.global_clips train.global_images train.micro_clips train.micro_images
+        train.global_clips train.global_images
         train.label_smoothing train.mixup train.cutmix
     """,
 }
@@ -73,6 +74,13 @@ def test_fields_that_may_change_on_resume(kind: type[TrainingConfig], leaf: Leaf
     else:
         with pytest.raises(UserError, match=f"another configuration.*{leaf.key}: "):
             check_same(saved, changed, Path("run"))
+
+
+def test_a_run_that_mixes_clips_keeps_its_micro_batch() -> None:
+    """Mixup pairs the clips of a forward pass, so another size would compute something else."""
+    saved = set_value(TRAININGS[FinetuneConfig], "train.mixup", 0.8)
+    with pytest.raises(UserError, match=r"train.micro_clips: 2 -> 4"):
+        check_same(saved, set_value(saved, "train.micro_clips", 4), Path("run"))
 
 
 def test_listed_fields_exist() -> None:
