@@ -15,9 +15,14 @@ CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Committed checkpoints, the newest first. Order is by step: clocks and `latest` are not trusted."""
-    found = [p for p in root.glob("step-*") if CHECKPOINT_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: p.name, reverse=True)
+    """Committed checkpoints, the newest first. Order is by step: clocks are not trusted."""
+    return [folder for folder in checkpoint_folders(root) if (folder / MANIFEST).is_file()]
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The same with those that have lost their manifest, which is written last."""
+    found = [path for path in root.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def weights_of(path: str | Path, key: str = "") -> Path:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from bevt_ds.errors import UserError
@@ -33,6 +33,7 @@ from .convert import (
     unwrap,
     without_untrained,
 )
+from .tensor_file import write_tensors
 from .windows import Size3, table_rows
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -103,9 +104,7 @@ class PretrainedMixin:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-            # safetensors makes its files private to the user, whatever the umask.
-            (folder / TENSORS).chmod((folder / CONFIG).stat().st_mode)
+            write_tensors(folder / TENSORS, tensors, {"format": "pt"})
         except OSError as error:
             raise UserError(f"cannot write a model into {folder}: {error}") from error
 

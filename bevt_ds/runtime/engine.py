@@ -281,11 +281,14 @@ class Engine:
         return take_snapshot(pieces, kinds, buffers | self._frozen, self._counters())
 
     def _counters(self) -> dict[str, Any]:
-        """The numbers of the optimizer and of the loss's scale."""
+        """The numbers of the optimizer and of the loss's scale, and the shapes of the parameters."""
         updates = max((int(state["step"]) for state in self.ds.optimizer.state.values()), default=0)
         scaler = getattr(self.ds.optimizer, "loss_scaler", None)
         scale = {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)}
-        return {"updates": updates, "loss_scale": scale} | {name: getattr(self.ds, name) for name in COUNTED}
+        trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+        shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in trained}
+        counted = {name: getattr(self.ds, name) for name in COUNTED}
+        return {"updates": updates, "loss_scale": scale, "shapes": shapes} | counted
 
     def load(self, folder: Path, **more: list[Tensor]) -> None:
         """Go on from a checkpoint's `snapshot`s, of any number of ranks, ZeRO stage and precision. Collective.

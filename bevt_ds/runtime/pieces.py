@@ -13,16 +13,18 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bevt_ds.errors import UserError
+from bevt_ds.model.tensor_file import write_tensors
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -52,15 +54,20 @@ class Snapshot:
 
     tensors: dict[str, Tensor]  # KIND/NAME -> (size,) fp32
     starts: dict[str, int]  # NAME -> where its piece begins
-    whole: dict[str, Tensor]  # frozen parameters and buffers, of rank 0
-    counters: dict[str, Any]  # plain numbers, of rank 0
+    whole: dict[str, Tensor]  # frozen parameters and buffers
+    counters: dict[str, Any]  # plain numbers, and the parameters' shapes
+
+    @property
+    def size(self) -> int:
+        """Bytes of this rank's own file."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def write(self, folder: Path, rank: int) -> None:
         """Write this rank's files; those that are the same on every rank are written by rank 0."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors, folder / f"rank-{rank:05d}.safetensors", {"starts": json.dumps(self.starts)})
+        write_tensors(folder / f"rank-{rank:05d}.safetensors", self.tensors, {"starts": json.dumps(self.starts)})
         if rank == 0:
-            save_file(self.whole, folder / WHOLE)
+            write_tensors(folder / WHOLE, self.whole, {})
             (folder / COUNTERS).write_text(json.dumps(self.counters, indent=1) + "\n", encoding="utf-8")
 
 
@@ -140,6 +147,12 @@ class SavedPieces:
         if at < start + size:
             raise UserError(f"{self.folder} lacks elements {at} to {start + size} of {key}: it is of another model.")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint exports: the averages where the run keeps some, else the weights, all whole, by name."""
+        kind = AVERAGE if any(key.startswith(f"{AVERAGE}/") for key in self._runs) else WEIGHTS
+        shapes = self.counters["shapes"].items()
+        return {n: self.read(f"{kind}/{n}", 0, prod(s)).reshape(s) for n, s in shapes} | self.whole()
 
     def load(self, pieces: Sequence[Piece], kinds: Mapping[str, Sequence[Tensor]]) -> None:
         """Fill the pieces of each kind of tensors, in place. UserError: the files are of another model."""

@@ -32,7 +32,8 @@ from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import Config, TrainingConfig, TrainingT
 from bevt_ds.errors import UserError
 from bevt_ds.folders import CHECKPOINTS, LOG, WEIGHTS, checkpoints
-from bevt_ds.runtime.checkpoint import Change, check_same, make_folder
+from bevt_ds.runtime.checkpoint import Change, check_same
+from bevt_ds.runtime.disk import make_folder
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.lock import hold, owner_of
 

@@ -82,10 +82,6 @@ class Finetuning(Task[FinetuneConfig, LabelledBatch]):
         """What is validated and exported: the moving average where the run keeps one, else the weights themselves."""
         return self.average.applied() if self.average else nullcontext()
 
-    def weights(self) -> dict[str, Tensor]:
-        with self.averaged():
-            return self.engine.weights()
-
     def averages(self) -> dict[str, list[Tensor]]:
         return {AVERAGE: self.average.parts} if self.average else {}
 

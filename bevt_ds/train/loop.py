@@ -31,12 +31,14 @@ from bevt_ds.kernels import resolve
 from bevt_ds.model.weights import load_init
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime import checkpoint, run_dir
+from bevt_ds.runtime.commit import save
 from bevt_ds.runtime.console import keep_console
 from bevt_ds.runtime.continuing import Build, Start, begin_engine, find_start, go_on, print_changes, require_steps
 from bevt_ds.runtime.distributed import Ranks, describe_device
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import TAG, Engine, start_ranks
 from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums, peak_bytes
+from bevt_ds.runtime.pieces import SavedPieces
 from bevt_ds.runtime.run_record import RunRecord
 
 LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
@@ -150,10 +152,6 @@ class Task(ABC, Generic[ConfigT, BatchT]):
     def fingerprint(self) -> str:
         """Digest of the data that a continued run must find again."""
         return self.loader.fingerprint
-
-    def weights(self) -> dict[str, Tensor]:
-        """The fp32 weights to export; empty on other ranks than 0. Collective."""
-        return self.engine.weights()
 
     @property
     def trained_streams(self) -> list[str]:
@@ -276,16 +274,21 @@ def save_checkpoint(task: Task, steps_done: int, loss: float) -> None:
     """
     require_good(task.engine, loss, steps_done - 1)
 
-    def write(folder: Path) -> None:
-        task.engine.snapshot(**task.averages()).write(folder / TAG, task.ranks.rank)
+    snapshot, rank = task.engine.snapshot(**task.averages()), task.ranks.rank
+
+    def write_pieces(folder: Path) -> None:
+        snapshot.write(folder / TAG, rank)
         task.save(folder)
-        state = task.weights()
-        if task.ranks.is_main:
-            task.engine.module.save_pretrained(folder / run_dir.WEIGHTS, state, task.trained_streams)
+
+    def write_weights(folder: Path) -> None:
+        if rank == 0:
+            with SavedPieces(folder / TAG) as saved:
+                task.engine.module.save_pretrained(folder / run_dir.WEIGHTS, saved.weights(), task.trained_streams)
 
     root = task.setup.folder / run_dir.CHECKPOINTS
     now = replace(facts(task, steps_done), loss=loss)
-    checkpoint.save(root, now, write, task.ranks, task.config.train.keep_checkpoints)
+    needed = snapshot.size * 4 // 3  # the weights on their own are as large as each moment
+    save(root, now, [write_pieces, write_weights], task.ranks, task.config.train.keep_checkpoints, needed)
 
 
 def facts(task: Task, steps_done: int) -> checkpoint.Facts:

@@ -11,8 +11,10 @@ import torch
 from bevt_ds.config.parse import set_value
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.errors import UserError
-from bevt_ds.runtime import checkpoint
-from bevt_ds.runtime.checkpoint import Facts, check_continues, checkpoints, find_damage, newest_valid, save
+from bevt_ds.folders import checkpoints
+from bevt_ds.runtime import manifest
+from bevt_ds.runtime.checkpoint import Facts, check_continues, find_damage, newest_valid, read_facts
+from bevt_ds.runtime.commit import save
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.run_dir import CHECKPOINTS, choose_folder, write_config
 
@@ -27,7 +29,8 @@ def write_files(folder: Path) -> None:
 
 
 def commit(root: Path, step: int, keep: int = 3) -> Path:
-    return save(root, replace(FACTS, step=step), write_files, ALONE, keep)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    return save(root, replace(FACTS, step=step), [write_files], ALONE, keep)
 
 
 def test_newest_whole_checkpoint_is_found_with_its_facts(tmp_path):
@@ -36,7 +39,6 @@ def test_newest_whole_checkpoint_is_found_with_its_facts(tmp_path):
     found, facts = newest_valid(tmp_path, ALONE)
     assert found.name == "step-00000010"
     assert facts == replace(FACTS, step=10)
-    assert (tmp_path / "latest").read_text() == "step-00000007"  # the last written; order is by step all the same
 
 
 def test_nothing_to_continue_from(tmp_path):
@@ -63,7 +65,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, damage, cap
         (newest / "manifest.json").unlink()
     found, facts = newest_valid(tmp_path, ALONE)
     assert facts.step == 1
-    assert damage == "manifest gone" or "step-00000002 is damaged" in capsys.readouterr().out
+    assert "step-00000002 is damaged" in capsys.readouterr().out
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path):
@@ -86,32 +88,6 @@ def test_all_checkpoints_damaged_is_an_error(tmp_path):
         newest_valid(tmp_path, ALONE)
 
 
-@pytest.mark.parametrize("point", range(6))
-def test_kill_during_a_commit_leaves_the_old_or_the_new(tmp_path, monkeypatch, point):
-    commit(tmp_path, 1)
-    calls = {"n": 0}
-
-    def dying(real):
-        def call(*args, **kwargs):
-            calls["n"] += 1
-            if calls["n"] > point:
-                raise KeyboardInterrupt
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in ("_seal", "_sync", "_write_text"):
-        monkeypatch.setattr(checkpoint, name, dying(getattr(checkpoint, name)))
-    with pytest.raises(KeyboardInterrupt):
-        commit(tmp_path, 2)
-    monkeypatch.undo()
-    _, facts = newest_valid(tmp_path, ALONE)
-    assert facts.step in (1, 2)
-    commit(tmp_path, 2)
-    assert newest_valid(tmp_path, ALONE)[1].step == 2
-    assert not list(tmp_path.glob(".tmp-*"))
-
-
 def test_checkpoint_retention(tmp_path):
     for step in range(1, 6):
         commit(tmp_path, step, keep=2)
@@ -121,10 +97,10 @@ def test_checkpoint_retention(tmp_path):
 def test_checkpoint_retention_keeps_the_lowest_loss(tmp_path):
     """A run that goes wrong with finite losses can be begun again from before it did."""
     for step, loss in enumerate((3.0, 2.0, 2.5, 40.0, 41.0), start=1):
-        save(tmp_path, replace(FACTS, step=step, loss=loss), write_files, ALONE, keep=2)
+        save(tmp_path, replace(FACTS, step=step, loss=loss), [write_files], ALONE, keep=2)
     assert [p.name[-1] for p in checkpoints(tmp_path)] == ["5", "4", "2"]
     (tmp_path / "step-00000002" / "manifest.json").write_text("torn")
-    save(tmp_path, replace(FACTS, step=6, loss=30.0), write_files, ALONE, keep=2)
+    save(tmp_path, replace(FACTS, step=6, loss=30.0), [write_files], ALONE, keep=2)
     assert [p.name[-1] for p in checkpoints(tmp_path)] == ["6", "5"]
 
 
@@ -154,12 +130,10 @@ def test_settings_without_effect_on_the_result_may_change_on_resume():
     check_continues(FACTS, now, Path("x"))
 
 
-def test_checkpoint_of_a_newer_schema_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SCHEMA", 2)
-    folder = commit(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "SCHEMA", 1)
+def test_checkpoint_of_a_newer_schema_is_refused(tmp_path):
+    folder = save(tmp_path, replace(FACTS, schema=manifest.SCHEMA + 1), [write_files], ALONE, 3)
     with pytest.raises(UserError, match="newer"):
-        checkpoint.read_facts(folder)
+        read_facts(folder)
 
 
 # --- the run's folder -----------------------------------------------------------------------------

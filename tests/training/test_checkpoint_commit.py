@@ -5,9 +5,12 @@ import time
 from pathlib import Path
 
 from bevt_ds.config.recipes import get_recipe
-from bevt_ds.runtime import checkpoint
-from bevt_ds.runtime.checkpoint import MANIFEST, Facts, find_damage, newest_valid, save
+from bevt_ds.folders import MANIFEST
+from bevt_ds.runtime import commit
+from bevt_ds.runtime.checkpoint import Facts, find_damage, newest_valid
+from bevt_ds.runtime.commit import save
 from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.manifest import read_manifest
 from tests.downstream.worlds import on_ranks
 
 LATE = 0.3  # seconds by which a rank lags behind, long enough for the others to run ahead if nothing stops them
@@ -39,12 +42,12 @@ def write_files(folder: Path) -> None:
 
 def test_checkpoint_files_are_fsynced_before_the_rename(tmp_path, monkeypatch):
     calls = record_disk_calls(monkeypatch)
-    (final,) = on_ranks(1, lambda ranks: save(tmp_path, FACTS, write_files, ranks, keep=2))
+    (final,) = on_ranks(1, lambda ranks: save(tmp_path, FACTS, [write_files], ranks, keep=2))
     renamed = calls.index(("rename", str(final)))
     aside = tmp_path / f".tmp-{final.name}"
     synced = {path for call, path in calls[:renamed] if call == "sync"}
     assert {str(aside / "state" / "a.pt"), str(aside / "state" / "b.pt"), str(aside)} <= synced
-    assert str(aside / f"{MANIFEST}.tmp") in synced, "the manifest, before it has its name"
+    assert {str(aside / "state"), str(aside / MANIFEST)} <= synced
     assert ("sync", str(tmp_path)) in calls[renamed:], "the folder that holds the new name"
 
 
@@ -61,36 +64,36 @@ def test_commit_waits_for_a_slow_rank(tmp_path):
             time.sleep(LATE * ranks.rank)
             own_file(ranks, folder)
 
-        save(tmp_path, FACTS, write, ranks, keep=2)
+        save(tmp_path, FACTS, [write], ranks, keep=2)
 
     on_ranks(2, work)
     found, facts = on_ranks(1, lambda ranks: newest_valid(tmp_path, ranks))[0]
     assert facts == FACTS
-    assert set(checkpoint._read_manifest(found)["files"]) == {"rank-0.pt", "rank-1.pt"}
+    assert set(read_manifest(found)["files"]) == {"rank-0.pt", "rank-1.pt"}
 
 
 def test_no_rank_writes_before_the_folder_exists(tmp_path, monkeypatch):
-    make_folder = checkpoint.make_folder
+    begin = commit._begin
 
-    def late(path: Path) -> None:
+    def late(aside: Path, needed: int) -> None:
         time.sleep(LATE)
-        make_folder(path)
+        begin(aside, needed)
 
-    monkeypatch.setattr(checkpoint, "make_folder", late)
-    on_ranks(2, lambda ranks: save(tmp_path, FACTS, lambda folder: own_file(ranks, folder), ranks, keep=2))
+    monkeypatch.setattr(commit, "_begin", late)
+    on_ranks(2, lambda ranks: save(tmp_path, FACTS, [lambda folder: own_file(ranks, folder)], ranks, keep=2))
 
 
 def test_no_rank_goes_on_before_the_checkpoint_exists(tmp_path, monkeypatch):
-    seal = checkpoint._seal
+    publish = commit._publish
 
-    def late(folder: Path, facts: Facts) -> None:
+    def late(aside: Path, final: Path, manifest: str) -> None:
         time.sleep(LATE)
-        seal(folder, facts)
+        publish(aside, final, manifest)
 
-    monkeypatch.setattr(checkpoint, "_seal", late)
+    monkeypatch.setattr(commit, "_publish", late)
 
     def work(ranks: Ranks) -> str | None:
-        final = save(tmp_path, FACTS, lambda folder: own_file(ranks, folder), ranks, keep=2)
+        final = save(tmp_path, FACTS, [lambda folder: own_file(ranks, folder)], ranks, keep=2)
         return None if (final / MANIFEST).is_file() else "missing"
 
     assert on_ranks(2, work) == [None, None]
