@@ -19,10 +19,11 @@ from bevt_ds.config.parse import apply_overrides, parse_overrides
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.config.schema import EvaluateConfig, FinetuneConfig, ProbeRunConfig
 from bevt_ds.model.presets import create_classifier
+from bevt_ds.shards import cli as shards_cli
 from bevt_ds.shards.synthetic.draw_worker import encode_mp4
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/pretraining.md", "docs/finetuning.md", "docs/evaluation.md")
+PAGES = ("README.md", "docs/pretraining.md", "docs/finetuning.md", "docs/evaluation.md", "docs/data.md")
 TEXTS = {Path(page).name: (ROOT / page).read_text() for page in PAGES}
 TEXTS |= {"pretrain.py --help": pretrain.USAGE, "finetune.py --help": finetune.USAGE}
 TEXTS |= {"evaluate.py --help": evaluate.USAGE, "probe.py --help": probe.USAGE}
@@ -65,6 +66,24 @@ def test_documented_test_command_words_are_known(entry, command):
     assert get_recipe(arguments.recipe, FinetuneConfig)
     config = apply_overrides(TESTS[entry](), parse_overrides(arguments.overrides, TESTS[entry]))
     assert config.weights
+
+
+def shards_commands():
+    joined = [
+        re.sub(r"\s*\\\n\s*", " ", path.read_text()) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    ]
+    return sorted({line for text in joined for line in re.findall(r"^\$? ?bevt shards ([^\n]*)", text, re.MULTILINE)})
+
+
+@pytest.mark.parametrize("command", shards_commands())
+def test_shards_command_is_parsed(command, monkeypatch):
+    """It has no unknown option: what each verb does has its own tests."""
+    calls = []
+    monkeypatch.setattr(shards_cli.argparse.ArgumentParser, "error", lambda self, message: pytest.fail(message))
+    for verb in ("_pack", "_index", "_check", "_stats", "_draw"):
+        monkeypatch.setattr(shards_cli, verb, lambda arguments, verb=verb: calls.append(verb))
+    assert shards_cli.main(shlex.split(command, comments=True)) == 0
+    assert len(calls) == 1
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ class Limits:
     def of(cls, config: DataConfig) -> Limits:
         return cls(config.max_pixels, config.max_frames, config.max_file_bytes, config.max_clip_bytes)
 
-    def check_picture(self, width: int, height: int) -> None:
+    def check_size(self, width: int, height: int) -> None:
         """BadSample: no pixels, or too many."""
         if width <= 0 or height <= 0:
             raise BadSample(f"its header says {width}x{height} pixels")

@@ -1,4 +1,4 @@
-"""What is in some shards, as a table and a picture, and whether this machine can feed a recipe from them."""
+"""What is in some shards, as a table and plots, and whether this machine can feed a recipe from them."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_partial_rgb_conversion_equals_that_of_the_whole_frame(name: str) -> Non
         whole = video.frames(numbers)
     for box in (Box(10, 20, 40, 60), Box(0, 0, 44, 62), Box(50, 62, 40, 58)):
         with opened(data, Limits()) as video:
-            part = video.pictures(numbers, lambda count: np.full(count, 7, np.uint8), [box] * 3)
+            part = video.decode_into(numbers, lambda count: np.full(count, 7, np.uint8), [box] * 3)
         np.testing.assert_array_equal(part[inside(box)], whole[inside(box)])
         assert ((part == 7).all(-1).mean() > 0.5) == is_cut
 

@@ -1,4 +1,4 @@
-"""The fault reference of docs/data.md: each row is a case here, and the page's table is made of them."""
+"""The fault reference of docs/faults.md: each row is a case here, and the page's table is made of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.loader.test_rotated_videos import clip as turned_clip
 from tests.loader.test_sources import touched
 from tests.loader.test_tar_members import SPARSE_FORMATS, tar_with_holes
 
-PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 LIMITS = Limits()
 GPU, WORKER = "decoded", "decoded by workers only"
 VP9 = {"deadline": "realtime", "cpu-used": "8"}

@@ -89,7 +89,7 @@ def test_crop_of_a_rotated_video_is_of_the_upright_frame(matrix: tuple[int, ...]
     height, width = whole.shape[1:3]
     boxes = [Box(4, 8, 20, 30), source_box(height, width, Crop(32, 0.9, 0.2, 24))]
     with opened(data, LIMITS) as video:
-        parts = video.pictures(np.arange(2), lambda size: np.zeros(size, np.uint8), boxes)
+        parts = video.decode_into(np.arange(2), lambda size: np.zeros(size, np.uint8), boxes)
     for part, frame, box in zip(parts, whole, boxes, strict=True):
         cut = np.s_[box.top + 1 : box.top + box.height - 1, box.left + 1 : box.left + box.width - 1]
         np.testing.assert_array_equal(part[cut], frame[cut])

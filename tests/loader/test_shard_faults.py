@@ -1,4 +1,4 @@
-"""Faults of shards: what the index, the reader and the loader make of each. D numbers: docs/data.md.
+"""Faults of shards: what the index, the reader and the loader make of each. D numbers: docs/faults.md.
 
 D3, cuts at every byte: test_truncated_tars.py. D24 and S6: test_remote.py, test_shard_cache.py, test_storage_stalls.py.
 """

@@ -20,7 +20,7 @@ def check_avi(data: bytes, limits: Limits) -> tuple[int, int]:
             raise BadSample(f"the AVI is cut: it says {at + 8 + size} bytes and has {len(data)}")
         at += 8 + size + size % 2
     width, height = _video_format(data, 12, 8 + struct.unpack_from("<I", data, 4)[0])
-    limits.check_picture(width, height)
+    limits.check_size(width, height)
     return width, height
 
 

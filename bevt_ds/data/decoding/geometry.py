@@ -26,9 +26,9 @@ class Box(NamedTuple):
     height: int
     width: int
 
-    def of(self, pictures):
+    def of(self, images):
         """The part of a tensor or array (..., H, W)."""
-        return pictures[..., self.top : self.top + self.height, self.left : self.left + self.width]
+        return images[..., self.top : self.top + self.height, self.left : self.left + self.width]
 
     def with_other(self, other: Box) -> Box:
         """The smallest box that holds both."""

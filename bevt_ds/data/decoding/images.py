@@ -36,7 +36,7 @@ def check_image(data: bytes, limits: Limits) -> tuple[int, int]:
         width, height = _png_size(data)
     else:
         raise BadSample("it is neither JPEG nor PNG" if data else "it is empty")
-    limits.check_picture(width, height)
+    limits.check_size(width, height)
     return width, height
 
 

@@ -49,7 +49,7 @@ def check_matroska(data: bytes, limits: Limits) -> tuple[int, int, int, bool]:
     if not facts.videos:
         raise BadSample("it has no video stream")
     number, (width, height) = next(iter(facts.videos.items()))
-    limits.check_picture(width, height)
+    limits.check_size(width, height)
     limits.check_frames(facts.blocks.get(number, 0))
     return width, height, facts.blocks[number], facts.may_be_turned
 

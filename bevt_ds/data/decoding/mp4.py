@@ -1,7 +1,7 @@
 """A look at an MP4's boxes before any demuxer sees them (ISO/IEC 14496-12).
 
 A header that contradicts the file can crash a decoder. What is checked: every box lies inside its parent, and of each
-video track the size of the picture and that every sample the tables point at lies inside the file. Other tracks are
+video track the size of the image and that every sample the tables point at lies inside the file. Other tracks are
 ignored. Unknown boxes are passed over, as the standard says, but none that is checked in its place may stand elsewhere:
 a demuxer reads it there too.
 """
@@ -92,8 +92,8 @@ def _track(data: bytes, trak: Box, limits: Limits, fragments: Counter[int] | Non
         return None
     minf = only(boxes(data, *mdia[1:]), "minf")
     stbl = only(boxes(data, *minf[1:]), "stbl")
-    codec, width, height = _picture(data, only(boxes(data, *stbl[1:]), "stsd"))
-    limits.check_picture(width, height)
+    codec, width, height = _codec_and_size(data, only(boxes(data, *stbl[1:]), "stsd"))
+    limits.check_size(width, height)
     sizes = _sample_sizes(data, stbl, limits)
     if len(sizes) or fragments is None:
         _require_inside(*_chunks(data, stbl), sizes, len(data))
@@ -111,7 +111,7 @@ def _track_number(data: bytes, trak: Box) -> int:
     return count(data, tkhd, 20 if data[tkhd[1]] else 12)  # times take 64 bits in version 1
 
 
-def _picture(data: bytes, stsd: Box) -> tuple[str, int, int]:
+def _codec_and_size(data: bytes, stsd: Box) -> tuple[str, int, int]:
     """Codec, width and height from the one sample description."""
     if count(data, stsd, 4) != 1:
         raise BadSample("its MP4 has several sample descriptions")

@@ -102,10 +102,10 @@ def _encode(
         stream.codec_context.thread_count = 1  # with several the bytes would depend on their number
         stream.options = {**ENCODER, "crf": str(profile.crf), "g": str(profile.keyframe_every)}
         for i, frame in enumerate(frames):
-            picture = _turned(frame.reformat(*turn.size(*size), **convert), turn)
-            picture.pts, picture.time_base = i, 1 / rate
-            picture.pict_type = 0  # the source's choice of keyframes is not ours
-            container.mux(stream.encode(picture))
+            image = _turned(frame.reformat(*turn.size(*size), **convert), turn)
+            image.pts, image.time_base = i, 1 / rate
+            image.pict_type = 0  # the source's choice of keyframes is not ours
+            container.mux(stream.encode(image))
         container.mux(stream.encode(None))
 
 

@@ -176,22 +176,22 @@ class Video:
     def frames(self, wanted: np.ndarray) -> np.ndarray:
         """The frames with these numbers, in any order and with repeats: uint8 (F,H,W,3) RGB."""
         numbers, places = np.unique(wanted, return_inverse=True)
-        return self.pictures(numbers, lambda size: np.empty(size, np.uint8))[places]
+        return self.decode_into(numbers, lambda size: np.empty(size, np.uint8))[places]
 
-    def pictures(self, numbers: np.ndarray, room: Room, boxes: Sequence[Box] | None = None) -> np.ndarray:
+    def decode_into(self, numbers: np.ndarray, room: Room, boxes: Sequence[Box] | None = None) -> np.ndarray:
         """The frames with these numbers, which ascend, in memory that `room` gives: uint8 (F,H,W,3) RGB.
 
         boxes: the part of each that is needed; what lies outside keeps what was in the memory.
         """
         self.limits.check_clip(len(numbers), *self.size)
         width, height = self.size
-        pictures = room(len(numbers) * height * width * 3).reshape(-1, height, width, 3)
+        images = room(len(numbers) * height * width * 3).reshape(-1, height, width, 3)
         boxes, writer = boxes or [Box(0, 0, height, width)] * len(numbers), RgbWriter()
-        for picture, box, (_, frame) in zip(pictures, boxes, self.pick(numbers), strict=True):
+        for image, box, (_, frame) in zip(images, boxes, self.pick(numbers), strict=True):
             if self.turn != UPRIGHT:
-                picture, box = self.turn.undone(picture), self.turn.stored_box(box, width, height)
-            writer.write(frame, picture, box)
-        return pictures
+                image, box = self.turn.undone(image), self.turn.stored_box(box, width, height)
+            writer.write(frame, image, box)
+        return images
 
     def pick(self, numbers: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
         """The decoded frames with these numbers, which ascend, as they are stored. BadSample: not all are there."""
@@ -334,7 +334,7 @@ def _source(data: bytes, claims: Container, limits: Limits) -> Iterator[_Source]
         context.open(strict=False)  # what is set before that, skip_frame too, holds for the whole stream
         packets = [packet for packet in container.demux(stream) if packet.size]
         size = (context.width, context.height)
-        limits.check_picture(*size)
+        limits.check_size(*size)
         limits.check_frames(len(packets))
         if size != (claims.width, claims.height):
             raise BadSample(f"its header says {claims.width}x{claims.height}, its stream {size[0]}x{size[1]}")
@@ -379,7 +379,7 @@ class RgbWriter:
     reformatters: dict[Box, VideoReformatter] = field(default_factory=partial(defaultdict, VideoReformatter))
     cutters: dict[Box, Graph] = field(default_factory=dict)
 
-    def write(self, frame: av.VideoFrame, picture: np.ndarray, box: Box) -> None:
+    def write(self, frame: av.VideoFrame, image: np.ndarray, box: Box) -> None:
         """Into the part of uint8 (H,W,3); into all of it, where the frame cannot be cut without a trace.
 
         FFmpeg is quicker to planes, in the order G, B, R, than to pixels, and numpy than PyAV from there.
@@ -393,7 +393,7 @@ class RgbWriter:
         planar = self.reformatters[box].reformat(
             frame, format="gbrp", interpolation=_TO_RGB, src_colorspace=Colorspace.ITU601, threads=1
         )
-        part = picture[box.top : box.top + box.height, box.left : box.left + box.width]
+        part = image[box.top : box.top + box.height, box.left : box.left + box.width]
         for channel, plane in zip((1, 2, 0), planar.planes, strict=True):
             part[..., channel] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, : plane.width]
 

@@ -66,10 +66,10 @@ def serve(works: dict[str, Work], request: dict[str, Any], data: bytes, replies:
 
 
 def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
-    """{"choice", "positions", "frames", "stride"} -> pictures (n,H,W,3) in `memory`, and their {"shape"}.
+    """{"choice", "positions", "frames", "stride"} -> images (n,H,W,3) in `memory`, and their {"shape"}.
 
     {"crops"}: of each clip the fields of its Crop, of which no more is to be made; null: all of it. "places": for each
-    clip, the picture of each of its frames, (k,F). "total": frames of the video. "decoded" counts frames; "demux" and
+    clip, the image of each of its frames, (k,F). "total": frames of the video. "decoded" counts frames; "demux" and
     "decode" are seconds.
     """
     began = time.perf_counter()
@@ -82,9 +82,9 @@ def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, 
         places = places.reshape(len(wanted), frames)
         width, height = video.size
         boxes = [source_box(height, width, Crop(*crop)) for crop in request["crops"] or ()]
-        pictures = video.pictures(numbers, memory.grown, needed(places, boxes))
+        images = video.decode_into(numbers, memory.grown, needed(places, boxes))
     reply = {
-        "shape": pictures.shape,
+        "shape": images.shape,
         "places": places.tolist(),
         "total": total,
         "decoded": video.decoded,
@@ -95,7 +95,7 @@ def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, 
 
 
 def needed(places: np.ndarray, boxes: Sequence[Box]) -> list[Box] | None:
-    """What clips need of each picture: the smallest box around theirs. places: int (k,F); boxes: k, or none."""
+    """What clips need of each image: the smallest box around theirs. places: int (k,F); boxes: k, or none."""
     around: dict[int, Box] = {}
     for rows, box in zip(places.tolist(), boxes, strict=bool(boxes)):
         for row in set(rows):

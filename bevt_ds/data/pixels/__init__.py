@@ -1,1 +1,1 @@
-"""From frames and pictures to what a network takes."""
+"""From frames and images to what a network takes."""

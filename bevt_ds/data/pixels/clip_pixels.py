@@ -1,6 +1,6 @@
 """From decoded frames to the pixels of a training clip or of a test's views: resize, crop, flip, normalise, erase.
 
-What the original does with OpenCV, by torch's kernels for 8-bit pictures: at most one level of 255 apart, 0.25 in the
+What the original does with OpenCV, by torch's kernels for 8-bit images: at most one level of 255 apart, 0.25 in the
 mean (0.4 at 2:1), because torch rounds down; a test holds the bounds.
 
 Shape letters: T frames, H W pixels, S crop side. Frames are uint8 (T,3,H,W) in channels-last memory, as decoded.
@@ -45,10 +45,10 @@ def with_short_side(frames: Tensor, short_side: int) -> Tensor:
 def random_box(
     rng: np.random.Generator, height: int, width: int, area: tuple[float, float], aspect: tuple[float, float]
 ) -> Box:
-    """The box of a random resized crop: its share of the picture in `area`, its width / height in `aspect`.
+    """The box of a random resized crop: its share of the image in `area`, its width / height in `aspect`.
 
     Area uniform, aspect log-uniform, as in the original (Szegedy et al. 2015, section 6); where ten draws do not fit
-    into the picture, the largest centred square.
+    into the image, the largest centred square.
     """
     areas = rng.uniform(*area, ATTEMPTS) * height * width
     aspects = np.exp(rng.uniform(*np.log(aspect), ATTEMPTS))
@@ -83,7 +83,7 @@ def normalised(clips: Tensor, device: torch.device | str) -> Tensor:
 
 
 def erased_box(rng: np.random.Generator, size: int) -> Box | None:
-    """The box of random erasing (Zhong et al. 2017) in a square picture; None: none of ten draws fits."""
+    """The box of random erasing (Zhong et al. 2017) in a square image; None: none of ten draws fits."""
     areas = rng.uniform(*ERASED_AREA, ATTEMPTS) * size**2
     aspects = np.exp(rng.uniform(*np.log(ERASED_ASPECT), ATTEMPTS))
     heights, widths = (np.rint(np.sqrt(a)).astype(int) for a in (areas * aspects, areas / aspects))

@@ -1,9 +1,9 @@
 """Pixels of clips on a CPU: what pipeline.py's DALI graph makes of decoded frames, by torch's kernels.
 
-DALI's cubic resize and filter work in single precision there; torch resizes 8-bit pictures as such, and oneDNN's
+DALI's cubic resize and filter work in single precision there; torch resizes 8-bit images as such, and oneDNN's
 depthwise convolution is the tokenizer's filter. Sizes and offsets are DALI's to the pixel. Levels of 255 (a test holds
 the bounds):
-- Where a picture is enlarged, the cubic kernel has a = -0.5 like DALI's: mean 0.2 apart on real pictures.
+- Where an image is enlarged, the cubic kernel has a = -0.5 like DALI's: mean 0.2 apart on real images.
 - Where it is shrunk, torch has no such kernel without antialiasing, but OpenCV's own, a = -0.75: mean 0.05 from OpenCV,
   0.2 from DALI at 720 lines.
 - Of equal crops the tokenizer's views are equal, but for a level where a half is rounded.
@@ -148,14 +148,14 @@ def _runs(masked: np.ndarray) -> Iterator[slice]:
             yield slice(first, min(first + _CACHED, end))
 
 
-def _chosen(pictures: np.ndarray, rows: np.ndarray, box: Box, scratch: Scratch) -> np.ndarray:
-    """pictures[rows], without a copy where the rows follow one another. Else `box` is copied; the rest is arbitrary."""
+def _chosen(images: np.ndarray, rows: np.ndarray, box: Box, scratch: Scratch) -> np.ndarray:
+    """images[rows], without a copy where the rows follow one another. Else `box` is copied; the rest is arbitrary."""
     if (np.diff(rows) == 1).all():
-        return pictures[rows[0] : rows[-1] + 1]
-    chosen = scratch.tensor("chosen", torch.uint8, len(rows), *pictures.shape[1:]).numpy()
+        return images[rows[0] : rows[-1] + 1]
+    chosen = scratch.tensor("chosen", torch.uint8, len(rows), *images.shape[1:]).numpy()
     part = (slice(box.top, box.top + box.height), slice(box.left, box.left + box.width))
     for frame, row in zip(chosen, rows.tolist(), strict=True):
-        frame[part] = pictures[row][part]
+        frame[part] = images[row][part]
     return chosen
 
 
@@ -182,17 +182,17 @@ def _source_of(needed: int, new: int, old: int) -> tuple[int, float]:
     return (old if int(rows * scale) == rows else rows), scale
 
 
-def _levels(picture: Tensor, scratch: Scratch) -> Tensor:
+def _levels(image: Tensor, scratch: Scratch) -> Tensor:
     """A crop as the tokenizer's filter wants it: uint8 (T,S,S,3) -> float (3,T,S+6,S), lines repeated at both ends."""
-    frames, size = picture.shape[:2]
+    frames, size = image.shape[:2]
     padded = scratch.tensor("levels", torch.float32, 3, frames, size + 2 * _REACH, size)
-    padded[:, :, _REACH:-_REACH] = picture.permute(3, 0, 1, 2)
+    padded[:, :, _REACH:-_REACH] = image.permute(3, 0, 1, 2)
     _repeat_edges(padded, dim=2)
     return padded
 
 
 def _token_view(levels: Tensor, scratch: Scratch, out: Tensor) -> None:
-    """Half-size pictures by OpenCV's LANCZOS4: `_levels` -> float (T,3,v,v) of RGB in [0,1].
+    """Half-size images by OpenCV's LANCZOS4: `_levels` -> float (T,3,v,v) of RGB in [0,1].
 
     First down the columns, with a channel for each: lines stay contiguous, and oneDNN has a kernel for it. Then along
     the lines, with a channel for each of `phases` neighbouring results: for a single one oneDNN has no fast kernel.

@@ -7,7 +7,7 @@ The graph holds no reader and no random operator: bytes or frames and every para
 
 What differs from the original's OpenCV, in levels of 255 (a test holds the bounds):
 - The resize to the short side is DALI's CUBIC without antialiasing. Its kernel has a = -0.5, OpenCV's -0.75: mean 0.4
-  and at most 11 on real pictures resized to 256, 288 and 320 lines, mean 1.6 and at most 13 on noise.
+  and at most 11 on real images resized to 256, 288 and 320 lines, mean 1.6 and at most 13 on noise.
 - The tokenizer's view is OpenCV's LANCZOS4 at 2:1 as a filter with the same eight taps: equal, but for a level where a
   half is rounded (less than one value in a thousand).
 
@@ -40,7 +40,7 @@ def lanczos4_taps() -> np.ndarray:
     """The eight weights halfway between two pixels: float32 (8,).
 
     Lanczos with four lobes, sinc(x) sinc(x/4), at x = +-0.5, 1.5, 2.5, 3.5; rounded to 1/2048, as OpenCV's are for
-    8-bit pictures.
+    8-bit images.
     """
     x = np.arange(8) - 3.5
     taps = np.sinc(x) * np.sinc(x / 4)
@@ -50,7 +50,7 @@ def lanczos4_taps() -> np.ndarray:
 def jitter_matrix(jitter: tuple[float, float, float]) -> tuple[np.ndarray, np.float32]:
     """Colour jitter as an affine map of RGB: float32 (3,3) matrix, and the share of the mean luma to add.
 
-    Brightness, then contrast about the picture's mean luma, then saturation about each pixel's luma; nothing is
+    Brightness, then contrast about the image's mean luma, then saturation about each pixel's luma; nothing is
     clipped in between, so the three are one map.
     """
     brightness, contrast, saturation = jitter
@@ -61,7 +61,7 @@ def jitter_matrix(jitter: tuple[float, float, float]) -> tuple[np.ndarray, np.fl
 
 
 class PixelPipeline:
-    """Turns a micro-batch's payloads into the two pictures that a stream needs.
+    """Turns a micro-batch's payloads into the two images that a stream needs.
 
     kind: "video" or "image". size: S. token_size: v = S/2. device: None for the CPU, else the CUDA ordinal.
     dali_decoder: "mixed" (GPU) or "cpu": DALI decodes the files; None: images "cpu", and clips arrive as frames,
@@ -158,7 +158,7 @@ class PixelPipeline:
             gc.collect()
 
     def _decoded(self):
-        """The graph's input as pictures: HWC, or FHWC for a clip."""
+        """The graph's input as images: HWC, or FHWC for a clip."""
         if self.kind == "image":
             encoded = fn.external_source(name="encoded", dtype=types.UINT8)
             return decoded_images(encoded, self.dali_decoder)
@@ -199,7 +199,7 @@ def _scalar(name: str, dtype: types.DALIDataType):
 
 
 def _constant(values, beside):
-    """A constant where the picture `beside` is: DALI does not move it there by itself."""
+    """A constant where the image `beside` is: DALI does not move it there by itself."""
     return types.Constant(np.asarray(values, dtype=np.float32), device=beside.device)
 
 
@@ -223,11 +223,11 @@ def _crop(frames, size: int):
     return fn.flip(crop, horizontal=_scalar("flip", types.INT32))
 
 
-def _colour_jitter(crop, picture):
-    """The affine map of `jitter_matrix`: uint8 HWC, clipped once. The mean luma is the whole picture's."""
+def _colour_jitter(crop, image):
+    """The affine map of `jitter_matrix`: uint8 HWC, clipped once. The mean luma is the whole image's."""
     matrix = fn.external_source(name="jitter_matrix", dtype=types.FLOAT, ndim=2)
-    channels = fn.reductions.mean(picture, axes=(0, 1))
-    luma = fn.reductions.sum(channels * _constant(LUMA, picture), axes=0)
+    channels = fn.reductions.mean(image, axes=(0, 1))
+    luma = fn.reductions.sum(channels * _constant(LUMA, image), axes=0)
     mapped = fn.coord_transform(crop, M=matrix, dtype=types.FLOAT)
     return fn.cast(mapped + _scalar("jitter_luma", types.FLOAT) * luma, dtype=types.UINT8)
 
@@ -242,7 +242,7 @@ def _normalise(crop, kind: str):
 
 
 def _token_view(crop, size: int, kind: str):
-    """Half-size picture of the same crop: float RGB in [0,1], (T,3,v,v) or (3,v,v).
+    """Half-size image of the same crop: float RGB in [0,1], (T,3,v,v) or (3,v,v).
 
     Pixel i of the view lies halfway between pixels 2i and 2i+1, so its taps are 2i-3 .. 2i+4; the filter runs along
     columns, every second one is kept, and the same along rows.
@@ -260,9 +260,9 @@ def _token_view(crop, size: int, kind: str):
     return fn.transpose(fn.cast(levels, dtype=types.FLOAT) / 255.0, perm=channels_first)
 
 
-def _every_second(picture, pairs: list[int], layout: str):
+def _every_second(image, pairs: list[int], layout: str):
     """The first of each pair of pixels: `pairs` is the shape with the halved axis as (n, 2)."""
-    paired = fn.reshape(picture, shape=pairs, layout="")
+    paired = fn.reshape(image, shape=pairs, layout="")
     axis = pairs.index(2, 1)
     first = paired[tuple(0 if i == axis else slice(None) for i in range(len(pairs)))]
     return fn.reshape(first, layout=layout)

@@ -14,41 +14,41 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 TOP = 30  # the largest magnitude
-GREY = (128, 128, 128)  # what comes in from outside the picture
+GREY = (128, 128, 128)  # what comes in from outside the image
 
 Operation = Callable[[Image.Image, float], Image.Image]
 
 
-def _affine(picture: Image.Image, *matrix: float) -> Image.Image:
-    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
 
 
-def _rotate(picture: Image.Image, level: float) -> Image.Image:
-    return picture.rotate(30 * level, Image.Resampling.BILINEAR, fillcolor=GREY)
+def _rotate(image: Image.Image, level: float) -> Image.Image:
+    return image.rotate(30 * level, Image.Resampling.BILINEAR, fillcolor=GREY)
 
 
-def _posterize(picture: Image.Image, level: float) -> Image.Image:
-    return ImageOps.posterize(picture, max(4 - int(4 * abs(level)), 1))  # Pillow refuses to keep no bit
+def _posterize(image: Image.Image, level: float) -> Image.Image:
+    return ImageOps.posterize(image, max(4 - int(4 * abs(level)), 1))  # Pillow refuses to keep no bit
 
 
-def _solarize(picture: Image.Image, level: float) -> Image.Image:
-    return ImageOps.solarize(picture, 256 - int(256 * abs(level)))
+def _solarize(image: Image.Image, level: float) -> Image.Image:
+    return ImageOps.solarize(image, 256 - int(256 * abs(level)))
 
 
-def _solarize_add(picture: Image.Image, level: float) -> Image.Image:
+def _solarize_add(image: Image.Image, level: float) -> Image.Image:
     added = int(110 * abs(level))
-    return picture.point([min(i + added, 255) if i < 128 else i for i in range(256)] * 3)
+    return image.point([min(i + added, 255) if i < 128 else i for i in range(256)] * 3)
 
 
 def _enhance(kind: Callable) -> Operation:
-    return lambda picture, level: kind(picture).enhance(max(1 + 0.9 * level, 0.1))
+    return lambda image, level: kind(image).enhance(max(1 + 0.9 * level, 0.1))
 
 
 # level: magnitude / TOP, its sign drawn; operations without a direction ignore the sign
 OPERATIONS: dict[str, Operation] = {
-    "AutoContrast": lambda picture, level: ImageOps.autocontrast(picture),
-    "Equalize": lambda picture, level: ImageOps.equalize(picture),
-    "Invert": lambda picture, level: ImageOps.invert(picture),
+    "AutoContrast": lambda image, level: ImageOps.autocontrast(image),
+    "Equalize": lambda image, level: ImageOps.equalize(image),
+    "Invert": lambda image, level: ImageOps.invert(image),
     "Rotate": _rotate,
     "PosterizeIncreasing": _posterize,
     "SolarizeIncreasing": _solarize,
@@ -57,10 +57,10 @@ OPERATIONS: dict[str, Operation] = {
     "ContrastIncreasing": _enhance(ImageEnhance.Contrast),
     "BrightnessIncreasing": _enhance(ImageEnhance.Brightness),
     "SharpnessIncreasing": _enhance(ImageEnhance.Sharpness),
-    "ShearX": lambda picture, level: _affine(picture, 1, 0.3 * level, 0, 0, 1, 0),
-    "ShearY": lambda picture, level: _affine(picture, 1, 0, 0, 0.3 * level, 1, 0),
-    "TranslateXRel": lambda picture, level: _affine(picture, 1, 0, 0.45 * level * picture.width, 0, 1, 0),
-    "TranslateYRel": lambda picture, level: _affine(picture, 1, 0, 0, 0, 1, 0.45 * level * picture.height),
+    "ShearX": lambda image, level: _affine(image, 1, 0.3 * level, 0, 0, 1, 0),
+    "ShearY": lambda image, level: _affine(image, 1, 0, 0, 0.3 * level, 1, 0),
+    "TranslateXRel": lambda image, level: _affine(image, 1, 0, 0.45 * level * image.width, 0, 1, 0),
+    "TranslateYRel": lambda image, level: _affine(image, 1, 0, 0, 0, 1, 0.45 * level * image.height),
 }
 
 
@@ -72,7 +72,7 @@ def randaugment(rng: np.random.Generator, frames: np.ndarray, operations: int, m
 
 
 def _changed(frame: np.ndarray, names: list[str], levels: list[float]) -> np.ndarray:
-    picture = Image.fromarray(frame)
+    image = Image.fromarray(frame)
     for name, level in zip(names, levels, strict=True):
-        picture = OPERATIONS[name](picture, level)
-    return np.asarray(picture)
+        image = OPERATIONS[name](image, level)
+    return np.asarray(image)

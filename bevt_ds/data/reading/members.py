@@ -39,7 +39,7 @@ class Member:
 class Shard:
     """The media members of one tar, in columns: a million samples should cost megabytes.
 
-    A video and a picture may have the same key: each is a sample of its kind.
+    A video and an image may have the same key: each is a sample of its kind.
     """
 
     path: str

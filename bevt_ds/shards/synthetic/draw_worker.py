@@ -42,10 +42,10 @@ def encode_mp4(frames: np.ndarray, fps: int = FPS) -> bytes:
     return buffer.getvalue()
 
 
-def encode_jpeg(picture: np.ndarray) -> bytes:
+def encode_jpeg(image: np.ndarray) -> bytes:
     """Baseline JPEG of good quality: uint8 (H,W,3)."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=92)
+    Image.fromarray(image).save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
 
 

@@ -1,10 +1,10 @@
 """A drawn action set whose classes differ in motion alone: a few plain shapes that move together over a still ground.
 
-The class decides how the shapes are displaced from frame to frame, and nothing else. The picture is a torus: what
+The class decides how the shapes are displaced from frame to frame, and nothing else. The image is a torus: what
 leaves it at one edge comes in at the other. Each shape starts anywhere on it, so that at every frame of every class its
 place is uniform, and a single frame tells nothing.
 
-Letters: N frames, H W pixels. Lengths are shares of the picture's height.
+Letters: N frames, H W pixels. Lengths are shares of the image's height.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def render_action(rng: np.random.Generator, name: str, extent: Extent) -> np.nda
     moves = height * displacements(rng, COURSES[name], extent.frames)
     frames = np.empty((extent.frames, height, width, 3), dtype=np.uint8)
     for time, move in enumerate(moves):
-        picture = np.tile(ground, (height, width, 1))
+        image = np.tile(ground, (height, width, 1))
         for shape, (y, x) in zip(shapes, starts + move, strict=True):
-            shape.paint_over(picture, 0, _from(y, height)[:, None], _from(x, width)[None, :])
-        frames[time] = picture
+            shape.paint_over(image, 0, _from(y, height)[:, None], _from(x, width)[None, :])
+        frames[time] = image
     return frames
 
 

@@ -70,12 +70,12 @@ class Shape:
         hole = 0.5 * self.radius if self.outline == "ring" else 0.0
         return (distance < self.radius) & (distance >= hole)
 
-    def paint_over(self, picture: np.ndarray, time: int, y: np.ndarray, x: np.ndarray) -> None:
+    def paint_over(self, image: np.ndarray, time: int, y: np.ndarray, x: np.ndarray) -> None:
         """Draw the shape as it is at frame `time` into float32 (H,W,3); y (H,1) and x (1,W) are pixel coordinates."""
         local_y = y - (self.centre[0] + self.velocity[0] * time)
         local_x = x - (self.centre[1] + self.velocity[1] * time)
         rows, columns = np.nonzero(self.inside(local_y, local_x))
-        picture[rows, columns] = self.texture.paint(local_y[rows, 0], local_x[0, columns])
+        image[rows, columns] = self.texture.paint(local_y[rows, 0], local_x[0, columns])
 
 
 def render(rng: np.random.Generator, extent: Extent) -> np.ndarray:
@@ -86,10 +86,10 @@ def render(rng: np.random.Generator, extent: Extent) -> np.ndarray:
     x = np.arange(extent.width, dtype=np.float32)[None, :]
     frames = np.empty((extent.frames, extent.height, extent.width, 3), dtype=np.uint8)
     for time in range(extent.frames):
-        picture = ground.paint(y - drift[0] * time, x - drift[1] * time)
+        image = ground.paint(y - drift[0] * time, x - drift[1] * time)
         for shape in shapes:
-            shape.paint_over(picture, time, y, x)
-        frames[time] = picture
+            shape.paint_over(image, time, y, x)
+        frames[time] = image
     return frames
 
 
