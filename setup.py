@@ -10,5 +10,9 @@ SUBPACKAGES = sorted(".".join(path.parent.relative_to(HERE).parts) for path in (
 setup(
     packages=[*SUBPACKAGES, "bevt_ds.kernels", "bevt_ds.ds_configs"],
     package_dir={"bevt_ds.kernels": "kernels", "bevt_ds.ds_configs": "ds_configs"},
-    package_data={"bevt_ds.kernels": ["*.md", "*.json"], "bevt_ds.ds_configs": ["*.json"]},
+    package_data={
+        "bevt_ds.kernels": ["*.md", "*.json"],
+        "bevt_ds.ds_configs": ["*.json"],
+        "bevt_ds.report": ["*.html"],
+    },
 )

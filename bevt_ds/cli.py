@@ -21,7 +21,9 @@ PROGRAMS = {  # the same programs that a launcher starts as files: bevt_ds/pretr
 GROUPS = {
     "shards": ("bevt_ds.shards.cli", "draw, pack, index, check and survey shards of videos and images"),
     "doctor": ("bevt_ds.doctor.cli", "whether this machine can train: versions, GPU, decoders, limits, links"),
-    "compare": ("bevt_ds.eval.compare", "settings in which runs differ, and their last losses side by side"),
+    "report": ("bevt_ds.report.page", "runs as one HTML page: curves, predictions, settings, checkpoints"),
+    "runs": ("bevt_ds.report.listing", "a table of the runs below a folder: state, step, loss, speed"),
+    "compare": ("bevt_ds.report.compare", "settings in which runs differ, and their last losses side by side"),
 }
 
 

@@ -23,7 +23,7 @@ LAYERS = [  # a folder, or a file of bevt_ds itself, imports from its own layer'
     {"model", "data"},
     {"runtime"},
     {"shards", "eval"},
-    {"train", "doctor"},
+    {"train", "doctor", "report"},
     {"cli", "pretrain", "finetune", "evaluate", "probe"},
 ]
 APART = [

@@ -1,4 +1,4 @@
-"""The closing summary: held-out losses beside what one could score without looking at the picture."""
+"""The closing summary: held-out losses beside what one could score without looking at the input."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class StreamSummary:
     unigram_entropy: float  # of the same token ids: the loss of the best guess that ignores the input
     commonest_rate: float  # of the same token ids: the accuracy of always naming the commonest
     cells: int
+    id_counts: tuple[int, ...] = ()  # of the ids that occur, the commonest first
 
     @property
     def gain(self) -> float:
@@ -43,6 +44,11 @@ def count_ids(targets: Tensor, vocabulary: int) -> Tensor:
     """How often each id occurs in `targets`: int64 (V,), on their device. What is no id is left out."""
     ids = targets[(targets >= 0) & (targets < vocabulary)]
     return torch.bincount(ids, minlength=vocabulary)
+
+
+def by_frequency(counts: Tensor) -> tuple[int, ...]:
+    """The counts that are not 0, the largest first."""
+    return tuple(counts[counts > 0].sort(descending=True).values.tolist())
 
 
 def evaluate(engine: Engine, tokenizer: Tokenizer, batches: Iterable[Batch]) -> dict[str, StreamSummary]:
@@ -68,7 +74,7 @@ def evaluate(engine: Engine, tokenizer: Tokenizer, batches: Iterable[Batch]) -> 
                     sums[name][1] += int(metrics[f"hits_{name}"])
                     sums[name][2] += int(metrics[f"rows_{name}"])
     return {
-        name: StreamSummary(loss / cells, hits / cells, *unigram(counts[name]), cells)
+        name: StreamSummary(loss / cells, hits / cells, *unigram(counts[name]), cells, by_frequency(counts[name]))
         for name, (loss, hits, cells) in sums.items()
         if cells
     }

@@ -35,7 +35,7 @@ class Panel:
 
 
 def draw(engine: Engine, batch: Batch, path: Path) -> None:
-    """Write the picture for the first samples of a batch that already has targets. Collective."""
+    """Write the image for the first samples of a batch that already has targets. Collective."""
     batch = batch.cast(engine.dtype)
     panels: list[Panel] = []
     with engine.evaluating():
@@ -46,6 +46,7 @@ def draw(engine: Engine, batch: Batch, path: Path) -> None:
                 if engine.ranks.is_main:
                     panels += stream_panels(name, stream, predicted, SAMPLES[name])
     if engine.ranks.is_main:
+        path.parent.mkdir(exist_ok=True)
         save_grid(panels, path)
 
 

@@ -151,7 +151,7 @@ class RunLog:
         self.file.write(json.dumps({"step": step, "time": now(), **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
-            if value is not None:
+            if isinstance(value, int | float):
                 self.board.add_scalar(name, value, step)
 
     def write_settings(self, config: TrainingConfig) -> None:

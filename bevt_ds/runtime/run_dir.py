@@ -11,6 +11,7 @@ runs/joint/
   checkpoints/      step-00001000/ ... : everything that a continuation needs
   weights/          config.json + model.safetensors: the fp32 weights, for init_from and from_pretrained
   samples.png       input, mask, and where the prediction was right
+  panels/           step-00001000.png ...: the same of the same samples, at each checkpoint
   summary.json      held-out losses and their baselines; of fine-tuning, the validation of best/ and of weights/
   best/             of fine-tuning: the weights that did best on the validation videos
   bad_samples.jsonl what could not be decoded, if anything
@@ -40,8 +41,21 @@ from bevt_ds.runtime.lock import hold, owner_of
 CHANGES = "changes.json"
 SUMMARY = "summary.json"
 SAMPLES = "samples.png"
+PANELS = "panels"
 BEST = "best"
-WRITTEN = (CONFIG, CHANGES, LOG, SUMMARY, SAMPLES, CHECKPOINTS, WEIGHTS, BEST, "tensorboard", "bad_samples.jsonl")
+WRITTEN = (
+    CONFIG,
+    CHANGES,
+    LOG,
+    SUMMARY,
+    SAMPLES,
+    PANELS,
+    CHECKPOINTS,
+    WEIGHTS,
+    BEST,
+    "tensorboard",
+    "bad_samples.jsonl",
+)
 
 
 def choose_folder(config: TrainingConfig, ranks: Ranks) -> Path:

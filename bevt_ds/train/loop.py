@@ -232,9 +232,8 @@ def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step:
     values |= speed.read(task.loader.wait_seconds()) | {"bad_samples": task.loader.bad_samples}
     with speed.paused():
         values |= task.measurements(step)
+    values |= report_wait(step, values["data_wait"], task.loader, aloud=task.ranks.is_main)
     log.write(step, values)
-    if task.ranks.is_main:
-        report_wait(step, values["data_wait"], task.loader)
     return ", ".join(f"{name} {values[name]:{form}}" for name, form in task.shown.items() if name in values)
 
 
@@ -259,11 +258,14 @@ def require_good(engine: Engine, loss: float, step: int) -> None:
         raise UserError(f"after step {step} weights or optimizer are not finite: nothing is saved. {ADVICE}")
 
 
-def report_wait(step: int, share: float, loader: BackgroundLoader) -> None:
-    """Say what the data is short of, if the loop has waited for it for a good `share` of its time. On rank 0."""
+def report_wait(step: int, share: float, loader: BackgroundLoader, aloud: bool = True) -> dict[str, str]:
+    """What the data is short of, as a field of the log line, if the loop has waited for a good `share` of its time."""
     cause = loader.bottleneck()  # also where nothing is said: the next line's cause is of its own stretch of time
-    if share > LONG_WAIT:
+    if share <= LONG_WAIT:
+        return {}
+    if aloud:
         tqdm.write(f"step {step}: {share:.0%} of the time went into waiting; {cause}")
+    return {"waits_for": cause}
 
 
 def save_checkpoint(task: Task, steps_done: int, loss: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -20,10 +21,10 @@ from bevt_ds.eval.visualize import draw
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_model, require_same_sizes
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, require_vocabulary, tokenize
-from bevt_ds.runtime import run_dir
+from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
-from bevt_ds.runtime.logging import expected_step_flops, require_known_targets, step_metrics
+from bevt_ds.runtime.logging import RunLog, expected_step_flops, require_known_targets, step_metrics
 from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
 from bevt_ds.train.loop import Setup, Task, run_training
 
@@ -35,11 +36,16 @@ def pretrain(config: Config, ds_values: Mapping[str, Any], notes: Sequence[str],
 
 @dataclass
 class Pretraining(Task[Config, Batch]):
-    """Masked image modelling, or joint masked image and video modelling. `probe`: None where the run has none."""
+    """Masked image modelling, or joint masked image and video modelling.
+
+    probe: None where the run has none. shown_batch: the held-out samples, on the host, whose predictions are drawn at
+    each checkpoint; None where nothing is held out.
+    """
 
     loader: Loader
     tokenizer: Tokenizer
     probe: OnlineProbe | None
+    shown_batch: Batch | None
     shown: ClassVar[Mapping[str, str]] = dict.fromkeys(("loss_video", "loss_image", "probe_top1"), ".3f")
 
     def forward(self, batch: Batch, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -60,6 +66,16 @@ class Pretraining(Task[Config, Batch]):
     def measurements(self, step: int) -> dict[str, float]:
         return self.probe.measure(self.engine) if self.is_due(step) else {}
 
+    def every_so_often(self, step: int, log: RunLog) -> None:
+        """Draw the predictions of the same samples at each checkpoint but the last, which `finish` draws."""
+        done = step + 1
+        if self.shown_batch is not None and done % self.config.train.checkpoint_every == 0 and done != self.steps:
+            self.draw(self.shown_batch, self.setup.folder / run_dir.PANELS / f"{checkpoint.name_of(done)}.png")
+
+    def draw(self, batch: Batch, path: Path) -> None:
+        """Write what the network predicts for the first samples of a batch. Collective."""
+        draw(self.engine, tokenize(self.tokenizer, batch.to(self.ranks.device)), path)
+
     @property
     def trained_streams(self) -> list[str]:
         return trained_streams(self.config)
@@ -78,7 +94,7 @@ class Pretraining(Task[Config, Batch]):
         folder, ranks = self.setup.folder, self.ranks
         held_out = list(eval_batches(self.config, device=ranks.device, folder=folder if ranks.is_main else None))
         shown = held_out[0] if held_out else next(batches)
-        draw(self.engine, tokenize(self.tokenizer, shown.to(ranks.device)), folder / run_dir.SAMPLES)
+        self.draw(shown, folder / run_dir.SAMPLES)
         summaries = evaluate(self.engine, self.tokenizer, held_out)
         if ranks.is_main and summaries:
             run_dir.write_json(folder / run_dir.SUMMARY, as_json(summaries))
@@ -95,7 +111,7 @@ def open_pretraining(setup: Setup[Config]) -> Iterator[Pretraining]:
         require_same_sizes(config.model.name, config.init_from)
     tokenizer = make_tokenizer(config, ranks)
     with closing(eval_batches(config, folder=ledger)) as held_out:
-        next(held_out, None)
+        shown = next(held_out, None)
     with Loader(config, **setup.loading) as loader:
         steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_an_epoch)
         probe = OnlineProbe(config, tokenizer.vocab_size, ranks, steps) if config.probe.every else None
@@ -103,7 +119,7 @@ def open_pretraining(setup: Setup[Config]) -> Iterator[Pretraining]:
         engine, _ = setup.begin_engine(build, loader.fingerprint)
         require_vocabulary(tokenizer, engine.module.arch["vocab_size"])
         flops = expected_step_flops(config, engine.module.arch)
-        yield Pretraining(setup, loader, engine, steps, flops, tokenizer, probe)
+        yield Pretraining(setup, loader, engine, steps, flops, tokenizer, probe, shown)
 
 
 def judged_on(config: Config) -> dict[str, str]:

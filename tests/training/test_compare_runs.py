@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bevt_ds import UserError, cli
-from bevt_ds.eval.compare import compare
+from bevt_ds.report.compare import compare
 
 
 def write_run(folder, settings, *lines):

@@ -6,14 +6,11 @@ Reads `config.json` and `log.jsonl` only, so it works while a run goes on, and o
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bevt_ds.errors import UserError
-from bevt_ds.runtime.run_dir import CONFIG, LOG
+from bevt_ds.report.run_files import flat, read_run, read_settings
 
 ABSENT = "-"
 
@@ -39,43 +36,12 @@ def compare(folders: Sequence[Path], equal_too: bool = False) -> str:
         key: [str(each.get(key, ABSENT)) for each in settings] for key in dict.fromkeys(k for s in settings for k in s)
     }
     kept = {key: values for key, values in rows.items() if equal_too or len(set(values)) > 1}
-    logged = [last_values(folder / LOG) for folder in folders]
+    logged = [read_run(folder).last for folder in folders]
     measured = {key: [_shown(values.get(key)) for values in logged] for key in _keys(logged)}
     names = [str(folder) for folder in folders]
     parts = [_table("setting", names, kept) if kept else "the settings are equal"]
     parts.append(_table("last logged", names, measured) if measured else "nothing is logged yet")
     return "\n\n".join(parts)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The configuration of a run. UserError: there is none, or it is damaged."""
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{folder} is not a run's folder: {CONFIG} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{folder / CONFIG} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{folder / CONFIG} is damaged: it holds no settings")
-    return values
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted keys, as `key=value` writes them."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
-def last_values(log: Path) -> dict[str, Any]:
-    """The last value of each field of log.jsonl. A line that a kill cut short is passed over; no file: nothing."""
-    found: dict[str, Any] = {}
-    with suppress(FileNotFoundError):
-        for line in log.read_text(encoding="utf-8").split("\n"):
-            with suppress(ValueError):
-                found |= dict(json.loads(line))
-    return found
 
 
 def _keys(dicts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -90,7 +56,11 @@ def _shown(value: Any) -> str:
 
 
 def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    lines = [[title, *names], *([key, *values] for key, values in rows.items())]
+    return aligned([[title, *names], *([key, *values] for key, values in rows.items())])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(cells).rstrip() for cells in padded)

@@ -1,0 +1,223 @@
+"""Reads what a run has written so far, of any kind, while it goes on or after it was killed. Damage is listed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bevt_ds.config.files import CONFIG
+from bevt_ds.config.parse import to_dict
+from bevt_ds.config.recipes import RECIPES
+from bevt_ds.data.loader import LEDGER
+from bevt_ds.errors import UserError
+from bevt_ds.folders import CHECKPOINTS, LOG, MANIFEST, checkpoints
+from bevt_ds.runtime.lock import owner_of
+from bevt_ds.runtime.run_dir import CHANGES, PANELS, SAMPLES, SUMMARY
+from bevt_ds.runtime.run_record import RECORD, read_record
+
+OF_ONE_RUN = {"output_dir", "resume", "dry_run"}  # settings that say nothing of what is trained
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A checkpoint on disk."""
+
+    name: str
+    step: int
+    megabytes: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder as it was found. `damage`: what could not be read, a sentence each; the rest is still shown."""
+
+    folder: Path
+    settings: Mapping[str, Any]  # dotted key -> value
+    recipe_settings: Mapping[str, Any]  # of its recipe as it is today; empty where there is none of that name
+    rows: list[Row]  # of log.jsonl, by step
+    starts: list[Row]  # of run.json
+    changes: list[Row]  # overridden on resume
+    summary: Mapping[str, Any]
+    bad: Counter[tuple[str, str]]  # (stream, reason) -> samples
+    commits: list[Commit]  # the newest first
+    panels: list[tuple[int, Path]]  # by step, images of masked predictions; -1: of the end
+    running: str | None  # who holds the folder
+    damage: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name or str(self.folder)
+
+    @property
+    def last(self) -> Row:
+        """The last value of every logged field."""
+        return {key: value for row in self.rows for key, value in row.items()}
+
+    @property
+    def state(self) -> str:
+        """running, finished, or how it ended."""
+        if self.running:
+            return "running"
+        if not self.starts:
+            return "unknown"
+        return str(self.starts[-1].get("outcome", "killed"))
+
+    @property
+    def steps_done(self) -> int:
+        return int(self.rows[-1]["step"]) + 1 if self.rows else 0
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Updates done and the values of a logged field; of lines that have no number there, nothing."""
+        points = [(row["step"] + 1, row[name]) for row in self.rows if _is_number(row.get(name))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    @property
+    def waits(self) -> Counter[str]:
+        """What the data was short of, in how many log lines."""
+        return Counter(row["waits_for"] for row in self.rows if row.get("waits_for"))
+
+    def differences(self) -> dict[str, tuple[str, str]]:
+        """key -> the recipe's value and the run's, of settings that say what is trained."""
+        keys = [key for key in self.recipe_settings if key not in OF_ONE_RUN]
+        pairs = {key: (self.recipe_settings[key], self.settings.get(key)) for key in keys}
+        return {key: (str(a), str(b)) for key, (a, b) in pairs.items() if _plain(a) != _plain(b)}
+
+
+def read_run(folder: Path) -> Run:
+    """Everything that is there.
+
+    Raises:
+        UserError: no such folder, or no file of a run is in it.
+    """
+    written = (CONFIG, LOG, RECORD)
+    if not folder.is_dir() or not any((folder / name).exists() for name in written):
+        raise UserError(f"{folder} is not a run's folder: it holds none of {', '.join(written)}.")
+    damage: list[str] = []
+
+    def part(read: Callable[[], Any], default: Any) -> Any:
+        try:
+            return read()
+        except (UserError, OSError, UnicodeDecodeError) as error:
+            damage.append(str(error))
+            return default
+
+    settings = part(lambda: read_settings(folder), {})
+    return Run(
+        folder=folder,
+        settings=flat(settings),
+        recipe_settings=flat(recipe_settings(settings.get("recipe", ""))),
+        rows=part(lambda: read_rows(folder / LOG, damage), []),
+        starts=part(lambda: read_record(folder / RECORD), []),
+        changes=part(lambda: read_json(folder / CHANGES, list), []),
+        summary=part(lambda: read_json(folder / SUMMARY, dict), {}),
+        bad=part(lambda: bad_samples(folder / LEDGER), Counter()),
+        commits=[part(lambda c=c: read_commit(c), Commit(c.name, -1, 0.0, None)) for c in commits_of(folder)],
+        panels=list(panels_of(folder)),
+        running=part(lambda: owner_of(folder), None),
+        damage=damage,
+    )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The configuration of a run. UserError: there is none, or it is damaged."""
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} is not a run's folder: it has no {CONFIG}")
+    return read_json(folder / CONFIG, dict)
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """The content of a file of JSON; of one that is not there, nothing. UserError: it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return kind()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is damaged: it holds no {'settings' if kind is dict else 'list'}")
+    return value
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted keys, as `key=value` writes them."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def recipe_settings(name: str) -> dict[str, Any]:
+    """The settings of a recipe, nested; empty where there is none of this name."""
+    make = next((recipes[name] for recipes in RECIPES.values() if name in recipes), None)
+    return to_dict(make()) if make else {}
+
+
+def read_rows(path: Path, damage: list[str]) -> list[Row]:
+    """The lines of log.jsonl by step; no file: none. A torn last line is normal in a run that goes on."""
+    if not path.exists():
+        return []
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    rows, torn = [], 0
+    for line in lines:
+        row = _row(line)
+        torn += row is None
+        rows += [] if row is None else [row]
+    if torn:
+        damage.append(f"{path}: {torn} lines cannot be read and are left out")
+    rows += [row] if (row := _row(last)) else []
+    return sorted({row["step"]: row for row in rows}.values(), key=lambda row: row["step"])
+
+
+def _row(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def bad_samples(path: Path) -> Counter[tuple[str, str]]:
+    """How often each reason stands in bad_samples.jsonl, by stream; each sample once."""
+    places: dict[tuple, tuple[str, str]] = {}
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        try:
+            event = json.loads(line)
+            places[event["stream"], event["shard"], event["key"]] = (event["stream"], event["reason"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a kill cut short
+    return Counter(places.values())
+
+
+def commits_of(folder: Path) -> list[Path]:
+    return checkpoints(folder / CHECKPOINTS)
+
+
+def read_commit(folder: Path) -> Commit:
+    """What a checkpoint says of itself; its bytes are not verified here. UserError: its manifest is damaged."""
+    manifest = read_json(folder / MANIFEST, dict)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Commit(folder.name, int(folder.name.partition("-")[2]), size / 1e6, manifest.get("loss"))
+
+
+def panels_of(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Images of masked predictions by step, and at last that of the end."""
+    for path in sorted((folder / PANELS).glob("step-*.png")):
+        yield int(path.stem.partition("-")[2]), path
+    if (folder / SAMPLES).exists():
+        yield -1, folder / SAMPLES
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
