@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,14 @@ from torch import Tensor
 
 from bevt_ds.errors import UserError
 
-from .layouts import require_known
+from .containers import State
+from .layouts import identify
 from .windows import Size3, table_rows
 
-State = dict[str, Tensor]
-
 TABLE = "relative_position_bias_table"
-SPATIAL_WINDOW = (7, 7)  # of every published configuration; a checkpoint does not say it
-CONTAINERS = ("model", "module", "state_dict")
-PREFIXES = ("module.", "backbone.", "encoder.")
+INDEX = "relative_position_index"
+SPATIAL_WINDOW = (7, 7)  # of every published configuration of clips; a checkpoint need not say it
+INFLATED_TIME = 8  # tokens of time in the window of what was 2-D: the joint stage's
 
 RENAMES = (  # official name or prefix, ours
     ("mask_token", "mask_token.token"),
@@ -47,6 +46,11 @@ RENAMES = (  # official name or prefix, ours
 
 EXPECTED_UNUSED = (  # pattern of an official name, why it is not loaded
     (r"\.relative_position_index$|\.attn_mask$", "recomputed from the window's size"),
+    (r"^data_preprocessor\.", "mean and spread of pixels"),
+    (r"^norm\d\.", "norm of an earlier stage, for a detector"),
+    (r"^(neck|rpn_head|roi_head|bbox_head|mask_head|decode_head|auxiliary_head)\.", "a detector's"),
+    (r"^decoder\.", "SimMIM's decoder of pixels"),
+    (r"^steps$", "counter of running averages"),
     (r"^cls_head\.vae_encoder\.", "the tokenizer is loaded on its own"),
     (r"^ema_", "running averages of mmcv's EMA hook"),
 )
@@ -78,48 +82,33 @@ class Weights:
     may_be_fresh: tuple[str, ...] = ()  # prefixes of parameters that it may lack
     notes: tuple[str, ...] = ()
     source: Path = Path()  # filled in by whoever read the file
+    layout: str = "bevt_ds"  # whose names the file has
+    still: bool = False  # whether images alone decide it: clips' stem and tables are their inflation
 
 
-def unwrap(checkpoint: Any) -> State:
-    """The state dict inside a checkpoint's container, tensors only, names without wrapper prefixes.
+def from_state(state: State, spatial_window: tuple[int, int] | None = None) -> Weights:
+    """A state dict of any layout that is read, its names without wrappers' prefixes, as `Weights`.
 
-    Raises UserError where there is none.
+    A 2-D one, as of an image stream, is inflated to a window of 8 tokens of time, the joint stage's; its windows stay
+    as wide as they are. `spatial_window` is that of a 3-D one, where it is known. Raises UserError for another layout,
+    naming it.
     """
-    for key in CONTAINERS:
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
-    if not isinstance(checkpoint, dict) or not any(isinstance(v, Tensor) for v in checkpoint.values()):
-        raise UserError("holds no state dict: expected tensors by name, or them under model, module or state_dict")
-    return {strip(key): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
-
-
-def strip(key: str) -> str:
-    """Remove the wrappers' prefixes, each at most once and in the original loader's order."""
-    for prefix in PREFIXES:
-        key = key.removeprefix(prefix)
-    return key
-
-
-def from_official(state: State, spatial_window: tuple[int, int] = SPATIAL_WINDOW) -> Weights:
-    """A joint, fine-tuned or image-stream checkpoint of the original, its names stripped, as `Weights`.
-
-    An image-stream checkpoint (2-D), and one of Microsoft's Swin, is inflated to a window of 8 tokens of time, the
-    joint stage's. Raises UserError for another layout, naming it.
-    """
-    require_known(state)
+    layout = identify(state)
+    state = layout.read(state)
     if state["patch_embed.proj.weight"].ndim == 4:
-        return _from_image_stream(state)
+        return replace(_from_image_stream(state), layout=layout.name)
+    window = infer_window(state, spatial_window)
     state, unused = split_unused(state, EXPECTED_UNUSED)
-    arch = infer_arch(state, infer_window(state, spatial_window))
+    arch = infer_arch(state, window)
     if "patch_embed_2d.proj.weight" in state:
         arch["image_windows"] = "official"
-    return Weights(rename(state), arch, unused)
+    return Weights(rename(state), arch, unused, layout=layout.name)
 
 
 def _from_image_stream(state: State) -> Weights:
-    window = (8, *SPATIAL_WINDOW)
     state, unused = split_unused(state, EXPECTED_UNUSED_2D)
+    side = (isqrt(_rows(state)) + 1) // 2
+    window = (INFLATED_TIME, side, side)
     inflated, replaced = inflate(state, window, patch_time=2)
     return Weights(
         rename(inflated),
@@ -127,7 +116,12 @@ def _from_image_stream(state: State) -> Weights:
         unused | replaced,
         FRESH_AFTER_2D,
         (f"image-stream checkpoint inflated to 3-D, window {window}",),
+        still=True,
     )
+
+
+def _rows(state: State) -> int:
+    return next((len(value) for name, value in state.items() if name.endswith(TABLE)), 0)
 
 
 def split_unused(state: State, patterns: tuple[tuple[str, str], ...]) -> tuple[State, dict[str, str]]:
@@ -148,8 +142,13 @@ def rename(state: State) -> State:
     """Official names and shapes to ours. Raises UserError for names that belong to neither."""
     unknown = sorted(key for key in state if our_name(key) is None)
     if unknown:
-        raise UserError(f"has tensors that no BEVT model has: {', '.join(unknown[:5])}")
+        raise UserError(f"has tensors that no BEVT model has: {listed(unknown)}")
     return {our_name(key): _reshape(key, value) for key, value in state.items()}
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Names in a message: all, or the first and how many more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _reshape(key: str, value: Tensor) -> Tensor:
@@ -160,16 +159,27 @@ def _reshape(key: str, value: Tensor) -> Tensor:
     return value.flatten() if key == "mask_token" else value
 
 
-def infer_window(state: State, spatial: tuple[int, int]) -> Size3:
-    """The 3-D window of official bias tables, from their rows and the spatial window."""
-    rows = next((v.shape[0] for k, v in state.items() if k.endswith(TABLE)), 0)
-    offsets, rest = divmod(rows, table_rows((1, *spatial)))
-    if rest or offsets % 2 == 0:
-        raise UserError(
-            f"has bias tables of {rows} rows, which no window of (time, {spatial[0]}, {spatial[1]}) has: "
-            'state its window in a config.json beside it: {"format": "bevt_ds", "arch": {"window": [T, H, W]}}'
-        )
-    return ((offsets + 1) // 2, *spatial)
+def infer_window(state: State, spatial: tuple[int, int] | None = None) -> Size3:
+    """The 3-D window of bias tables: (time, *spatial) from their rows; unless `spatial` is given, a square one.
+
+    The number of tokens of a window, where an index of the pairs is saved, decides between several that have as many
+    rows; else the published 7x7 goes first. Raises UserError where none fits, or several do.
+    """
+    rows, index = _rows(state), next((v for name, v in state.items() if name.endswith(INDEX)), None)
+    tokens = isqrt(index.numel()) if index is not None else None  # torchvision saves it flat
+    fitting = []
+    for height, width in [spatial] if spatial else [(side, side) for side in range(2, 65)]:
+        offsets, rest = divmod(rows, table_rows((1, height, width)))
+        window = ((offsets + 1) // 2, height, width)
+        if not rest and offsets % 2 and (spatial or tokens in (None, prod(window))):
+            fitting.append(window)
+    published = [window for window in fitting if window[1:] == SPATIAL_WINDOW]
+    if len(chosen := published or fitting) == 1:
+        return chosen[0]
+    raise UserError(
+        f"has bias tables of {rows} rows, which {'several windows have' if fitting else 'no such window has'}:"
+        ' state its window in a config.json next to it: {"format": "bevt_ds", "arch": {"window": [T, H, W]}}'
+    )
 
 
 def infer_arch(state: State, window: Size3) -> dict[str, Any]:
@@ -234,6 +244,14 @@ def inflate_table(table: Tensor, window: Size3) -> Tensor:
     return table.repeat(time, 1)
 
 
+def fit_table(table: Tensor, source: Size3, target: Size3, still: bool) -> Tensor:
+    """A bias table of window `source` for window `target`: as an image's where it is `still`, see `inflate_table`."""
+    if len(table) != table_rows(source):
+        raise UserError(f"has a bias table of {len(table)} rows, which its window {source} has not")
+    plane = table[: table_rows((1, *source[1:]))]
+    return inflate_table(plane, target) if still and source[1] == source[2] else resize_table(table, source, target)
+
+
 def resize_table(table: Tensor, source: Size3, target: Size3) -> Tensor:
     """A 3-D bias table of window `source` for window `target`, trilinear, as the original's fine-tuning loader."""
     (t, h, w), size = (tuple(2 * extent - 1 for extent in window) for window in (source, target))
@@ -278,4 +296,4 @@ def spread_image_stream(weights: Weights) -> Weights:
     stem = rearrange(state["image_embed.proj.weight"], "o (c h w) -> o c h w", h=height, w=width)
     stem = repeat(stem, "o c h w -> o (c t h w)", t=patch_time) / patch_time
     state["encoder.patch_embed.proj.weight"] = stem
-    return replace(weights, state=state, notes=("image-only model: tables and clip stem spread over time",))
+    return replace(weights, state=state, notes=("image-only model: tables and clip stem spread over time",), still=True)

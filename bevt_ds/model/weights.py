@@ -14,27 +14,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from bevt_ds.errors import UserError
-from bevt_ds.folders import weights_of
+from bevt_ds.folders import WEIGHTS, weights_of
 
 from .arch import SwinArch
-from .convert import (
-    SPATIAL_WINDOW,
-    TABLE,
-    State,
-    Weights,
-    from_official,
-    resize_table,
-    unwrap,
-    without_untrained,
-)
+from .containers import State, contained, deepspeed_folder, read_deepspeed, read_file, strip
+from .convert import TABLE, Weights, fit_table, from_state, listed, without_untrained
 from .tensor_file import write_tensors
-from .windows import Size3, table_rows
+from .windows import Size3
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT = "bevt_ds"
@@ -143,59 +132,82 @@ def load_init(model: PretrainedMixin, path: str | Path, head: bool = True) -> Lo
 
 
 def read_weights(path: Path) -> Weights:
-    """Read what `path` means (`folders.weights_of`): a folder of ours or a file of others (.pth, .safetensors)."""
+    """Read what `path` means (`folders.weights_of`): a folder of ours, of DeepSpeed or of Hugging Face, or a file."""
     path = weights_of(path)
     if path.name == TENSORS and "model" in (_read_config(path.parent / CONFIG) or {}):
         path = path.parent  # the file of a folder of ours
     try:
-        return _read_folder(path) if path.is_dir() else _read_official(path)
+        return replace(_read(path), source=path)
     except UserError as error:
         raise UserError(f"{path} {error}") from error
+
+
+def _read(path: Path) -> Weights:
+    if not path.is_dir():
+        return _read_others(path)
+    if _read_config(path / CONFIG) is None:
+        if (engine := deepspeed_folder(path)) is not None:
+            return _read_engine(engine)
+        if (path / TENSORS).is_file() and "model_type" in _json(path / CONFIG):
+            return _read_others(path / TENSORS)
+    return _read_folder(path)
 
 
 def _read_folder(folder: Path) -> Weights:
     config = _read_config(folder / CONFIG)
     if config is None or not (folder / TENSORS).is_file():
         raise UserError(f"is not a model folder: it needs {TENSORS} and a {CONFIG} of this project")
+    return _of_config(config, read_file(folder / TENSORS), folder)
+
+
+def _of_config(config: dict[str, Any], state: State, source: Path) -> Weights:
+    """Tensors in our names, and the config.json that says what they are of."""
     if missing := {"model", "streams", "arch"} - config.keys():
-        raise UserError(f"has a {CONFIG} without {', '.join(sorted(missing))}: write it anew with save_pretrained")
-    state = _read_tensors(folder / TENSORS)
+        raise UserError(f"has a {CONFIG} without {', '.join(sorted(missing))}: write it again with save_pretrained")
     if config["model"] == "VideoSwin":
-        state = {ENCODER + name: value for name, value in state.items()}
-    return without_untrained(Weights(state, config["arch"], source=folder), config["streams"])
+        state = {ENCODER + name.removeprefix(ENCODER): value for name, value in state.items()}
+    return without_untrained(Weights(state, config["arch"], source=source), config["streams"])
 
 
-def _read_official(path: Path) -> Weights:
-    """An official file; a config.json of ours beside it may state the spatial window, which the file does not."""
-    config = _read_config(path.parent / CONFIG)
-    spatial = tuple(config["arch"]["window"][1:]) if config else SPATIAL_WINDOW
-    weights = from_official(unwrap(_read_tensors(path)), spatial)
-    return replace(weights, source=path)
+def _read_others(path: Path) -> Weights:
+    """A file of others; a config.json of ours next to it may state the spatial window, where the file does not."""
+    config, checkpoint = _read_config(path.parent / CONFIG), read_file(path)
+    note, state = contained(checkpoint)
+    weights = from_state(_stripped(state), tuple(config["arch"]["window"][1:]) if config else None)
+    return replace(weights, notes=(*weights.notes, note) if note else weights.notes)
+
+
+def _stripped(state: State) -> State:
+    """Names without wrappers' prefixes. Raises UserError where two tensors would have one name."""
+    names = Counter(map(strip, state))
+    if twice := [name for name, number in names.items() if number > 1]:
+        raise UserError(f"holds several networks: {', '.join(twice[:3])} and others appear more than once")
+    return {strip(name): value for name, value in state.items()}
+
+
+def _read_engine(folder: Path) -> Weights:
+    """DeepSpeed's folder: of a run of ours where the weights of that checkpoint lie next to it, or of anybody's."""
+    state = read_deepspeed(folder)
+    near = (parent / WEIGHTS / CONFIG for parent in (folder, *folder.parents[:2]))
+    config = next(filter(None, map(_read_config, near)), None)
+    if config is not None:
+        return _of_config(config, {name.removeprefix("module."): value for name, value in state.items()}, folder)
+    return from_state(_stripped(state))
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     """A config.json of ours, or None: folders of weights often hold somebody else's."""
+    config = _json(path)
+    return config if config.get("format") == FORMAT else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return None
-    return config if isinstance(config, dict) and config.get("format") == FORMAT else None
-
-
-def _read_tensors(path: Path) -> Any:
-    """What a .safetensors or PyTorch file holds, on the CPU. Nothing but tensors and plain data is ever unpickled."""
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"is not a safetensors file: {error}") from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign pickle can fail in any way
-        raise UserError(
-            f"is not a checkpoint that can be read without running its code: give a folder with {CONFIG} and {TENSORS},"
-            " or a file of plain tensors"
-        ) from error
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _load(model: nn.Module, weights: Weights) -> LoadReport:
@@ -264,10 +276,10 @@ def _fit_tables(state: State, weights: Weights, target: Size3) -> State:
     if source == target:
         return {}
     tables = {name: table for name, table in state.items() if name.endswith(TABLE)}
-    for name, table in tables.items():
-        if len(table) != table_rows(source):
-            raise UserError(f"{weights.source} has {len(table)} rows in {name}, its window {source} has not")
-    return {name: resize_table(table, source, target) for name, table in tables.items()}
+    try:
+        return {name: fit_table(table, source, target, weights.still) for name, table in tables.items()}
+    except UserError as error:
+        raise UserError(f"{weights.source} {error}") from error
 
 
 def _check_names(own: State, state: State, weights: Weights) -> list[str]:
@@ -278,5 +290,5 @@ def _check_names(own: State, state: State, weights: Weights) -> list[str]:
     shapes = [n for n in state if n in own and state[n].shape != own[n].shape]
     for problem, names in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", shapes)):
         if names:
-            raise UserError(f"{weights.source} is not of this model: it {problem} {', '.join(names[:4])}")
+            raise UserError(f"{weights.source} is not of this model: it {problem} {listed(names)}")
     return fresh

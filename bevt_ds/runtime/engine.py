@@ -30,6 +30,7 @@ from bevt_ds.batch import Batch
 from bevt_ds.config.deepspeed import resolve
 from bevt_ds.config.schema import AdamWConfig, TrainingConfig
 from bevt_ds.errors import UserError
+from bevt_ds.model.containers import FROZEN
 from bevt_ds.runtime.distributed import Ranks, choose_rendezvous
 from bevt_ds.runtime.pieces import COUNTERS, MOMENTS, WEIGHTS, Piece, SavedPieces, Snapshot, share, take_snapshot
 
@@ -37,7 +38,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # All that DeepSpeed's shards of stages 0-3 need beyond tensors and plain containers.
 SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 TAG = "state"
-FROZEN = "frozen.safetensors"  # next to DeepSpeed's shards, in checkpoints of earlier versions
 COUNTED = ("skipped_steps", "global_steps", "global_samples")  # what DeepSpeed's engine counts
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes in its dynamic loss scaler
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from bevt_ds import VideoSwin
 from bevt_ds.kernels import reference, torch_ops
-from bevt_ds.model.convert import rename, strip
+from bevt_ds.model.containers import strip
+from bevt_ds.model.convert import rename
 from bevt_ds.model.layers import MaskToken, PatchEmbed
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "stage1.safetensors"

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from bevt_ds import VideoSwin, load_tokenizer
-from bevt_ds.model.convert import inflate, rename, resize_table, strip, unwrap
+from bevt_ds.model.containers import strip, unwrap
+from bevt_ds.model.convert import inflate, rename, resize_table
 from bevt_ds.model.layers import LMHead, MaskToken, PatchEmbed
 
 FEATURES = 1e-5  # of the maximum

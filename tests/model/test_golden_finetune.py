@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from bevt_ds import VideoClassifier, VideoSwin
-from bevt_ds.model.convert import inflate, our_name, rename, resize_table, strip, unwrap
+from bevt_ds.model.containers import strip, unwrap
+from bevt_ds.model.convert import inflate, our_name, rename, resize_table
 from bevt_ds.model.weights import read_weights
 
 FEATURES = 1e-5  # of the maximum, as for the joint model

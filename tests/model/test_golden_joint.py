@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bevt_ds import BEVT, Batch
-from bevt_ds.model.convert import our_name, rename, strip
+from bevt_ds.model.containers import strip
+from bevt_ds.model.convert import our_name, rename
 
 FEATURES = 1e-5  # the golden README's bound; an eps of 1e-6 in LayerNorm gives 2e-5
 GRADIENTS = 1e-4  # of the tensor's maximum: same source

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.recipes import demo
 from bevt_ds.config.schema import Config
+from bevt_ds.model.containers import read_deepspeed
 from bevt_ds.runtime.checkpoint import Facts
 from bevt_ds.runtime.continuing import Build, begin_engine
 from bevt_ds.runtime.distributed import Ranks
@@ -225,11 +226,15 @@ def old_format(build: Build, accumulation: int, folder: Path) -> dict[str, Any]:
     if engine.ranks.is_main:
         save_file(engine._frozen, folder / TAG / FROZEN)
     engine.ranks.barrier()
+    half_way, gathered = engine.weights(), read_deepspeed(folder / TAG)
     again.load(folder)
     for one in (engine, again):
         advance(one, range(SAVED, STEPS), accumulation)
     whole, resumed = engine.weights(), again.weights()
-    return {"resumed exactly": all(torch.equal(whole[n], resumed[n]) for n in whole)}
+    return {
+        "resumed exactly": all(torch.equal(whole[n], resumed[n]) for n in whole),
+        "gathered": not engine.stage or all(torch.equal(half_way[n], gathered[n]) for n in half_way),
+    }
 
 
 def main(folder: Path, words: list[str]) -> None:
