@@ -1,7 +1,10 @@
 """Streams of bytes from URLs, with a bound on every wait.
 
 http and https are read with the standard library, all else (s3, gs, hf, ...) with fsspec and its package for that
-scheme. `pipe:COMMAND` runs a shell and reads what it prints; shards.py lets it through only where that is allowed.
+scheme. The client for HTTP in fsspec 2026.9 does not serve: `cat_file` loses what came before a cut and tells no status
+or ETag, `ukey` is the same for every version of a file, and `size` turns a 500 into FileNotFoundError.
+
+`pipe:COMMAND` runs a shell and reads what it prints; shards.py lets it through only where that is allowed.
 """
 
 from __future__ import annotations
