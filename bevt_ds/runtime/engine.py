@@ -7,7 +7,6 @@ factor `world` in `backward`; its division by the accumulation steps is switched
 
 from __future__ import annotations
 
-import ctypes
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +39,6 @@ SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 TAG = "state"
 COUNTED = ("skipped_steps", "global_steps", "global_samples")  # what DeepSpeed's engine counts
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes in its dynamic loss scaler
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 # DeepSpeed calls collectives by names that newer torch wants replaced; no one who trains can do anything about it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
@@ -63,7 +61,6 @@ def start_ranks() -> Ranks:
     if accelerator.device_name() == "cpu":
         # Its shared-memory all-reduce compiles for over a minute at the first start; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _keep_freed_memory()
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
@@ -349,17 +346,6 @@ def _cast(value: Batch | Tensor | None, dtype: torch.dtype) -> Batch | Tensor | 
     if isinstance(value, Batch):
         return value.cast(dtype)
     return value.to(dtype) if value is not None and value.is_floating_point() else value
-
-
-def _keep_freed_memory() -> None:
-    """Stop glibc from handing large buffers back to the system: a step would fetch the same pages every time.
-
-    On 2 cores page faults were 6 to 12 % of a small step; the peak of the memory stays the same.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # other C libraries have none
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _optimizer(groups: list[dict[str, Any]], optim: AdamWConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:

@@ -2,9 +2,6 @@
 
 import json
 import os
-import platform
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +18,6 @@ from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine, load_shard
 from bevt_ds.train.pretraining import make_tokenizer
-from tests.training.processes import ROOT
 
 
 class Hostile:
@@ -70,29 +66,3 @@ def test_deepspeed_checkpoint_objects_are_read(tmp_path):
     loaded = load_shard(str(tmp_path / "shard.pt"))
     assert loaded["tensor"].tolist() == [0, 1, 2]
     assert loaded["stage"] == ZeroStageEnum.weights
-
-
-FAULTS = """
-import resource
-import torch
-from bevt_ds.runtime.engine import _keep_freed_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(8):
-        torch.empty(16 * 2**20).fill_(1.0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-loose = faults()
-_keep_freed_memory()
-faults()
-print(loose, faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc hands freed memory back that eagerly")
-def test_freed_host_memory_is_kept():
-    """Buffers of 64 MB that come and go: afterwards their pages are not fetched anew."""
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, cwd=ROOT, check=True)
-    loose, kept = map(int, done.stdout.split()[-2:])
-    assert kept < loose / 10
