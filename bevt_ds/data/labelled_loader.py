@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,13 +19,13 @@ from bevt_ds.data.labelled_reader import LabelledShards, TrainingReader, ViewRea
 from bevt_ds.data.labels import Classes, expected_count, read_classes
 from bevt_ds.data.ledger import Ledger, Skips, StageTimes
 from bevt_ds.data.limits import BadSample
-from bevt_ds.data.loader import ALONE, LEDGER, BackgroundLoader, Ranks, SideStream
+from bevt_ds.data.loader import ALONE, LEDGER, BackgroundLoader, RankReader, Ranks
 from bevt_ds.data.open_stream import open_resources
 from bevt_ds.data.plan import LabelledPlan, StreamId, ViewPlan, slots_of
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.remote import redacted
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.stream import PendingBatch
+from bevt_ds.data.stream import PendingBatch, Resources
 from bevt_ds.errors import UserError
 
 TRIED = 8  # videos of a set that are tried before the start, at most
@@ -42,8 +42,8 @@ class Batching(Protocol):
     def streams(self) -> dict[str, tuple[int, int]]: ...
 
 
-class LabelledBatchReader:
-    """Makes the micro-batches of one rank, as BatchReader does for pretraining."""
+class LabelledBatchReader(RankReader):
+    """Makes the micro-batches of labelled videos. The arguments: see RankReader."""
 
     def __init__(
         self,
@@ -58,46 +58,24 @@ class LabelledBatchReader:
         need_shards("data.train", config.train)
         if config.val:
             check_holds_crop("data.short_side", config.short_side, config.size)
-        self._ranks, self._device = ranks, torch.device(device)
-        self.is_on_gpu = self._device.type == "cuda"
-        self._context = SideStream(self._device).context if self.is_on_gpu else nullcontext
-        global_size, self._micro_size = train.streams["clips"]
-        self.skips, self.times = Skips(state), StageTimes()
-        ledger = Ledger(StreamId.LABELLED, folder and folder / LEDGER, self.skips)
-        self.ledgers, self.decoder_choices = {ledger.stream: ledger}, {}
-        with ExitStack() as resources:
-            shared = open_resources(config, True, self.times, resources)
-            shards = shared.storage.shards(config.train, "video")
-            self.val_shards = shared.storage.shards(config.val, "video") if config.val else []
-            self.classes = read_classes(shards, self.val_shards, config.classes)
-            data = LabelledShards.of(shards, self.classes)
-            require_decodable({"data.train": shards, "data.val": self.val_shards}, config, shared.storage, shared.pool)
-            self.fingerprint, self._pool = _fingerprint(shards), shared.pool
-            plan = LabelledPlan(data.counts, config, train.seed, global_size)
-            self._clips = TrainingReader(plan, data, config, shared, ledger, self._device)
-            self._resources = resources.pop_all()
+        self._config, self._seed = config, train.seed
+        self._global_size, micro_size = train.streams["clips"]
+        super().__init__(config, {StreamId.LABELLED: micro_size}, ranks, device, folder, state)
 
-    @property
-    def videos(self) -> int:
-        return self._clips.plan.order.total
+    def _open(self, shared: Resources) -> dict[StreamId, TrainingReader]:
+        config, storage = self._config, shared.storage
+        shards = storage.shards(config.train, "video")
+        self.val_shards = storage.shards(config.val, "video") if config.val else []
+        self.classes = read_classes(shards, self.val_shards, config.classes)
+        data = LabelledShards.of(shards, self.classes)
+        require_decodable({"data.train": shards, "data.val": self.val_shards}, config, storage, shared.pool)
+        self.fingerprint, self.videos = _fingerprint(shards), sum(data.counts)
+        plan = LabelledPlan(data.counts, config, self._seed, self._global_size)
+        ledger = self.ledgers[StreamId.LABELLED]
+        return {StreamId.LABELLED: TrainingReader(plan, data, config, shared, ledger, self._device)}
 
-    @property
-    def worker_pids(self) -> list[int]:
-        """The decode processes."""
-        return self._pool.pids
-
-    def begin(self, step: int, micro_step: int) -> PendingBatch:
-        """Start on a micro-batch."""
-        return self._clips.begin(step, slots_of(micro_step, self._ranks.rank, self._ranks.world, self._micro_size))
-
-    def finish(self, pending: PendingBatch) -> LabelledBatch:
-        """Wait for a micro-batch that was begun."""
-        with self._context():
-            return self._clips.finish(pending).to(self._device, non_blocking=True)
-
-    def close(self) -> None:
-        """End the decode processes and threads."""
-        self._resources.close()
+    def _joined(self, parts: dict[StreamId, LabelledBatch]) -> LabelledBatch:
+        return parts[StreamId.LABELLED]
 
 
 class LabelledLoader(BackgroundLoader):

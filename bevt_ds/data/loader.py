@@ -9,8 +9,9 @@ import hashlib
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -30,7 +31,7 @@ from bevt_ds.data.plan import StreamId, slots_of
 from bevt_ds.data.reading.deadline import StorageStalled
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.storage import Storage
-from bevt_ds.data.stream import PendingBatch
+from bevt_ds.data.stream import PendingBatch, Resources, StreamReader
 
 LEDGER = "bad_samples.jsonl"
 
@@ -90,65 +91,44 @@ def record_stream(batch: Batch | Stream | LabelledBatch) -> None:
             value.record_stream(torch.cuda.current_stream(value.device))
 
 
-class BatchReader:
+class RankReader(ABC):
     """Makes the micro-batches of one rank. `begin` starts reading and decoding, `finish` assembles.
 
-    device: where the micro-batches end up. folder: where bad samples are listed. state: what an earlier run must pass
-    on, see Loader.state.
+    micro_sizes: the samples that a micro-batch takes of each stream. device: where the micro-batches end up. folder:
+    where bad samples are listed. state: what an earlier run must pass on, see BackgroundLoader.state.
     """
+
+    fingerprint: str  # digest of the samples of all shards
 
     def __init__(
         self,
-        config: Config,
-        sources: Sequence[Source],
+        config: ReadingConfig,
+        micro_sizes: Mapping[StreamId, int],
         ranks: Ranks,
         device: torch.device | str,
         folder: Path | None,
-        state: dict[str, Any] | None = None,
+        state: dict[str, Any] | None,
     ) -> None:
-        self._rank, self._world = ranks.rank, ranks.world
-        self._micro_sizes = {s.stream: s.micro_size for s in sources}
-        self._max_bad_fraction = config.data.max_bad_fraction
+        self._rank, self._world, self._micro_sizes = ranks.rank, ranks.world, micro_sizes
+        self._device = torch.device(device)
+        self.is_on_gpu = self._device.type == "cuda"
+        self._context = SideStream(self._device).context if self.is_on_gpu else nullcontext
         self.skips, self.times = Skips(state), StageTimes()
-        self.ledgers = {s.stream: Ledger(s.stream, folder and folder / LEDGER, self.skips) for s in sources}
-        device = self._device = torch.device(device)
-        self.is_on_gpu = device.type == "cuda"
-        self._context = SideStream(device).context if self.is_on_gpu else nullcontext
+        self.ledgers = {stream: Ledger(stream, folder and folder / LEDGER, self.skips) for stream in micro_sizes}
+        self.decoder_choices: dict[str, str] = {}  # where streams are decoded, by names, if there was a choice
         with ExitStack() as resources:
-            has_videos = any(source.stream.kind == "video" for source in sources)
-            shared = open_resources(config.data, has_videos, self.times, resources)
-            shards = {s.stream: _samples(s, shared.storage, config.data.holdout) for s in sources}
-            self.samples = {s.kind: sum(map(len, parts)) for s, parts in shards.items()}
-            self.fingerprint, self._pool = _fingerprint(shards), shared.pool
-            known = resumed_decoders(state, config.data.decoder, self.is_on_gpu)
-            self.decoders = {
-                s.stream: known.get(s.stream.name)
-                or decoder_of(s, shards[s.stream], config, shared, device, self.fingerprint)
-                for s in sources
-            }
-            self._readers = {
-                s.stream: open_reader(
-                    s, shards[s.stream], config, shared, device, self.decoders[s.stream], self.ledgers[s.stream]
-                )
-                for s in sources
-            }
+            has_videos = any(stream.kind == "video" for stream in micro_sizes)
+            shared = open_resources(config, has_videos, self.times, resources)
+            self._pool, self._readers = shared.pool, self._open(shared)
             self._resources = resources.pop_all()
 
-    @property
-    def decoder_choices(self) -> dict[str, str]:
-        """Where streams are decoded, by names, for `resumed_decoders`; without a GPU there was no choice."""
-        return {stream.name: decoder for stream, decoder in self.decoders.items()} if self.is_on_gpu else {}
+    @abstractmethod
+    def _open(self, shared: Resources) -> dict[StreamId, Any]:
+        """A reader for each stream. Sets `fingerprint`."""
 
-    @property
-    def steps_an_epoch(self) -> float:
-        """Steps in which each sample of the first stream is read once."""
-        plan = next(iter(self._readers.values())).plan
-        return plan.order.total * plan.clips_per_sample / plan.global_size
-
-    def require_few_bad(self) -> None:
-        """DataLimitError: this rank's bad samples are over the budget."""
-        for ledger in self.ledgers.values():
-            require_few_bad(ledger.kind, ledger.good, ledger.bad, self._max_bad_fraction, ledger.path)
+    @abstractmethod
+    def _joined(self, parts: dict[StreamId, Any]) -> Batch | LabelledBatch:
+        """The micro-batch of what the streams' readers have made."""
 
     @property
     def worker_pids(self) -> list[int]:
@@ -162,11 +142,10 @@ class BatchReader:
             for stream, reader in self._readers.items()
         }
 
-    def finish(self, pending: dict[StreamId, PendingBatch]) -> Batch:
+    def finish(self, pending: dict[StreamId, PendingBatch]) -> Batch | LabelledBatch:
         """Wait for a micro-batch that was begun."""
         with self._context():
-            streams = {self._readers[s].plan.kind: self._readers[s].finish(part) for s, part in pending.items()}
-            batch = Batch(streams.get("video"), streams.get("image"))
+            batch = self._joined({stream: self._readers[stream].finish(part) for stream, part in pending.items()})
             if not self.is_on_gpu:
                 return batch
             with self.times.measured("copy"):
@@ -175,6 +154,52 @@ class BatchReader:
     def close(self) -> None:
         """End the decode processes and reading threads."""
         self._resources.close()
+
+
+class BatchReader(RankReader):
+    """Makes the micro-batches of pretraining. The arguments: see RankReader."""
+
+    def __init__(
+        self,
+        config: Config,
+        sources: Sequence[Source],
+        ranks: Ranks,
+        device: torch.device | str,
+        folder: Path | None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self._config, self._sources, self._state = config, sources, state
+        super().__init__(config.data, {s.stream: s.micro_size for s in sources}, ranks, device, folder, state)
+
+    def _open(self, shared: Resources) -> dict[StreamId, StreamReader]:
+        config, device = self._config, self._device
+        shards = {s.stream: _samples(s, shared.storage, config.data.holdout) for s in self._sources}
+        self.samples = {stream.kind: sum(map(len, parts)) for stream, parts in shards.items()}
+        self.fingerprint = _fingerprint(shards)
+        known = resumed_decoders(self._state, config.data.decoder, self.is_on_gpu)
+        readers = {}
+        for s in self._sources:
+            samples = shards[s.stream]
+            decoder = known.get(s.stream.name) or decoder_of(s, samples, config, shared, device, self.fingerprint)
+            readers[s.stream] = open_reader(s, samples, config, shared, device, decoder, self.ledgers[s.stream])
+            if self.is_on_gpu:
+                self.decoder_choices[s.stream.name] = decoder
+        return readers
+
+    def _joined(self, parts: dict[StreamId, Stream]) -> Batch:
+        streams = {stream.kind: part for stream, part in parts.items()}
+        return Batch(streams.get("video"), streams.get("image"))
+
+    @property
+    def steps_an_epoch(self) -> float:
+        """Steps in which each sample of the first stream is read once."""
+        plan = next(iter(self._readers.values())).plan
+        return plan.order.total * plan.clips_per_sample / plan.global_size
+
+    def require_few_bad(self) -> None:
+        """DataLimitError: this rank's bad samples are over the budget."""
+        for ledger in self.ledgers.values():
+            require_few_bad(ledger.kind, ledger.good, ledger.bad, self._config.data.max_bad_fraction, ledger.path)
 
 
 @dataclass(frozen=True)
@@ -190,12 +215,14 @@ class BackgroundLoader:
 
     Batches are prepared in a background thread. Use as a context manager, or call `close`.
 
-    reader: a BatchReader, or what serves as one; `close` closes it. ranks: `next` sums a short list of integers over
+    reader: its batches are handed out; `close` closes it. ranks: `next` sums a short list of integers over
     them once, in the caller's thread, so that all ranks find at the same micro-batch that there are too many bad
     samples, or that one of them cannot go on. start_step: the first step.
     """
 
-    def __init__(self, reader: Any, micro_steps: int, config: ReadingConfig, ranks: Ranks, start_step: int = 0) -> None:
+    def __init__(
+        self, reader: RankReader, micro_steps: int, config: ReadingConfig, ranks: Ranks, start_step: int = 0
+    ) -> None:
         self.micro_steps = micro_steps
         self._reader, self._config, self._ranks = reader, config, ranks
         self._ready: queue.Queue[_Prepared] = queue.Queue(config.prefetch)
