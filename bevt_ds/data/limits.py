@@ -1,4 +1,4 @@
-"""What may be decoded at all, and the exception for what may not."""
+"""What may be decoded at all, the exception for what may not, and what a container claims."""
 
 from __future__ import annotations
 
@@ -51,3 +51,15 @@ class Limits:
         size = 3 * frames * width * height
         if size > self.clip_bytes:
             raise BadSample(f"its clip would take {size} bytes, over data.max_clip_bytes={self.clip_bytes}")
+
+
+@dataclass(frozen=True)
+class Container:
+    """The claims of a container's header about its first video stream."""
+
+    name: str  # "mp4", "fragmented mp4", "matroska" or "avi"
+    width: int
+    height: int
+    frames: int | None  # None: it does not say, or an edit list may hide some
+    codec: str = ""  # as it is named there; "": that is left to FFmpeg
+    may_be_turned: bool = False  # to be shown

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 
-from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.limits import BadSample, Container, Limits
 
 MAGIC, KIND = b"RIFF", b"AVI "  # bytes 0 to 3 and 8 to 11
 
 
-def check_avi(data: bytes, limits: Limits) -> tuple[int, int]:
-    """(width, height) of the first video stream. BadSample: a chunk is outside the file, or there is no video."""
+def check_avi(data: bytes, limits: Limits) -> Container:
+    """The first video stream's size. BadSample: a chunk is outside the file, or there is no video."""
     at = 0
     while at + 12 <= len(data):
         name, size = struct.unpack_from("<4sI", data, at)
@@ -21,7 +21,7 @@ def check_avi(data: bytes, limits: Limits) -> tuple[int, int]:
         at += 8 + size + size % 2
     width, height = _video_format(data, 12, 8 + struct.unpack_from("<I", data, 4)[0])
     limits.check_size(width, height)
-    return width, height
+    return Container("avi", width, height, frames=None)
 
 
 def _video_format(data: bytes, start: int, end: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.limits import BadSample, Container, Limits
 
 MAGIC = b"\x1a\x45\xdf\xa3"
 SEGMENT, CLUSTER, TRACKS, TRACK = 0x18538067, 0x1F43B675, 0x1654AE6B, 0xAE
@@ -30,11 +30,8 @@ class Facts:
     may_be_turned: bool = False
 
 
-def check_matroska(data: bytes, limits: Limits) -> tuple[int, int, int, bool]:
-    """(width, height, frames) of the first video track, and whether a track may be turned.
-
-    BadSample: an element is cut or outside its parent.
-    """
+def check_matroska(data: bytes, limits: Limits) -> Container:
+    """The first video track; any of them may be turned. BadSample: an element is cut or outside its parent."""
     facts = Facts()
     for element, start, end in _elements(data):
         if element == TRACK:
@@ -51,7 +48,7 @@ def check_matroska(data: bytes, limits: Limits) -> tuple[int, int, int, bool]:
     number, (width, height) = next(iter(facts.videos.items()))
     limits.check_size(width, height)
     limits.check_frames(facts.blocks.get(number, 0))
-    return width, height, facts.blocks[number], facts.may_be_turned
+    return Container("matroska", width, height, facts.blocks[number], may_be_turned=facts.may_be_turned)
 
 
 def _elements(data: bytes) -> Iterator[tuple[int, int, int]]:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.limits import BadSample, Container, Limits
 
 FIRST = frozenset(  # what an MP4 is known by
     {"ftyp", "styp", "moov", "mdat", "free", "skip", "wide", "pnot", "uuid", "meta", "sidx", "pdin", "udta", "junk"}
@@ -37,20 +36,7 @@ _SAMPLE_SIZE = 0x200
 Box = tuple[str, int, int]  # name, first and last + 1 byte of its content
 
 
-@dataclass(frozen=True)
-class Track:
-    """A video track as its tables describe it."""
-
-    width: int
-    height: int
-    frames: int  # samples that are not empty
-    edited: bool  # an edit list may hide some of them
-    codec: str  # of its sample description
-    is_fragmented: bool  # its samples may lie in fragments too
-    may_be_turned: bool  # a matrix of the file says how it is shown
-
-
-def check_mp4(data: bytes, limits: Limits) -> Track:
+def check_mp4(data: bytes, limits: Limits) -> Container:
     """The first video track. BadSample: the boxes do not describe a video that lies inside `data`."""
     top = list(boxes(data, 0, len(data), _ESSENTIAL))
     for name, _, _ in top:
@@ -84,7 +70,7 @@ def _may_be_turned(data: bytes, parents: Sequence[Box]) -> bool:
     return False
 
 
-def _track(data: bytes, trak: Box, limits: Limits, fragments: Counter[int] | None, turned: bool) -> Track | None:
+def _track(data: bytes, trak: Box, limits: Limits, fragments: Counter[int] | None, turned: bool) -> Container | None:
     """A track's facts, or None if it is no video."""
     mdia = only(boxes(data, *trak[1:]), "mdia")
     _, start, end = only(boxes(data, *mdia[1:]), "hdlr")
@@ -102,8 +88,9 @@ def _track(data: bytes, trak: Box, limits: Limits, fragments: Counter[int] | Non
     if fragments is not None:
         frames += fragments[_track_number(data, trak)]
     limits.check_frames(frames)
-    edited = any(box[0] == "edts" for box in boxes(data, *trak[1:]))
-    return Track(width, height, frames, edited, codec, fragments is not None, turned)
+    edited = any(box[0] == "edts" for box in boxes(data, *trak[1:]))  # which may hide some of them
+    name = "mp4" if fragments is None else "fragmented mp4"
+    return Container(name, width, height, None if edited else frames, codec, turned)
 
 
 def _track_number(data: bytes, trak: Box) -> int:

@@ -25,7 +25,7 @@ from bevt_ds.data.decoding.frame_index import Codec, FrameIndex, counted, index_
 from bevt_ds.data.decoding.geometry import UPRIGHT, Box, Turn, turn_of_matrix
 from bevt_ds.data.decoding.matroska import MAGIC, check_matroska
 from bevt_ds.data.decoding.mp4 import FIRST, check_mp4
-from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.limits import BadSample, Container, Limits
 
 # With these flags swscale's pixels equal those of DALI's CPU decoder, which knows BT.601 only.
 _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
@@ -71,18 +71,6 @@ def fits_gpu(facts: Mapping[str, Any]) -> bool:
     if facts["width"] % 2 or facts["height"] % 2:  # DALI's kernel writes two by two pixels, also past an odd edge
         return False
     return facts["codec"] in GPU_CODECS and facts["pixel_format"] in GPU_FORMATS
-
-
-@dataclass(frozen=True)
-class Container:
-    """The claims of a container's header about its first video stream."""
-
-    name: str  # "mp4", "fragmented mp4", "matroska" or "avi"
-    width: int
-    height: int
-    frames: int | None  # None: it does not say, or an edit list may hide some
-    codec: str = ""  # as it is named there; "": that is left to FFmpeg
-    may_be_turned: bool = False  # to be shown
 
 
 @dataclass(frozen=True)
@@ -252,15 +240,11 @@ def check_container(data: bytes, limits: Limits) -> Container:
     if len(data) > limits.file_bytes:
         raise BadSample(f"it has {len(data)} bytes, over data.max_file_bytes={limits.file_bytes}")
     if data.startswith(MAGIC):
-        *facts, turned = check_matroska(data, limits)
-        return Container("matroska", *facts, may_be_turned=turned)
+        return check_matroska(data, limits)
     if data[:4] == avi.MAGIC and data[8:12] == avi.KIND:
-        return Container("avi", *avi.check_avi(data, limits), frames=None)
+        return avi.check_avi(data, limits)
     if data[4:8].decode("latin-1") in FIRST:
-        track = check_mp4(data, limits)
-        name = "fragmented mp4" if track.is_fragmented else "mp4"
-        frames = None if track.edited else track.frames
-        return Container(name, track.width, track.height, frames, track.codec, track.may_be_turned)
+        return check_mp4(data, limits)
     raise BadSample("it is neither MP4, WebM, Matroska nor AVI")
 
 
