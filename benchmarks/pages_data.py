@@ -7,7 +7,7 @@ from statistics import mean, median
 
 import numpy as np
 
-from bevt_ds.shards.synthetic.motion import COURSES
+from benchmarks.study_motion import COURSES
 
 from .report import Columns, Page, Panel, Row, Rows, facts, fields, grouped, newest, spread, table
 

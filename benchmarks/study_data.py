@@ -13,10 +13,10 @@ from zlib import crc32
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.study_motion import COURSES, render_action
 from bevt_ds.rng import Use, generator
 from bevt_ds.shards.pack import pack
 from bevt_ds.shards.synthetic.draw_worker import encode_jpeg, encode_mp4
-from bevt_ds.shards.synthetic.motion import COURSES, render_action
 from bevt_ds.shards.synthetic.scene import Extent
 
 SIZE, FRAMES = 64, 8

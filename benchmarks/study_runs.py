@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import read_rows
 from benchmarks.study_data import FRAMES, SIZE
-from bevt_ds.shards.synthetic.motion import COURSES
+from benchmarks.study_motion import COURSES
 
 ROOT = Path(__file__).parents[1]
 ARMS = ("scratch", "images", "joint")

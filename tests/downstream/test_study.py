@@ -14,9 +14,9 @@ from benchmarks.pages_data import best_rate, measured
 from benchmarks.pages_data import study as page_of_study
 from benchmarks.study_baseline import copied
 from benchmarks.study_data import prepare
+from benchmarks.study_motion import COURSES
 from benchmarks.study_runs import ARMS, Scale, masked_accuracy
 from bevt_ds.errors import UserError
-from bevt_ds.shards.synthetic.motion import COURSES
 
 TINY = Scale(
     unlabelled=16,

@@ -1,4 +1,4 @@
-"""Drawn clips and images with motion to predict: the shards of the demo and of the study.
+"""Drawn clips and images with motion to predict: the shards of the demo.
 
-scene.py and motion.py say what is in a clip, draw.py writes shards with draw_worker.py's processes. Start with draw.py.
+scene.py says what is in a clip, draw.py writes shards with draw_worker.py's processes. Start with draw.py.
 """

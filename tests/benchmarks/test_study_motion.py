@@ -9,9 +9,9 @@ import av
 import numpy as np
 import pytest
 
+from benchmarks.study_motion import COURSES, FAST, SLOW, USUAL, WOBBLE, displacements, render_action
 from bevt_ds.rng import Use, generator
 from bevt_ds.shards.synthetic.draw_worker import encode_mp4
-from bevt_ds.shards.synthetic.motion import COURSES, FAST, SLOW, USUAL, WOBBLE, displacements, render_action
 from bevt_ds.shards.synthetic.scene import Extent
 
 EXTENT = Extent(64, 64, 8)
