@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import http.client
 import importlib.util
-import queue
 import re
 import subprocess
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
+from bevt_ds.data.reading.deadline import DeadlineExecutor
 from bevt_ds.data.reading.globs import escaped
 
 PIPE = "pipe:"
@@ -148,18 +148,19 @@ def _with_file_system(url: str, seconds: float, work: Callable[[Any, str], T]) -
     """
     import fsspec
 
-    try:
-        file_system, path = _within(seconds, lambda: fsspec.core.url_to_fs(url))
-    except (ImportError, ValueError) as error:
-        raise RemoteError(url, f"{error} (scheme {url.partition('://')[0]!r})", final=True) from error
-    except Exception as error:
-        raise RemoteError(url, _reason(error)) from error
-    try:
-        return _within(seconds, lambda: work(file_system, path))
-    except FileNotFoundError as error:
-        raise RemoteError(url, "there is no such file", final=True) from error
-    except Exception as error:
-        raise RemoteError(url, _reason(error)) from error
+    with closing(DeadlineExecutor(1, "remote")) as executor:
+        try:
+            file_system, path = _within(seconds, lambda: fsspec.core.url_to_fs(url), executor)
+        except (ImportError, ValueError) as error:
+            raise RemoteError(url, f"{error} (scheme {url.partition('://')[0]!r})", final=True) from error
+        except Exception as error:
+            raise RemoteError(url, _reason(error)) from error
+        try:
+            return _within(seconds, lambda: work(file_system, path), executor)
+        except FileNotFoundError as error:
+            raise RemoteError(url, "there is no such file", final=True) from error
+        except Exception as error:
+            raise RemoteError(url, _reason(error)) from error
 
 
 def can_list(url: str) -> bool:
@@ -201,50 +202,18 @@ def _reason(error: Exception) -> str:
 
 
 def _bounded(chunks: Iterator[bytes], seconds: float) -> Iterator[bytes]:
-    """The same chunks, or TimeoutError after a longer wait than `seconds` for one of them.
+    """The same chunks, or TimeoutError after a longer wait than `seconds` for one of them."""
+    with closing(DeadlineExecutor(1, "remote")) as executor:
+        while chunk := _within(seconds, partial(next, chunks, b""), executor):
+            yield chunk
 
-    The reading thread cannot be interrupted; it is left behind, and ends with the read that holds it.
-    """
-    ready: queue.Queue[Any] = queue.Queue(maxsize=2)
-    stop = threading.Event()
-    threading.Thread(target=_pump, args=(chunks, ready, stop), daemon=True).start()
+
+def _within(seconds: float, call: Callable[[], T], executor: DeadlineExecutor) -> T:
+    """A call's result, or TimeoutError. Its thread cannot be interrupted then; it ends with the read that holds it."""
+    future = executor.submit(call)
     try:
-        while (item := _take(ready, seconds)) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-
-
-def _take(ready: queue.Queue[Any], seconds: float) -> Any:
-    try:
-        return ready.get(timeout=seconds)
-    except queue.Empty:
+        future.exception(seconds)
+    except TimeoutError:
+        executor.give_up(future)
         raise TimeoutError(f"no bytes for {seconds:g} s") from None
-
-
-def _pump(chunks: Iterator[bytes], ready: queue.Queue[Any], stop: threading.Event) -> None:
-    """Move chunks into a queue until they end, or nobody takes them any more. None marks the end."""
-    try:
-        for chunk in chunks:
-            if not _put(ready, chunk, stop):
-                return
-        _put(ready, None, stop)
-    except BaseException as error:  # raised again by the reader
-        _put(ready, error, stop)
-
-
-def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
-    while not stop.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """A call's result, or TimeoutError."""
-    return next(_bounded((make() for make in [call]), seconds))
+    return future.result()
