@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from bevt_ds.data.reading.storage import Storage
 from bevt_ds.errors import UserError
 from bevt_ds.progress import progress_bar
 from bevt_ds.shards import manifest
-from bevt_ds.shards.pack import READING
+from bevt_ds.shards.pack import READING, ahead
 
 AHEAD = 4  # samples under way for each process
 READ_AHEAD = 2  # threads that may hold a file while all workers are busy
@@ -130,7 +130,8 @@ def _each_sample(report: Report, work: str, jobs: int, progress: bool, reading: 
     labels = {(shard.path, key): label for shard in shards for key, label in zip(shard.keys, shard.labels, strict=True)}
     total = sum(map(len, shards))
     try:
-        under_way = _in_order(shards, partial(_submit, storage, pool, work), AHEAD * jobs)
+        members = chain.from_iterable(shard.members() for shard in shards)
+        under_way = ahead(members, partial(storage.executor.submit, _work_on, storage, pool, work), AHEAD * jobs)
         for member, future in progress_bar(under_way, total=total, disable=not progress, unit="sample"):
             report.samples += 1
             try:
@@ -145,20 +146,6 @@ def _each_sample(report: Report, work: str, jobs: int, progress: bool, reading: 
         storage.close()
 
 
-def _submit(storage: Storage, pool: DecodePool, work: str, member: Member) -> Future:
-    return storage.executor.submit(_work_on, storage, pool, work, member)
-
-
 def _work_on(storage: Storage, pool: DecodePool, work: str, member: Member) -> tuple[Reply, np.ndarray]:
     kind = "image" if member.extension in EXTENSIONS["image"] else "video"
     return pool.ask(storage.read(member), {"work": work, "kind": kind})
-
-
-def _in_order(shards: Sequence[Shard], submit, count: int) -> Iterator[tuple[Member, Future]]:
-    under_way: list[tuple[Member, Future]] = []
-    for shard in shards:
-        for member in shard.members():
-            under_way.append((member, submit(member)))
-            if len(under_way) > count:
-                yield under_way.pop(0)
-    yield from under_way

@@ -7,13 +7,13 @@ import json
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.decoding.images import describe_image
@@ -34,6 +34,7 @@ SHARD_SAMPLES = 10_000
 READING = DataConfig(decode_seconds=600.0)
 AHEAD = 3  # files under way for each process
 
+T = TypeVar("T")
 Prepare = Callable[[Item], "Future[tuple[bytes, Event]]"]
 
 
@@ -115,7 +116,7 @@ def _write_all(
     writer: ShardWriter,
     preparer: Callable[[], Prepare],
     rewritten: bool,
-    ahead: int,
+    count: int,
     progress: bool,
 ) -> None:
     """Prepare the files in parallel, `ahead` of them, and write them in order, after those that are written already."""
@@ -123,7 +124,7 @@ def _write_all(
     keys = {event["key"] for event in writer.events if "key" in event}
     if done == len(items):
         return
-    under_way = _ahead(items[done:], preparer(), ahead)
+    under_way = ahead(items[done:], preparer(), count)
     bar = progress_bar(under_way, initial=done, total=len(items), disable=not progress, unit="file")
     for i, (item, prepared) in enumerate(bar, start=done):
         note = {"item": i, "path": item.name}
@@ -139,11 +140,11 @@ def _write_all(
         writer.add(_sample(item, extension, data, facts), {**note, "key": item.key, **_summary(item, facts)})
 
 
-def _ahead(items: Sequence[Item], prepare: Prepare, count: int) -> Iterator[tuple[Item, Future]]:
-    """Each item with its future, `count` of them under way."""
-    under_way: deque[tuple[Item, Future]] = deque()
+def ahead(items: Iterable[T], start: Callable[[T], Future], count: int) -> Iterator[tuple[T, Future]]:
+    """Each item with the future that `start` gives for it, `count` of them under way."""
+    under_way: deque[tuple[T, Future]] = deque()
     for item in items:
-        under_way.append((item, prepare(item)))
+        under_way.append((item, start(item)))
         if len(under_way) > count:
             yield under_way.popleft()
     yield from under_way
