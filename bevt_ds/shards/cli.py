@@ -18,7 +18,7 @@ from bevt_ds.config.schema import Config, DataConfig
 from bevt_ds.config.validate import check_fields
 from bevt_ds.data.decoding.transcode import Profile
 from bevt_ds.data.reading.deadline import Deadline, DeadlineExecutor
-from bevt_ds.data.reading.index import SUFFIX, load_shard, write_atomic
+from bevt_ds.data.reading.index import SUFFIX, is_packed, load_shard, write_atomic
 from bevt_ds.data.reading.members import EXTENSIONS
 from bevt_ds.data.reading.remote import is_remote, redacted
 from bevt_ds.data.reading.storage import Storage
@@ -198,7 +198,10 @@ def _add_stats(verbs) -> None:
         help="what the GPUs of this machine take; default: %(default)g, an estimate for one H200",
     )
     verb.add_argument(
-        "--out", "--plot", type=_new_file, help="image of the plots; default: stats.png next to the shards"
+        "--out",
+        "--plot",
+        type=_new_file,
+        help="image of the plots; default: stats.png, next to shards of `pack` or else here",
     )
     _add_jobs(verb)
     verb.set_defaults(run=_stats)
@@ -332,10 +335,9 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 
 def _next_to(shard: str) -> Path:
-    """Where the plots go: next to local shards that a folder has room for, else into the working folder."""
+    """Where the plots go: next to shards that `pack` has put there, if that can be, else into the working folder."""
     folder = Path(shard).parent
-    local = not is_remote(shard) and os.access(folder, os.W_OK)
-    return (folder if local else Path()) / "stats.png"
+    return (folder if is_packed(shard) and os.access(folder, os.W_OK) else Path()) / "stats.png"
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -264,7 +264,8 @@ def test_hostile_labels_are_text_or_refused_s5(tmp_path: Path, make, capsys, mon
     monkeypatch.chdir(tmp_path)
     jpeg = encode_jpeg(make.noise(20, 30))
     media = {f"{name.partition('.')[0]}.jpg": jpeg for name in HOSTILE_LABELS}
-    tar = make.tar(tmp_path / "s.tar", HOSTILE_LABELS | media)
+    (tmp_path / "foreign").mkdir()
+    tar = make.tar(tmp_path / "foreign" / "s.tar", HOSTILE_LABELS | media)
     labels = dict(zip(*(getattr(load_shard(str(tar)), column) for column in ("keys", "labels")), strict=True))
     assert labels.pop("escape") == "\x1b[2J\x07red" and labels.pop("formula") == "$\\frac{1}$"
     assert "canary" in labels.pop("pickle") and set(labels.values()) == {""}
@@ -272,6 +273,7 @@ def test_hostile_labels_are_text_or_refused_s5(tmp_path: Path, make, capsys, mon
     output = capsys.readouterr().out
     assert "red" in output and not {"\x1b", "\x07", "\0"} & set(output)
     assert (tmp_path / "stats.png").stat().st_size > 1000 and not (tmp_path / "canary").exists()
+    assert sorted(path.name for path in tar.parent.iterdir()) == ["s.tar", "s.tar.index.json"]  # by load_shard above
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def load_shard(path: str, fresh: bool = False, keep_first: bool = False, only_re
     the user's cache. UserError: not a readable tar, two samples of one kind and key, a tar that somebody is writing.
     """
     places = index_places(path)
-    if only_reading and not _is_packed(path):
+    if only_reading and not is_packed(path):
         places = places[1:]
     with _open_tar(path) as tar:
         with suppress(OSError):  # a file system without locks costs repeated work only
@@ -79,7 +79,7 @@ def load_shard(path: str, fresh: bool = False, keep_first: bool = False, only_re
     return shard
 
 
-def _is_packed(path: str) -> bool:
+def is_packed(path: str) -> bool:
     """Whether the manifest that `bevt shards pack` writes with a tar of this name is next to it."""
     split = _PACKED_NAME.fullmatch(path)
     return split is not None and os.path.exists(f"{split[1]}-manifest.json")
