@@ -22,6 +22,7 @@ from bevt_ds.data.limits import BadSample
 from bevt_ds.data.plan import PlanEntry, StreamId
 from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.remote import redacted
+from bevt_ds.disk import writing
 from bevt_ds.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -139,10 +140,11 @@ class Ledger:
         }
         if substitute is not None:
             event |= {"substitute_shard": redacted(substitute.path), "substitute": substitute.key}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:  # one write a line: ranks may share it
-            whole = file.tell() == 0 or os.pread(file.fileno(), 1, file.tell() - 1) == b"\n"
-            file.write(("" if whole else "\n").encode() + json.dumps(event).encode() + b"\n")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:  # one write a line: ranks may share it
+                whole = file.tell() == 0 or os.pread(file.fileno(), 1, file.tell() - 1) == b"\n"
+                file.write(("" if whole else "\n").encode() + json.dumps(event).encode() + b"\n")
 
 
 def require_few_bad(kind: str, good: int, bad: int, max_fraction: float, path: Path | None) -> None:

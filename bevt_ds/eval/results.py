@@ -18,11 +18,11 @@ import torch
 
 import bevt_ds
 from bevt_ds.config.schema import Config, FinetuneConfig
+from bevt_ds.disk import make_folder
 from bevt_ds.errors import UserError
 from bevt_ds.eval.confusion import draw_confusion
 from bevt_ds.eval.metrics import Scores
 from bevt_ds.eval.predictions import Predictions, write_parquet
-from bevt_ds.runtime.disk import make_folder
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.run_dir import CONFIG, LOG, read_config, write_json
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from bevt_ds.disk import writing
 from bevt_ds.errors import UserError
 from bevt_ds.folders import WEIGHTS, weights_of
 
@@ -90,12 +91,10 @@ class PretrainedMixin:
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         model = type(self).__name__
         config = {"format": FORMAT, "model": model, "streams": list(streams), "arch": self.arch}
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             write_tensors(folder / TENSORS, tensors, {"format": "pt"})
-        except OSError as error:
-            raise UserError(f"cannot write a model into {folder}: {error}") from error
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **overrides: Any) -> Self:

@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from bevt_ds.disk import DiskError, cannot_write, free_bytes, in_words
 from bevt_ds.errors import UserError
 from bevt_ds.folders import MANIFEST, checkpoints
 from bevt_ds.runtime.checkpoint import Facts, as_manifest, name_of
-from bevt_ds.runtime.disk import DiskError, cannot_write, free_bytes, in_words
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.manifest import entry_of, read_manifest, sealed
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from pathlib import Path
 from typing import Any, TextIO
+
+from bevt_ds.disk import cannot_write, write_all
 
 CONSOLE = "console.log"
 
@@ -13,7 +16,7 @@ CONSOLE = "console.log"
 class Tee:
     """A standard stream whose lines also go into a file, as a terminal shows them once they are complete."""
 
-    def __init__(self, stream: TextIO, log: TextIO) -> None:
+    def __init__(self, stream: TextIO, log: io.FileIO | None) -> None:
         self.stream, self._log, self._line = stream, log, ""
 
     def write(self, text: str) -> int:
@@ -21,9 +24,18 @@ class Tee:
         for line in complete:
             shown = _on_screen(line)
             if shown or "\r" not in line:
-                self._log.write(f"{shown}\n")
+                self._keep(f"{shown}\n")
         self._line = f"\r{_on_screen(rest)}" if "\r" in rest else rest  # a bar is drawn thousands of times
         return self.stream.write(text)
+
+    def _keep(self, line: str) -> None:
+        """Write a line to the file; the first that cannot be written ends it, and is said."""
+        if self._log:
+            try:
+                write_all(self._log, line.encode())
+            except OSError as error:
+                self.stream.write(f"{cannot_write(Path(self._log.name), error)} The run goes on without it.\n")
+                self._log = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -39,7 +51,7 @@ def keep_console(folder: Path) -> None:
 
     So a message that ends the run is in there too. Only what Python writes is: a crash of C code speaks past it.
     """
-    log = (folder / CONSOLE).open("a", encoding="utf-8", buffering=1)
+    log = (folder / CONSOLE).open("ab", buffering=0)
     before = sys.stdout, sys.stderr
     plain = [stream.stream if isinstance(stream, Tee) else stream for stream in before]
     sys.stdout, sys.stderr = (Tee(stream, log) for stream in plain)

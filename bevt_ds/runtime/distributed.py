@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bevt_ds.disk import DiskError, cannot_write
 from bevt_ds.errors import UserError
 
 
@@ -64,6 +66,23 @@ class Ranks:
     def all_hold(self, holds: bool) -> bool:
         """True where it holds on every rank."""
         return self.sum_counts([int(holds)]) == [self.world]
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """A block in which rank 0 writes `path`.
+
+        Raises:
+            DiskError: on all ranks, if rank 0 cannot.
+        """
+        problem = None
+        try:
+            yield
+        except OSError as error:
+            problem = cannot_write(path, error)
+        except DiskError as error:
+            problem = str(error)
+        if problem := self.broadcast(problem):
+            raise DiskError(problem)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of device tensors over ranks, in place."""

@@ -1,31 +1,21 @@
-"""What a run reports: sums kept on the device until a log line needs them, then JSON lines and TensorBoard."""
+"""What a run reports: sums kept on the device until a log line needs them (run_log.py), and the speed."""
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
-from bevt_ds.config.parse import config_fields, get_value
-from bevt_ds.config.schema import Config, LoopConfig, TrainingConfig
+from bevt_ds.config.schema import Config, LoopConfig
 from bevt_ds.errors import UserError
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.flops import clip_macs, image_macs, peak_flops, training_flops
-from bevt_ds.runtime.run_dir import LOG
-from bevt_ds.runtime.run_record import now
 
 KIBIBYTE = 1024
 STREAMS = ("video", "image")
@@ -131,55 +121,3 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
-
-
-class RunLog:
-    """log.jsonl and TensorBoard events of one run; does nothing on other ranks than 0."""
-
-    def __init__(self, folder: Path, ranks: Ranks, first_step: int):
-        self.file, self.board = None, None
-        if ranks.is_main:
-            path = folder / LOG
-            keep_before(path, first_step)
-            self.file = path.open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line for update number `step`, with the time in UTC (ISO 8601)."""
-        if self.file is None or self.board is None:
-            return
-        self.file.write(json.dumps({"step": step, "time": now(), **values}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(name, value, step)
-
-    def write_settings(self, config: TrainingConfig) -> None:
-        """The configuration as TensorBoard's hyperparameters, next to the loss."""
-        if self.board is not None:
-            values = {leaf.key: get_value(config, leaf.key) for leaf in config_fields(type(config))}
-            plain = {key: str(value) if isinstance(value, tuple) else value for key, value in values.items()}
-            for summary in hparams(plain, {"loss": 0.0}):  # add_hparams would begin a second run for them
-                self.board.file_writer.add_summary(summary)
-
-    def write_image(self, step: int, path: Path) -> None:
-        """An image file, if it is there, under the name of the file."""
-        if self.board is not None and path.exists():
-            self.board.add_image(path.stem, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.file is not None and self.board is not None:
-            self.file.close()
-            self.board.close()
-
-
-def keep_before(path: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run is about to repeat; a line cut by a kill goes too."""
-    if not path.exists():
-        return
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] < step]
-    path.write_text("".join(kept), encoding="utf-8")

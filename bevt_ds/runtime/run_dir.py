@@ -31,10 +31,10 @@ from typing import Any
 from bevt_ds.config.files import CONFIG, ENGINE, read_settings
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import Config, TrainingConfig, TrainingT
+from bevt_ds.disk import make_folder
 from bevt_ds.errors import UserError
 from bevt_ds.folders import CHECKPOINTS, LOG, WEIGHTS, checkpoints
 from bevt_ds.runtime.checkpoint import Change, check_same
-from bevt_ds.runtime.disk import make_folder
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.lock import hold, owner_of
 

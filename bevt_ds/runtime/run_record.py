@@ -11,7 +11,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from bevt_ds.data.reading.index import write_atomic
+from bevt_ds.disk import DiskError, writing
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks
 
@@ -67,11 +68,13 @@ class RunRecord:
         if self._path:
             outcome = "finished" if error is None else f"{type(error).__name__}: {error}".rstrip(": ")
             self._entries[-1] |= {"ended": now(), "outcome": outcome}
-            self._write()
+            with suppress(DiskError) if error else nullcontext():  # what ended the run is what is said
+                self._write()
 
     def _write(self) -> None:
         if self._path:
-            write_atomic(self._path, (json.dumps({"starts": self._entries}, indent=1) + "\n").encode())
+            with writing(self._path):
+                write_atomic(self._path, (json.dumps({"starts": self._entries}, indent=1) + "\n").encode())
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:

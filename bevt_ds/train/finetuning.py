@@ -28,9 +28,9 @@ from bevt_ds.runtime import run_dir
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.flops import backbone_macs, training_flops
-from bevt_ds.runtime.logging import RunLog
 from bevt_ds.runtime.optim import layer_decay_groups, learning_rate
 from bevt_ds.runtime.pieces import AVERAGE
+from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.train.loop import Setup, Task, run_training
 from bevt_ds.train.mixup import Mixing
 
@@ -162,12 +162,15 @@ def record_validation(task: Finetuning, log: RunLog, step: int) -> None:
         if task.ranks.broadcast(best is None or scores["top1"] > best["top1"]):
             best = {"step": step, **scores}
             state = task.engine.weights()
-            if main:
-                keep_best(task, state, best)
+            with task.ranks.writing(run_folder / run_dir.BEST):
+                if main:
+                    keep_best(task, state, best)
     log.write(step, {f"val_{name}": value for name, value in scores.items()})
     if main:
         tqdm.write(f"step {step}: validation {as_text(scores)}")
-        run_dir.write_json(run_folder / run_dir.SUMMARY, {"best": best, "last": {"step": step, **scores}})
+    with task.ranks.writing(run_folder / run_dir.SUMMARY):
+        if main:
+            run_dir.write_json(run_folder / run_dir.SUMMARY, {"best": best, "last": {"step": step, **scores}})
 
 
 def validate(task: Finetuning) -> dict[str, float]:

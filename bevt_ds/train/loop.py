@@ -37,8 +37,9 @@ from bevt_ds.runtime.continuing import Build, Start, begin_engine, find_start, g
 from bevt_ds.runtime.distributed import Ranks, describe_device
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import TAG, Engine, start_ranks
-from bevt_ds.runtime.logging import RunLog, SpeedMeter, StepSums, peak_bytes
+from bevt_ds.runtime.logging import SpeedMeter, StepSums, peak_bytes
 from bevt_ds.runtime.pieces import SavedPieces
+from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.runtime.run_record import RunRecord
 
 LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
@@ -333,17 +334,20 @@ def run_training(
         require_steps(setup.first_step, task.steps)
         if start:
             task.load(start[0])
+        with ranks.writing(folder / run_dir.CONFIG):
+            if ranks.is_main:
+                run_dir.write_config(folder, config, changes, ds_values)
         if ranks.is_main:
-            run_dir.write_config(folder, config, changes, ds_values)
             print_changes(changes)
             print("\n".join([opening(task, provider), *filter(None, [task.describe()])]), flush=True)
         batches = iter(task.loader)
         with RunLog(folder, ranks, setup.first_step) as log:
             log.write_settings(config)
             train(task, batches, log)
-            if ranks.is_main:
-                commit = folder / run_dir.CHECKPOINTS / checkpoint.name_of(task.steps)
-                run_dir.publish_weights(folder, commit)
+            with ranks.writing(folder / run_dir.WEIGHTS):
+                if ranks.is_main:
+                    commit = folder / run_dir.CHECKPOINTS / checkpoint.name_of(task.steps)
+                    run_dir.publish_weights(folder, commit)
             problem = task.finish(batches)
             log.write_image(task.steps - 1, folder / run_dir.SAMPLES)
     return close_run(setup, task.steps, problem)

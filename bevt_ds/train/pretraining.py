@@ -24,8 +24,9 @@ from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, require_vocabula
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
-from bevt_ds.runtime.logging import RunLog, expected_step_flops, require_known_targets, step_metrics
+from bevt_ds.runtime.logging import expected_step_flops, require_known_targets, step_metrics
 from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
+from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.train.loop import Setup, Task, run_training
 
 
@@ -74,7 +75,9 @@ class Pretraining(Task[Config, Batch]):
 
     def draw(self, batch: Batch, path: Path) -> None:
         """Write what the network predicts for the first samples of a batch. Collective."""
-        draw(self.engine, tokenize(self.tokenizer, batch.to(self.ranks.device)), path)
+        tokens = tokenize(self.tokenizer, batch.to(self.ranks.device))
+        with self.ranks.writing(path):
+            draw(self.engine, tokens, path)
 
     @property
     def trained_streams(self) -> list[str]:
@@ -96,8 +99,10 @@ class Pretraining(Task[Config, Batch]):
         shown = held_out[0] if held_out else next(batches)
         self.draw(shown, folder / run_dir.SAMPLES)
         summaries = evaluate(self.engine, self.tokenizer, held_out)
+        with ranks.writing(folder / run_dir.SUMMARY):
+            if ranks.is_main and summaries:
+                run_dir.write_json(folder / run_dir.SUMMARY, as_json(summaries))
         if ranks.is_main and summaries:
-            run_dir.write_json(folder / run_dir.SUMMARY, as_json(summaries))
             print(f"\n{as_table(summaries, judged_on(self.config))}", flush=True)
         return shortfall(summaries, self.config.train.min_gain, judged_on(self.config))
 

@@ -69,7 +69,7 @@ def test_save_overwrites_nothing(small_bevt, tmp_path):
 
 def test_save_into_an_unwritable_folder_is_named(small_bevt, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write a model"):
+    with pytest.raises(UserError, match="cannot write "):
         small_bevt().save_pretrained(tmp_path / "file" / "out")
 
 

@@ -20,12 +20,12 @@ import torch
 
 from bevt_ds import exit_codes
 from bevt_ds.config.recipes import get_recipe
+from bevt_ds.disk import DiskError
 from bevt_ds.errors import UserError
 from bevt_ds.folders import MANIFEST, checkpoints
 from bevt_ds.runtime import commit
 from bevt_ds.runtime.checkpoint import Facts, find_damage, newest_valid
 from bevt_ds.runtime.commit import save
-from bevt_ds.runtime.disk import DiskError
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.manifest import read_manifest, self_digest
 from bevt_ds.runtime.pieces import Snapshot

@@ -19,7 +19,8 @@ from bevt_ds.config.recipes import get_recipe
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.console import Tee
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.logging import RunLog, peak_bytes
+from bevt_ds.runtime.logging import peak_bytes
+from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.runtime.run_record import RunRecord, commit_of, read_record
 from tests.training.processes import environment
 
@@ -68,7 +69,7 @@ def test_run_record_names_the_commit_of_a_checkout(tmp_path):
 
 
 def test_console_log_keeps_what_a_terminal_shows():
-    screen, log = io.StringIO(), io.StringIO()
+    screen, log = io.StringIO(), io.BytesIO()
     tee = Tee(screen, log)
     written = [
         "one\ntw",
@@ -86,7 +87,7 @@ def test_console_log_keeps_what_a_terminal_shows():
     for text in written:
         tee.write(text)
     assert screen.getvalue() == "".join(written)
-    assert log.getvalue() == "one\ntwo\nsaid\n100%\n\nend\n"
+    assert log.getvalue().decode() == "one\ntwo\nsaid\n100%\n\nend\n"
     assert tee.isatty() is False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,13 @@ def space(path: Path) -> str:
     if there != path and there != path.absolute().parent:
         return f"{path.absolute().parent} does not exist"
     return f"{in_words(free_bytes(there))} free there"
+
+
+def write_all(file: io.RawIOBase, data: bytes) -> None:
+    """Write all of it into an unbuffered file; a disk that fills up in the middle takes a part, and then refuses."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
 
 
 def free_bytes(folder: Path) -> int:
