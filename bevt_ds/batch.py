@@ -38,6 +38,7 @@ class Stream:
     sample_keys: Tensor  # int64 (B,): bevt_ds.rng.sample_key of each sample
     count: int  # masked cells of this modality in the GLOBAL batch: the loss's denominator
     targets: Tensor | None = None  # int64 (R,): token ids, IGNORE for padding; filled by the tokenizer
+    keys: tuple[str, ...] = ()  # "shard/key" of each sample
 
     def __post_init__(self) -> None:
         """UserError: rows that are not those of the cells. Checked on the host only, where they are made."""

@@ -49,6 +49,7 @@ NUMBERS = {
 }
 OBJECTS = ("optimizer", "optimizer.params", "zero_optimization", "bf16", "fp16", "data_types", "checkpoint")
 TAG_VALIDATION = ("ignore", "warn", "fail")
+GUARDS = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")  # without them NaN gets into the weights
 
 
 def shipped_jsons() -> dict[str, Path]:
@@ -79,6 +80,8 @@ def read_json(path: str) -> dict[str, Any]:
         raise UserError(f"--deepspeed_config {path}: expected a JSON object.")
     _check_types(path, values)
     _check_checkpoint(path, values)
+    if off := [name for name in GUARDS if _lookup(values, name) is False]:
+        raise UserError(f"{path}: remove {off[0]}: false; without it a step that is not finite would not be skipped.")
     if "scheduler" in values:
         raise UserError(f"{path}: remove 'scheduler'; the schedule is optim.lr, optim.warmup_steps and train.steps.")
     unknown = set(_lookup(values, "optimizer.params") or {}) - {name.rpartition(".")[2] for name in DIRECT}

@@ -286,6 +286,10 @@ class LoopConfig:
         int, F("steps from one checkpoint to the next; one is written at the end too", least=1, resume="free")
     ] = 1000
     keep_checkpoints: A[int, F("older checkpoints are removed beyond this number", least=1, resume="free")] = 2
+    max_skipped: A[
+        tuple[int, int],
+        F("steps skipped as not finite, in a row and in all, after which one more stops the run", resume="free"),
+    ] = (5, 50)
 
     @property
     def streams(self) -> dict[str, tuple[int, int]]:

@@ -193,6 +193,7 @@ class StreamReader(SampleReader):
             token_rows=torch.from_numpy(index.token_rows),
             sample_keys=torch.tensor(keys, dtype=torch.int64),
             count=pending.count,
+            keys=tuple(sample_name(self._member(entry)) for entry in pending.entries),
         )
 
     @abstractmethod

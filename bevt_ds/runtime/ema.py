@@ -26,8 +26,10 @@ class WeightAverage:
         self._averages = [part.clone() for part in engine.masters()]
 
     def update(self) -> None:
-        """Take in the weights that a step has made."""
-        torch._foreach_lerp_(self._averages, self._engine.masters(), self._weight)
+        """Take in the weights that a step has made; a step that was left out has made none."""
+        weight, masters = self._weight * (1 - self._engine.guard.skipped), self._engine.masters()
+        weights = [weight] * len(masters) if isinstance(weight, torch.Tensor) else weight
+        torch._foreach_lerp_(self._averages, masters, weights)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from bevt_ds.config.schema import AdamWConfig, TrainingConfig
 from bevt_ds.errors import UserError
 from bevt_ds.model.containers import FROZEN
 from bevt_ds.runtime.distributed import Ranks, choose_rendezvous
+from bevt_ds.runtime.guard import Guard, Verdict
 from bevt_ds.runtime.pieces import COUNTERS, MOMENTS, WEIGHTS, Piece, SavedPieces, Snapshot, share, take_snapshot
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -124,6 +125,7 @@ class Engine:
             dist_init_required=False,
         )
         self.ds.checkpoint_engine.load = load_shard
+        self.guard = Guard(self.ds, safe_get_full_grad)
 
     @property
     def module(self) -> nn.Module:
@@ -140,25 +142,39 @@ class Engine:
         return self.ds(*(_cast(value, self.dtype) for value in inputs))
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of this micro-batch's share of the global loss."""
-        self.ds.backward(loss * self.ranks.world, scale_wrt_gas=False)
+        """Accumulate the gradients of this micro-batch's share of the global loss; NaN if the loss is not finite."""
+        one = 1 + 0 * loss.detach()  # or NaN: a gradient can be finite where the loss is not
+        self.ds.backward(loss * self.ranks.world * one, scale_wrt_gas=False)
 
-    def step(self, step: int) -> None:
-        """After every micro-step; the last one of step number `step` updates the weights."""
+    def step(self, step: int) -> Verdict | None:
+        """After every micro-step; the last one of step number `step` updates the weights, if loss and gradient allow.
+
+        Returns:
+            What has become of the step; None before its last micro-step.
+        """
         self.last_lr = self._schedule(step)
         for group, scale in zip(self.ds.optimizer.param_groups, self._lr_scales, strict=True):
             group["lr"] = self.last_lr * scale
+        if not self.ds.is_gradient_accumulation_boundary():
+            self.ds.step()
+            return None
+        self.guard.before_step()
         self.ds.step()
+        return self.guard.after_step()
 
-    def grad_norm(self) -> float | None:
-        """The gradient's global L2 norm before clipping; None where DeepSpeed keeps none (stage 0)."""
-        norm = self.ds.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def grad_norm(self) -> float:
+        """The gradient's global L2 norm before clipping, of the last step."""
+        return float(self.guard.total if self.stage == 0 else self.ds.get_global_grad_norm())
 
     @property
     def skipped_steps(self) -> int:
-        """Updates that DeepSpeed has left out since step 0, because fp16 gradients were not finite."""
+        """Steps since step 0 that were left out because their loss or gradient was not finite."""
         return int(self.ds.skipped_steps)
+
+    def count_skipped(self) -> None:
+        """Count the last step as left out; DeepSpeed itself does so where it decides."""
+        if self.stage == 0:
+            self.ds.skipped_steps += 1
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ then `run_training`, which sets a run up in the order in which things depend on 
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -41,13 +42,9 @@ from bevt_ds.runtime.logging import SpeedMeter, StepSums, peak_bytes
 from bevt_ds.runtime.pieces import SavedPieces
 from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.runtime.run_record import RunRecord
+from bevt_ds.train.nonfinite import Held, Watch, require_finite, require_good
 
 LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
-ADVICE = (
-    "Continue from the last checkpoint: the same command with resume=auto and a lower optim.lr, with"
-    " train.precision=bf16 or fp32 if it was fp16, or with train.skip_steps=N to pass over the samples of N more steps."
-)
-
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 BatchT = TypeVar("BatchT")  # has `to(device, non_blocking=...)`
 
@@ -136,7 +133,7 @@ class Task(ABC, Generic[ConfigT, BatchT]):
         """Fields of a log line, "loss" among them, from a step's sums over the global batch."""
 
     def after_step(self) -> None:
-        """What follows every update."""
+        """What follows every step, also one that was skipped."""
 
     def is_due(self, step: int) -> bool:
         """Whether the step has a log line of its own, whatever train.log_every says."""
@@ -183,80 +180,76 @@ class Task(ABC, Generic[ConfigT, BatchT]):
         return None
 
 
-def train_step(task: Task, batches: Iterator, step: int, earlier: StepSums | None = None) -> StepSums:
+def train_step(
+    task: Task, batches: Iterator, step: int, earlier: StepSums | None = None, watch: Watch | None = None
+) -> StepSums:
     """One optimizer update over the global batch; returns its metrics, still on the device.
 
-    earlier: what the step before returned, if no log line was written of it.
+    earlier: what the step before returned, if no log line was written of it. watch: is told what becomes of the step.
     """
-    sums = StepSums(earlier)
+    sums, held = StepSums(earlier), Held(step)
     for micro_step in range(micro_steps(task.config, task.ranks.world)):
         batch = next(batches).to(task.ranks.device, non_blocking=True)
         loss, metrics = task.forward(batch, step, micro_step)
         task.engine.backward(loss)
-        task.engine.step(step)
+        verdict = task.engine.step(step)
         sums.add(metrics)
+        held.add(batch, loss)
     task.after_step()
+    if watch and verdict:
+        watch.note(held, verdict, sums)
     return sums
 
 
 def train(task: Task, batches: Iterator, log: RunLog) -> None:
-    """Every step that is left, with its log lines and checkpoints."""
-    config, first, steps = task.config.train, task.setup.first_step, task.steps
-    unreported, speed = None, SpeedMeter(config, task.step_flops, task.ranks.world, task.ranks.device)
+    """Every step that is left, with its log lines and checkpoints.
+
+    A checkpoint that is due after a step that was skipped waits for one that was not: what is saved then is known to
+    be good for a step.
+    """
+    config, first, steps, watch = task.config.train, task.setup.first_step, task.steps, Watch(task)
+    unreported, due, speed = None, False, SpeedMeter(config, task.step_flops, task.ranks.world, task.ranks.device)
     with progress_bar(
         range(first, steps), initial=first, total=steps, unit="step", disable=not task.ranks.is_main
     ) as bar:
         for step in bar:
-            sums = unreported = train_step(task, batches, step, unreported)
+            sums = unreported = train_step(task, batches, step, unreported, watch)
             speed.steps += 1
             done = step + 1
             if done % config.log_every == 0 or done == steps or task.is_due(step):
-                bar.set_postfix_str(write_line(task, log, speed, sums, step), refresh=False)
+                bar.set_postfix_str(write_line(task, log, speed, sums, step, watch.was_skipped(step)), refresh=False)
                 unreported = None
             with speed.paused():
                 task.every_so_often(step, log)
-            if done % config.checkpoint_every == 0 or done == steps:
-                save_checkpoint(task, done, task.metrics(sums.totals(task.ranks), step)["loss"])
+            due = due or done % config.checkpoint_every == 0
+            if done == steps or (due and not watch.was_skipped(step)):
+                loss = None if watch.was_skipped(step) else task.metrics(sums.totals(task.ranks), step)["loss"]
+                save_checkpoint(task, done, loss)
+                due = False
 
 
-def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step: int) -> str:
+def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step: int, skipped: bool = False) -> str:
     """Write the log line of one step; returns the short form for the progress bar. Collective.
 
+    Numbers of a `skipped` step that are not finite are null there.
+
     Raises:
-        UserError: the loss is not a finite number, or what the task finds wrong.
+        UserError: the loss of another step is not a finite number, or what the task finds wrong.
     """
     values: dict[str, Any] = task.metrics(sums.totals(task.ranks), step)
-    require_finite(values["loss"], step)
+    if not skipped:
+        require_finite(values["loss"], step)
     values |= {"lr": task.engine.last_lr, "grad_norm": task.engine.grad_norm()}
     values |= {"optimizer_bytes": task.engine.optimizer_bytes(), "peak_bytes": peak_bytes(task.ranks.device)}
     values["skipped_steps"] = task.engine.skipped_steps
     values |= speed.read(task.loader.wait_seconds()) | {"bad_samples": task.loader.bad_samples}
     with speed.paused():
         values |= task.measurements(step)
+    values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
     values |= report_wait(step, values["data_wait"], task.loader, aloud=task.ranks.is_main)
     log.write(step, values)
-    return ", ".join(f"{name} {values[name]:{form}}" for name, form in task.shown.items() if name in values)
-
-
-def require_finite(loss: float, step: int) -> None:
-    """Stop a run that has diverged.
-
-    Raises:
-        UserError: the loss is not a finite number.
-    """
-    if not abs(loss) < float("inf"):
-        raise UserError(f"the loss of step {step} is {loss}. {ADVICE}")
-
-
-def require_good(engine: Engine, loss: float, step: int) -> None:
-    """Stop a run that has diverged before it is saved. Collective.
-
-    Raises:
-        UserError: the loss of `step`, or something of the weights and the optimizer after it, is not a finite number.
-    """
-    require_finite(loss, step)
-    if not engine.is_finite():
-        raise UserError(f"after step {step} weights or optimizer are not finite: nothing is saved. {ADVICE}")
+    shown = {name: form for name, form in task.shown.items() if values.get(name) is not None}
+    return ", ".join(f"{name} {values[name]:{form}}" for name, form in shown.items())
 
 
 def report_wait(step: int, share: float, loader: BackgroundLoader, aloud: bool = True) -> dict[str, str]:
@@ -269,8 +262,10 @@ def report_wait(step: int, share: float, loader: BackgroundLoader, aloud: bool =
     return {"waits_for": cause}
 
 
-def save_checkpoint(task: Task, steps_done: int, loss: float) -> None:
+def save_checkpoint(task: Task, steps_done: int, loss: float | None) -> None:
     """Commit a checkpoint: each rank's pieces, the task's own part, and the weights on their own. Collective.
+
+    loss: of the last step; None: it was skipped.
 
     Raises:
         UserError: the loss, or something that would be saved, is not a finite number. Nothing is saved then.

@@ -13,12 +13,13 @@ from torch import nn
 from bevt_ds.config.parse import set_value
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.errors import UserError
+from bevt_ds.exit_codes import NON_FINITE
 from bevt_ds.runtime.checkpoint import Facts, read_facts
 from bevt_ds.runtime.continuing import go_on, require_steps
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.run_dir import CHECKPOINTS, read_config, write_config
-from bevt_ds.train.loop import require_good
+from bevt_ds.train.nonfinite import require_good
 from tests.training.processes import run_ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -105,7 +106,8 @@ def test_advice_after_a_nan_works_as_written(tmp_path, small):
     broken = {**settings, "resume": "auto", "train.steps": 12, "optim.lr": 1e30}
     run = run_ranks(run.folder, broken)
     errors = [line for line in run.output.splitlines() if line.startswith("error: ")]
-    assert run.code == 2 and len(errors) == 1 and "resume=auto and a lower optim.lr" in errors[0], run.output
+    assert run.code == NON_FINITE and len(errors) == 1, run.output
+    assert "6 steps in a row" in errors[0] and "resume=auto and a lower optim.lr" in errors[0], run.output
     kept = sorted((run.folder / CHECKPOINTS).glob("step-*"))
     assert kept and all(abs(read_facts(commit).loss) < 100 for commit in kept)
 

@@ -1,0 +1,194 @@
+"""Steps whose loss or gradient is not finite: counted, named, written down; too many of them end the run.
+
+runtime/guard.py leaves such a step out. Here is what the loop makes of it. On a GPU at ZeRO stage 0 the host learns a
+step later that one was left out, so what is needed to name it is held for as long.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from bevt_ds.errors import UserError
+from bevt_ds.exit_codes import NON_FINITE
+from bevt_ds.folders import CHECKPOINTS, checkpoints
+from bevt_ds.runtime.checkpoint import name_of
+from bevt_ds.runtime.engine import Engine
+from bevt_ds.runtime.guard import Verdict
+from bevt_ds.runtime.logging import StepSums
+
+if TYPE_CHECKING:
+    from bevt_ds.train.loop import Task
+
+FOLDER, REPORT = "nonfinite", "report.json"
+SHOWN = 4  # names in a message
+ADVICE = (
+    "Continue from the last checkpoint: the same command with resume=auto and a lower optim.lr, with"
+    " train.precision=bf16 or fp32 if it was fp16, or with train.skip_steps=N to pass over the samples of N more steps."
+)
+
+
+class NonFiniteError(UserError):
+    """Too much of a run is not finite for it to go on."""
+
+    exit_code = NON_FINITE
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Stop a run that has diverged.
+
+    Raises:
+        NonFiniteError: the loss is not a finite number.
+    """
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the loss of step {step} is {loss}. {ADVICE}")
+
+
+def require_good(engine: Engine, loss: float | None, step: int) -> None:
+    """Stop a run that has diverged before it is saved. Collective.
+
+    loss: of `step`; None: the step was skipped.
+
+    Raises:
+        NonFiniteError: the loss, or something of the weights and the optimizer after the step, is not a finite number.
+    """
+    if loss is not None:
+        require_finite(loss, step)
+    if not engine.is_finite():
+        raise NonFiniteError(f"after step {step} weights or optimizer are not finite: nothing is saved. {ADVICE}")
+
+
+@dataclass
+class Held:
+    """What a rank holds of a step until it is known whether the step counts: by micro-step, keys and losses."""
+
+    step: int
+    keys: list[list[str]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+
+    def add(self, batch: Any, loss: Tensor) -> None:
+        """Hold a micro-step."""
+        self.keys.append(
+            [key for name, keys in leaves(batch) if name.endswith("keys") and isinstance(keys, tuple) for key in keys]
+        )
+        self.losses.append(loss.detach())
+
+
+class Watch:
+    """Counts a run's skipped steps and says which samples they had. Every method is collective."""
+
+    def __init__(self, task: Task) -> None:
+        self._task, self._pending = task, deque[tuple[Held, Verdict, StepSums]]()
+        self._folder = task.setup.folder / FOLDER
+        earlier = [p for p in self._folder.glob("step-*") if p.name < name_of(task.setup.first_step)]
+        self._row, self._all = 0, task.ranks.broadcast(len(earlier))
+        self._last: int | None = None  # the step that was skipped last
+
+    def note(self, held: Held, verdict: Verdict, sums: StepSums) -> None:
+        """A step is done, or on its way, with these sums of its metrics."""
+        self._pending.append((held, verdict, sums))
+        while len(self._pending) > (verdict.ready is not None):
+            self._judge(*self._pending.popleft())
+
+    def was_skipped(self, step: int) -> bool:
+        """Whether the last step, number `step`, was skipped; waits for the device to know.
+
+        Raises:
+            NonFiniteError: it was one too many.
+        """
+        while self._pending:
+            self._judge(*self._pending.popleft())
+        return self._last == step
+
+    def _judge(self, held: Held, verdict: Verdict, sums: StepSums) -> None:
+        if not verdict.is_skipped():
+            self._row = 0
+            return
+        self._last, task = held.step, self._task
+        task.engine.count_skipped()
+        task.metrics(sums.totals(task.ranks), held.step)  # raises where the task knows why
+        losses = task.ranks.gather([float(loss) for loss in held.losses])
+        if verdict.scaling and all(math.isfinite(loss) for own in losses for loss in own):
+            return  # fp16 finds its loss scale
+        self._row, self._all = self._row + 1, self._all + 1
+        report = self._report(held, losses)
+        folder = self._folder / name_of(held.step)
+        if task.ranks.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            tqdm.write(f"{describe(report)} See {folder}")
+        most_in_a_row, most = task.config.train.max_skipped
+        if self._row > most_in_a_row or self._all > most:
+            raise NonFiniteError(f"{describe(report)} {self._reason()} {kept(task.setup.folder)} {ADVICE}")
+
+    def _reason(self) -> str:
+        row, most = self._task.config.train.max_skipped
+        return f"{self._row} steps in a row and {self._all} in all were skipped: over train.max_skipped={row},{most}."
+
+    def _report(self, held: Held, losses: list[list[float]]) -> dict[str, Any]:
+        """What is known of a step that was skipped; numbers that are not finite as text. Collective."""
+        setup, engine = self._task.setup, self._task.engine
+        return {
+            "step": held.step,
+            "plan_step": held.step + setup.config.train.skip_steps,
+            "precision": setup.config.train.precision,
+            "stage": engine.stage,
+            "losses": [[plain(loss) for loss in own] for own in losses],  # by rank and micro-step
+            "keys": self._task.ranks.gather(held.keys),
+            "norms": {name: plain(norm) for name, norm in engine.guard.norms().items()},
+        }
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What a batch of nested dataclasses holds, by dotted name."""
+    if is_dataclass(value):
+        for part in fields(value):
+            yield from leaves(getattr(value, part.name), f"{name}.{part.name}" if name else part.name)
+    else:
+        yield name, value
+
+
+def plain(number: float) -> float | str:
+    """As JSON has it, which knows finite numbers alone."""
+    return number if math.isfinite(number) else str(number)
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """One line: what of a step is not finite, and its samples."""
+    bad = [
+        (rank, micro, loss)
+        for rank, own in enumerate(report["losses"])
+        for micro, loss in enumerate(own)
+        if isinstance(loss, str)
+    ]
+    if bad:
+        places = ", ".join(f"{loss} on rank {rank} in micro-step {micro}" for rank, micro, loss in bad[:SHOWN])
+        what = f"its loss is {places}"
+        keys = [key for rank, micro, _ in bad for key in report["keys"][rank][micro]]
+    else:
+        norms = [name for name, norm in report["norms"].items() if isinstance(norm, str)]
+        what = (
+            f"the loss is finite, its gradient is not, in {some(norms)}" if norms else "its gradient's norm overflows"
+        )
+        keys = [key for own in report["keys"] for micro in own for key in micro]
+    return f"step {report['step']} is skipped: {what}; samples: {some(keys)}."
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more if names else "unknown"
+
+
+def kept(folder: Path) -> str:
+    """One sentence on the last checkpoint."""
+    commits = checkpoints(folder / CHECKPOINTS)
+    return f"The last checkpoint is {commits[0]}." if commits else "There is no checkpoint yet."

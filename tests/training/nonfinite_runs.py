@@ -1,0 +1,79 @@
+"""Runs of test_custom_task.py with NaN points in some steps: `python -m tests.training.nonfinite_runs DIR`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from bevt_ds.config.deepspeed import read_json
+from bevt_ds.config.schema import Config
+from bevt_ds.errors import UserError
+from bevt_ds.train.loop import Setup, run_training
+from tests.training.test_custom_task import STEPS, Points, PointsLoader, Regression, make_engine, toy
+
+
+@dataclass(frozen=True)
+class NamedPoints(Points):
+    """Points with the name of their step."""
+
+    keys: tuple[str, ...] = ()
+
+    def to(self, device, non_blocking=False):
+        return self
+
+
+class SpoiltLoader(PointsLoader):
+    """NaN among the points of the `bad` steps; the steps of `removed` are not there at all."""
+
+    def __init__(self, first_step: int, bad: Collection[int], removed: Collection[int]) -> None:
+        super().__init__(first_step, 10 * STEPS)
+        self.bad, self.removed = bad, removed
+
+    def __iter__(self) -> Iterator[NamedPoints]:
+        for step, points in zip(range(self.step, self.last), super().__iter__(), strict=False):
+            if step in self.removed:
+                continue
+            if step in self.bad:
+                points.inputs[3, 1] = math.nan
+            yield NamedPoints(points.inputs, (f"points/{step}",))
+
+
+def run(config: Config, bad: Collection[int] = (), removed: Collection[int] = (), stage: int = 2) -> tuple[int, str]:
+    """Exit code and error of one run."""
+
+    @contextmanager
+    def open_task(setup: Setup[Config]) -> Iterator[Regression]:
+        loader = SpoiltLoader(setup.first_step, bad, removed)
+        engine, _ = setup.begin_engine(partial(make_engine, setup), loader.fingerprint)
+        yield Regression(setup, loader, engine, config.train.steps, 0.0)
+
+    try:
+        return run_training(config, read_json(f"zero{stage}"), [], open_task), ""
+    except UserError as error:
+        return error.exit_code, str(error)
+
+
+def with_train(config: Config, **changes: object) -> Config:
+    return replace(config, train=replace(config.train, **changes))
+
+
+def main(folder: Path) -> None:
+    some = (5, 6, 7, 15)
+    ends = {"some": run(with_train(toy(folder / "some"), keep_checkpoints=9), some)}
+    ends["removed"] = run(with_train(toy(folder / "removed"), steps=STEPS - len(some)), removed=some)
+    ends["all"] = run(toy(folder / "all"), range(20, STEPS), stage=3)
+    ends["many"] = run(with_train(toy(folder / "many"), max_skipped=(5, 3)), range(20, STEPS, 2), stage=1)
+    short = with_train(toy(folder / "resumed"), steps=16, max_skipped=(5, 1))
+    run(short, (3,))
+    ends["resumed"] = run(replace(with_train(short, steps=32), resume="auto"), (20,))
+    (folder / "ends.json").write_text(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
