@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,41 +46,30 @@ class DataLimitError(UserError):
     exit_code = exit_codes.BAD_DATA
 
 
-@dataclass(frozen=True)
-class Skip:
-    """A place of the plan that was given up for a reason that may not come back: time, memory, storage."""
-
-    stream: int
-    step: int
-    slot: int
-    attempt: int
-    reason: str
-
-
 class Skips:
-    """The skips of a run: known ones from a checkpoint, and those met since. Threads may share it."""
+    """Places of the plan that were given up for a reason that may not come back: time, memory, storage.
+
+    Known ones from a checkpoint, and those met since. Threads may share it. state: what `state` returned in the run
+    that is resumed.
+    """
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
-        """`state`: what `state` returned in the run that is resumed."""
         self._lock = threading.Lock()
-        known = [Skip(*row) for row in (state or {}).get("skips", [])]
-        self._by_place = {(s.stream, s.step, s.slot, s.attempt): s for s in known}
+        self._reasons = {tuple(place): reason for *place, reason in (state or {}).get("skips", [])}
 
-    def add(self, skip: Skip) -> None:
+    def add(self, stream: StreamId, entry: PlanEntry, reason: str) -> None:
         with self._lock:
-            self._by_place[skip.stream, skip.step, skip.slot, skip.attempt] = skip
+            self._reasons[int(stream), entry.step, entry.slot, entry.attempt] = reason
 
     def reason(self, stream: StreamId, entry: PlanEntry) -> str | None:
         """Why this place is skipped, or None."""
         with self._lock:
-            skip = self._by_place.get((int(stream), entry.step, entry.slot, entry.attempt))
-        return skip and skip.reason
+            return self._reasons.get((int(stream), entry.step, entry.slot, entry.attempt))
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint taken before `step` must hold, as JSON. Skips of earlier steps are history."""
         with self._lock:
-            later = [s for s in self._by_place.values() if s.step >= step]
-        return {"skips": sorted([s.stream, s.step, s.slot, s.attempt, s.reason] for s in later)}
+            return {"skips": sorted([*place, reason] for place, reason in self._reasons.items() if place[1] >= step)}
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -107,7 +95,7 @@ class Ledger:
         self._row = 0
 
     def reject(self, entry: PlanEntry, member: Member, bad: BadSample, substitute: Member | None = None) -> None:
-        """Record a bad sample; the first that is listed is also said aloud.
+        """Record a bad sample; the first that is listed is also logged as a warning.
 
         substitute: what takes its place, and so may be seen more often than once in an epoch; None: nothing does.
         DataLimitError: it is one of very many in a row.
@@ -118,7 +106,7 @@ class Ledger:
             place = member.key, redacted(member.path)
             log.warning("%r in %s cannot be used: %s. All such samples are listed in %s", *place, bad, self.path)
         if bad.transient:
-            self.skips.add(Skip(int(self.stream), entry.step, entry.slot, entry.attempt, str(bad)))
+            self.skips.add(self.stream, entry, str(bad))
         self._write(entry, member, str(bad), substitute)
         if self._row >= IN_A_ROW:
             raise DataLimitError(
