@@ -16,7 +16,7 @@ import torchvision.transforms.v2.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from bevt_ds.config.schema import Config
-from bevt_ds.data.reading.index import load_shards
+from bevt_ds.data.reading.index import load_shard, usable
 from bevt_ds.data.reading.members import read_member
 from bevt_ds.data.reading.shards import expand
 
@@ -27,7 +27,7 @@ class Clips(Dataset):
     """Random clips of random samples; `decoder` is "pyav" or "torchcodec", on `device` for the latter."""
 
     def __init__(self, config: Config, decoder: str, device: str = "cpu") -> None:
-        shards = load_shards(expand(config.data.videos), "video")
+        shards = usable(map(load_shard, expand(config.data.videos)), "video")
         self.members = [member for shard in shards for member in shard.members()]
         decoders = {"pyav": decode_pyav, "torchcodec": partial(decode_torchcodec, device=device)}
         self.config, self.decode = config.data, decoders[decoder]

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from bevt_ds.data.labels import Classes, expected_count, read_classes
-from bevt_ds.data.reading.index import load_shards
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.errors import UserError
 from bevt_ds.shards.check import check
+from tests.loader.media import load_shards
 
 
 def shard(name: str, *labels: str) -> Shard:

@@ -20,6 +20,8 @@ from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels
 from bevt_ds.data.pixels.pipeline import PixelPipeline
+from bevt_ds.data.reading.index import load_shard, usable
+from bevt_ds.data.reading.members import Shard
 
 FPS = 25
 
@@ -144,3 +146,8 @@ def pictures_of(pipeline: PixelPipeline, payloads: Sequence, entries: Sequence) 
     shape = (len(payloads),) if isinstance(clip, bytes) else (len(payloads), len(clip))
     pixels, view = pipeline.run(payloads, entries, np.ones(shape, dtype=bool))
     return pixels, view.unflatten(0, shape)
+
+
+def load_shards(paths: Sequence[str], kind: str) -> list[Shard]:
+    """The samples of `kind` of local shards, as a run has them."""
+    return usable(map(load_shard, paths), kind)

@@ -33,7 +33,7 @@ from bevt_ds.config.schema import Config
 from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.loader import LEDGER, Loader
-from bevt_ds.data.reading.index import SUFFIX, index_digest, load_shard, load_shards
+from bevt_ds.data.reading.index import SUFFIX, index_digest, load_shard
 from bevt_ds.data.reading.members import read_member
 from bevt_ds.errors import UserError
 from bevt_ds.shards import stats
@@ -41,6 +41,7 @@ from bevt_ds.shards.check import check
 from bevt_ds.shards.dali_index import write_dali_index
 from bevt_ds.shards.pack import pack
 from bevt_ds.shards.synthetic.draw_worker import encode_jpeg
+from tests.loader.media import load_shards
 
 
 @pytest.fixture

@@ -23,12 +23,13 @@ from bevt_ds import cli
 from bevt_ds.config.schema import DataConfig
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.reading import index as index_module
-from bevt_ds.data.reading.index import SUFFIX, load_shard, load_shards
+from bevt_ds.data.reading.index import SUFFIX, load_shard
 from bevt_ds.data.reading.members import Shard, read_member, split_name
 from bevt_ds.data.reading.shards import expand, has_wildcard
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
+from tests.loader.media import load_shards
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from bevt_ds import cli
-from bevt_ds.data.reading.index import load_shard, load_shards
+from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import read_member
 from bevt_ds.errors import UserError
-from tests.loader.media import encode_clip, shades
+from tests.loader.media import encode_clip, load_shards, shades
 
 SPARSE_FORMATS = {
     "gnu": ["--format=gnu"],

@@ -18,7 +18,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,12 +35,6 @@ SPOT_CHECKS = 16  # headers that are compared at each start, when size and time 
 LONGEST_TURN = 1800.0  # seconds to wait for another process
 
 log = logging.getLogger(__name__)
-
-
-def load_shards(paths: Sequence[str], kind: str, threads: int = 8) -> list[Shard]:
-    """The members of `kind` of local shards, indexed on first use. UserError: see `load_shard` and `usable`."""
-    with ThreadPoolExecutor(threads) as pool:
-        return usable(pool.map(load_shard, paths), kind)
 
 
 def usable(shards: Iterable[Shard], kind: str) -> list[Shard]:
