@@ -16,7 +16,7 @@ from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
 from bevt_ds.config.validate import check_holds_crop, check_labelled, check_views, micro_steps_of, need_shards
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.labelled_reader import LabelledShards, TrainingReader, ViewReader
-from bevt_ds.data.labels import Classes, expected_count, read_classes
+from bevt_ds.data.labels import Classes, read_classes
 from bevt_ds.data.ledger import Ledger, Skips, StageTimes
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import ALONE, LEDGER, BackgroundLoader, RankReader, Ranks
@@ -142,11 +142,6 @@ def test_batches(
                 yield reader.finish(under_way.popleft())
         while under_way:
             yield reader.finish(under_way.popleft())
-
-
-def expected_videos(data: LabelledDataConfig, shards: Sequence[Shard]) -> int:
-    """How many videos the whole validation set has, of which `shards` hold what there is; see expected_count."""
-    return expected_count(shards, data.expected_val)
 
 
 def _classes_of(data: LabelledDataConfig, val: Sequence[Shard], storage: Storage) -> Classes:

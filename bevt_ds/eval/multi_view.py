@@ -11,8 +11,7 @@ from torch import Tensor
 
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import EvaluateConfig, LabelledDataConfig
-from bevt_ds.data.labelled_loader import expected_videos
-from bevt_ds.data.labels import Classes, read_classes
+from bevt_ds.data.labels import Classes, expected_count, read_classes
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.errors import UserError
 from bevt_ds.eval.predictions import Classify, predict
@@ -36,7 +35,7 @@ def evaluate(config: EvaluateConfig) -> int:
     batches = each_video(config.data, config.views, shards, classes, folder, ranks)
     predictions = predict(probabilities_of(model, DTYPES[config.precision]), batches, ranks)
     if ranks.is_main:
-        expected = expected_videos(config.data, shards)
+        expected = expected_count(shards, config.data.expected_val)
         values = write_results(folder, predictions, classes.names, expected, {"config": to_dict(config)})
         print(as_lines(values, folder), flush=True)
     return 0

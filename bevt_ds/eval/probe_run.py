@@ -8,8 +8,7 @@ from torch import nn
 
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import ProbeConfig, ProbeRunConfig
-from bevt_ds.data.labelled_loader import expected_videos
-from bevt_ds.data.labels import read_classes
+from bevt_ds.data.labels import expected_count, read_classes
 from bevt_ds.eval.features import Features, extract, features_of, gathered
 from bevt_ds.eval.multi_view import check_device, printing_once
 from bevt_ds.eval.predictions import Classify, predict
@@ -46,7 +45,7 @@ def probe(config: ProbeRunConfig) -> int:
     predictions = predict(lambda clips: classify(encode(clips)), tested, ranks)
     if ranks.is_main:
         facts = {"training_videos": features.total, "config": to_dict(config)}
-        values = write_results(folder, predictions, classes.names, expected_videos(config.data, val), facts)
+        values = write_results(folder, predictions, classes.names, expected_count(val, config.data.expected_val), facts)
         print(as_lines(values, folder), flush=True)
     return 0
 

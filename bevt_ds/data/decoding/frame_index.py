@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
+from av import Packet
 
 from bevt_ds.data.decoding.bitstream import Coded, Unknown
 from bevt_ds.data.decoding.h264 import h264_frames
@@ -25,15 +25,6 @@ _EMPTY_VOP = 16  # bytes; a shorter one may stand for a frame that was dropped
 _ATTEMPTS = 2  # entries from which frames are looked for before it is done from the beginning
 HIDDEN = -1  # in the place of a frame's number
 _AV1_FRAME_HEADERS = (3, 6)  # OBU_FRAME_HEADER, OBU_FRAME
-
-
-class Packet(Protocol):
-    """What is asked of a packet; PyAV's are like this."""
-
-    pts: int | None
-    dts: int | None
-    is_keyframe: bool
-    is_discard: bool
 
 
 @dataclass(frozen=True)
