@@ -38,7 +38,7 @@ lists:
     videos/clip 7.mp4 push left           a tab, comma, semicolon or spaces between; a path ends with its extension
     "clip 7" "push left"                  quotes where a path has no extension, a path a comma, a label commas in a .csv
     # a comment                           a line that begins with '#' and a space
-    path,label                            first line, if you like: names of columns, in any order and beside others
+    path,label                            first line, if you like: names of columns, in any order, others too
 """
 READING_KEYS = (  # which the messages of these commands name
     "max_pixels",
@@ -105,7 +105,7 @@ def _add_pack(verbs) -> None:
         help="folder (labels if its folders are ImageNet's), glob, or list: see below",
     )
     verb.add_argument("out", type=Path, help="folder for the tars")
-    verb.add_argument("--root", type=Path, help="where the files of a list are; default: beside it")
+    verb.add_argument("--root", type=Path, help="where the files of a list are; default: next to it")
     verb.add_argument(
         "--class-folders", action="store_true", help="each folder in SOURCE is a class; its name, the label"
     )

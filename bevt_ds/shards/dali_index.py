@@ -13,7 +13,7 @@ VERSION = "v1.2"
 
 
 def write_dali_index(path: str) -> Path:
-    """Write `NAME.idx` beside a local tar: a line a sample, `extension offset size name` for each component.
+    """Write `NAME.idx` next to a local tar: a line a sample, `extension offset size name` for each component.
 
     To DALI's reader a sample is a run of neighbours whose names are equal up to the first dot of the last part.
     UserError: the tar has been cut, or holds a name that the format cannot express.

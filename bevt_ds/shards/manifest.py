@@ -41,7 +41,7 @@ def compare(
     whole: bool = False,
     seconds: float = DataConfig.read_seconds,
 ) -> list[Fault]:
-    """Faults of local shards by the manifests beside them: one cannot be read, or a shard has other bytes.
+    """Faults of local shards by the manifests next to them: one cannot be read, or a shard has other bytes.
 
     whole: a shard is missing too, of a manifest that names any of `paths`.
     StorageStalled: a disk or file server does not answer within `seconds`.

@@ -15,7 +15,7 @@ def check_avi(data: bytes, limits: Limits) -> Container:
     while at + 12 <= len(data):
         name, size = struct.unpack_from("<4sI", data, at)
         if name != b"RIFF":
-            break  # what follows the RIFF parts belongs to nobody
+            break  # what follows the RIFF parts is ignored
         if at + 8 + size > len(data):
             raise BadSample(f"the AVI is cut: it says {at + 8 + size} bytes and has {len(data)}")
         at += 8 + size + size % 2

@@ -45,7 +45,7 @@ def main() -> None:
     replies.flush()
     for line in requests:
         request = json.loads(line)
-        # If the parent is gone too, nobody else would end a decoder that hangs.
+        # If the parent is gone too, no one else would end a decoder that hangs.
         signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"])
         serve(works, request, requests.read(request["size"]), replies)
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -210,7 +210,7 @@ def _token_view(levels: Tensor, scratch: Scratch, out: Tensor) -> None:
 
 
 def _repeat_edges(padded: Tensor, dim: int) -> None:
-    """Fill the margin of _REACH on either side with the line beside it."""
+    """Fill the margin of _REACH on either side with the line next to it."""
     length = padded.shape[dim] - 2 * _REACH
     for margin, edge in ((0, _REACH), (_REACH + length, _REACH + length - 1)):
         padded.narrow(dim, margin, _REACH).copy_(padded.narrow(dim, edge, 1))

@@ -198,9 +198,9 @@ def _scalar(name: str, dtype: types.DALIDataType):
     return fn.external_source(name=name, dtype=dtype, ndim=0)
 
 
-def _constant(values, beside):
-    """A constant where the image `beside` is: DALI does not move it there by itself."""
-    return types.Constant(np.asarray(values, dtype=np.float32), device=beside.device)
+def _constant(values, like):
+    """A constant where the image `like` is: DALI does not move it there by itself."""
+    return types.Constant(np.asarray(values, dtype=np.float32), device=like.device)
 
 
 def _crop(frames, size: int):

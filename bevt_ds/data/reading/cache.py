@@ -64,7 +64,7 @@ class ShardCache:
         for _ in range(ATTEMPTS):
             with suppress(FileNotFoundError):  # thrown out meanwhile
                 return self.local(url).open("rb")
-        raise RemoteError(url, f"data.cache_bytes={self.most_bytes} leaves no room for it beside the others in use")
+        raise RemoteError(url, f"data.cache_bytes={self.most_bytes} leaves no room for it next to the others in use")
 
     def discard(self, url: str) -> None:
         """Forget a copy that has turned out damaged."""

@@ -31,7 +31,7 @@ _COMPRESSED = {  # what such a file begins with
     b"\x5d\x00\x00": "lzma",
     b"\x1f\x9d": "compress",
 }
-# What tarfile raises on headers that make no sense, beside its own errors.
+# What tarfile raises on headers that make no sense, next to its own errors.
 _DAMAGE = (tarfile.TarError, ValueError, OverflowError, OSError, EOFError)
 
 log = logging.getLogger(__name__)
