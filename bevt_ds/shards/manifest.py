@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -71,24 +71,15 @@ def _read(manifest: Path) -> list[_Entry]:
 def _other_bytes(entries: Sequence[_Entry], jobs: int, progress: bool, seconds: float) -> Iterator[Fault]:
     """Hash the shards in parallel: from disks that are busy it is waiting, most of all."""
     with closing(DeadlineExecutor(jobs)) as executor:
-        hashes = map(_result, [executor.submit(_hash, executor, entry.path, Deadline(seconds)) for entry in entries])
-        bar = progress_bar(hashes, total=len(entries), disable=not progress or not entries, unit="shard", desc="hash")
-        for entry, found in zip(entries, bar, strict=True):
-            if isinstance(found, OSError):
-                yield str(entry.path), f"cannot read the shard: {found.strerror}"
-            elif found != entry.sha256:
-                yield str(entry.path), f"its SHA-256 is not the one in {entry.manifest.name}"
-
-
-def _result(call: Future[str]) -> str | OSError:
-    try:
-        return call.result()
-    except OSError as error:
-        return error
-
-
-def _hash(executor: DeadlineExecutor, path: Path, deadline: Deadline) -> str:
-    return executor.call(_sha256, path, place=f"shard {path}", deadline=deadline)
+        hashed = partial(executor.call, _sha256, deadline=Deadline(seconds))
+        calls = [executor.submit(partial(hashed, entry.path, place=f"shard {entry.path}")) for entry in entries]
+        bar = progress_bar(calls, total=len(entries), disable=not progress or not entries, unit="shard", desc="hash")
+        for entry, call in zip(entries, bar, strict=True):
+            try:
+                if call.result() != entry.sha256:
+                    yield str(entry.path), f"its SHA-256 is not the one in {entry.manifest.name}"
+            except OSError as error:
+                yield str(entry.path), f"cannot read the shard: {error.strerror}"
 
 
 def _sha256(path: Path) -> str:
