@@ -130,7 +130,9 @@ def test_batches(
     with ExitStack() as resources:
         shared = open_resources(data, True, StageTimes(), resources)
         shards = shared.storage.shards(data.val, "video") if shards is None else shards
-        classes = classes or _classes_of(data, shards, shared.storage)
+        if classes is None:
+            train = shared.storage.shards(data.train, "video") if data.train else []
+            classes = read_classes(train, shards, data.classes)
         labelled = LabelledShards.of(shards, classes)
         plan = ViewPlan(labelled.counts, data, views, views.micro_videos * world)
         ledger = Ledger(StreamId.TEST, folder and folder / LEDGER, Skips())
@@ -142,11 +144,6 @@ def test_batches(
                 yield reader.finish(under_way.popleft())
         while under_way:
             yield reader.finish(under_way.popleft())
-
-
-def _classes_of(data: LabelledDataConfig, val: Sequence[Shard], storage: Storage) -> Classes:
-    train = storage.shards(data.train, "video") if data.train else []
-    return read_classes(train, val, data.classes)
 
 
 def _fingerprint(shards: Sequence[Shard]) -> str:

@@ -55,11 +55,6 @@ class LabelledShards:
         return int(self.labels[entry.shard][entry.member])
 
 
-def _stride(config: LabelledDataConfig) -> int:
-    """Frames from one of a clip to the next, at least: segments are as far apart as the video is long."""
-    return 1 if config.sampling == "segments" else config.stride
-
-
 class LabelledReader(SampleReader):
     """What training clips and views have in common: a video is decoded and its frames copied, then augmented."""
 
@@ -75,7 +70,8 @@ class LabelledReader(SampleReader):
         ledger: Ledger,
         device: torch.device,
     ) -> None:
-        super().__init__(plan, data.shards, config, shared, ledger, _stride(config))
+        stride = 1 if config.sampling == "segments" else config.stride  # segments are as far apart as a video is long
+        super().__init__(plan, data.shards, config, shared, ledger, stride)
         self.data, self.device = data, device
 
     def _frames(self, entry: LabelledEntry) -> Tensor:

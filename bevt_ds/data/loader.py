@@ -98,7 +98,7 @@ class RankReader(ABC):
     where bad samples are listed. state: what an earlier run must pass on, see BackgroundLoader.state.
     """
 
-    fingerprint: str  # digest of the samples of all shards
+    fingerprint: str  # digest of the samples of all shards: the data that a resumed run must find again
 
     def __init__(
         self,
@@ -223,18 +223,13 @@ class BackgroundLoader:
     def __init__(
         self, reader: RankReader, micro_steps: int, config: ReadingConfig, ranks: Ranks, start_step: int = 0
     ) -> None:
-        self.micro_steps = micro_steps
+        self.micro_steps, self.fingerprint = micro_steps, reader.fingerprint
         self._reader, self._config, self._ranks = reader, config, ranks
         self._ready: queue.Queue[_Prepared] = queue.Queue(config.prefetch)
         self._stopping = threading.Event()
         self._waited, self._handed_out, self._step, self._bad = 0.0, 0, start_step, 0
         self._thread = threading.Thread(target=self._prepare, args=(start_step,), name="loader", daemon=True)
         self._thread.start()
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the samples of all shards: the data that a resumed run must find again."""
-        return self._reader.fingerprint
 
     @property
     def bad_samples(self) -> int:
@@ -370,17 +365,9 @@ class Loader(BackgroundLoader):
     ) -> None:
         parts = micro_steps(config, ranks.world)
         reader = BatchReader(config, _training_sources(config), ranks, device, folder, state)
+        # How many samples are trained on, by kind; steps in which each of the first kind is read once.
+        self.samples, self.steps_an_epoch = reader.samples, reader.steps_an_epoch
         super().__init__(reader, parts, config.data, ranks, start_step)
-
-    @property
-    def steps_an_epoch(self) -> float:
-        """Steps in which each video, or image where there are no videos, is read once."""
-        return self._reader.steps_an_epoch
-
-    @property
-    def samples(self) -> dict[str, int]:
-        """How many samples are trained on, by kind."""
-        return self._reader.samples
 
 
 def eval_batches(

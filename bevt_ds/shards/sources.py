@@ -82,10 +82,6 @@ def _is_media(name: str, kind: str) -> bool:
     return Path(name).suffix[1:].lower() in FILES[kind] and not is_apple_double(name)
 
 
-def _ending(name: str) -> str:
-    return APPLE_DOUBLE if is_apple_double(name) else Path(name).suffix.lower() or NO_ENDING
-
-
 def _from_folder(folder: Path, kind: str, class_folders: bool) -> Listing:
     listing = _sorted_out(((path, path.relative_to(folder), fault) for path, fault in files_below(folder)), kind)
     classes = {_class_folder(i) for i in listing.items if not i.fault or _SYNSET.fullmatch(_class_folder(i))}
@@ -128,7 +124,7 @@ def _sorted_out(files: Iterable[tuple[Path, Path, str]], kind: str) -> Listing:
         if fault or _is_media(path.name, kind):
             items.append(Item(path, str(name), fault=fault))
         else:
-            passed_over[_ending(path.name)] += 1
+            passed_over[APPLE_DOUBLE if is_apple_double(path.name) else path.suffix.lower() or NO_ENDING] += 1
     return Listing(items, passed_over)
 
 

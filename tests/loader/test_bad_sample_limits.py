@@ -342,7 +342,7 @@ def test_wait_report_comes_from_the_main_rank_only(is_main: bool, capsys: pytest
 class NoReader:
     """Serves as a BatchReader whose batches are nothing but their place; counts them."""
 
-    ledgers, decoders, is_on_gpu = {}, {}, False
+    ledgers, is_on_gpu, fingerprint = {}, False, ""
 
     def __init__(self) -> None:
         self.begun = self.finished = 0
