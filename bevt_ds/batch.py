@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from bevt_ds.errors import UserError
@@ -93,6 +95,12 @@ class LabelledBatch:
     def cast(self, dtype: torch.dtype) -> LabelledBatch:
         """The same batch with its pixels in `dtype`."""
         return replace(self, pixels=self.pixels.to(dtype))
+
+
+def denormalised(pixels: Tensor) -> np.ndarray:
+    """What a clip (3,T,H,W) or an image (3,H,W) looked like before it was normalised: (T,H,W,3) in [0,1], T = 1."""
+    levels = rearrange(pixels.float().cpu().view(3, -1, *pixels.shape[-2:]), "c t h w -> t h w c").numpy()
+    return (levels * np.float32(STD) + np.float32(MEAN)) / 255
 
 
 def _moved(parts: Sequence[Part], device: torch.device | str, non_blocking: bool) -> list[Part]:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bevt_ds.batch import MEAN, STD, Batch, Stream
+from bevt_ds.batch import Batch, Stream, denormalised
 from bevt_ds.runtime.engine import Engine
 
 RIGHT, WRONG = np.array([0.13, 0.62, 0.30]), np.array([0.80, 0.15, 0.15])
@@ -63,18 +63,12 @@ def stream_panels(name: str, stream: Stream, predicted: Tensor, samples: int) ->
     marks = verdicts(stream, predicted).reshape(count, frames, *stream.mask.shape[-2:])
     panels = []
     for b in range(min(samples, count)):
-        frames_seen = pictures(stream.pixels[b])
+        frames_seen = denormalised(stream.pixels[b])
         shown = np.unique(np.linspace(0, frames - 1, FRAMES_SHOWN).round().astype(int))
         for t in shown:
             title = f"{name} {b}" + (f", frame {t}" if frames > 1 else "")
             panels.append(make_panel(title, frames_seen[t], marks[b, t]))
     return panels
-
-
-def pictures(pixels: Tensor) -> np.ndarray:
-    """What a clip (3,T,H,W) or an image (3,H,W) looked like before it was normalised: (T,H,W,3) in [0,1], T = 1."""
-    levels = rearrange(pixels.float().cpu().view(3, -1, *pixels.shape[-2:]), "c t h w -> t h w c").numpy()
-    return (levels * np.float32(STD) + np.float32(MEAN)) / 255
 
 
 def verdicts(stream: Stream, predicted: Tensor) -> np.ndarray:

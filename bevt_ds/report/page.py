@@ -89,7 +89,7 @@ def render(runs: Sequence[Run]) -> str:
 
 def show(run: Run) -> Shown:
     """The parts of a run that are cut to what a page holds."""
-    panels = [(_caption(step), data_url(path)) for step, path in spread_evenly(run.panels, MOST_PANELS)]
+    panels = [(_caption(step), png_url(path.read_bytes())) for step, path in spread_evenly(run.panels, MOST_PANELS)]
     rows = spread_evenly(run.rows, MOST_ROWS)
     columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value is not None))
     return Shown(run, panels, rows, columns)
@@ -166,9 +166,9 @@ def spread_evenly(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def data_url(path: Path) -> str:
-    """A PNG as it stands in the page."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def png_url(data: bytes) -> str:
+    """A PNG inside the page."""
+    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def number(value: Any) -> str:
