@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.training.preloaded import Forked
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240  # for one small run on a slow machine
@@ -67,28 +68,18 @@ def command(stage: int, settings: dict[str, object]) -> list[str]:
     return ["bevt_ds/pretrain.py", "--deepspeed_config", f"ds_configs/zero{stage}.json", *words]
 
 
-def start_ranks(settings: dict[str, object], world: int, stage: int = 2) -> list[subprocess.Popen]:
+def start_ranks(settings: dict[str, object], world: int, stage: int = 2) -> list[Forked]:
     """Start the ranks of one run without a launcher."""
     return start_python(command(stage, settings), world)
 
 
-def start_python(arguments: list[str], world: int) -> list[subprocess.Popen]:
-    """Start `python ARGUMENTS` on so many ranks."""
+def start_python(arguments: list[str], world: int) -> list[Forked]:
+    """Start `python ARGUMENTS` on so many ranks, forked from a process that has its imports."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+    return [Forked(arguments, environment(**place, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(world)]
 
 
 def run_ranks(folder: Path, settings: dict[str, object], world: int = 1, stage: int = 2) -> Finished:
@@ -103,7 +94,7 @@ def launch(arguments: list[str], world: int, seconds: float = SECONDS) -> str:
     return "\n".join(wait_for(start_python(arguments, world), seconds))
 
 
-def wait_for(ranks: list[subprocess.Popen], seconds: float = SECONDS) -> list[str]:
+def wait_for(ranks: list[Forked], seconds: float = SECONDS) -> list[str]:
     """The output of each rank, once all have ended."""
     try:
         return [rank.communicate(timeout=seconds)[0] for rank in ranks]

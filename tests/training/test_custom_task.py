@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from bevt_ds.config.recipes import demo
 from bevt_ds.config.schema import Config
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.train.loop import Setup, Task, run_training
-from tests.training.processes import ROOT, SECONDS, environment
+from tests.training.processes import start_python, wait_for
 
 WEIGHTS = torch.tensor([[2.0, -1.0, 0.5]])
 STEPS = 48
@@ -142,16 +141,14 @@ def lines(folder: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, text.splitlines())]
 
 
-def started(folder: Path, **changes: object) -> subprocess.CompletedProcess:
-    """The regression in a process of its own: DeepSpeed's groups live as long as theirs. changes: see `regress_as`."""
-    return subprocess.run(
-        [sys.executable, "-m", "tests.training.test_custom_task", str(folder), json.dumps(changes)],
-        cwd=ROOT,
-        env=environment(),
-        timeout=SECONDS,
-        capture_output=True,
-        text=True,
-    )
+def started(folder: Path, **changes: object) -> tuple[int, str]:
+    """The regression in a process of its own: DeepSpeed's groups live as long as theirs. changes: see `regress_as`.
+
+    Returns exit code and output.
+    """
+    (rank,) = start_python(["-m", "tests.training.test_custom_task", str(folder), json.dumps(changes)], world=1)
+    (output,) = wait_for([rank])
+    return rank.returncode, output
 
 
 def regress_as(folder: Path, last: int = STEPS, resume: str = "", lr: float = 0.2) -> int:
@@ -161,24 +158,24 @@ def regress_as(folder: Path, last: int = STEPS, resume: str = "", lr: float = 0.
 
 def test_custom_task_resumes_exactly_after_a_kill(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    finished = started(whole)
-    assert finished.returncode == 0, finished.stderr
-    killed = started(run, last=20)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, output = started(whole)
+    assert code == 0, output
+    code, output = started(run, last=20)
+    assert code == -signal.SIGKILL, output
     assert len(lines(run)) == 20
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000016"]
-    resumed = started(run, resume="auto")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "continuing from step 16" in resumed.stdout
+    code, output = started(run, resume="auto")
+    assert code == 0, output
+    assert "continuing from step 16" in output
     assert lines(run) == lines(whole)
     assert len(lines(run)) == STEPS
     assert json.loads((run / "updates.json").read_text()) == STEPS
 
 
 def test_task_that_has_not_learned_is_exit_code_1(tmp_path):
-    finished = started(tmp_path / "run", lr=1e-4)
-    assert finished.returncode == 1, finished.stderr
-    assert finished.stdout.endswith("not learned: the line is off\n")
+    code, output = started(tmp_path / "run", lr=1e-4)
+    assert code == 1, output
+    assert output.endswith("not learned: the line is off\n")
 
 
 if __name__ == "__main__":

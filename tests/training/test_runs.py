@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from bevt_ds.model.presets import create_model
 from bevt_ds.model.weights import load_init
 from bevt_ds.shards.pack import pack
 from tests.training.golden_curve import FILE, curve_run
-from tests.training.processes import ROOT, SECONDS, command, environment, run_ranks, start_ranks
+from tests.training.preloaded import Forked
+from tests.training.processes import ROOT, SECONDS, SMALL, Finished, command, environment, run_ranks, start_ranks
 
 
 def test_losses_equal_the_golden_curve(tmp_path, shards):
@@ -83,11 +85,25 @@ def test_image_only_run_leaves_clip_parameters_untouched(tmp_path, small, stage)
     assert not list(run.folder.rglob("*.py"))
 
 
-def test_pretraining_losses_do_not_depend_on_ranks(tmp_path, small):
-    settings = {**small, "model.drop_path": 0.3, "train.steps": 4}
-    alone = run_ranks(tmp_path / "one", settings, world=1)
-    both = run_ranks(tmp_path / "two", settings, world=2)
-    assert (alone.code, both.code) == (0, 0), alone.output + both.output
+STOCHASTIC = {"model.drop_path": 0.3, "train.steps": 5, "train.checkpoint_every": 2, "optim.warmup_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, shards) -> Callable[[int], Finished]:
+    """whole(stage): five steps in the middle of the warm-up on two ranks, with drop-path, run once at each stage."""
+
+    @cache
+    def run(stage: int) -> Finished:
+        run = run_ranks(tmp_path_factory.mktemp("whole") / "run", {**SMALL, **shards, **STOCHASTIC}, 2, stage)
+        assert run.code == 0, run.output
+        return run
+
+    return run
+
+
+def test_pretraining_losses_do_not_depend_on_ranks(tmp_path, small, whole):
+    alone, both = run_ranks(tmp_path / "one", {**small, **STOCHASTIC}), whole(2)
+    assert alone.code == 0, alone.output
     for one, two in zip(alone.losses(), both.losses(), strict=True):
         assert two == pytest.approx(one, rel=2e-4)
     ratio = both.log()[-1]["optimizer_bytes"] / alone.log()[-1]["optimizer_bytes"]
@@ -95,28 +111,23 @@ def test_pretraining_losses_do_not_depend_on_ranks(tmp_path, small):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_killed_pretraining_continues_bit_for_bit(tmp_path, small, stage):
+def test_killed_pretraining_continues_bit_for_bit(tmp_path, small, whole, stage):
     """SIGKILL in the middle of the warm-up, 2 ranks, drop-path 0.3: every later loss is equal to the last bit."""
-    extra = {"model.drop_path": 0.3, "train.steps": 5, "train.checkpoint_every": 2, "optim.warmup_steps": 6}
-    settings = {**small, **extra}
-    whole = run_ranks(tmp_path / "whole", settings, world=2, stage=stage)
-    assert whole.code == 0, whole.output
-
-    folder = tmp_path / "killed"
+    settings, folder = {**small, **STOCHASTIC}, tmp_path / "killed"
     ranks = start_ranks({**settings, "output_dir": folder}, world=2, stage=stage)
     wait_for_step(folder / "log.jsonl", 2, ranks)
     for rank in ranks:
-        rank.send_signal(signal.SIGKILL)
+        rank.kill()
         rank.communicate()
     resumed = run_ranks(folder, {**settings, "resume": "auto"}, world=2, stage=stage)
     assert resumed.code == 0, resumed.output
     assert "continuing from step 2" in resumed.output or "continuing from step 4" in resumed.output
-    assert resumed.losses() == whole.losses()
-    final = [load_file(f / "weights" / "model.safetensors") for f in (whole.folder, folder)]
+    assert resumed.losses() == whole(stage).losses()
+    final = [load_file(f / "weights" / "model.safetensors") for f in (whole(stage).folder, folder)]
     assert all(final[0][name].equal(final[1][name]) for name in final[0])
 
 
-def wait_for_step(log: Path, step: int, ranks: list[subprocess.Popen]) -> None:
+def wait_for_step(log: Path, step: int, ranks: list[Forked]) -> None:
     deadline = time.monotonic() + SECONDS
     while last_step(log) < step:
         assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
