@@ -52,7 +52,7 @@ def labelled_shards(tmp_path_factory: pytest.TempPathFactory, pack_labelled: Cal
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def labelled(labelled_shards: Path) -> LabelledDataConfig:
     """Clips of 8 frames, 64 px, with all that can be done to them."""
     return LabelledDataConfig(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -23,8 +25,8 @@ from bevt_ds.eval import multi_view as evaluation
 from bevt_ds.evaluate import main, starting_point
 from bevt_ds.model.classifier import VideoClassifier
 from bevt_ds.model.presets import create_classifier, create_model
-from tests.downstream.programs import run_program
 from tests.downstream.worlds import on_ranks
+from tests.training.processes import ROOT, SECONDS, environment
 
 NAMES = ("run", "sit", "walk")
 VIDEOS = 7  # in val-*.tar
@@ -102,9 +104,12 @@ def test_one_and_three_ranks_predict_the_same_bits(alone, tmp_path, run, labelle
 def test_evaluation_under_a_launcher_with_two_ranks(alone, tmp_path, run, labelled_shards):
     """Two processes; threads and instructions may differ from this one's, hence the tolerance."""
     arguments = words(run, labelled_shards, f"output_dir={tmp_path}")
-    code, output = run_program("evaluate.py", arguments, launcher=("torchrun", "--standalone", "--nproc_per_node=2"))
-    assert code == 0, output
-    assert "7 of 7 expected (100.0%)" in output
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2", "bevt_ds/evaluate.py"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "7 of 7 expected (100.0%)" in done.stdout
     (one, first), (two, second) = read(alone), read(tmp_path)
     assert (first["top1"], first["classes"]) == (second["top1"], second["classes"])
     difference = np.subtract(one["probabilities"].to_pylist(), two["probabilities"].to_pylist())

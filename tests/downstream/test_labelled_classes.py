@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from bevt_ds.data.labels import Classes, expected_count, read_classes
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.errors import UserError
 from bevt_ds.shards.check import check
-from tests.loader.media import load_shards
+from tests.loader.media import load_shards, write_tar
 
 
 def shard(name: str, *labels: str) -> Shard:
@@ -139,20 +137,11 @@ def test_invalid_manifest_is_named(packed: list[Shard], tmp_path: Path, text: st
         read_classes(packed, [])
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> list[Shard]:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return load_shards([str(path)], "video")
-
-
 @pytest.mark.parametrize("label", [b"2", b'"2"', b"true", b"2.0", b"null", b"[2]"])
 def test_labels_from_cls_and_json_members(tmp_path: Path, label: bytes) -> None:
     members = {"a.mp4": b"x", "a.cls": b"3\n", "b.json": b'{"label": 1}', "b.mp4": b"y", "c.mp4": b"z"}
     members["c.json"] = b'{"label": ' + label + b"}"
-    shards = write_tar(tmp_path / "own.tar", members)
+    shards = load_shards([str(write_tar(tmp_path / "own.tar", members))], "video")
     classes = Classes(tuple("0123"))
     if label in (b"2", b'"2"'):
         assert classes.labels(shards[0]).tolist() == [3, 1, 2]
@@ -178,7 +167,7 @@ def test_cls_and_json_labels_must_agree(tmp_path: Path, order: tuple, cls: bytes
     """Training on such shards without their labels remains possible; whoever needs these is told."""
     files = {"cls": cls, "json": b'{"label": ' + label + b"}"}
     members = {"a.mp4": b"x", "a.cls": cls, "b.mp4": b"y", **{f"b.{name}": files[name] for name in order}}
-    shards = write_tar(tmp_path / "own.tar", members)
+    shards = load_shards([str(write_tar(tmp_path / "own.tar", members))], "video")
     assert shards[0].labels == (cls.decode().strip(),) * 2
     again = load_shards([str(tmp_path / "own.tar")], "video")  # from the index
     if agree:

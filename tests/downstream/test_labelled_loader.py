@@ -7,7 +7,7 @@ import tarfile
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from bevt_ds.data.pixels.clip_pixels import random_box
 from bevt_ds.data.plan import LabelledPlan
 from bevt_ds.errors import UserError
 from bevt_ds.rng import Use
+from tests.batches import assert_same
 
 TRAIN = FinetuneTrainConfig(global_clips=6, micro_clips=1, seed=3)
 VIEWS = ViewsConfig(clips=2, crops=3, short_side=72, micro_videos=2)
@@ -42,28 +43,13 @@ def views(config: LabelledDataConfig, **arguments) -> list[LabelledBatch]:
     return list(labelled_loader.test_batches(config, VIEWS, **arguments))
 
 
-def assert_same(a: list[LabelledBatch], b: list[LabelledBatch]) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        for field in fields(LabelledBatch):
-            left, right = getattr(x, field.name), getattr(y, field.name)
-            assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
-
-
 @pytest.fixture(scope="module")
-def cache() -> dict:
-    return {}
-
-
-@pytest.fixture
-def batches(labelled: LabelledDataConfig, cache: dict) -> list[LabelledBatch]:
+def batches(labelled: LabelledDataConfig) -> list[LabelledBatch]:
     """Two steps of one rank."""
-    if "batches" not in cache:
-        cache["batches"] = take(labelled, 12)
-    return cache["batches"]
+    return take(labelled, 12)
 
 
-def test_shapes_types_and_count(labelled: LabelledDataConfig) -> None:
+def test_labelled_batch_shapes_dtypes_and_count(labelled: LabelledDataConfig) -> None:
     with LabelledLoader(labelled, replace(TRAIN, micro_clips=3)) as loader:
         batch = next(loader)
         assert loader.classes.names == ("run", "sit", "walk")
@@ -77,7 +63,9 @@ def test_shapes_types_and_count(labelled: LabelledDataConfig) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_same_batches_arrive_on_a_gpu(labelled: LabelledDataConfig, batches: list[LabelledBatch]) -> None:
+def test_labelled_batches_on_a_gpu_equal_those_on_a_cpu(
+    labelled: LabelledDataConfig, batches: list[LabelledBatch]
+) -> None:
     for on_cpu, on_gpu in zip(batches, take(labelled, 12, device="cuda:0"), strict=True):
         assert {on_gpu.pixels.device, on_gpu.labels.device, on_gpu.sample_keys.device} == {torch.device("cuda", 0)}
         torch.testing.assert_close(on_gpu.pixels.cpu(), on_cpu.pixels)
@@ -85,18 +73,20 @@ def test_the_same_batches_arrive_on_a_gpu(labelled: LabelledDataConfig, batches:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_out_what_one_rank_sees(
+def test_ranks_get_disjoint_shares_of_the_labelled_batch(
     labelled: LabelledDataConfig, batches: list[LabelledBatch], world: int
 ) -> None:
     by_rank = [take(labelled, 12 // world, ranks=OneRank(rank, world)) for rank in range(world)]
     assert_same([by_rank[i % world][i // world] for i in range(12)], batches)
 
 
-def test_a_loader_started_later_continues_exactly(labelled: LabelledDataConfig, batches: list[LabelledBatch]) -> None:
+def test_labelled_loader_started_at_a_later_step_gives_the_same_batches(
+    labelled: LabelledDataConfig, batches: list[LabelledBatch]
+) -> None:
     assert_same(take(replace(labelled, workers=2, threads=2, prefetch=1), 6, start_step=1), batches[6:])
 
 
-def test_each_epoch_has_an_order_of_its_own(labelled: LabelledDataConfig) -> None:
+def test_labelled_order_differs_between_epochs(labelled: LabelledDataConfig) -> None:
     """Shard by shard, where data.shuffle_window is 1."""
     plan = LabelledPlan([4, 4, 3], replace(labelled, shuffle_window=1), TRAIN.seed, 1)
     epochs = [[plan.entry(step, 0) for step in range(first, first + 11)] for first in (0, 11, 22)]
@@ -105,7 +95,7 @@ def test_each_epoch_has_an_order_of_its_own(labelled: LabelledDataConfig) -> Non
     assert all(sum(a.shard != b.shard for a, b in pairwise(epoch)) == 2 for epoch in epochs)
 
 
-def test_each_epoch_shows_every_video_once_with_its_label(batches: list[LabelledBatch]) -> None:
+def test_labelled_epoch_shows_every_video_once_with_its_label(batches: list[LabelledBatch]) -> None:
     keys = [batch.keys[0] for batch in batches[:11]]
     assert len(set(keys)) == 11
     for batch in batches:
@@ -115,7 +105,7 @@ def test_each_epoch_shows_every_video_once_with_its_label(batches: list[Labelled
     assert len({int(batch.sample_keys) for batch in batches}) == 12
 
 
-def test_segments_show_the_whole_video(labelled: LabelledDataConfig) -> None:
+def test_segment_sampling_spans_the_whole_video(labelled: LabelledDataConfig) -> None:
     """8 of 20 frames from all over the video, so its two ends differ more than those of a dense clip of 8."""
     plain = replace(labelled, randaugment=(0, 0), erasing=0.0, crop_area=(1.0, 1.0), crop_aspect=(1.3, 1.4))
     span = [
@@ -140,7 +130,7 @@ def decoded(video: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("flip", "least", "most"), [(0.0, 0, 0), (0.5, 1, 5), (1.0, 6, 6)])
-def test_training_pixels_are_the_originals_steps_with_opencv(
+def test_training_pixels_equal_the_original_steps_in_opencv(
     labelled: LabelledDataConfig, labelled_videos: dict[str, bytes], flip: float, least: int, most: int
 ) -> None:
     """Two resizes, each within a level; see clip_pixels.py. Never a flip where direction is the label."""
@@ -161,7 +151,9 @@ def test_training_pixels_are_the_originals_steps_with_opencv(
     assert least <= flips <= most
 
 
-def test_views_are_the_originals_with_opencv(labelled: LabelledDataConfig, labelled_videos: dict[str, bytes]) -> None:
+def test_test_views_equal_the_original_steps_in_opencv(
+    labelled: LabelledDataConfig, labelled_videos: dict[str, bytes]
+) -> None:
     """20 frames hold starts 0 to 4 of a span of 16: the middles of their halves are 1 and 3."""
     batch = next(labelled_loader.test_batches(labelled, replace(VIEWS, short_side=66)))
     for video, name in zip(batch.pixels, labelled_videos, strict=False):
@@ -173,7 +165,7 @@ def test_views_are_the_originals_with_opencv(labelled: LabelledDataConfig, label
             assert difference.max() < 1.01 and difference.mean() < 0.3
 
 
-def test_erasing_blackens_one_box_in_all_frames(labelled: LabelledDataConfig) -> None:
+def test_random_erasing_blackens_one_box_in_all_frames(labelled: LabelledDataConfig) -> None:
     always, never = (take(replace(labelled, erasing=p), 3) for p in (1.0, 0.0))
     for erased, whole in zip(always, never, strict=True):
         changed = (erased.pixels != whole.pixels)[0].any(0)  # (T,S,S)
@@ -183,7 +175,7 @@ def test_erasing_blackens_one_box_in_all_frames(labelled: LabelledDataConfig) ->
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_every_validation_video_comes_once(labelled: LabelledDataConfig, world: int) -> None:
+def test_validation_shows_every_video_once(labelled: LabelledDataConfig, world: int) -> None:
     by_rank = [views(labelled, rank=rank, world=world) for rank in range(world)]
     assert len({len(part) for part in by_rank}) == 1
     order = [batch for step in zip(*by_rank, strict=True) for batch in step]
@@ -195,7 +187,7 @@ def test_every_validation_video_comes_once(labelled: LabelledDataConfig, world: 
     assert [batch.count for batch in by_rank[0]] == ([2, 2, 2, 1] if world == 1 else [6, 1])
 
 
-def test_views_do_not_depend_on_ranks_and_differ_from_each_other(labelled: LabelledDataConfig) -> None:
+def test_test_views_do_not_depend_on_ranks_and_differ_from_each_other(labelled: LabelledDataConfig) -> None:
     alone = torch.cat([batch.pixels for batch in views(labelled)])[:7]
     shared = [views(labelled, rank=rank, world=3) for rank in range(3)]
     together = torch.cat([shared[i % 3][i // 3].pixels for i in range(6)])[:7]
@@ -204,13 +196,13 @@ def test_views_do_not_depend_on_ranks_and_differ_from_each_other(labelled: Label
     assert all(not torch.equal(video[i], video[j]) for i in range(6) for j in range(i))
 
 
-def test_the_middle_crop_is_the_only_one_of_a_single_crop(labelled: LabelledDataConfig) -> None:
+def test_single_test_crop_is_the_middle_one_of_three(labelled: LabelledDataConfig) -> None:
     three = next(labelled_loader.test_batches(labelled, VIEWS))
     one = next(labelled_loader.test_batches(labelled, replace(VIEWS, crops=1)))
     assert torch.equal(one.pixels, three.pixels[:, 2::3])
 
 
-def test_a_video_shorter_than_the_clip_is_repeated(
+def test_video_shorter_than_the_clip_is_repeated(
     labelled: LabelledDataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = replace(labelled, frames=24, stride=1)  # of 20 frames
@@ -221,7 +213,7 @@ def test_a_video_shorter_than_the_clip_is_repeated(
     assert len(caplog.messages) == 2
 
 
-def test_a_video_as_long_as_the_clip_is_not_complained_about(
+def test_video_as_long_as_the_clip_gives_no_warning(
     labelled: LabelledDataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     dense = (20, 1), (10, 2)  # the last frame of the latter is the 19th
@@ -251,7 +243,7 @@ def damaged(labelled: LabelledDataConfig, labelled_shards: Path, tmp_path: Path)
     return build
 
 
-def test_a_bad_training_video_is_replaced_and_listed(
+def test_bad_training_video_is_replaced_and_listed(
     labelled: LabelledDataConfig, damaged: Callable, tmp_path: Path
 ) -> None:
     config = replace(labelled, train=damaged("train", 4))
@@ -264,7 +256,7 @@ def test_a_bad_training_video_is_replaced_and_listed(
     assert_same(take(config, 6, start_step=1), whole[6:])
 
 
-def test_a_bad_validation_video_is_left_out_and_listed(
+def test_bad_validation_video_is_left_out_and_listed(
     labelled: LabelledDataConfig, damaged: Callable, tmp_path: Path
 ) -> None:
     found = views(replace(labelled, val=damaged("val", 4)), folder=tmp_path)
@@ -274,7 +266,7 @@ def test_a_bad_validation_video_is_left_out_and_listed(
     assert found[2].labels.tolist() == [-1, (2 + 5) % 3] and found[2].keys[0] == ""
 
 
-def test_a_validation_video_that_took_too_long_is_tried_again(
+def test_validation_video_that_timed_out_is_tried_again(
     labelled: LabelledDataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, asked = DecodePool.clips, []
@@ -289,7 +281,7 @@ def test_a_validation_video_that_took_too_long_is_tried_again(
     assert sum(int((batch.labels >= 0).sum()) for batch in views(labelled)) == 7 and len(asked) == 8
 
 
-def test_closing_ends_threads_and_processes(labelled: LabelledDataConfig) -> None:
+def test_closing_the_labelled_loader_ends_threads_and_processes(labelled: LabelledDataConfig) -> None:
     before = threading.active_count()
     loader = LabelledLoader(labelled, TRAIN)
     next(loader)
@@ -300,7 +292,7 @@ def test_closing_ends_threads_and_processes(labelled: LabelledDataConfig) -> Non
     assert threading.active_count() == before
 
 
-def test_a_test_that_is_left_early_ends_its_processes(labelled: LabelledDataConfig) -> None:
+def test_abandoned_test_batches_end_their_processes(labelled: LabelledDataConfig) -> None:
     before = threading.active_count()
     batches = labelled_loader.test_batches(labelled, VIEWS)
     next(batches)
@@ -309,7 +301,7 @@ def test_a_test_that_is_left_early_ends_its_processes(labelled: LabelledDataConf
     assert threading.active_count() == before
 
 
-def test_the_fingerprint_knows_the_labels(
+def test_labelled_fingerprint_depends_on_labels(
     labelled: LabelledDataConfig, pack_labelled: Callable, tmp_path: Path
 ) -> None:
     others = pack_labelled(tmp_path, "train", ["run", "sit", "walk", "walk"] + ["sit"] * 7)
@@ -335,7 +327,9 @@ def test_the_fingerprint_knows_the_labels(
         ({"decoder": "gpu"}, "data.decoder=gpu"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_read(labelled: LabelledDataConfig, changes: dict, message: str) -> None:
+def test_labelled_data_mistakes_are_named_before_reading(
+    labelled: LabelledDataConfig, changes: dict, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         LabelledLoader(replace(labelled, **changes), TRAIN)
 
@@ -354,6 +348,6 @@ def test_impossible_views_are_named(labelled: LabelledDataConfig, changes: dict,
         next(labelled_loader.test_batches(labelled, replace(VIEWS, **changes)))
 
 
-def test_sizes_that_do_not_divide(labelled: LabelledDataConfig) -> None:
+def test_labelled_batch_sizes_that_do_not_divide_are_refused(labelled: LabelledDataConfig) -> None:
     with pytest.raises(UserError, match="with 4 ranks|multiple of the 4 ranks"):
         LabelledLoader(labelled, TRAIN, OneRank(0, 4))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,8 +20,8 @@ from bevt_ds.shards.synthetic.draw_worker import encode_jpeg, encode_mp4
 from bevt_ds.shards.synthetic.scene import Extent, render
 from tests.loader.media import encode_clip, noise, write_tar
 from tests.loader.server import Server
+from tests.shared import shared_folder
 
-SHARED = Path(os.environ.get("BEVT_SHARED", Path(__file__).parents[3] / "shared"))
 CLIPS, IMAGES = 10, 24
 
 
@@ -36,11 +35,8 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="session")
 def media_folder() -> Path:
-    """Real clips and pictures, which are not committed."""
-    folder = SHARED / "media"
-    if not folder.is_dir():
-        pytest.skip(f"no real media at {folder}")
-    return folder
+    """Real clips and images."""
+    return shared_folder("media")
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +59,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, scenes: list[np.ndarray]) -
     return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config(shards: Path) -> Config:
     """A run of both streams, small enough for tests: 64 px, 8 frames, masks of 4x4 cells."""
     data = DataConfig(
@@ -86,7 +82,7 @@ def config(shards: Path) -> Config:
     return Config(recipe="test", data=data, train=train)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def with_data(config: Config) -> Callable[..., Config]:
     """The test configuration with other values in `data`."""
     return lambda **changes: replace(config, data=replace(config.data, **changes))
@@ -129,6 +125,14 @@ def server(shards: Path) -> Iterator[Server]:
         server.released.set()
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def released() -> Iterator[threading.Event]:
+    """What a stand-in for dead storage waits for: the end of the test."""
+    event = threading.Event()
+    yield event
+    event.set()
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ import io
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
+from nvidia.dali import fn, pipeline_def
 from torch import Tensor
 
 from bevt_ds.data.decoding.geometry import Crop
@@ -24,6 +26,13 @@ from bevt_ds.data.reading.index import load_shard, usable
 from bevt_ds.data.reading.members import Shard
 
 FPS = 25
+T, R = TypeVar("T"), TypeVar("R")
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """What `work` returns for each item, each in a thread of its own, all at the same time; or the first error."""
+    with ThreadPoolExecutor(len(items)) as threads:
+        return list(threads.map(work, items))
 
 
 def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
@@ -34,6 +43,13 @@ def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_F
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def special_member(name: str, kind: bytes) -> tarfile.TarInfo:
+    """A member that is no file: a link, a device, a folder."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "/etc/passwd"
+    return info
 
 
 def noise(*shape: int, seed: int = 0, softness: float = 30.0) -> np.ndarray:
@@ -122,6 +138,20 @@ def decode_clip(data: bytes, choose: Callable[[int], np.ndarray], limits: Limits
     """
     with opened(data, limits or Limits()) as video:
         return video.frames(choose(video.total))
+
+
+def by_dali(decoder: Callable, files: Sequence[bytes], **arguments: Any) -> list[np.ndarray]:
+    """What a CPU decoder of DALI, one of `fn.decoders`, makes of each file."""
+
+    @pipeline_def(batch_size=len(files), num_threads=1, device_id=None)
+    def graph():
+        return decoder(fn.external_source(name="encoded"), device="cpu", **arguments)
+
+    pipe = graph()
+    pipe.build()
+    pipe.feed_input("encoded", [np.frombuffer(file, np.uint8) for file in files])
+    (decoded,) = pipe.run()
+    return [np.asarray(decoded[i]) for i in range(len(files))]
 
 
 def pooled_clips(pool: DecodePool, data: bytes, *arguments: Any) -> np.ndarray:

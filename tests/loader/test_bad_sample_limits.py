@@ -40,6 +40,7 @@ from bevt_ds.data.reading.members import Member
 from bevt_ds.data.stream import PendingBatch
 from bevt_ds.runtime.logging import SpeedMeter
 from bevt_ds.train.loop import report_wait, write_line
+from tests.loader.media import in_threads
 
 MEMBER = Member("/data/s.tar", "k\x1b[31m", "mp4", 512, 10, 0)
 
@@ -64,24 +65,19 @@ class Ranks:
 
 def run_ranks(config: Config, world: int, steps: int = 40) -> list[tuple[int, BaseException | None]]:
     """Per rank: the micro-batches it got, and what ended it."""
-    ranks, results = Ranks(world), [(0, None)] * world
+    ranks = Ranks(world)
 
-    def work(rank: int) -> None:
+    def work(rank: int) -> tuple[int, BaseException | None]:
         got = 0
         try:
             with Loader(config, ranks.of(rank)) as loader:
                 for _ in islice(loader, steps):
                     got += 1
-            results[rank] = (got, None)
         except Exception as error:
-            results[rank] = (got, error)
+            return got, error
+        return got, None
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    return in_threads(work, range(world))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def
+from nvidia.dali import fn
 from PIL import Image
 
 from bevt_ds.data.decoding.images import check_image, decode_image
@@ -25,7 +25,7 @@ from bevt_ds.data.decoding.video import check_container, full_decode, probe
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.shards.check import outlook
 from bevt_ds.shards.synthetic.draw_worker import encode_jpeg
-from tests.loader.media import decode_clip
+from tests.loader.media import by_dali, decode_clip
 
 LIMITS = Limits()
 WIDTH, HEIGHT, FRAMES = 64, 48, 20
@@ -148,20 +148,6 @@ def test_dali_ignores_unknown_boxes_and_elements(make: SimpleNamespace) -> None:
     assert len(clips[0]) == len(frames)
     for other in clips[1:]:
         np.testing.assert_array_equal(other, clips[0])
-
-
-def by_dali(decoder: Callable, files: list[bytes]) -> list[np.ndarray]:
-    """What a CPU decoder of DALI makes of each file."""
-
-    @pipeline_def(batch_size=len(files), num_threads=1, device_id=None)
-    def graph():
-        return decoder(fn.external_source(name="encoded"), device="cpu")
-
-    pipe = graph()
-    pipe.build()
-    pipe.feed_input("encoded", [np.frombuffer(file, np.uint8) for file in files])
-    (decoded,) = pipe.run()
-    return [np.asarray(decoded[i]) for i in range(len(files))]
 
 
 def test_containers_of_real_clips_pass(media_folder: Path) -> None:

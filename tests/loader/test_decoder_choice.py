@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,7 +24,7 @@ from bevt_ds.data.open_stream import Source
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.plan import StreamId
-from tests.loader.media import decode_clip, pictures_of
+from tests.loader.media import decode_clip, in_threads, pictures_of
 
 
 def test_faster_decoder_is_measured_once_and_remembered(tmp_path: Path) -> None:
@@ -58,11 +57,7 @@ def test_ranks_of_a_node_share_one_decoder_measurement(tmp_path: Path) -> None:
         time.sleep(0.2)
         return 1.0
 
-    ranks = [threading.Thread(target=choose, args=({"cpu": measure}, (), tmp_path)) for _ in range(3)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
+    in_threads(lambda rank: choose({"cpu": measure}, (), tmp_path), range(3))
     assert len(calls) == 1
 
 

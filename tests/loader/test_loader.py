@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from bevt_ds.batch import Batch, Stream
+from bevt_ds.batch import Batch
 from bevt_ds.config.schema import Config
 from bevt_ds.data import ledger as ledger_module
 from bevt_ds.data.decoding import pool as pool_module
@@ -31,6 +31,7 @@ from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.errors import UserError
 from bevt_ds.train.loop import report_bad
+from tests.batches import assert_same
 
 MEMBER = Callable[..., Config]
 
@@ -40,30 +41,10 @@ def take(config: Config, batches: int, **arguments) -> list[Batch]:
         return list(islice(loader, batches))
 
 
-def assert_equal(a: Stream, b: Stream) -> None:
-    for field in fields(Stream):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, field.name
-
-
-def assert_same(a: list[Batch], b: list[Batch]) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        for name in ("video", "image"):
-            assert_equal(getattr(x, name), getattr(y, name))
-
-
 @pytest.fixture(scope="module")
-def cache() -> dict:
-    return {}
-
-
-@pytest.fixture
-def batches(config: Config, cache: dict) -> list[Batch]:
+def batches(config: Config) -> list[Batch]:
     """The first six micro-batches (three steps) of one rank."""
-    if "batches" not in cache:
-        cache["batches"] = take(config, 6)
-    return cache["batches"]
+    return take(config, 6)
 
 
 def test_batch_shapes_and_dtypes(batches: list[Batch]) -> None:
@@ -132,7 +113,7 @@ def test_loader_with_one_stream_only(config: Config, batches: list[Batch], absen
     present = "image" if absent == "video" else "video"
     for batch, both in zip(take(alone, 2), batches, strict=False):
         assert getattr(batch, absent) is None
-        assert_equal(getattr(batch, present), getattr(both, present))
+        assert_same(getattr(batch, present), getattr(both, present))
     assert all(getattr(b, absent) is None for b in eval_batches(alone))
 
 

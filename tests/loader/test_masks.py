@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from bevt_ds.data.loader import Loader, eval_batches
 from bevt_ds.data.masks import block_mask, check_empty_masks, empty_share, masked_frames, row_index, tube_mask
 from bevt_ds.errors import UserError
 from bevt_ds.rng import Use, generator
+from tests.shared import shared_folder
 
-SHARED = Path(os.environ.get("BEVT_SHARED", Path(__file__).parents[3] / "shared"))
 DRAWS = 20_000
 # Both sides are samples: over 196 cells an honest pair was seen to differ by 4.5 standard errors.
 Z = 6.0
@@ -27,10 +26,7 @@ ORIGINAL = json.loads((Path(__file__).parents[1] / "data" / "mask_stats.json").r
 
 
 def test_committed_mask_statistics_equal_the_full_file() -> None:
-    shared = SHARED / "golden" / "mask_stats.json"
-    if not shared.exists():
-        pytest.skip(f"no full golden set at {SHARED}")
-    full = json.loads(shared.read_text())
+    full = json.loads((shared_folder("golden") / "mask_stats.json").read_text())
     assert ORIGINAL["block"]["cell_probability"] == full["image"]["cell_probability"]
     assert ORIGINAL["tube"]["length_histogram"] == full["video"]["tube_length_histogram"]
     assert ORIGINAL["tube"]["fraction_mean"] == full["video"]["clip_fraction_mean"]

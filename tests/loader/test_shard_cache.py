@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.remote import RemoteError
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.errors import UserError
+from tests.loader.media import in_threads
 from tests.loader.server import Server
 
 NAME = "video-000000.tar"
@@ -31,11 +31,7 @@ def storage_of(folder: Path, **changes: object) -> Storage:
 
 def test_concurrent_processes_fetch_a_shard_once(server: Server, cache: ShardCache) -> None:
     """Threads with locks of their own stand in for processes: flock does not tell them apart."""
-    threads = [threading.Thread(target=cache.local, args=(server.url(NAME),)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(cache.local, [server.url(NAME)] * 8)
     assert len(server.requests) == 1
 
 
@@ -54,20 +50,16 @@ def test_cache_evicts_to_stay_within_its_size(server: Server, tmp_path: Path) ->
 
 def test_cache_smaller_than_its_shards_still_reads_every_sample(server: Server, tmp_path: Path, caplog) -> None:
     """Readers of three shards throw out each other's copies: every sample comes through; a line says why it drags."""
-    storage, right = storage_of(tmp_path, cache_bytes=1), []
+    storage = storage_of(tmp_path, cache_bytes=1)
     shards = [storage.load_shard(server.url(f"video-00000{i}.tar")) for i in range(3)]
 
     def read(shard: Shard) -> None:
         data = server.files[shard.path.rpartition("/")[2]]
         for member in list(shard.members()) * 3:
-            right.append(storage.read(member) == data[member.offset : member.offset + member.size])
+            assert storage.read(member) == data[member.offset : member.offset + member.size]
 
-    readers = [threading.Thread(target=read, args=(shard,)) for shard in shards]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
-    assert right == [True] * (3 * sum(map(len, shards))) and len(server.requests) > 3
+    in_threads(read, shards)
+    assert len(server.requests) > 3
     assert "over data.cache_bytes=1: no other stays" in caplog.text
     storage.cache.discard(shards[0].path)
     storage.cache.local(shards[0].path)

@@ -41,7 +41,7 @@ from bevt_ds.shards.check import check
 from bevt_ds.shards.dali_index import write_dali_index
 from bevt_ds.shards.pack import pack
 from bevt_ds.shards.synthetic.draw_worker import encode_jpeg
-from tests.loader.media import load_shards
+from tests.loader.media import load_shards, special_member
 
 
 @pytest.fixture
@@ -228,9 +228,7 @@ def test_members_that_are_not_files_are_counted_d9(tmp_path: Path) -> None:
             ("hard.jpg", tarfile.LNKTYPE),
             ("fifo.jpg", tarfile.FIFOTYPE),
         ]:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info)
+            tar.addfile(special_member(name, kind))
         info = tarfile.TarInfo("real.jpg")
         info.size = 4
         tar.addfile(info, io.BytesIO(b"data"))

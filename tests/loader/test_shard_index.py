@@ -29,7 +29,7 @@ from bevt_ds.data.reading.shards import expand, has_wildcard
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
-from tests.loader.media import load_shards
+from tests.loader.media import load_shards, special_member
 
 
 @pytest.fixture
@@ -170,9 +170,7 @@ def test_members_are_read_by_their_offset(tmp_path: Path, make: SimpleNamespace,
 def test_only_regular_files_of_a_tar_are_samples(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for name, kind in [("link.jpg", tarfile.SYMTYPE), ("dev.jpg", tarfile.CHRTYPE), ("d.jpg", tarfile.DIRTYPE)]:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info)
+            tar.addfile(special_member(name, kind))
         info = tarfile.TarInfo("real.jpg")
         info.size = 4
         tar.addfile(info, io.BytesIO(b"data"))
@@ -253,7 +251,7 @@ def no_scan(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(index_module, "scan", lambda *_: pytest.fail("scanned again"))
 
 
-def test_a_loader_keeps_indexes_of_foreign_shards_in_the_cache(
+def test_loader_keeps_indexes_of_foreign_shards_in_the_cache(
     tmp_path: Path, make: SimpleNamespace, user_cache: Path, no_scan: Callable[[], None]
 ) -> None:
     folder = tmp_path / "foreign"
@@ -269,7 +267,7 @@ def test_a_loader_keeps_indexes_of_foreign_shards_in_the_cache(
     assert state(folder) == before
 
 
-def test_an_index_next_to_a_foreign_shard_is_still_read_and_left_as_it_is(
+def test_index_next_to_a_foreign_shard_is_read_and_left_as_it_is(
     tmp_path: Path, make: SimpleNamespace, user_cache: Path, no_scan: Callable[[], None]
 ) -> None:
     folder = tmp_path / "foreign"
@@ -285,9 +283,7 @@ def test_an_index_next_to_a_foreign_shard_is_still_read_and_left_as_it_is(
     assert state(folder) == before and len(list((user_cache / "index").iterdir())) == 1
 
 
-def test_the_index_command_writes_next_to_a_shard_whose_index_is_in_the_cache(
-    tmp_path: Path, make: SimpleNamespace
-) -> None:
+def test_index_command_writes_next_to_a_shard_indexed_in_the_cache(tmp_path: Path, make: SimpleNamespace) -> None:
     tar = make.tar(tmp_path / "s.tar", MEMBERS)
     loaded(tar)
     assert cli.main(["shards", "index", str(tar)]) == 0
@@ -295,7 +291,7 @@ def test_the_index_command_writes_next_to_a_shard_whose_index_is_in_the_cache(
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_lost_index_of_a_packed_shard_is_written_next_to_it_if_that_can_be(
+def test_lost_index_of_a_packed_shard_is_written_next_to_it(
     tmp_path: Path, make: SimpleNamespace, user_cache: Path, no_scan, monkeypatch: pytest.MonkeyPatch, read_only: bool
 ) -> None:
     folder, real = tmp_path / "packed", tempfile.mkstemp

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -99,14 +98,6 @@ def test_check_hashes_shards_in_parallel_with_a_progress_bar(packed: Path, monke
     faults = manifest.compare([str(path) for path in packed.glob("*.tar")], jobs=3, progress=True)
     assert len(faults) == 3 and "its SHA-256 is not the one in image-manifest.json" in faults[0][1]
     assert "hash: 100%" in capsys.readouterr().err
-
-
-@pytest.fixture
-def released() -> Iterator[threading.Event]:
-    """What a stand-in for dead storage waits for: the end of the test."""
-    event = threading.Event()
-    yield event
-    event.set()
 
 
 def test_check_hashing_has_a_deadline(packed: Path, monkeypatch, released: threading.Event) -> None:

@@ -8,12 +8,12 @@ import struct
 import av
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn
 
 from bevt_ds.data.decoding.transcode import Profile, transcode
 from bevt_ds.data.decoding.video import fits_gpu, full_decode, opened, probe
 from bevt_ds.data.limits import Limits
-from tests.loader.media import decode_clip, encode_clip, numbers_of, shades
+from tests.loader.media import by_dali, decode_clip, encode_clip, numbers_of, shades
 
 LIMITS = Limits()
 FRAMES = 40
@@ -78,19 +78,8 @@ def test_odd_frame_sizes_are_not_for_a_gpu(height: int, width: int) -> None:
 
 def test_dali_counts_the_same_frames(plain: dict[str, bytes]) -> None:
     """VP9 is what DALI decodes on a CPU."""
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
-    def graph():
-        encoded = fn.external_source(name="encoded")
-        numbers = fn.external_source(name="numbers", dtype=types.INT32)
-        return fn.decoders.video(encoded, frames=numbers, device="cpu")
-
-    wanted = np.array([0, 5, 20], dtype=np.int32)
-    pipe = graph()
-    pipe.build()
-    pipe.feed_input("encoded", [np.frombuffer(edited(plain["vp9"], 10, 30), np.uint8)])
-    pipe.feed_input("numbers", [wanted])
-    assert numbers_of(np.asarray(pipe.run()[0][0])) == [10, 15, 30]
+    (frames,) = by_dali(fn.decoders.video, [edited(plain["vp9"], 10, 30)], frames=[0, 5, 20])
+    assert numbers_of(frames) == [10, 15, 30]
 
 
 UNEVEN = [0, 1, 2, 3, 8, 9, 10, 11, 30, 31, 32, 33, 34, 60, 61, 62, 63, 64, 65, 66]  # 1/25 s

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn
 
 from bevt_ds.data.decoding.frame_index import Entry
 from bevt_ds.data.decoding.geometry import Box
 from bevt_ds.data.decoding.video import RgbWriter, opened, probe
 from bevt_ds.data.limits import BadSample, Limits
-from tests.loader.media import decode_clip
+from tests.loader.media import by_dali, decode_clip
 
 LIMITS = Limits()
 CODECS = {
@@ -63,20 +63,9 @@ def test_probe_returns_video_properties(clips: dict[str, bytes]) -> None:
 
 def test_decoded_pixels_equal_dali(clips: dict[str, bytes]) -> None:
     """VP9 is what DALI's CPU decoder knows: swscale's flags make the conversion to RGB the same."""
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
-    def graph():
-        encoded = fn.external_source(name="encoded")
-        numbers = fn.external_source(name="numbers", dtype=types.INT32)
-        return fn.decoders.video(encoded, frames=numbers, device="cpu")
-
-    wanted = np.array([3, 17, 4, 39], dtype=np.int32)
-    pipe = graph()
-    pipe.build()
-    pipe.feed_input("encoded", [np.frombuffer(clips["vp9"], np.uint8)])
-    pipe.feed_input("numbers", [wanted])
-    theirs = np.asarray(pipe.run()[0][0])
-    np.testing.assert_array_equal(decode_clip(clips["vp9"], lambda _: wanted, LIMITS), theirs)
+    wanted = [3, 17, 4, 39]
+    (theirs,) = by_dali(fn.decoders.video, [clips["vp9"]], frames=wanted)
+    np.testing.assert_array_equal(decode_clip(clips["vp9"], lambda _: np.array(wanted), LIMITS), theirs)
 
 
 def sound() -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,19 +12,15 @@ from torch import Tensor
 
 from bevt_ds import BEVT
 from bevt_ds.batch import IGNORE, Batch, Stream
+from tests.shared import shared_folder
 
-ROOT = Path(__file__).parents[2]
-PLACES = (os.environ.get("BEVT_SHARED"), ROOT / "shared", ROOT.parent / "shared")
-COMMITTED = ROOT / "tests" / "data" / "golden"
+COMMITTED = Path(__file__).parents[1] / "data" / "golden"
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of the full golden set, which is too large to commit."""
-    for place in filter(None, PLACES):
-        if (Path(place) / "golden").is_dir():
-            return Path(place) / "golden"
-    pytest.skip("no full golden set (BEVT_SHARED, shared/ or ../shared/): test_golden_committed.py tests its subset")
+    """The folder of the full golden set; test_golden_committed.py tests the subset that is committed."""
+    return shared_folder("golden")
 
 
 @pytest.fixture(scope="session")

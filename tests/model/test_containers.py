@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from math import prod
 from pathlib import Path
 
@@ -13,16 +12,7 @@ from torch import nn
 
 from bevt_ds import UserError
 from bevt_ds.model.containers import contained, deepspeed_folder, read_deepspeed, read_file, unwrap
-
-
-class Harmful:
-    """Pickles as a call that makes a folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+from tests.hostile import Canary
 
 
 class Typed(torch.Tensor):
@@ -40,8 +30,8 @@ def test_objects_in_a_pickle_are_inert(zipped, tmp_path):
     checkpoint = {
         "args": argparse.Namespace(lr=1.0, path=tmp_path),
         "listed": listed,
-        "evil": Harmful(canary),
-        "optimizer": {Harmful(canary): 1, "set": {1, 2}, "dtype": torch.bfloat16},
+        "evil": Canary(canary),
+        "optimizer": {Canary(canary): 1, "set": {1, 2}, "dtype": torch.bfloat16},
         "model": nn.Linear(2, 3).state_dict(),
     }
     torch.save(checkpoint, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)

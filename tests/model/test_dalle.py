@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import struct
 import zipfile
@@ -18,6 +17,7 @@ from bevt_ds import BEVT, Batch, UserError, load_tokenizer
 from bevt_ds.model.tokenizers import tokenize
 from bevt_ds.model.tokenizers.dalle import DalleTokenizer
 from bevt_ds.model.tokenizers.dalle_pickle import LEGACY_MAGIC, LEGACY_PROTOCOL, _Unpickler
+from tests.hostile import Canary
 
 MARGIN = 1e-3  # of the top two logits: below it fp32 does not decide an id
 LOGITS = 2e-5  # a float64 run of the original differs by up to 1.4e-5
@@ -73,16 +73,6 @@ def test_dalle_full_size():
         assert tokenizer.encode(torch.empty(2, 3, 112, 112)).shape == (2, 14, 14)
     shapes = [p.shape for p in tokenizer.parameters()]
     assert len(shapes) == 74 and sum(s.numel() for s in shapes) == 53_786_240
-
-
-class Canary:
-    """Pickles as a call that makes a file: whoever unpickles it naively runs it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def in_zip(payload: bytes, path: Path, compression: int = zipfile.ZIP_STORED) -> None:

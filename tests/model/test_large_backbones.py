@@ -31,7 +31,7 @@ def small_step_batch() -> Batch:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_sizes(name):
+def test_large_swin_parameter_counts_and_sizes(name):
     with torch.device("meta"):
         encoder = create_model(f"video_{name}")
     assert sum(p.numel() for p in encoder.parameters()) == ENCODERS[name]
@@ -40,7 +40,7 @@ def test_sizes(name):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_two_steps_at_full_depth(name):
+def test_large_swin_two_steps_at_full_depth(name):
     """Every block's branches open from zero, and the loss falls."""
     torch.manual_seed(0)
     model = BEVT(**narrow(name).arguments(), vocab_size=IDS, checkpointing=True).train()
@@ -55,14 +55,14 @@ def test_two_steps_at_full_depth(name):
     assert all(b.norm1.weight.any() and b.norm2.weight.any() for b in model.modules() if isinstance(b, Block))
 
 
-def test_a_new_post_norm_block_is_the_identity():
+def test_new_post_norm_block_is_the_identity():
     model = create_model("video_tiny", norm="post")
     x = torch.randn(1, 4, 8, 8, 32)
     block = model.layers[0].blocks[0]
     assert torch.equal(block(x, block_windows((4, 8, 8), (4, 4, 4), shifted=False)), x)
 
 
-def test_a_post_norm_branch_is_normalised_before_it_is_added():
+def test_post_norm_branch_is_normalised_before_the_addition():
     block = Block(32, 2, (2, 2, 2), 4.0, "torch", norm="post").double()
     x, windows = 100 * torch.randn(1, 2, 4, 4, 32).double(), block_windows((2, 4, 4), (2, 2, 2), shifted=True)
     with torch.no_grad():
@@ -85,6 +85,6 @@ def test_weights_of_another_norm_are_refused(tmp_path, saved, loaded):
     assert "norm" not in create_model("tiny").arch
 
 
-def test_unknown_norm():
+def test_unknown_norm_is_refused():
     with pytest.raises(UserError, match="norm='rms': choose one of pre, post"):
         create_model("tiny", norm="rms")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from bevt_ds import BEVT, UserError, VideoClassifier, VideoSwin
 from bevt_ds.model.containers import strip
 from bevt_ds.model.convert import RENAMES, our_name
 from bevt_ds.model.weights import load_init
+from tests.hostile import Canary
 
 
 def to_official(model: BEVT) -> dict[str, torch.Tensor]:
@@ -317,16 +316,6 @@ def test_paths_without_a_model_are_named(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             BEVT.from_pretrained(tmp_path / name)
         assert name in str(error.value)
-
-
-class Canary:
-    """Pickles as a call that makes a folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -77,7 +77,7 @@ def folder(tmp_path: Path) -> Path:
     return run
 
 
-def test_every_shown_number_is_the_logged_one(folder):
+def test_report_shows_the_logged_numbers(folder):
     html = render([read_run(folder)])
     cells = re.findall(r'data-field="(\w+)" data-value="([^"]*)"', html)
     shown = spread_evenly(range(STEPS), MOST_ROWS)
@@ -86,7 +86,7 @@ def test_every_shown_number_is_the_logged_one(folder):
         assert [json.loads(v) for n, v in cells if n == name] == [log_line(step)[name] for step in shown]
 
 
-def test_the_page_says_what_the_run_wrote(folder):
+def test_report_page_contents(folder):
     html = render([read_run(folder)])
     assert "from step 10 on, optim.lr: 0.25 to 0.5" in html
     assert f">{demo().optim.lr}</td>" in html  # the recipe's value next to the run's
@@ -99,7 +99,7 @@ def test_the_page_says_what_the_run_wrote(folder):
     assert not re.search(r'(?:src|href)="(?!data:|#)', html)  # nothing is fetched
 
 
-def test_runs_side_by_side_put_differing_settings_in_front(folder, tmp_path):
+def test_report_of_several_runs_shows_differing_settings_first(folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     settings = json.loads((other / "config.json").read_text())
@@ -123,7 +123,7 @@ def test_runs_side_by_side_put_differing_settings_in_front(folder, tmp_path):
         ("checkpoints/step-00000020/manifest.json", "", "manifest.json is damaged"),
     ],
 )
-def test_damage_is_named_and_the_rest_is_shown(folder, name, content, said):
+def test_report_names_damage_and_shows_the_rest(folder, name, content, said):
     (folder / name).write_text(content)
     run = read_run(folder)
     assert [problem for problem in run.damage if said in problem] == run.damage != []
@@ -132,14 +132,14 @@ def test_damage_is_named_and_the_rest_is_shown(folder, name, content, said):
 
 
 @pytest.mark.parametrize("kept", ["config.json", "log.jsonl", "run.json"])
-def test_a_run_that_has_just_begun(folder, kept):
+def test_report_of_a_run_that_has_just_begun(folder, kept):
     for path in folder.iterdir():
         if path.name != kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert "<h2>Curves</h2>" in render([read_run(folder)])
 
 
-def test_not_a_run_and_a_place_that_cannot_be_written(folder, tmp_path, capsys):
+def test_report_mistakes_are_named(folder, tmp_path, capsys):
     with pytest.raises(UserError, match="is not a run's folder"):
         read_run(tmp_path / "nothing")
     assert cli.main(["report", str(folder), "--out", str(tmp_path / "no" / "x.html")]) == 2
@@ -167,7 +167,7 @@ def test_spread_evenly_keeps_both_ends():
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_in_a_browser_nothing_fails_and_nothing_is_too_wide(folder, tmp_path, width):
+def test_report_page_in_a_browser_has_no_error_and_fits(folder, tmp_path, width):
     """A real headless browser: no console error, all images present, as wide as a phone's screen."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None and "CI" not in os.environ:

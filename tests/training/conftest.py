@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.shared import shared_folder
 from tests.training.processes import ROOT, SMALL
 
 
@@ -28,9 +28,5 @@ def small(shards) -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def media() -> Path:
-    """The folder of real clips and images, which is not committed."""
-    places = [Path(os.environ.get("BEVT_SHARED", "")), ROOT / "shared", ROOT.parent / "shared"]
-    found = [place / "media" for place in places if (place / "media").is_dir()]
-    if not found:
-        pytest.skip("no folder of real media: set BEVT_SHARED to the folder that holds media/")
-    return found[0]
+    """Real clips and images."""
+    return shared_folder("media")

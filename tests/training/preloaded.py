@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-IMPORTS = ("bevt_ds.train.pretraining", "bevt_ds.train.finetuning", "torch.utils.tensorboard")
+IMPORTS = (
+    "bevt_ds.train.pretraining",
+    "bevt_ds.train.finetuning",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch._inductor; every engine imports it
+    "torch.utils.tensorboard",
+    "matplotlib.backends.backend_agg",
+)
 
 
 class Template:

@@ -116,7 +116,7 @@ def test_checkpoint_of_another_configuration_is_refused(now, part):
         check_continues(FACTS, now, Path("runs/x/checkpoints/step-00000001"))
 
 
-def test_any_layout_continues_but_one_of_an_earlier_version():
+def test_checkpoint_resumes_on_any_layout_except_earlier_schemas():
     elsewhere = replace(FACTS, world=2, stage=3)
     check_continues(FACTS, elsewhere, Path("x"))
     earlier = replace(FACTS, schema=1)

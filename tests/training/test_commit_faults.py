@@ -279,7 +279,7 @@ def damage(path: Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["cut", "bit", "removed", "empty", "link", "larger"])
-def test_every_file_that_is_damaged_is_named_and_the_commit_before_is_used(tmp_path, kind, capsys):
+def test_damage_of_any_commit_file_falls_back_to_the_commit_before(tmp_path, kind, capsys):
     root = tmp_path / "deeper" / "checkpoints"
     root.parent.mkdir()
     commit_step(root, 1)
@@ -331,14 +331,14 @@ def test_ranks_that_see_different_files_say_the_same(tmp_path):
     assert first == second == "state/counters.json is missing"
 
 
-def test_no_whole_commit_refuses_to_begin_again(tmp_path):
+def test_no_whole_commit_refuses_a_fresh_start(tmp_path):
     for step in (1, 2):
         (commit_step(tmp_path, step) / MANIFEST).unlink()
     with pytest.raises(UserError, match="no checkpoint is whole. Move the folder away to start again from step 0"):
         newest_valid(tmp_path, ALONE)
 
 
-def test_commit_that_was_passed_over_counts_as_none(tmp_path):
+def test_damaged_commit_does_not_count_for_retention(tmp_path):
     """A damaged later one neither saves itself nor costs the one just written."""
     commit_step(tmp_path, 1, keep=1)
     (commit_step(tmp_path, 9, keep=2) / "state" / "counters.json").unlink()
@@ -349,7 +349,7 @@ def test_commit_that_was_passed_over_counts_as_none(tmp_path):
     assert [path.name[-1] for path in checkpoints(tmp_path)] == ["9"]
 
 
-def test_times_and_pointers_decide_nothing(tmp_path):
+def test_file_times_and_pointers_do_not_choose_the_commit(tmp_path):
     for step in (2, 10, 7):
         commit_step(tmp_path, step, keep=3)
     os.utime(tmp_path / "step-00000002", (2**31, 2**31))
@@ -397,7 +397,7 @@ def test_forged_manifest_is_named(tmp_path, name, capsys):
 
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, "null", "[]", '{"digest": 1}', "\0", "1" * 5000])
-def test_manifest_that_is_none_is_named(tmp_path, text):
+def test_invalid_manifest_is_named(tmp_path, text):
     folder = commit_step(tmp_path, 1)
     (folder / MANIFEST).write_text(text)
     assert MANIFEST in find_damage(folder, ALONE)

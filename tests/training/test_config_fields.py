@@ -76,7 +76,7 @@ def test_fields_that_may_change_on_resume(kind: type[TrainingConfig], leaf: Leaf
             check_same(saved, changed, Path("run"))
 
 
-def test_a_run_that_mixes_clips_keeps_its_micro_batch() -> None:
+def test_micro_batch_of_a_run_with_mixup_may_not_change() -> None:
     """Mixup pairs the clips of a forward pass, so another size would compute something else."""
     saved = set_value(TRAININGS[FinetuneConfig], "train.mixup", 0.8)
     with pytest.raises(UserError, match=r"train.micro_clips: 2 -> 4"):

@@ -39,7 +39,7 @@ def test_this_machine(capfd, tmp_path, monkeypatch):
     assert states["collective"] == "absent" and not (tmp_path / "a").exists()
 
 
-def test_a_fault_is_the_exit_code_and_has_its_remedy(capsys, monkeypatch):
+def test_doctor_fault_sets_the_exit_code_and_names_the_remedy(capsys, monkeypatch):
     fault = Line("open files", "mend", "256 a process", "ulimit -n 65536")
     monkeypatch.setattr(doctor, "examine_machine", lambda *_: [Line("python", "ok", "3.11.7"), fault])
     assert cli.main(["doctor"]) == 1
@@ -66,7 +66,7 @@ def test_packages_out_of_range_and_missing(monkeypatch):
     assert rest.text.startswith("2 of 4") and "torch 2.10.0 (2.13.0)" in rest.text and "numpy 9999 (2.4.6)" in rest.text
 
 
-def test_the_lock_is_read_with_its_markers():
+def test_doctor_reads_the_lock_with_its_markers():
     locked = software._locked()
     assert locked["deepspeed"] and locked["torch"] and "pyyaml-ft" not in locked  # that is for Python 3.13
 
@@ -82,7 +82,7 @@ def test_either_dali_will_do(monkeypatch):
     assert software._installed("torch") is None
 
 
-def test_an_old_python(monkeypatch):
+def test_doctor_names_an_old_python(monkeypatch):
     monkeypatch.setattr(software.platform, "python_version", lambda: "3.14.1")
     assert software.check_python().remedy == "use Python 3.11 or 3.12"
 
@@ -116,14 +116,14 @@ def test_folders_without_room_or_that_are_files(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x[::-1], lambda x: x[:, ::2]], ids=["other pixels", "another shape"])
-def test_a_decoder_that_decodes_something_else(spoil):
+def test_doctor_names_a_decoder_of_wrong_pixels(spoil):
     line = attempt("nvdec", lambda: devices._judged(spoil, "NVDEC", "a video"), devices.VIDEO_DRIVER)
     assert line.state == "mend" and line.text.startswith("NVDEC decodes a video") and "compute,utility" in line.remedy
     right = attempt("nvdec", lambda: devices._judged(np.copy, "NVDEC", "a video"), "")
     assert (right.state, right.text) == ("ok", "NVDEC decodes a video, 0.0 levels off on average")
 
 
-def test_what_a_decoder_says_when_it_fails():
+def test_doctor_reports_the_error_of_a_failing_decoder():
     """DALI decodes no H.264 on a CPU: its error is the line's text, in one line."""
     line = attempt("nvdec", lambda: str(devices.video_by_nvdec(devices.sample(), "cpu")), devices.VIDEO_DRIVER)
     assert line.state == "mend" and line.text and "\n" not in line.text

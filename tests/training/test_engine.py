@@ -1,9 +1,7 @@
 """The engine without a run: hostile checkpoint shards, compile switch, memory."""
 
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,22 +16,13 @@ from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine, load_shard
 from bevt_ds.train.pretraining import make_tokenizer
-
-
-class Hostile:
-    """A pickle that creates a file when it is loaded carelessly."""
-
-    def __init__(self, canary: Path):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
+from tests.hostile import Canary
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_hostile_checkpoint_shard_is_refused(tmp_path, zipped):
     canary, shard = tmp_path / "canary", tmp_path / "mp_rank_00_model_states.pt"
-    torch.save({"module": torch.zeros(2), "extra": Hostile(canary)}, shard, _use_new_zipfile_serialization=zipped)
+    torch.save({"module": torch.zeros(2), "extra": Canary(canary)}, shard, _use_new_zipfile_serialization=zipped)
     with pytest.raises(Exception, match="mkdir|weights_only|Unsupported"):
         load_shard(str(shard))
     assert not canary.exists()

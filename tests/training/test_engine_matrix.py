@@ -47,7 +47,7 @@ def test_engine_at_zero_stages_and_precisions(tmp_path, world):
 
 
 @pytest.mark.timeout(SLOW_SECONDS)
-def test_any_number_of_ranks_stage_and_precision_goes_on(tmp_path):
+def test_engine_resumes_on_other_ranks_stages_and_precisions(tmp_path):
     """On 1, 2, 3 and 1 ranks in turn, each time at another stage: the state is the same, and so are the losses."""
     for number, world in enumerate((1, 2, 3, 1)):
         for row in run_matrix(tmp_path, world, f"link {number}"):
@@ -58,7 +58,7 @@ def test_any_number_of_ranks_stage_and_precision_goes_on(tmp_path):
             assert row["deviation"] < TOLERANCE[loosest] < row["moved"], row
 
 
-def test_checkpoints_of_earlier_versions_go_on(tmp_path):
+def test_engine_resumes_checkpoints_of_earlier_versions(tmp_path):
     assert all(row["resumed exactly"] and row["gathered"] for row in run_matrix(tmp_path, 2, "old"))
 
 

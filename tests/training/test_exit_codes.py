@@ -8,7 +8,7 @@ from bevt_ds import exit_codes
 from tests.training.processes import ROOT
 
 
-def test_the_documented_table_is_the_table():
+def test_documented_exit_codes_equal_the_table():
     text = (ROOT / "docs" / "reliability.md").read_text()
     table = {int(code): meaning for code, meaning in re.findall(r"^\| (\d+) \| (.*) \|$", text, re.MULTILINE)}
     assert table == exit_codes.MEANINGS

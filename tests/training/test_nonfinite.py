@@ -19,7 +19,7 @@ PARAMETERS = [f"{layer}.{part}" for layer in ("first", "last", "norm") for part 
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_step_is_left_out_to_the_last_bit(tmp_path, world):
+def test_non_finite_step_is_left_out_to_the_last_bit(tmp_path, world):
     """Stages 0 to 3, fp32 and bf16, of a NaN in pixels, an infinite loss, an infinite gradient of one micro-step."""
     output = launch(["-m", "tests.training.nonfinite_matrix", str(tmp_path)], world, SLOW_SECONDS)
     assert (tmp_path / "rows.jsonl").exists(), output
@@ -35,14 +35,14 @@ def test_the_step_is_left_out_to_the_last_bit(tmp_path, world):
 @pytest.mark.parametrize(
     "section", [{"bf16": {"check_grad_overflow": False}}, {"zero_optimization": {"compute_grad_norm": False}}]
 )
-def test_a_json_that_switches_the_check_off_is_refused(tmp_path, section):
+def test_deepspeed_json_that_disables_the_overflow_check_is_refused(tmp_path, section):
     path = tmp_path / "unguarded.json"
     path.write_text(json.dumps(section))
     with pytest.raises(UserError, match=f"remove {next(iter(section))}"):
         read_json(str(path))
 
 
-def test_the_message_names_what_is_known():
+def test_non_finite_message_names_what_is_known():
     report = {
         "step": 7,
         "losses": [[1.0, 2.0], [3.0, "nan"]],
@@ -75,7 +75,7 @@ def commits(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
 
 
-def test_a_run_goes_on_without_the_step(runs):
+def test_run_continues_after_a_non_finite_step(runs):
     """Its curve is that of a run whose bad steps were taken out; a checkpoint that is due waits for a good step."""
     folder, ends = runs
     assert ends["some"] == [FINISHED, ""], ends["output"]
@@ -88,7 +88,7 @@ def test_a_run_goes_on_without_the_step(runs):
     assert commits(folder / "some") == ["step-00000017", "step-00000032", "step-00000048"]
 
 
-def test_a_skipped_step_is_named_with_its_samples(runs):
+def test_skipped_step_is_named_with_its_samples(runs):
     folder, ends = runs
     line = "step 15 is skipped: its loss is nan on rank 0 in micro-step 0; samples: points/15."
     assert line in ends["output"]
@@ -106,7 +106,7 @@ def test_a_skipped_step_is_named_with_its_samples(runs):
         ("many", 26, "1 steps in a row and 4 in all were skipped: over train.max_skipped=5,3"),
     ],
 )
-def test_too_many_stop_the_run_and_the_last_good_checkpoint_stays(runs, name, last, reason):
+def test_too_many_non_finite_steps_stop_the_run(runs, name, last, reason):
     folder, ends = runs
     code, error = ends[name]
     assert code == NON_FINITE, ends["output"]
@@ -116,7 +116,7 @@ def test_too_many_stop_the_run_and_the_last_good_checkpoint_stays(runs, name, la
     assert not (folder / name / "weights").exists()
 
 
-def test_resuming_does_not_forgive(runs):
+def test_count_of_non_finite_steps_survives_a_resume(runs):
     """Steps that were skipped before the checkpoint count in all."""
     _, ends = runs
     assert ends["resumed"][0] == NON_FINITE and "2 in all" in ends["resumed"][1], ends["output"]
