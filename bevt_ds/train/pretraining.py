@@ -46,7 +46,7 @@ class Pretraining(Task[Config, Batch]):
     loader: Loader
     tokenizer: Tokenizer
     probe: OnlineProbe | None
-    shown_batch: Batch | None
+    shown_batch: Batch | None = None
     shown: ClassVar[Mapping[str, str]] = dict.fromkeys(("loss_video", "loss_image", "probe_top1"), ".3f")
 
     def forward(self, batch: Batch, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:

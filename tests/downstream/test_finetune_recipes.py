@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,11 +206,11 @@ def test_cutmix_box_is_the_same_in_all_frames():
 class FakeEngine:
     """Two parts of master weights."""
 
-    class ranks:
-        rank = 0
+    ranks = SimpleNamespace(rank=0)
 
     def __init__(self) -> None:
         self.parts = [torch.zeros(3), torch.ones(2)]
+        self.guard = SimpleNamespace(skipped=0)
 
     def masters(self) -> list[torch.Tensor]:
         return self.parts
@@ -221,6 +222,9 @@ def test_moving_average_follows_its_formula():
     for part in engine.parts:
         part += 4
     average.update()
+    engine.guard.skipped = 1  # a step that is not finite leaves the average as it was
+    average.update()
+    engine.guard.skipped = 0
     average.update()
     for start, a in zip((0.0, 1.0), average.parts, strict=True):
         torch.testing.assert_close(a, torch.full_like(a, start + 4 * (1 - 0.75**2)))

@@ -18,7 +18,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, BinaryIO, TypeVar
 
 from bevt_ds.data.reading.deadline import DeadlineExecutor
@@ -46,6 +46,7 @@ def is_remote(path: str) -> bool:
     return path.startswith(PIPE) or _SCHEME.match(path) is not None
 
 
+@lru_cache(maxsize=1024)  # asked for each sample, of few shards
 def redacted(url: str) -> str:
     """Without user, password and query, which may be secrets."""
     if not _SCHEME.match(url):
