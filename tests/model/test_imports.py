@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 MODEL = Path(__file__).parents[2] / "bevt_ds" / "model"
-OURS = {"kernels", "batch", "rng", "errors", "folders", "model"}
+OURS = {"kernels", "batch", "rng", "errors", "folders", "disk", "model"}
 OTHERS = {"torch", "timm", "einops", "safetensors", "numpy"}
 
 
