@@ -104,7 +104,7 @@ def test_weak_and_strong_scaling_efficiency():
     assert pages.efficiency(ROWS[3], ROWS[3:]) is None
 
 
-def test_the_median_launch_stands_for_its_rounds():
+def test_median_launch_represents_its_rounds():
     rows = [made_row(1, 1, ms) for ms in (300, 100, 120)]
     assert [row["p50_ms"] for row in pages.chosen(rows)] == [120]
 

@@ -160,7 +160,7 @@ def test_runs_lists_every_run_below_a_folder(folder, tmp_path, capsys):
     assert cli.main(["runs", str(tmp_path / "run" / "panels")]) == 2
 
 
-def test_spread_evenly_keeps_both_ends():
+def test_evenly_spread_points_keep_both_ends():
     assert spread_evenly(range(100), 4) == [0, 33, 66, 99]
     assert len(spread_evenly(range(100), MOST_PANELS)) == MOST_PANELS
     assert spread_evenly([1, 2], 4) == [1, 2]

@@ -26,7 +26,7 @@ def shards(tmp_path_factory):
     return {kind: str(folder / kind / "train-*.tar") for kind in ("video", "image")}
 
 
-def test_sheets_hold_the_pixels_and_masks_of_the_training_batch(shards):
+def test_view_sheets_show_pixels_and_masks_of_the_training_batch(shards):
     settings = ["train.global_images=0", "train.global_clips=4", "train.micro_clips=4", "data.workers=1"]
     config = view_config(settings, shards["video"], "video")
     found = list(sheets(config, "video", 3, 2, {}))
@@ -46,7 +46,7 @@ def test_sheets_hold_the_pixels_and_masks_of_the_training_batch(shards):
         assert numbers == list(range(numbers[0], numbers[0] + demo().data.frames))
 
 
-def test_files_by_key_and_bad_samples(shards, tmp_path, capsys):
+def test_view_writes_sheets_by_key_and_of_bad_samples(shards, tmp_path, capsys):
     png, page, bad = tmp_path / "a.png", tmp_path / "a.html", tmp_path / "bad_samples.jsonl"
     assert cli.main(["view", shards["image"], "--kind", "image", "--out", str(png), "--count", "2"]) == 0
     assert Image.open(png).width > 500
@@ -69,7 +69,7 @@ def test_files_by_key_and_bad_samples(shards, tmp_path, capsys):
         (["--bad", "nowhere"], "nowhere cannot be read"),
     ],
 )
-def test_mistakes_are_one_line(shards, arguments, said, capsys):
+def test_view_mistakes_are_one_line(shards, arguments, said, capsys):
     assert cli.main(["view", shards["video"], *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

@@ -224,7 +224,7 @@ def test_disk_that_fills_up_anywhere_costs_no_commit(tmp_path, monkeypatch, posi
     assert newest_valid(tmp_path, ALONE)[1].step == 2
 
 
-def test_space_is_looked_at_before_a_commit_begins(tmp_path):
+def test_free_space_is_checked_before_a_commit(tmp_path):
     commit_step(tmp_path, 1)
     with pytest.raises(DiskError, match=r"step-00000002: it needs 1000000.0 TB; .* free there.*Kept: step-00000001"):
         commit_step(tmp_path, 2, needed=10**18)
@@ -233,7 +233,7 @@ def test_space_is_looked_at_before_a_commit_begins(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.ESTALE])
 @pytest.mark.parametrize("call", ["mkdir", "fsync", "replace"])
-def test_other_refusals_of_a_disk_cost_no_commit(tmp_path, monkeypatch, code, call):
+def test_disk_errors_other_than_full_cost_no_commit(tmp_path, monkeypatch, code, call):
     commit_step(tmp_path, 1)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -321,7 +321,7 @@ def test_bit_flips_anywhere_are_found(tmp_path):
     assert find_damage(whole, ALONE) is None
 
 
-def test_ranks_that_see_different_files_say_the_same(tmp_path):
+def test_ranks_that_see_different_files_agree_on_the_commit(tmp_path):
     """As where one host's view of a shared folder lags behind."""
     whole = commit_step(tmp_path, 1)
     shutil.copytree(whole, tmp_path / "behind" / "step-00000001")
@@ -410,7 +410,7 @@ def test_manifest_of_any_size_is_not_read_into_memory(tmp_path):
     assert "more than 67,108,864 bytes" in find_damage(folder, ALONE)
 
 
-def test_digest_is_that_of_the_file(tmp_path):
+def test_manifest_digest_is_that_of_the_file(tmp_path):
     folder = commit_step(tmp_path, 1)
     for name, entry in read_manifest(folder)["files"].items():
         assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a run writes besides commits, on a disk that is full, read-only or gone: one line, on all ranks."""
+"""Disk faults outside commits (full, read-only, gone): each ends all ranks with one line, or is warned of."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_log_that_has_been_removed_is_named(tmp_path):
             log.write(1, {"loss": 1.0})
 
 
-def test_log_goes_on_without_tensorboard(tmp_path, capsys):
+def test_log_continues_when_tensorboard_cannot_be_written(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("in the way")
     with RunLog(tmp_path, ALONE, 0) as log:
         log.write(0, {"loss": 1.0})
@@ -98,7 +98,7 @@ with RunLog(Path(sys.argv[1]), Ranks(0, 1, torch.device("cpu")), 0) as log:
 """
 
 
-def test_tensorboard_that_fails_later_leaves_no_traceback(tmp_path):
+def test_tensorboard_failure_leaves_no_traceback(tmp_path):
     """Its writer has a thread of its own, which would print one."""
     words = [sys.executable, "-c", SMALL_FILES, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300)
@@ -108,7 +108,7 @@ def test_tensorboard_that_fails_later_leaves_no_traceback(tmp_path):
     assert "_AsyncWriterThread" not in said and "Exception in thread" not in said, said
 
 
-def test_console_that_cannot_be_kept_is_said_once(tmp_path):
+def test_unwritable_console_log_is_warned_of_once(tmp_path):
     screen = io.StringIO()
     tee = Tee(screen, FullFile(tmp_path / CONSOLE, 6))
     for word in ("first", "second", "third"):
@@ -128,7 +128,7 @@ def test_torn_line_of_the_log_is_named_and_dropped(tmp_path, capsys):
     assert [f"line {n} is damaged" in said for n in range(1, 9)] == [n in (2, 3, 4, 5) for n in range(1, 9)]
 
 
-def test_first_failure_is_what_a_run_record_lets_through(tmp_path):
+def test_run_record_raises_the_first_failure(tmp_path):
     """The record of the end cannot be written either; the message is that of the cause."""
     with pytest.raises(DiskError, match="the cause"), RunRecord(tmp_path, ALONE, 0):
         shutil.rmtree(tmp_path)
@@ -136,7 +136,7 @@ def test_first_failure_is_what_a_run_record_lets_through(tmp_path):
 
 
 @pytest.mark.parametrize("position", range(0, 64, 9))
-def test_weights_on_a_full_disk_are_one_line(tmp_path, position):
+def test_saving_weights_on_a_full_disk_is_one_line(tmp_path, position):
     """The library's own writer raises an exception without the file's name there."""
     tensors = {"a": torch.ones(1000), "b": torch.zeros(10, dtype=torch.int64)}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -151,7 +151,7 @@ def test_weights_on_a_full_disk_are_one_line(tmp_path, position):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_sizes_in_words():
+def test_byte_sizes_in_words():
     assert [in_words(n) for n in (0, 999, 1000, 1_500_000_000, 10**18)] == [
         "0 bytes",
         "999 bytes",

@@ -1,4 +1,4 @@
-"""`bevt doctor`: each fault is found and has its remedy, and a whole machine is well."""
+"""`bevt doctor`: each fault of a machine is found and its remedy named; a healthy machine passes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEEDS = [
 ]
 
 
-def test_this_machine(capfd, tmp_path, monkeypatch):
+def test_doctor_passes_on_this_machine(capfd, tmp_path, monkeypatch):
     """The environment of the tests can train on its CPU; standard output is one JSON document."""
     monkeypatch.setattr(doctor, "LEAST_DISK", 1)
     monkeypatch.setattr(doctor, "LEAST_CACHE", 1)
@@ -48,14 +48,14 @@ def test_doctor_fault_sets_the_exit_code_and_names_the_remedy(capsys, monkeypatc
     assert "-> ulimit -n 65536" in printed and printed.endswith("1 to mend\n")
 
 
-def test_hosts_are_told_apart():
+def test_doctor_tells_hosts_apart():
     hosts = {"a": [Line("gpu", "ok", "H100")], "b": [Line("gpu", "mend", "none", "look")]}
     assert as_text(hosts).split("\n")[0] == "a:" and "\nb:\n" in as_text(hosts)
     assert json.loads(as_json(hosts))["hosts"]["b"][0]["remedy"] == "look"
     assert not json.loads(as_json(hosts))["well"]
 
 
-def test_packages_out_of_range_and_missing(monkeypatch):
+def test_doctor_names_packages_out_of_range_and_missing(monkeypatch):
     versions = {"torch": "2.10.0", "av": None, "nvidia-dali-cuda130": "2.4.0"}
     monkeypatch.setattr(software, "_installed", lambda name: versions.get(name, "9999" if name == "numpy" else "8"))
     monkeypatch.setattr(software, "requires", lambda _: NEEDS)
@@ -71,7 +71,7 @@ def test_doctor_reads_the_lock_with_its_markers():
     assert locked["deepspeed"] and locked["torch"] and "pyyaml-ft" not in locked  # that is for Python 3.13
 
 
-def test_either_dali_will_do(monkeypatch):
+def test_doctor_accepts_either_dali_package(monkeypatch):
     def version(name):
         if name != "nvidia-dali-cuda120":
             raise software.PackageNotFoundError(name)
@@ -87,7 +87,7 @@ def test_doctor_names_an_old_python(monkeypatch):
     assert software.check_python().remedy == "use Python 3.11 or 3.12"
 
 
-def test_compilers_that_are_missing_or_broken(monkeypatch, tmp_path):
+def test_doctor_names_missing_or_broken_compilers(monkeypatch, tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'a.cpp:1: fatal error: Python.h: none' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -99,7 +99,7 @@ def test_compilers_that_are_missing_or_broken(monkeypatch, tmp_path):
     assert "no C++ compiler" in software.check_compiler().text
 
 
-def test_limits_of_containers(tmp_path):
+def test_doctor_names_low_limits_of_containers(tmp_path):
     small = machine.check_shared_memory(tmp_path, least=1 << 60)
     assert small.state == "mend" and "--shm-size" in small.remedy
     assert machine.check_shared_memory(tmp_path / "none").state == "mend"
@@ -108,7 +108,7 @@ def test_limits_of_containers(tmp_path):
     assert machine.check_open_files(1, limit=-1).state == "ok"
 
 
-def test_folders_without_room_or_that_are_files(tmp_path):
+def test_doctor_names_folders_without_room_or_that_are_files(tmp_path):
     (tmp_path / "file").write_text("")
     full = machine.check_space("disk", tmp_path / "new", 1 << 60, "output_dir=")
     assert full.state == "mend" and "output_dir=" in full.remedy and "less than" in full.text
@@ -131,7 +131,7 @@ def test_doctor_reports_the_error_of_a_failing_decoder():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gpu_lines():
+def test_doctor_gpu_lines():
     lines = {line.name: line for line in [*devices.check_gpu(), *devices.check_decoders(gpu=True)]}
     assert {"driver", "gpu 0", "nccl", "nvdec", "nvjpeg"} <= lines.keys()
     assert [line for line in lines.values() if line.state != "ok"] == []
@@ -145,12 +145,12 @@ def test_gpu_lines():
         ("something else", "of unknown version"),
     ],
 )
-def test_driver_version(text, version):
+def test_doctor_driver_version(text, version):
     assert devices.driver_version(text) == version
 
 
 @pytest.mark.dist
-def test_two_ranks_measure_their_link(tmp_path):
+def test_doctor_two_ranks_measure_their_link(tmp_path):
     output = launch(["-m", "bevt_ds.doctor", "--json", "--output-dir", str(tmp_path)], 2)
     report = json.loads(output[output.index('{\n "well"') : output.rindex("}") + 1])
     (lines,) = report["hosts"].values()
