@@ -271,10 +271,13 @@ class Engine:
         return [part for group in self.ds.optimizer.param_groups for part in group["params"]]
 
     def is_finite(self) -> bool:
-        """Whether all master weights and optimizer state are finite numbers, on every rank. Collective."""
-        masters = [*self.ds.optimizer.state, *self.module.parameters()]
-        tensors = [*masters, *(t for state in self.ds.optimizer.state.values() for t in state.values())]
-        finite = [torch.isfinite(t.detach()).all() for t in tensors if torch.is_tensor(t)]
+        """Whether all weights and moments are finite numbers, on every rank. Collective.
+
+        What DeepSpeed pads its buffers with is left out: it is whatever was in the memory.
+        """
+        pieces = self._pieces()
+        tensors = [piece.of(flats) for flats in self._kinds().values() for piece in pieces]
+        finite = [torch.isfinite(t.detach()).all() for t in [*tensors, *self.module.parameters()]]
         return self.ranks.all_hold(bool(torch.stack([f.to(self.ranks.device) for f in finite]).all()))
 
     def optimizer_bytes(self) -> int:

@@ -41,7 +41,7 @@ def test_changed_list_of_configurations_is_found():
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("compiled_*.json")), ids=lambda path: path.stem)
 def test_compiled_tables_match_the_readme(path):
-    """Tensor cores in every 16-bit attention kernel, those of Hopper where a tile has their 64 rows; no spill in 16 bits.
+    """Tensor cores in every 16-bit attention kernel, Hopper's own where a tile has their 64 rows; no spill in 16 bits.
 
     fp32 kernels, which are for tests and small runs, spill a few registers with Triton 3.8 and later.
     """

@@ -87,7 +87,7 @@ def test_copy_evicted_before_it_is_opened_is_fetched_again(
     else:
         with cache.open(server.url(NAME)) as copy:
             assert copy.read() == server.files[NAME]
-    assert len(server.requests) == min(times + 1, cache_module.ATTEMPTS)
+    assert len(server.requests) == min(times + 1, cache_module.OPENINGS)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from bevt_ds.data.reading.remote import RemoteError, Source, open_source, redact
 from bevt_ds.errors import UserError
 
 ATTEMPTS = 5
+OPENINGS = 100  # of a copy that other readers, in a cache too small for them all, throw out before it is opened
 FIRST_PAUSE = 0.5  # seconds before the second attempt; each later pause is twice as long
 SLOWEST = 1024  # bytes a second over the time of one wait; a server that trickles is as good as stalled
 ABANDONED = 86400.0  # seconds without a byte after which a fetch under way was killed
@@ -61,7 +62,7 @@ class ShardCache:
 
     def open(self, url: str) -> BinaryIO:
         """The same, opened: that stays readable even where the copy is thrown out."""
-        for _ in range(ATTEMPTS):
+        for _ in range(OPENINGS):
             with suppress(FileNotFoundError):  # thrown out meanwhile
                 return self.local(url).open("rb")
         raise RemoteError(url, f"data.cache_bytes={self.most_bytes} leaves no room for it next to the others in use")
