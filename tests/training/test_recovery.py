@@ -83,7 +83,8 @@ def stub_engine(spoilt: str) -> Engine:
         module.weight.data[0, 1] = float("nan")
     elif spoilt:
         optimizer.state[module.weight][spoilt][0, 0] = float("inf")
-    engine.ranks, engine.ds = ALONE, type("DeepSpeed", (), {"module": module, "optimizer": optimizer})()
+    says = {"zero_optimization_stage": lambda self: 0, "zero_cpu_offload": lambda self: False}
+    engine.ranks, engine.ds = ALONE, type("DeepSpeed", (), {"module": module, "optimizer": optimizer, **says})()
     return engine
 
 
