@@ -1,4 +1,4 @@
-"""The closing summary: held-out losses beside what one could score without looking at the input."""
+"""The closing summary: held-out losses next to what one could score without looking at the input."""
 
 from __future__ import annotations
 

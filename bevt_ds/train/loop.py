@@ -246,18 +246,18 @@ def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step:
     with speed.paused():
         values |= task.measurements(step)
     values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-    values |= report_wait(step, values["data_wait"], task.loader, aloud=task.ranks.is_main)
+    values |= report_wait(step, values["data_wait"], task.loader, shown=task.ranks.is_main)
     log.write(step, values)
     shown = {name: form for name, form in task.shown.items() if values.get(name) is not None}
     return ", ".join(f"{name} {values[name]:{form}}" for name, form in shown.items())
 
 
-def report_wait(step: int, share: float, loader: BackgroundLoader, aloud: bool = True) -> dict[str, str]:
+def report_wait(step: int, share: float, loader: BackgroundLoader, shown: bool = True) -> dict[str, str]:
     """What the data is short of, as a field of the log line, if the loop has waited for a good `share` of its time."""
     cause = loader.bottleneck()  # also where nothing is said: the next line's cause is of its own stretch of time
     if share <= LONG_WAIT:
         return {}
-    if aloud:
+    if shown:
         tqdm.write(f"step {step}: {share:.0%} of the time went into waiting; {cause}")
     return {"waits_for": cause}
 
