@@ -30,7 +30,7 @@ class AttentiveProbe(nn.Module):
 
     def __init__(self, dim: int, classes: int, mlp_ratio: int = 4) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.empty(1, 1, dim))
+        self.query = nn.Parameter(torch.zeros(1, 1, dim))
         self.norm_tokens, self.norm_pooled, self.norm_out = (nn.LayerNorm(dim) for _ in range(3))
         self.attention = nn.MultiheadAttention(dim, max(dim // HEAD_WIDTH, 1), batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))

@@ -104,8 +104,8 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, scale: Size3):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, dim, *scale))  # (in, out, t, h, w), as nn.ConvTranspose3d
-        self.bias = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.zeros(dim, dim, *scale))  # (in, out, t, h, w), as nn.ConvTranspose3d
+        self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,T,H,W,C) -> (B,T*t,H*h,W*w,C)."""
@@ -121,7 +121,7 @@ class MaskToken(nn.Module):
     def __init__(self, dim: int, kernels: str):
         super().__init__()
         self.kernels = kernels
-        self.token = nn.Parameter(torch.empty(dim))
+        self.token = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Replace tokens of x (B,T,H,W,C) where mask (B,T,h,w) is True; a cell covers (1, H/h, W/w) tokens."""
@@ -154,7 +154,7 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, window: Size3, kernels: str):
         super().__init__()
         self.num_heads, self.kernels = num_heads, kernels
-        self.relative_position_bias_table = nn.Parameter(torch.empty(table_rows(window), num_heads))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(window), num_heads))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
