@@ -47,7 +47,7 @@ lint: env  ## style and imports
 format: env  ## rewrite the files as lint wants them
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-golden: env  ## write the golden loss curve anew, where the losses are meant to change
+golden: env  ## write the golden loss curve again, where the losses are meant to change
 	PATH=$(BIN):$$PATH $(BIN)/python -m tests.training.golden_curve
 
 fuzz: env  ## the loader on tens of thousands of broken files (hours)
@@ -56,7 +56,7 @@ fuzz: env  ## the loader on tens of thousands of broken files (hours)
 kernels-check: env  ## compile every kernel for sm_80 and sm_90 and compare registers and spills with the table
 	$(BIN)/python -m bevt_ds.kernels.check
 
-bench-smoke: env  ## what this commit costs on a CPU beside its parent, as ratios (BASE=commit for another; 2 minutes)
+bench-smoke: env  ## what this commit costs on a CPU next to its parent, as ratios (BASE=commit for another; 2 minutes)
 	$(BIN)/python -m benchmarks.smoke --base $(BASE)
 
 study: env  ## what joint pretraining is worth where only motion tells classes apart (70 minutes; SMALL=1: 10 minutes)

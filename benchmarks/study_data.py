@@ -43,7 +43,7 @@ def label_of(number: int) -> str:
 
 
 def draw_file(folder: Path, split: str, number: int, seed: int) -> None:
-    """One H.264 clip; of the split "pictures" a clip's first frame, as JPEG."""
+    """One H.264 clip; of the split "pictures" (its name is part of the seed) a clip's first frame, as JPEG."""
     stream = crc32(split.encode())  # no two splits share a clip
     rng = generator(seed, Use.SYNTHETIC, stream, number)
     if split == "pictures":

@@ -2,7 +2,7 @@
 
 Shape letters: B samples, T frames, H W pixels, K masked cells of the micro-batch (padded), R their output positions
 (2K for clips, whose cells span two frames; K for images), F frames, or images, that hold a masked cell, h = H/16 and
-w = W/16 the mask grid, v = H/2 the side of the tokenizer's picture, S the side of a square crop.
+w = W/16 the mask grid, v = H/2 the side of the tokenizer's image, S the side of a square crop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Stream:
     """
 
     pixels: Tensor  # clips (B,3,T,H,W), images (B,3,H,W); float, normalised RGB
-    view: Tensor  # (F,3,v,v): the tokenizer's pictures of the same crops, in order; float RGB in [0,1]
+    view: Tensor  # (F,3,v,v): the tokenizer's images of the same crops, in order; float RGB in [0,1]
     mask: Tensor  # bool, True = masked: clips (B,T/2,h,w), images (B,h,w)
     rows: Tensor  # int64 (R,): masked positions in the flattened output, (B,T,h,w) or (B,h,w), cell by cell; -1 pads
     cells: Tensor  # int64 (K,): masked cells in the flattened mask; -1 pads. A cell's frames are side by side in rows

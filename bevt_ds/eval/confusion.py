@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 COUNTED = 20  # up to so many classes the cells hold their share in percent
 NAMED = 60  # up to so many the axes hold the names; beyond, the matrix has numbers
-PAIRS = 30  # the commonest mistakes that are listed beside a matrix without names
+PAIRS = 30  # the commonest mistakes that are listed next to a matrix without names
 LONGEST = 28  # characters of a name
 
 
@@ -25,8 +25,8 @@ def draw_confusion(counts: np.ndarray, names: tuple[str, ...], path: Path) -> No
         _name_axes(axes, short)
     else:
         figure = Figure(figsize=(18, 9), layout="constrained")
-        axes, beside = figure.subplots(1, 2, width_ratios=(2, 1))
-        _list_mistakes(beside, counts, short)
+        axes, next_to = figure.subplots(1, 2, width_ratios=(2, 1))
+        _list_mistakes(next_to, counts, short)
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
     axes.set_facecolor("0.85")
     axes.set(xlabel="prediction", ylabel="label")
@@ -50,7 +50,7 @@ def mistakes(counts: np.ndarray, most: int) -> list[tuple[int, int]]:
 
 
 def shortened(name: str) -> str:
-    """The name, without its middle where the picture has no room: long names often begin alike."""
+    """The name, without its middle where the image has no room: long names often begin alike."""
     half = LONGEST // 2
     return name if len(name) <= LONGEST else f"{name[:half]}…{name[1 - half :]}"
 

@@ -1,6 +1,6 @@
 """samples.png: what the network saw, what was hidden, and where its guess of the hidden token was right.
 
-Nothing of the target enters the picture but right or wrong, so it cannot leak the answer.
+Nothing of the target enters the image but right or wrong, so it cannot leak the answer.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def verdicts(stream: Stream, predicted: Tensor) -> np.ndarray:
     return marks.cpu().numpy()
 
 
-def make_panel(title: str, picture: np.ndarray, marks: np.ndarray) -> Panel:
-    """Three views of one frame from its picture (H,W,3) and its verdicts (h,w)."""
-    scale = picture.shape[0] // marks.shape[0]
+def make_panel(title: str, image: np.ndarray, marks: np.ndarray) -> Panel:
+    """Three views of one frame from its image (H,W,3) and its verdicts (h,w)."""
+    scale = image.shape[0] // marks.shape[0]
     cells = repeat(marks, "h w -> (h a) (w b) 1", a=scale, b=scale)
-    hidden = np.where(cells >= 0, HIDDEN, picture)
+    hidden = np.where(cells >= 0, HIDDEN, image)
     colour = np.where(cells == 1, RIGHT, WRONG)
-    verdict = np.where(cells >= 0, 0.35 * picture + 0.65 * colour, 0.5 * picture + 0.5)
-    return Panel(title, picture, hidden, verdict)
+    verdict = np.where(cells >= 0, 0.35 * image + 0.65 * colour, 0.5 * image + 0.5)
+    return Panel(title, image, hidden, verdict)
 
 
 def save_grid(panels: list[Panel], path: Path) -> None:
@@ -105,9 +105,9 @@ def save_grid(panels: list[Panel], path: Path) -> None:
 
 def _fill_block(axes: np.ndarray, panels: list[Panel]) -> None:
     for column, panel in enumerate(panels):
-        for axis, picture in zip(axes[:, column], (panel.seen, panel.hidden, panel.verdict), strict=True):
+        for axis, image in zip(axes[:, column], (panel.seen, panel.hidden, panel.verdict), strict=True):
             axis.set_axis_on()
-            axis.imshow(np.clip(picture, 0, 1), interpolation="nearest")
+            axis.imshow(np.clip(image, 0, 1), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         axes[0, column].set_title(panel.title, fontsize=9)
     for axis, label in zip(axes[:, 0], ROWS, strict=True):

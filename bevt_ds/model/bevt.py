@@ -88,7 +88,7 @@ class Decoder(nn.Module):
 class BEVT(PretrainedMixin, nn.Module):
     """One encoder, a stem and a decoder for each stream, a mask token, norm and head that both share.
 
-    `encoder.patch_embed` is the clips' stem and `encoder.norm` follows the decoders. Height and width of the pictures
+    `encoder.patch_embed` is the clips' stem and `encoder.norm` follows the decoders. Height and width of the images
     are multiples of 32, frames of 2. `image_windows="official"` masks images as the released weights expect it,
     "swin" as the Swin paper does. `options` are VideoSwin's arguments, `kernels` too.
     """
@@ -117,7 +117,7 @@ class BEVT(PretrainedMixin, nn.Module):
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters anew; see `layers.init_weights`."""
+        """Draw all parameters again; see `layers.init_weights`."""
         init_weights(self, generator)
 
     def forward_video(self, clip: Tensor, mask: Tensor, sample_keys: Tensor | None = None) -> Tensor:

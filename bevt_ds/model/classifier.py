@@ -47,7 +47,7 @@ class VideoClassifier(PretrainedMixin, nn.Module):
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters anew: the encoder as in pretraining, the head normal of std 0.01 with bias 0."""
+        """Draw all parameters again: the encoder as in pretraining, the head normal of std 0.01 with bias 0."""
         init_weights(self, generator)
         with torch.no_grad():
             nn.init.normal_(self.head.weight, std=HEAD_STD, generator=generator)

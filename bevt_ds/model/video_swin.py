@@ -96,7 +96,7 @@ class VideoSwin(PretrainedMixin, nn.Module):
             compile_blocks(self)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters anew; see `layers.init_weights`."""
+        """Draw all parameters again; see `layers.init_weights`."""
         init_weights(self, generator)
 
     def encode(self, tokens: Tensor, policy: WindowPolicy = "swin", sample_keys: Tensor | None = None) -> list[Tensor]:

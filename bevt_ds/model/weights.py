@@ -34,7 +34,7 @@ TOKEN_HEAD = "lm_head."
 # Constructor arguments that not every model has, and those that may differ between a file and the model it starts.
 NOT_EVERYWHERE = {"vocab_size", "image_windows", "num_classes", "classes", "dropout"}
 MAY_DIFFER = {"window", "drop_path", "num_classes", "classes", "dropout"}
-PARTS = {  # what a file may hold beside the encoder -> why a model without it does not load it
+PARTS = {  # what a file may hold next to the encoder -> why a model without it does not load it
     "mask_token.": "not part of the model: masking",
     "image_embed.": "not part of the model: the images' stem",
     "video_decoder.": "not part of the model: decoder",

@@ -32,7 +32,7 @@ def test_first_frame_does_not_depend_on_the_class(seed):
 
 
 def test_shapes_wrap_around_the_frame():
-    """So the ground covers about as much of any frame: no class empties the picture."""
+    """So the ground covers about as much of any frame: no class empties the image."""
     for name in NAMES:
         clip = render_action(rng(1), name, EXTENT).astype(int)
         covered = (clip.min(-1) >= 120).mean((1, 2))
@@ -60,9 +60,9 @@ def test_synthetic_speeds_do_not_overlap():
 def pixels(clip: np.ndarray, frame: int) -> np.ndarray:
     """A frame as it comes out of the H.264 stream, at 8x8 with its square, and its sharpness."""
     with av.open(io.BytesIO(encode_mp4(clip))) as container:
-        picture = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)][frame].astype(float)
-    small = picture.reshape(8, 8, 8, 8, 3).mean((1, 3)).ravel() / 255
-    sharpness = [np.abs(np.diff(picture, axis=axis)).mean() / 255 for axis in (0, 1)]
+        image = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)][frame].astype(float)
+    small = image.reshape(8, 8, 8, 8, 3).mean((1, 3)).ravel() / 255
+    sharpness = [np.abs(np.diff(image, axis=axis)).mean() / 255 for axis in (0, 1)]
     return np.concatenate([small, small**2, sharpness])
 
 

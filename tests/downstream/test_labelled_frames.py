@@ -46,15 +46,15 @@ def test_frames_at_the_middles_of_segments(total: str, expected: list[int]) -> N
     assert planned(int(total), "segments", 1) == [expected]
 
 
-@pytest.mark.parametrize(("picture", "expected"), cases("three_crop_boxes_x0y0x1y1_by_height_x_width"))
-def test_three_test_crops(picture: str, expected: list[list[int]]) -> None:
-    height, width = map(int, picture.split("x"))
+@pytest.mark.parametrize(("image", "expected"), cases("three_crop_boxes_x0y0x1y1_by_height_x_width"))
+def test_three_test_crops(image: str, expected: list[list[int]]) -> None:
+    height, width = map(int, image.split("x"))
     assert [corners(box) for box in view_boxes(height, width, 224, 3)] == expected
 
 
-@pytest.mark.parametrize(("picture", "expected"), cases("center_crop_box_x0y0x1y1_by_height_x_width"))
-def test_centre_test_crop(picture: str, expected: list[int]) -> None:
-    height, width = map(int, picture.split("x"))
+@pytest.mark.parametrize(("image", "expected"), cases("center_crop_box_x0y0x1y1_by_height_x_width"))
+def test_centre_test_crop(image: str, expected: list[int]) -> None:
+    height, width = map(int, image.split("x"))
     assert [corners(box) for box in view_boxes(height, width, 224, 1)] == [expected]
 
 

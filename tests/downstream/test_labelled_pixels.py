@@ -16,7 +16,7 @@ from bevt_ds.data.plan import LabelledPlan
 from bevt_ds.rng import Use, generator
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def drawn_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Waves with noise on top: uint8 (H,W,3)."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
@@ -29,7 +29,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     [((240, 320), (256, 341)), ((360, 640), (256, 455)), ((97, 130), (224, 224)), ((512, 512), (256, 256))],
 )
 def test_resize_equals_opencv_but_for_rounding(source: tuple[int, int], size: tuple[int, int]) -> None:
-    image = picture(*source)
+    image = drawn_image(*source)
     theirs = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR).astype(int)
     ours = px.resized(px.as_frames(image[None]), *size)[0].permute(1, 2, 0).numpy()
     assert np.abs(ours - theirs).max() <= 1
@@ -102,7 +102,7 @@ def test_test_views_are_ordered_by_clip_then_crop() -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("magnitude", [0, 3, 7, 9])
 def test_randaugment_operations_equal_timm(name: str, magnitude: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = Image.fromarray(picture(48, 64))
+    image = Image.fromarray(drawn_image(48, 64))
     for sign in (-1, 1):
         # timm draws the sign itself
         monkeypatch.setattr(auto_augment, "_randomly_negate", lambda value, sign=sign: sign * value)
@@ -117,20 +117,20 @@ def test_randaugment_operations_equal_timm(name: str, magnitude: int, monkeypatc
 def test_randaugment_at_the_largest_magnitude() -> None:
     """timm's posterize asks Pillow for no bits at 10, which it refuses."""
     for operation in OPERATIONS.values():
-        assert operation(Image.fromarray(picture(48, 64)), 1.0).size == (64, 48)
+        assert operation(Image.fromarray(drawn_image(48, 64)), 1.0).size == (64, 48)
 
 
 def test_randaugment_magnitudes_equal_imgaug(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven of thirty, as the original's recipe means it: its RandAugment turns a picture by 30 * 7 / 30 degrees."""
+    """Seven of thirty, as the original's recipe means it: its RandAugment turns an image by 30 * 7 / 30 degrees."""
     angles: list[float] = []
     monkeypatch.setitem(OPERATIONS, "Rotate", lambda image, level: angles.append(30 * level) or image)
     for slot in range(8):
-        randaugment(generator(0, Use.RANDAUGMENT, 4, 0, slot), picture(8, 8)[None], 20, 7)
+        randaugment(generator(0, Use.RANDAUGMENT, 4, 0, slot), drawn_image(8, 8)[None], 20, 7)
     assert {round(angle, 9) for angle in angles} == {-7.0, 7.0}
 
 
 def test_randaugment_is_the_same_for_all_frames_and_repeatable() -> None:
-    frames = np.stack([picture(48, 64)] * 3)
+    frames = np.stack([drawn_image(48, 64)] * 3)
     found = [randaugment(generator(0, Use.RANDAUGMENT, 4, 0, slot), frames, 4, 7) for slot in range(8)]
     again = randaugment(generator(0, Use.RANDAUGMENT, 4, 0, 5), frames, 4, 7)
     np.testing.assert_array_equal(again, found[5])

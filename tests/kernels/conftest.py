@@ -71,7 +71,7 @@ def inputs():
 
 @pytest.fixture
 def poisoned(monkeypatch) -> None:
-    """Fresh memory is full of NaN, or of the largest integer, so that an element nobody writes is loud."""
+    """Fresh memory is full of NaN, or of the largest integer, so that an element no one writes is loud."""
 
     def fill(allocate):
         def poisoning(*args, **kwargs):

@@ -32,7 +32,7 @@ def test_window_attention_head_dim_batch_and_scale(case, device, inputs, check_o
 
 
 def test_window_attention_with_a_float32_table(device, inputs):
-    """A float32 table beside float16 activations gives a float32 gradient."""
+    """A float32 table with float16 activations gives a float32 gradient."""
     qkv, table, windows = inputs("clip", torch.float16, device)
     table = table.float().requires_grad_()
     attend(qkv.requires_grad_(), table, windows).float().sum().backward()

@@ -107,7 +107,7 @@ def in_order(
         yield from under_way
 
 
-def picture() -> np.ndarray:
+def drawn_image() -> np.ndarray:
     """Coarse coloured squares: uint8 (48,64,3)."""
     return np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
 
@@ -115,7 +115,7 @@ def picture() -> np.ndarray:
 @lru_cache(maxsize=1)
 def clips() -> dict[str, bytes]:
     """Short clips: H.264 in MP4, VP9 in WebM and in MP4."""
-    frames = np.stack([np.roll(picture(), 3 * i, axis=1) for i in range(FRAMES)])
+    frames = np.stack([np.roll(drawn_image(), 3 * i, axis=1) for i in range(FRAMES)])
     quick = {"deadline": "realtime", "cpu-used": "8"}
     return {
         "h264": encode_clip(frames, "mp4", "libx264", g="6", bf="2"),
@@ -153,10 +153,10 @@ def _announcing(clip: bytes, width: int, height: int) -> bytes:
 # name -> what is certainly refused, early or late on the way
 BAD_PICTURES: dict[str, Callable[[], bytes]] = {
     "empty": lambda: b"",
-    "text": lambda: b"not a picture at all " * 100,
-    "cut": lambda: encode_jpeg(picture())[:-2],
-    "no tables": lambda: encode_jpeg(picture()).replace(b"\xff\xdb", b"\xff\xe9"),  # only the decoder finds that
-    "no payload": lambda: _until_scan(encode_jpeg(picture())) + b"\xff\xd9",
+    "text": lambda: b"not an image at all " * 100,
+    "cut": lambda: encode_jpeg(drawn_image())[:-2],
+    "no tables": lambda: encode_jpeg(drawn_image()).replace(b"\xff\xdb", b"\xff\xe9"),  # only the decoder finds that
+    "no payload": lambda: _until_scan(encode_jpeg(drawn_image())) + b"\xff\xd9",
     "cut PNG": lambda: b"\x89PNG\r\n\x1a\n" + bytes(100),
 }
 BAD_CLIPS: dict[str, Callable[[], bytes]] = {

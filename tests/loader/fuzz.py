@@ -1,4 +1,4 @@
-"""Damage tars, pictures and videos at random and see that nothing dies, hangs, or is lost without a word.
+"""Damage tars, images and videos at random and see that nothing dies, hangs, or is lost without a word.
 
 `python -m tests.loader.fuzz` runs the large counts and appends a row for each kind to a file, if it is given one; CI
 runs a few thousand cases through test_fuzz.py. Every case is a function of (kind, seed, number), so that one which
@@ -41,14 +41,14 @@ from tests.loader.damage import (
     PLAIN_VIEW,
     Tally,
     damaged_clip,
+    drawn_image,
     in_order,
     mutate,
-    picture,
     quiet,
     watched,
 )
-from tests.loader.media import pictures_of
-from tests.loader.soak import soak_clips, soak_loader, soak_pictures
+from tests.loader.media import images_of
+from tests.loader.soak import soak_clips, soak_images, soak_loader
 
 SLACK = 1.0  # seconds beyond the deadline
 
@@ -58,7 +58,7 @@ SLACK = 1.0  # seconds beyond the deadline
 
 @lru_cache(maxsize=1)
 def tar() -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """A tar of 8 samples, one of them with a long name; of each picture its record (headers and data) and its data."""
+    """A tar of 8 samples, one of them with a long name; of each image its record (headers and data) and its data."""
     rng = np.random.default_rng(0)
     parts, records = [], []
     for i in range(8):
@@ -115,23 +115,23 @@ def _read_case(known: Shard, good: list[bytes]) -> str:
     return ""
 
 
-# Pictures
+# Images
 
 
 def run_jpegs(numbers: range, seed: int) -> Tally:
-    """Through the header check and DALI, in this very process: a picture or BadSample."""
+    """Through the header check and DALI, in this very process: an image or BadSample."""
     tally = Tally()
-    good, pipeline = encode_jpeg(picture()), PixelPipeline("image", 1, 32, 16, threads=1)
+    good, pipeline = encode_jpeg(drawn_image()), PixelPipeline("image", 1, 32, 16, threads=1)
     for number in watched(numbers, "jpegs"):
         data = mutate(good, np.random.default_rng((seed, 2, number)))
         began = time.monotonic()
         try:
             check_image(data, LIMITS)
             with quiet():
-                pixels, _ = pictures_of(pipeline, [data], [PLAIN_VIEW])
+                pixels, _ = images_of(pipeline, [data], [PLAIN_VIEW])
             outcome = "decoded"
             if pixels.shape != (1, 3, 32, 32) or not pixels.isfinite().all():
-                tally.faults.append(f"jpeg {number}: not a picture")
+                tally.faults.append(f"jpeg {number}: not an image")
         except BadSample:
             outcome = "refused"
         tally.note(outcome, time.monotonic() - began)
@@ -222,7 +222,7 @@ KINDS: dict[str, tuple[Callable[[range, int], Tally], int]] = {
     "headers": (partial(run_videos, headers_only=True), 50_000),
     "dali": (run_dali, 50_000),
     "soak": (soak_clips, 100_000),
-    "picture-soak": (soak_pictures, 100_000),
+    "image-soak": (soak_images, 100_000),
     "loader": (soak_loader, 20_000),
 }
 

@@ -92,8 +92,8 @@ def encode_clip(
         stream.options = options
         stream.codec_context.time_base = Fraction(1, FPS)
         stream.set_display_matrix(matrix)
-        for picture, time in zip(frames, times or range(len(frames)), strict=True):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for image, time in zip(frames, times or range(len(frames)), strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, FPS)
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
@@ -161,7 +161,7 @@ def pooled_clips(pool: DecodePool, data: bytes, *arguments: Any) -> np.ndarray:
 
 
 def clip_pixels(pixels: ClipPixels, frames: np.ndarray, entries: Sequence, masked: np.ndarray | None = None) -> tuple:
-    """Pixels and views that are made of the same frames, uint8 (T,H,W,3), for each entry; as `pictures_of` has them."""
+    """Pixels and views that are made of the same frames, uint8 (T,H,W,3), for each entry; as `images_of` has them."""
     every = np.ones((len(entries), len(frames)), dtype=bool)
     batch = pixels.batch(every if masked is None else masked)
     for i, e in enumerate(entries):
@@ -170,7 +170,7 @@ def clip_pixels(pixels: ClipPixels, frames: np.ndarray, entries: Sequence, maske
     return batch.pixels, batch.view.unflatten(0, every.shape) if masked is None else batch.view
 
 
-def pictures_of(pipeline: PixelPipeline, payloads: Sequence, entries: Sequence) -> tuple[Tensor, Tensor]:
+def images_of(pipeline: PixelPipeline, payloads: Sequence, entries: Sequence) -> tuple[Tensor, Tensor]:
     """A micro-batch's pixels and the views of all its frames, masked or not: (B,T,3,v,v), or of images (B,3,v,v)."""
     clip = payloads[0][1] if isinstance(payloads[0], tuple) else payloads[0]
     shape = (len(payloads),) if isinstance(clip, bytes) else (len(payloads), len(clip))

@@ -31,13 +31,13 @@ from tests.loader.damage import (
     Tally,
     clips,
     damaged_clip,
+    drawn_image,
     in_order,
     mutate,
-    picture,
     quiet,
     watched,
 )
-from tests.loader.media import pictures_of
+from tests.loader.media import images_of
 
 POINTS = 20  # of the curve
 LONG = 10_000  # cases from which on the slope says something
@@ -66,11 +66,11 @@ def _clip(number: int, names: tuple[str, ...], seed: int) -> bytes:
     return clips()[names[number % 2]]
 
 
-def soak_pictures(numbers: range, seed: int) -> Tally:
-    """The same for pictures, through DALI in this very process; its graph is built anew after each that it refuses."""
-    tally, pipeline, good = Tally(), PixelPipeline("image", 1, 32, 16, threads=1), encode_jpeg(picture())
+def soak_images(numbers: range, seed: int) -> Tally:
+    """The same for images, through DALI in this very process; its graph is built again after each that it refuses."""
+    tally, pipeline, good = Tally(), PixelPipeline("image", 1, 32, 16, threads=1), encode_jpeg(drawn_image())
     with quiet():
-        for part in _parts(numbers, "picture-soak"):
+        for part in _parts(numbers, "image-soak"):
             for number in part:
                 _note(tally, partial(_show, pipeline, _picture(number, seed, good)))
             _look(tally, [])
@@ -86,7 +86,7 @@ def _picture(number: int, seed: int, good: bytes) -> bytes:
 
 def _show(pipeline: PixelPipeline, data: bytes) -> None:
     check_image(data, LIMITS)
-    pictures_of(pipeline, [data], [PLAIN_VIEW])
+    images_of(pipeline, [data], [PLAIN_VIEW])
 
 
 def soak_loader(numbers: range, seed: int) -> Tally:

@@ -52,7 +52,7 @@ def videos(make: SimpleNamespace) -> dict[str, bytes]:
 def with_sound(
     frames: np.ndarray, container: str, codec: str, sound: str, muxer: dict[str, str] | None = None, **options: str
 ) -> bytes:
-    """The sound is the first stream: the pictures must be looked for."""
+    """The sound is the first stream: the images must be looked for."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container, options=muxer or {}) as out:
         audio = out.add_stream(sound, rate=48000, layout="mono")
@@ -132,9 +132,9 @@ def test_bytes_after_the_end_of_an_image_are_ignored(make: SimpleNamespace, enco
     whole, *longer = [data, *(data + tail for tail in (b"\n" * 40, bytes(1000), b"SEFT" * 99))]
     for each in longer:
         assert decode_image(each, LIMITS) == {"width": 40, "height": 30, "rotation": 0, "mirrored": False}
-    pictures = by_dali(fn.decoders.image, [whole, *longer])
-    for other in pictures[1:]:
-        np.testing.assert_array_equal(other, pictures[0])
+    images = by_dali(fn.decoders.image, [whole, *longer])
+    for other in images[1:]:
+        np.testing.assert_array_equal(other, images[0])
     for cut in (data[:-20], data[:-20] + bytes(1000)):
         with pytest.raises(BadSample, match="cut"):
             check_image(cut, LIMITS)
@@ -346,7 +346,7 @@ def test_change_of_frame_size_within_a_video_is_refused_d14(videos: dict[str, by
 
 
 def not_shown(data: bytes) -> bytes:
-    """A WebM whose first frame, a keyframe of VP9, is only for others to refer to: a packet without a picture."""
+    """A WebM whose first frame, a keyframe of VP9, is only for others to refer to: a packet without an image."""
     at = data.index(b"\x81\0\0\x80") + 4
     return data[:at] + bytes([data[at] & ~2]) + data[at + 1 :]
 
@@ -372,7 +372,7 @@ def test_payload_that_ffmpeg_refuses_is_a_bad_sample_d16(videos: dict[str, bytes
 
 @pytest.mark.parametrize("name", ["mp4", "webm", "avi"])
 def test_limits_of_bytes_frames_and_pixels_hold_d17(videos: dict[str, bytes], name: str) -> None:
-    """D17: the file, its frames, a picture, and a clip's decoded bytes."""
+    """D17: the file, its frames, an image, and a clip's decoded bytes."""
     clip = 3 * 4 * HEIGHT * WIDTH
     for limits, reason in [
         (Limits(file_bytes=100), "over data.max_file_bytes=100"),

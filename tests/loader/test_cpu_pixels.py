@@ -23,7 +23,7 @@ from bevt_ds.data.pixels.pipeline import STD, PixelPipeline
 from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
 from bevt_ds.data.reading.deadline import DeadlineExecutor
 from bevt_ds.shards.synthetic.scene import Extent, render
-from tests.loader.media import clip_pixels, noise, pictures_of
+from tests.loader.media import clip_pixels, images_of, noise
 
 S, V, CLIPS = 96, 48, 8
 ROUNDING = 1e-3  # levels: single precision through normalising and back
@@ -48,7 +48,7 @@ def ours(frames: np.ndarray, entries: list[PlanEntry]) -> tuple[torch.Tensor, to
 def differences(graph: PixelPipeline, frames: np.ndarray, entries: list[PlanEntry]) -> tuple[np.ndarray, np.ndarray]:
     """How far the pixels and the views are from the graph's, in levels of 255."""
     pixels, view = ours(frames, entries)
-    graph_pixels, graph_view = pictures_of(graph, [frames] * len(entries), entries)
+    graph_pixels, graph_view = images_of(graph, [frames] * len(entries), entries)
     return (pixels - graph_pixels).abs().numpy() * np.reshape(STD, (3, 1, 1, 1)), (
         view - graph_view
     ).abs().numpy() * 255
@@ -68,11 +68,11 @@ def test_cpu_resized_sizes_equal_dali(entry: Callable) -> None:
     cases = [case for case in lengths if case[1] > case[0] and Fraction(case[1] * case[2], case[0]) % 1 == 0.5]
     graph = Pipeline(batch_size=len(cases), num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
     with graph:
-        pictures = fn.external_source(name="pictures", dtype=types.UINT8, layout="HWC")
+        images = fn.external_source(name="images", dtype=types.UINT8, layout="HWC")
         side = fn.external_source(name="side", dtype=types.FLOAT, ndim=0)
-        graph.set_outputs(fn.resize(pictures, resize_shorter=side, subpixel_scale=False, interp_type=types.INTERP_NN))
+        graph.set_outputs(fn.resize(images, resize_shorter=side, subpixel_scale=False, interp_type=types.INTERP_NN))
     graph.build()
-    graph.feed_input("pictures", [np.zeros((h, w, 1), np.uint8) for h, w, _ in cases])
+    graph.feed_input("images", [np.zeros((h, w, 1), np.uint8) for h, w, _ in cases])
     graph.feed_input("side", [np.float32(s) for *_, s in cases])
     (resized,) = graph.run()
     for i, (h, w, s) in enumerate(cases):
@@ -98,7 +98,7 @@ def test_cpu_resize_of_real_clips_is_close_to_dali(media_folder: Path, name: str
     entries = [plan.entry(0, slot) for slot in range(CLIPS)]
     graph = PixelPipeline("video", CLIPS, 224, 112, threads=1)
     mine = clip_pixels(ClipPixels(224), frames, entries)
-    for a, b, scale in zip(mine, pictures_of(graph, [frames] * CLIPS, entries), (57.0, 255.0), strict=True):
+    for a, b, scale in zip(mine, images_of(graph, [frames] * CLIPS, entries), (57.0, 255.0), strict=True):
         difference = (a - b).abs() * scale
         assert difference.mean() < 0.35 and difference.max() < 12
 
@@ -122,7 +122,7 @@ def test_cpu_token_views_are_made_of_masked_frames_only(kind: type, graph: Pixel
     if kind is ClipPixels:
         (every, views), (same, some) = (clip_pixels(ClipPixels(S), frames, entries, m) for m in (None, masked))
     else:
-        every, views = pictures_of(graph, [frames] * 4, entries)
+        every, views = images_of(graph, [frames] * 4, entries)
         same, some = graph.run([frames] * 4, entries, masked)
     assert torch.equal(every, same) and torch.equal(some, views[torch.from_numpy(masked)])
 

@@ -82,7 +82,7 @@ def test_partial_rgb_conversion_equals_that_of_the_whole_frame(name: str) -> Non
 
 
 def inside(box: Box) -> tuple:
-    """A box but for its edge, of pictures (N,H,W,3)."""
+    """A box but for its edge, of images (N,H,W,3)."""
     return np.s_[:, box.top + 1 : box.top + box.height - 1, box.left + 1 : box.left + box.width - 1]
 
 
@@ -127,6 +127,6 @@ def test_frame_writer_takes_a_box_for_each_frame() -> None:
     writer = RgbWriter()
     with opened(data, Limits()) as video:
         for box, (i, frame) in zip(boxes, video.pick(np.arange(4)), strict=True):
-            picture = np.zeros((1, 90, 120, 3), np.uint8)
-            writer.write(frame, picture[0], box)
-            np.testing.assert_array_equal(picture[inside(box)], whole[i : i + 1][inside(box)])
+            image = np.zeros((1, 90, 120, 3), np.uint8)
+            writer.write(frame, image[0], box)
+            np.testing.assert_array_equal(image[inside(box)], whole[i : i + 1][inside(box)])

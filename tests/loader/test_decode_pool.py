@@ -141,7 +141,7 @@ def test_sample_that_always_hangs_is_bad_after_two_deadlines(member: Load, monke
 def test_worker_over_its_memory_limit_is_replaced_d23(
     pool: DecodePool, member: Load, expected: np.ndarray, monkeypatch
 ) -> None:
-    """D23: its answer still counts; the next sample gets a fresh process. Below the bound nobody is replaced."""
+    """D23: its answer still counts; the next sample gets a fresh process. Below the bound no one is replaced."""
     first = set(pool.pids)
     with pool.clips(member(), *CLIP) as decoded:
         resident = decoded.reply["resident"]

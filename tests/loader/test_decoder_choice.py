@@ -24,7 +24,7 @@ from bevt_ds.data.open_stream import Source
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.plan import StreamId
-from tests.loader.media import decode_clip, in_threads, pictures_of
+from tests.loader.media import decode_clip, images_of, in_threads
 
 
 def test_faster_decoder_is_measured_once_and_remembered(tmp_path: Path) -> None:
@@ -104,11 +104,11 @@ def vp9(make: SimpleNamespace) -> bytes:
 
 
 def test_dali_and_worker_decoders_give_equal_pixels(vp9: bytes, entry: Callable) -> None:
-    """DALI's CPU decoder knows VP9: its pictures equal those of the workers' frames, to the bit."""
+    """DALI's CPU decoder knows VP9: its images equal those of the workers' frames, to the bit."""
     e, numbers = entry(short_side=80, crop=(0.3, 0.7), flip=True), np.array([1, 4, 7, 10])
     frames = decode_clip(vp9, lambda total: numbers, Limits())
-    from_frames = pictures_of(PixelPipeline("video", 1, 64, 32, threads=1), [frames], [e])
-    from_file = pictures_of(PixelPipeline("video", 1, 64, 32, threads=1, dali_decoder="cpu"), [(vp9, numbers)], [e])
+    from_frames = images_of(PixelPipeline("video", 1, 64, 32, threads=1), [frames], [e])
+    from_file = images_of(PixelPipeline("video", 1, 64, 32, threads=1, dali_decoder="cpu"), [(vp9, numbers)], [e])
     for a, b in zip(from_frames, from_file, strict=True):
         assert torch.equal(a, b)
 
@@ -132,7 +132,7 @@ def test_clips_that_dali_cannot_decode_go_to_workers(
     monkeypatch: pytest.MonkeyPatch,
     clips_per_video: int,
 ) -> None:
-    """VP9 by DALI, H.264 in 4:4:4 by a worker, in one batch: the same pictures as by workers alone."""
+    """VP9 by DALI, H.264 in 4:4:4 by a worker, in one batch: the same images as by workers alone."""
     other = make.clip(make.noise(12, 72, 96, seed=1), "mp4", "libx264", pixel_format="yuv444p")
     tar = make.tar(tmp_path / "s.tar", {"a.webm": vp9, "b.mp4": other, "c.webm": vp9, "d.mp4": other})
     train = replace(config.train, global_images=0, micro_images=0)

@@ -19,7 +19,7 @@ from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from tests.loader.damage import mutate, quiet
-from tests.loader.media import encode_clip, noise, pictures_of, pooled_clips
+from tests.loader.media import encode_clip, images_of, noise, pooled_clips
 
 FRAMES, HEIGHT, WIDTH = 12, 48, 64
 CASES = 80
@@ -76,7 +76,7 @@ def test_damaged_video_decodes_the_same_after_any_other(decode: Callable[[bytes]
     assert seen[bytes] > 0.05 * CASES and seen[str] > 0.05 * CASES
 
 
-def picture(seed: int, form: str, **options: object) -> bytes:
+def drawn_image(seed: int, form: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(noise(HEIGHT, WIDTH, seed=seed)).save(buffer, form, **options)
     return buffer.getvalue()
@@ -91,12 +91,12 @@ def test_damaged_image_decodes_the_same_after_any_other(entry, form: str) -> Non
         try:
             check_image(data, LIMITS)
             with quiet():
-                return pictures_of(pipeline, [data], [view])[0].numpy().tobytes()
+                return images_of(pipeline, [data], [view])[0].numpy().tobytes()
         except BadSample as bad:
             return str(bad)
 
     options = {"progressive": True} if form == "progressive" else {}
-    good, *before = (picture(seed, "JPEG" if form == "progressive" else form, **options) for seed in range(3))
+    good, *before = (drawn_image(seed, "JPEG" if form == "progressive" else form, **options) for seed in range(3))
     end = good[-12:] if form == "PNG" else good[-2:]
     cut = (good[:at] + end for at in np.linspace(700, len(good) - len(end) - 1, 40).astype(int))
     damaged = [*cut, *(mutate(good, np.random.default_rng((8, i)), 40) for i in range(CASES // 2))]

@@ -9,7 +9,7 @@ from tests.loader.damage import Tally
 from tests.loader.fuzz import KINDS, row
 from tests.loader.soak import POINTS
 
-# cases, and the share of them that must be accepted and refused, lest the mutations test nothing
+# cases, and the share of them that must be accepted and refused: else the mutations test nothing
 CASES = {
     "tars": (2000, "read", "refused"),
     "jpegs": (2000, "decoded", "refused"),
@@ -17,7 +17,7 @@ CASES = {
     "headers": (1500, "decoded", "refused"),
     "dali": (2000, "decoded 3 frames", "refused"),
     "soak": (1000, "decoded", "refused"),
-    "picture-soak": (1000, "decoded", "refused"),
+    "image-soak": (1000, "decoded", "refused"),
     "loader": (800, "batches"),
 }
 

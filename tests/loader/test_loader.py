@@ -231,7 +231,7 @@ def test_bad_videos_are_replaced(damaged, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_bad_samples_between_good_ones_are_not_in_a_row(damaged, monkeypatch, how: str) -> None:
-    """However large the micro-batch: here it meets about as many bad pictures as good ones, never twelve in a row."""
+    """However large the micro-batch: here it meets about as many bad images as good ones, never twelve in a row."""
     monkeypatch.setattr(ledger_module, "IN_A_ROW", 12)
     config = damaged({f"image-{i:02d}": BROKEN[how] for i in range(0, 24, 2)})
     train = replace(config.train, global_clips=0, global_images=64, micro_images=64)
@@ -366,8 +366,8 @@ def test_batch_that_does_not_divide_over_ranks_is_refused(config: Config) -> Non
 
 
 def test_epoch_shows_every_sample_once(config: Config, shards: Path) -> None:
-    """24 images in steps of 8: three steps see 24 different pictures, though crops differ."""
+    """24 images in steps of 8: three steps see 24 different images, though crops differ."""
     upright = replace(config.data, short_side=(64, 64), flip=0.0, image_jitter=(0.0, 0.0, 0.0))
     batches = take(replace(config, data=upright), 6)
-    pictures = np.concatenate([b.image.view.mean(dim=(2, 3)).numpy() for b in batches])
-    assert len(np.unique(pictures.round(4), axis=0)) == 24
+    images = np.concatenate([b.image.view.mean(dim=(2, 3)).numpy() for b in batches])
+    assert len(np.unique(images.round(4), axis=0)) == 24

@@ -40,7 +40,7 @@ def source(tmp_path: Path, make: SimpleNamespace) -> Path:
         path.write_bytes(encode_jpeg(make.noise(20, 30, seed=i)))
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     (folder / "z.jpg").write_bytes(encode_jpeg(make.noise(20, 30, seed=9)))
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 

@@ -17,7 +17,7 @@ from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pixels.pipeline import LUMA, PixelPipeline, jitter_matrix, lanczos4_taps
 from bevt_ds.data.plan import PlanEntry
-from tests.loader.media import pictures_of
+from tests.loader.media import images_of
 
 S, V = 96, 48
 ROUNDING = 1e-3  # levels: single precision through normalising and back
@@ -38,12 +38,12 @@ def image() -> PixelPipeline:
     return PixelPipeline("image", 4, S, V, threads=1)
 
 
-def opencv_crop(picture: np.ndarray, entry: PlanEntry) -> np.ndarray:
+def opencv_crop(image: np.ndarray, entry: PlanEntry) -> np.ndarray:
     """The original's view: cv2 cubic resize of the short side, crop, flip: uint8 (S,S,3)."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     scale = entry.short_side / min(height, width)
     size = (int(width * scale + 0.5), int(height * scale + 0.5))
-    resized = cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC)
+    resized = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
     top, left = (int(f * (n - S)) for f, n in zip(entry.crop, resized.shape, strict=False))
     crop = resized[top : top + S, left : left + S]
     return crop[:, ::-1] if entry.flip else crop
@@ -54,13 +54,13 @@ def levels(pixels: torch.Tensor) -> np.ndarray:
     return np.moveaxis(pixels.numpy(), 0, -1) * STD + MEAN
 
 
-def encode(picture: np.ndarray, suffix: str = ".png") -> bytes:
-    return cv2.imencode(suffix, picture[..., ::-1])[1].tobytes()
+def encode(image: np.ndarray, suffix: str = ".png") -> bytes:
+    return cv2.imencode(suffix, image[..., ::-1])[1].tobytes()
 
 
 def test_dali_resize_crop_and_flip_equal_opencv(video: PixelPipeline, make: SimpleNamespace, entry: Callable) -> None:
     frames, entries = make.noise(4, 120, 150), [entry(**view) for view in VIEWS]
-    pixels, view = pictures_of(video, [frames] * 3, entries)
+    pixels, view = images_of(video, [frames] * 3, entries)
     assert pixels.shape == (3, 3, 4, S, S) and view.shape == (3, 4, 3, V, V)
     assert pixels.dtype == view.dtype == torch.float32
     differences = []
@@ -77,7 +77,7 @@ def test_dali_resize_of_smooth_images_is_close_to_opencv(video: PixelPipeline, m
     """Without noise, the difference that the docstring states."""
     frames = make.noise(1, 120, 150, softness=0.0)
     for view in VIEWS:
-        pixels, _ = pictures_of(video, [frames], [entry(**view)])
+        pixels, _ = images_of(video, [frames], [entry(**view)])
         difference = np.abs(levels(pixels[0])[0] - opencv_crop(frames[0], entry(**view)).astype(float))
         assert difference.mean() < 1.0 and difference.max() < 6
 
@@ -87,10 +87,10 @@ def test_dali_token_view_equals_opencv_lanczos4(kind: str, video, image, make: S
     """The same taps; OpenCV sums them as integers, DALI in single precision, so that a half may round otherwise."""
     frames, views = make.noise(3, 120, 150), [entry(**view) for view in VIEWS]
     if kind == "video":
-        pixels, view = pictures_of(video, [frames] * 3, views)
+        pixels, view = images_of(video, [frames] * 3, views)
         crops, small = pixels[:, :, 0], view[:, 0]
     else:
-        crops, small = pictures_of(image, [encode(frame) for frame in frames], views)
+        crops, small = images_of(image, [encode(frame) for frame in frames], views)
     for crop, got in zip(crops, small, strict=True):
         exact = np.rint(levels(crop)).astype(np.uint8)
         reference = cv2.resize(exact, (V, V), interpolation=cv2.INTER_LANCZOS4)
@@ -109,12 +109,12 @@ def test_token_view_taps_are_symmetric_and_sum_to_one() -> None:
 def test_dali_colour_jitter_equals_double_precision(
     image: PixelPipeline, make: SimpleNamespace, entry: Callable, jitter: tuple
 ) -> None:
-    """Three factors in sequence in double precision, clipped once; the mean luma is the whole picture's."""
-    picture = make.noise(120, 150)
-    pixels, _ = pictures_of(image, [encode(picture)], [entry(short_side=120, crop=(0.3, 0.7), jitter=jitter)])
-    x = opencv_crop(picture, entry(short_side=120, crop=(0.3, 0.7))).astype(float)
+    """Three factors in sequence in double precision, clipped once; the mean luma is the whole image's."""
+    drawn = make.noise(120, 150)
+    pixels, _ = images_of(image, [encode(drawn)], [entry(short_side=120, crop=(0.3, 0.7), jitter=jitter)])
+    x = opencv_crop(drawn, entry(short_side=120, crop=(0.3, 0.7))).astype(float)
     brightness, contrast, saturation = jitter
-    mean_luma = (picture.reshape(-1, 3).mean(0) * brightness) @ np.asarray(LUMA)
+    mean_luma = (drawn.reshape(-1, 3).mean(0) * brightness) @ np.asarray(LUMA)
     x = (x * brightness - mean_luma) * contrast + mean_luma
     luma = (x @ np.asarray(LUMA))[..., None]
     x = (x - luma) * saturation + luma
@@ -135,7 +135,7 @@ def test_grey_cmyk_and_alpha_images_become_rgb(
 ) -> None:
     buffer = io.BytesIO()
     Image.fromarray(make.noise(110, 130)).convert(mode).save(buffer, suffix)
-    pixels, view = pictures_of(image, [buffer.getvalue()], [entry(short_side=100)])
+    pixels, view = images_of(image, [buffer.getvalue()], [entry(short_side=100)])
     assert pixels.shape == (1, 3, S, S) and pixels.isfinite().all() and pixels.std() > 0.1
 
 
@@ -158,10 +158,10 @@ def test_dali_graph_operators_and_statelessness(kind: str, operators: set, video
 def test_broken_image_fails_its_batch_and_no_later_one(make: SimpleNamespace, entry: Callable) -> None:
     pipeline = PixelPipeline("image", 2, S, V, threads=1)
     good = encode(make.noise(120, 150))
-    before = pictures_of(pipeline, [good], [entry()])
+    before = images_of(pipeline, [good], [entry()])
     with pytest.raises(BadSample, match="DALI cannot decode it: nvImageCodec"):
-        pictures_of(pipeline, [good, good[:60] + bytes(50)], [entry(), entry()])
-    after = pictures_of(pipeline, [good], [entry()])
+        images_of(pipeline, [good, good[:60] + bytes(50)], [entry(), entry()])
+    after = images_of(pipeline, [good], [entry()])
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -169,7 +169,7 @@ def test_dali_graph_error_is_not_a_bad_sample(make: SimpleNamespace, entry: Call
     """Frames of two channels are the caller's mistake: no substitute, but a traceback."""
     pipeline = PixelPipeline("video", 1, S, V, threads=1)
     with pytest.raises(RuntimeError, match="crop_mirror_normalize"):
-        pictures_of(pipeline, [np.ascontiguousarray(make.noise(1, 120, 150)[..., :2])], [entry()])
+        images_of(pipeline, [np.ascontiguousarray(make.noise(1, 120, 150)[..., :2])], [entry()])
 
 
 def header(jpeg: bytes, width: int, height: int) -> bytes:
@@ -179,8 +179,8 @@ def header(jpeg: bytes, width: int, height: int) -> bytes:
 
 
 def test_image_headers_are_checked_before_decoding(make: SimpleNamespace) -> None:
-    picture = make.noise(40, 60)
-    jpeg, png = encode(picture, ".jpg"), encode(picture)
+    image = make.noise(40, 60)
+    jpeg, png = encode(image, ".jpg"), encode(image)
     limits = Limits(pixels=10_000)
     assert check_image(jpeg, limits) == check_image(png, limits) == (60, 40)
     bad = {
@@ -214,5 +214,5 @@ def test_dali_applies_exif_orientation(image: PixelPipeline, make: SimpleNamespa
     Image.fromarray(make.noise(110, 130)).save(buffer, "JPEG", quality=95, exif=exif)
     upright = cv2.imdecode(np.frombuffer(buffer.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     assert upright.shape == (130, 110, 3)
-    pixels, _ = pictures_of(image, [buffer.getvalue()], [entry(short_side=110)])
+    pixels, _ = images_of(image, [buffer.getvalue()], [entry(short_side=110)])
     assert np.abs(levels(pixels[0]) - opencv_crop(upright, entry(short_side=110))).mean() < 0.5

@@ -17,7 +17,7 @@ from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.shards.synthetic.draw_worker import encode_jpeg, encode_mp4
-from tests.loader.media import decode_clip, pictures_of
+from tests.loader.media import decode_clip, images_of
 
 S, V = 96, 48
 LEVEL = 2 / 255  # what decoders of one file may differ by on average
@@ -36,7 +36,7 @@ def test_gpu_operators_give_cpu_pixels(make: SimpleNamespace, entry: Callable) -
     frames = make.noise(4, 120, 150)
     entries = [entry(short_side=s, crop=(0.3, 0.7), flip=s == 120) for s in (120, 150)]
     results = [
-        pictures_of(PixelPipeline("video", 2, S, V, threads=2, device=device), [frames] * 2, entries)
+        images_of(PixelPipeline("video", 2, S, V, threads=2, device=device), [frames] * 2, entries)
         for device in (None, 0)
     ]
     for on_cpu, on_gpu in zip(*results, strict=True):
@@ -54,8 +54,8 @@ def test_gpu_decoding_is_close_to_cpu_decoding(kind: str, make: SimpleNamespace,
     else:
         data = encode_jpeg(make.noise(120, 150, softness=5.0))
         payloads = [data], [data]
-    on_cpu = pictures_of(PixelPipeline(kind, 1, S, V, threads=2), payloads[0], [e])
-    on_gpu = pictures_of(PixelPipeline(kind, 1, S, V, threads=2, device=0, dali_decoder="mixed"), payloads[1], [e])
+    on_cpu = images_of(PixelPipeline(kind, 1, S, V, threads=2), payloads[0], [e])
+    on_gpu = images_of(PixelPipeline(kind, 1, S, V, threads=2, device=0, dali_decoder="mixed"), payloads[1], [e])
     assert difference(on_cpu[1], on_gpu[1]).mean() < (DRAWN if kind == "video" else LEVEL)
 
 
@@ -80,7 +80,7 @@ def test_gpu_decoding_of_real_clips_is_close_to_cpu(name: str, media_folder: Pat
     """The bound that is promised, on what it is promised for: H.264 and MPEG-4 from cameras."""
     data, numbers = (media_folder / f"{name}.mp4").read_bytes(), np.arange(0, 32, 2)
     e, frames = entry(short_side=288, crop=(0.3, 0.7)), decode_clip(data, lambda total: numbers, Limits())
-    _, on_cpu = pictures_of(PixelPipeline("video", 1, 224, 112, threads=2), [frames], [e])
+    _, on_cpu = images_of(PixelPipeline("video", 1, 224, 112, threads=2), [frames], [e])
     graph = PixelPipeline("video", 1, 224, 112, threads=2, device=0, dali_decoder="mixed")
-    _, on_gpu = pictures_of(graph, [(data, numbers)], [e])
+    _, on_gpu = images_of(graph, [(data, numbers)], [e])
     assert difference(on_cpu, on_gpu).mean() < LEVEL

@@ -433,9 +433,9 @@ def test_dali_reads_with_our_index(shards: Path) -> None:
 
     pipe = graph()
     pipe.build()
-    (pictures,) = pipe.run()
+    (images,) = pipe.run()
     members = list(load_shard(str(path)).members())
-    assert [bytes(np.asarray(pictures[i])) for i in range(9)] == [read_member(m) for m in members]
+    assert [bytes(np.asarray(images[i])) for i in range(9)] == [read_member(m) for m in members]
     index.unlink()
 
 

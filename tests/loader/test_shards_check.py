@@ -61,7 +61,7 @@ def test_stats_without_a_readable_sample(run_stats, tmp_path: Path, capsys) -> N
 
 @pytest.fixture
 def packed(shards: Path, tmp_path: Path) -> Path:
-    """The small shards of pictures, with their manifest."""
+    """The small shards of images, with their manifest."""
     for path in [*shards.glob("image-*.tar"), shards / "image-manifest.json"]:
         shutil.copy2(path, tmp_path / path.name)
     return tmp_path

@@ -88,7 +88,7 @@ def test_imagenet_folders_are_labels_in_their_order(media: Path) -> None:
         ("n01440764/a.JPEG", "n01440764/a", "0"),
         ("n01443537/b.JPEG", "n01443537/b", "1"),
     ]
-    assert {item.label for item in list_items(str(media), "image").items} == {""}  # other folders beside them
+    assert {item.label for item in list_items(str(media), "image").items} == {""}  # other folders next to them
 
 
 def test_class_folders_give_labels(media: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

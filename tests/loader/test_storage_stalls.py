@@ -1,6 +1,6 @@
 """Local storage that does not answer ends the run with its name, in every phase (D24).
 
-A FIFO that nobody writes to blocks whoever opens it, in the kernel, as a dead file server does.
+A FIFO that no one writes to blocks whoever opens it, in the kernel, as a dead file server does.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def clips(make: SimpleNamespace) -> dict[str, bytes]:
 def test_any_frames_equal_a_full_decode(clips: dict[str, bytes], name: str, wanted: list) -> None:
     with av.open(io.BytesIO(clips[name])) as container:
         everything, writer = np.empty((40, 50, 66, 3), np.uint8), RgbWriter()
-        for picture, frame in zip(everything, container.decode(video=0), strict=True):
-            writer.write(frame, picture, Box(0, 0, 50, 66))
+        for image, frame in zip(everything, container.decode(video=0), strict=True):
+            writer.write(frame, image, Box(0, 0, 50, 66))
     seen = []
     got = decode_clip(clips[name], lambda total: seen.append(total) or np.array(wanted), LIMITS)
     assert seen == [40]

@@ -100,7 +100,7 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 
 @pytest.fixture(scope="session")
 def small_bevt() -> Callable[..., BEVT]:
-    """Builds a BEVT for 64-pixel pictures and 4 frames, fast enough for a unit test."""
+    """Builds a BEVT for 64-pixel images and 4 frames, fast enough for a unit test."""
     sizes = {"embed_dim": 32, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 4, 8), "window": (2, 2, 2), "vocab_size": 16}
     return lambda **overrides: BEVT(**{**sizes, **overrides})
 

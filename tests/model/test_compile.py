@@ -67,11 +67,11 @@ def small_tokenizers() -> list[nn.Module]:
 @pytest.mark.parametrize("tokenizer", small_tokenizers(), ids=["dalle", "random_projection"])
 def test_compiled_tokenizer_gives_the_same_ids(tokenizer):
     """The number of frames with a masked cell changes with every micro-batch: two graphs, the second for any number."""
-    pictures = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    expected = [tokenizer.encode(pictures[:n]) for n in (6, 4, 5, 3)]
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    expected = [tokenizer.encode(images[:n]) for n in (6, 4, 5, 3)]
     counter = CompileCounterWithBackend("aot_eager")
     tokenizer.compile(backend=counter, fullgraph=True)
-    assert all(tokenizer.encode(pictures[: len(ids)]).equal(ids) for ids in expected)
+    assert all(tokenizer.encode(images[: len(ids)]).equal(ids) for ids in expected)
     assert counter.frame_count == 2
 
 

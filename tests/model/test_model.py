@@ -175,7 +175,7 @@ def test_bfloat16_model(small_bevt, small_batch):
 
 
 def test_masked_pixels_do_not_leak_into_features(small_bevt):
-    """With every cell masked the picture has no influence; with none it has."""
+    """With every cell masked the image has no influence; with none it has."""
     model = small_bevt().eval()
     a, b = torch.randn(2, 1, 3, 64, 64)
     for mask, same in ((torch.ones(1, 4, 4, dtype=torch.bool), True), (torch.zeros(1, 4, 4, dtype=torch.bool), False)):

@@ -12,7 +12,7 @@ from bevt_ds.model.tokenizers import tokenize
 
 
 class Positions:
-    """A tokenizer whose id tells picture, row and column: the first pixel's value times 64, plus the place."""
+    """A tokenizer whose id tells image, row and column: the first pixel's value times 64, plus the place."""
 
     vocab_size = 1 << 20
 
@@ -46,12 +46,12 @@ def test_tokenizer_targets_of_masked_rows(make_stream):
 
 def test_token_view_of_the_wrong_size_is_named(make_stream):
     stream = make_stream(torch.zeros(1), torch.ones(1, 4, 4, dtype=torch.bool), view=torch.rand(1, 3, 64, 64))
-    with pytest.raises(UserError, match="8x8 ids a picture, the mask has 4x4"):
+    with pytest.raises(UserError, match="8x8 ids an image, the mask has 4x4"):
         tokenize(load_tokenizer("random_projection", vocab_size=8), Batch(None, stream))
 
 
 def textures(number: int, size: int = 64) -> torch.Tensor:
-    """Drawn pictures (N,3,v,v) in [0,1]: coloured discs with stripes on a striped ground."""
+    """Drawn images (N,3,v,v) in [0,1]: coloured discs with stripes on a striped ground."""
     draw = torch.Generator().manual_seed(0)
     axis = torch.arange(size, dtype=torch.float32)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -62,14 +62,14 @@ def textures(number: int, size: int = 64) -> torch.Tensor:
         low, high = torch.rand(2, 3, 1, 1, generator=draw)
         return low + (high - low) * (0.5 + 0.5 * wave)
 
-    pictures = []
+    images = []
     for _ in range(number):
-        picture = stripes()
+        image = stripes()
         for _ in range(4):
             cx, cy, radius = (torch.rand(3, generator=draw) * torch.tensor([size, size, size / 3])).tolist()
-            picture = torch.where((x - cx) ** 2 + (y - cy) ** 2 < radius**2, stripes(), picture)
-        pictures.append(picture)
-    return torch.stack(pictures)
+            image = torch.where((x - cx) ** 2 + (y - cy) ** 2 < radius**2, stripes(), image)
+        images.append(image)
+    return torch.stack(images)
 
 
 @pytest.mark.parametrize("vocab_size", [512, 8192])
@@ -84,19 +84,19 @@ def test_random_projection_spreads_ids(vocab_size):
 
 
 def test_random_projection_is_fixed_by_its_seed():
-    pictures = textures(4)
+    images = textures(4)
     first, again, other = (
-        load_tokenizer("random_projection", vocab_size=256, seed=s).encode(pictures) for s in (0, 0, 1)
+        load_tokenizer("random_projection", vocab_size=256, seed=s).encode(images) for s in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_random_projection_ignores_brightness_and_contrast():
-    """A brighter or flatter picture has the same ids but for ties within rounding."""
-    pictures = textures(16)
+    """A brighter or flatter image has the same ids but for ties within rounding."""
+    images = textures(16)
     tokenizer = load_tokenizer("random_projection", vocab_size=256)
-    same = tokenizer.encode(pictures) == tokenizer.encode(0.8 * pictures + 0.1)
+    same = tokenizer.encode(images) == tokenizer.encode(0.8 * images + 0.1)
     assert same.float().mean() > 0.95
 
 

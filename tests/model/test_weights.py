@@ -130,7 +130,7 @@ def image_stream(official_state):
 
 
 def test_official_image_stream_checkpoint_is_inflated(official, tmp_path):
-    """A still clip looks to the inflated stem as its picture looks to the images' stem."""
+    """A still clip looks to the inflated stem as its image looks to the images' stem."""
     _, state = official
     torch.save({"model": image_stream(state)}, tmp_path / "image.pth")
     model = BEVT.from_pretrained(tmp_path / "image.pth")

@@ -13,7 +13,7 @@ from tests.training.processes import ROOT, SMALL
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> dict[str, object]:
-    """The committed shards, as settings; copied, so that the index written beside them is not committed."""
+    """The committed shards, as settings; copied, so that the index written next to them is not committed."""
     folder = tmp_path_factory.mktemp("shards")
     for tar in (ROOT / "tests" / "data" / "shards").glob("*.tar"):
         shutil.copy(tar, folder)

@@ -1,4 +1,4 @@
-"""The losses of a small deterministic CPU run. `python -m tests.training.golden_curve` writes the committed file anew.
+"""The losses of a small deterministic CPU run. `python -m tests.training.golden_curve` writes the committed file again.
 
 To be done only where the losses are meant to change; the commit says why.
 """

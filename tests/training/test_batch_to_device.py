@@ -39,7 +39,7 @@ def batch() -> Batch:
 
 
 def on_device(stream: Stream) -> Stream:
-    """As the loader delivers to a GPU: pictures there, index tensors on the host; `meta` stands for the GPU."""
+    """As the loader delivers to a GPU: images there, index tensors on the host; `meta` stands for the GPU."""
     return replace(stream, pixels=stream.pixels.to("meta"), view=stream.view.to("meta"))
 
 

@@ -114,7 +114,7 @@ class PixelPipeline:
         self._stream = None if device is None else torch.cuda.Stream(device)
 
     def run(self, payloads: Sequence, entries: Sequence[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Pictures of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
+        """Images of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
 
         payloads: images: file bytes; clips: uint8 (T,H,W,3), or (file bytes, frame numbers) for a dali_decoder.
         masked: bool (B,T), of images (B,): where the view is wanted.

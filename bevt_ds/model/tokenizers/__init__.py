@@ -1,4 +1,4 @@
-"""Frozen tokenizers: pictures to grids of discrete ids, which are what the model predicts."""
+"""Frozen tokenizers: images to grids of discrete ids, which are what the model predicts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .random_projection import RandomProjectionTokenizer
 
 
 class Tokenizer(Protocol):
-    """Anything that turns pictures into ids; how it scales its pixels is its own business."""
+    """Anything that turns images into ids; how it scales its pixels is its own business."""
 
     vocab_size: int
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Pictures (N,3,v,v), float RGB in [0,1] -> ids (N,h,w), int64 in [0, vocab_size)."""
+        """Images (N,3,v,v), float RGB in [0,1] -> ids (N,h,w), int64 in [0, vocab_size)."""
         ...
 
 
@@ -68,11 +68,11 @@ def require_vocabulary(tokenizer: Tokenizer, head: int) -> None:
 def tokenize(tokenizer: Tokenizer, batch: Batch) -> Batch:
     """The batch with `targets` filled in; both streams are encoded in one call."""
     streams = [s for s in (batch.video, batch.image) if s is not None]
-    pictures = [stream.view for stream in streams]
-    frames = torch.cat(pictures)
+    views = [stream.view for stream in streams]
+    frames = torch.cat(views)
     # Where nothing is masked there are none, and not every tokenizer takes an empty batch.
     ids = tokenizer.encode(frames) if len(frames) else streams[0].rows.new_empty((0, *streams[0].mask.shape[-2:]))
-    ids = ids.split([len(p) for p in pictures])
+    ids = ids.split([len(v) for v in views])
     filled = iter([_with_targets(stream, part) for stream, part in zip(streams, ids, strict=True)])
     return Batch(*(None if s is None else next(filled) for s in (batch.video, batch.image)))
 
@@ -81,7 +81,7 @@ def _with_targets(stream: Stream, ids: Tensor) -> Stream:
     grid = tuple(stream.mask.shape[-2:])
     if tuple(ids.shape[1:]) != grid:
         raise UserError(
-            f"the tokenizer gives {ids.shape[1]}x{ids.shape[2]} ids a picture, the mask has {grid[0]}x{grid[1]} cells: "
+            f"the tokenizer gives {ids.shape[1]}x{ids.shape[2]} ids an image, the mask has {grid[0]}x{grid[1]} cells: "
             "data.token_size must be half of data.size"
         )
     targets = ids.flatten().index_select(0, stream.token_rows)

@@ -1,6 +1,6 @@
 """The encoder of OpenAI's DALL-E dVAE: 8x8 pixels to one of 8192 ids (n_hid 256).
 
-Source of the architecture: openai/DALL-E@5be4b23, dall_e/encoder.py. N pictures, v pixels a side, V ids.
+Source of the architecture: openai/DALL-E@5be4b23, dall_e/encoder.py. N images, v pixels a side, V ids.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 OpenAI publishes the dVAE as a pickled module, whose unpickling normally imports and calls whatever it asks for. Here
 each name it may ask for is on a list and stands for something inert of ours; any other name ends the reading. Stand-ins
-are made anew for each file and leave only plain data behind, so that nothing a pickle does to them lasts.
+are made again for each file and leave only plain data behind, so that nothing a pickle does to them lasts.
 
 Two containers exist: a zip (torch 1.6 and later: data.pkl, and a stored member for each storage) and the older one (a
 sequence of pickles, then the raw storages). Both are read, fp32 and little-endian only.

@@ -1,6 +1,6 @@
 """A tokenizer without weights: a fixed random projection and a fixed random codebook.
 
-The idea is BEST-RQ's (Chiu et al. 2022, for speech), here on patches of pictures. Letters: N pictures, v pixels a side.
+The idea is BEST-RQ's (Chiu et al. 2022, for speech), here on patches of images. Letters: N images, v pixels a side.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RandomProjectionTokenizer(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """`encode`, as a module that can be compiled.
 
-        A picture's brightness and contrast are taken out first; then each patch is its mean colour and what differs
+        An image's brightness and contrast are taken out first; then each patch is its mean colour and what differs
         from it.
         """
         mean, deviation = frames.mean((2, 3), keepdim=True), frames.std((1, 2, 3), keepdim=True)

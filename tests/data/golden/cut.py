@@ -1,6 +1,6 @@
 """Cuts the committed golden subset out of the full golden set: `python tests/data/golden/cut.py FULL_SET_FOLDER`.
 
-Pictures are cropped to their last 14x14 tokens or so, and outputs to those tokens whose value does not depend on what
+Images are cropped to their last 14x14 tokens or so, and outputs to those tokens whose value does not depend on what
 was cut away: windows start at multiples of 7 tokens, and a displaced window reaches 3 tokens beyond the crop.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 HERE = Path(__file__).parent
 State = dict[str, Tensor]
 
-CROP, INNER = slice(168, 224), slice(45, 56)  # pixels and tokens of a 224 picture: windows 6 and 7 along each axis
+CROP, INNER = slice(168, 224), slice(45, 56)  # pixels and tokens of a 224 image: windows 6 and 7 along each axis
 CROP_B = (slice(168, 236), slice(168, 218))  # pixels of pad_b: its last windows, padding included
 INNER_B = (slice(45, 59), slice(45, 55))  # tokens
 STAGE1 = ("mask_token", "patch_embed", "layers.0.blocks")
@@ -71,7 +71,7 @@ def tables(full: Path) -> State:
 
 
 def dvae(full: Path) -> State:
-    """Two of the tokenizer's four pictures."""
+    """Two of the tokenizer's four images."""
     io = load_file(full / "dvae_encoder_small_io.safetensors")
     first = io["out.logits_pos"][:, 0] < 2
     cut = {key: io[key][:2] for key in ("in.image_u8", "out.ids", "out.margin", "out.logits_mean", "out.logits_std")}
@@ -95,7 +95,7 @@ def layer_decay(full: Path) -> dict[str, object]:
 
 
 def main(full: Path) -> None:
-    """Write every file of the subset beside this one."""
+    """Write every file of the subset next to this one."""
     for part in (stage1, head, tables, dvae):
         tensors = {key: value.contiguous() for key, value in part(full).items()}
         save_file(tensors, HERE / f"{part.__name__}.safetensors", metadata={"format": "pt"})
