@@ -1,16 +1,6 @@
-"""Bytes that collectives move: counted as they are called, and by formula.
+"""Bytes that collectives move, counted as they are called.
 
-Letters: n ranks, S bytes of a collective's whole tensor, P parameters, m micro-steps an update, g and p bytes of a
-gradient and of a parameter on the wire.
-
-A rank sends (n-1)/n S in a ring's reduce-scatter or all-gather, and twice that in an all-reduce, which is one after
-the other. In a ring's reduce or broadcast n-1 of n ranks send S, so that a rank's mean is (n-1)/n S as well. NCCL and
-gloo may choose other algorithms; none sends less for large tensors, save where a switch adds them up.
-
-ZeRO (Rajbhandari et al. 2020, section 7) needs per update, each term times (n-1)/n:
-stage 1: P g (reduce-scatter, once an update) + P p (all-gather of updated parameters);
-stage 2: P g at every micro-step, because only its part of the sum is kept, + P p;
-stage 3: at every micro-step 2 P p (parameters for the forward and for the backward pass) + P g.
+What ZeRO needs, and the formulas, are in bevt_ds/plan/traffic.py.
 """
 
 from __future__ import annotations
@@ -64,18 +54,3 @@ def tensors(value: Any) -> Iterable[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors(item)
-
-
-def sent_bytes(payload: dict[str, int], ranks: int) -> dict[str, float]:
-    """Bytes that a rank sends, by collective, if each is a ring."""
-    once = (ranks - 1) / ranks
-    return {kind: size * once * (2 if kind == "all_reduce" else 1) for kind, size in payload.items()}
-
-
-def expected_bytes(stage: int, parameters: int, ranks: int, micro_steps: int, width: int) -> float:
-    """Bytes that a rank sends in one update according to ZeRO's paper; `width` is g = p.
-
-    Raises KeyError for a stage other than 1, 2, 3.
-    """
-    copies = {1: 2, 2: micro_steps + 1, 3: 3 * micro_steps}[stage]
-    return copies * parameters * width * (ranks - 1) / ranks

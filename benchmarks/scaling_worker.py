@@ -15,16 +15,17 @@ import torch
 from bevt_ds.batch import Batch
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.validate import validate
+from bevt_ds.plan.memory import WIDTHS
+from bevt_ds.plan.traffic import expected_bytes, sent_bytes
 from bevt_ds.runtime.engine import start_ranks
 from bevt_ds.train.loop import Setup, train_step
 from bevt_ds.train.pretraining import Pretraining, make_engine, make_tokenizer
 
 from .common import provenance, quantiles
-from .scaling_traffic import Traffic, expected_bytes, sent_bytes
+from .scaling_traffic import Traffic
 from .step_batch import base_configuration, resident_batch
 
 WARM_UP = 2
-WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes a gradient or parameter takes on the wire
 
 
 @dataclass(frozen=True)

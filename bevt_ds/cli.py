@@ -19,6 +19,7 @@ PROGRAMS = {  # the same programs that a launcher starts as files: bevt_ds/pretr
     "probe": "measure the features of a frozen encoder",
 }
 GROUPS = {
+    "plan": ("bevt_ds.plan.cli", "what a run takes on GPUs that are not at hand: memory, time, cost"),
     "shards": ("bevt_ds.shards.cli", "draw, pack, index, check and survey shards of videos and images"),
     "doctor": ("bevt_ds.doctor.cli", "whether this machine can train: versions, GPU, decoders, limits, links"),
     "report": ("bevt_ds.report.page", "runs as one HTML page: curves, predictions, settings, checkpoints"),

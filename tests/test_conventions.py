@@ -22,7 +22,7 @@ LAYERS = [  # a folder, or a file of bevt_ds itself, imports from its own layer'
     {"batch", "kernels"},
     {"model", "data"},
     {"runtime"},
-    {"shards", "eval"},
+    {"shards", "eval", "plan"},
     {"train", "doctor", "report"},
     {"cli", "pretrain", "finetune", "evaluate", "probe"},
 ]
@@ -31,7 +31,7 @@ APART = [
     {"model", "config"},
     {"kernels", "batch"},
     {"kernels", "config"},
-    {"shards", "eval"},
+    {"shards", "eval", "plan"},
     {"train", "doctor"},
 ]
 NEVER = {  # what a layer does without
@@ -39,6 +39,7 @@ NEVER = {  # what a layer does without
     "kernels": {"deepspeed", "nvidia", "webdataset", "timm", "av"},
     "model": {"deepspeed", "nvidia", "webdataset", "av"},
     "data": {"deepspeed", "timm", "triton"},
+    "plan": {"deepspeed", "nvidia", "webdataset", "av"},
     "shards": {"torch", "deepspeed", "triton", "timm"},
 }
 DATA_LAYERS = [  # the same within data/

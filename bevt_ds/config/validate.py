@@ -6,6 +6,7 @@ What a single field may be stands with the field (schema.py); here are the rules
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from math import gcd
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -268,7 +269,10 @@ def micro_steps(config: TrainingConfig, world: int) -> int:
 
 def micro_steps_of(streams: Mapping[str, tuple[int, int]], world: int) -> int:
     """`micro_steps` from what a run's streams take: samples a step, and samples of a rank's forward pass."""
-    counts = {name: _accumulation(name, total, micro, world) for name, (total, micro) in streams.items() if total > 0}
+    ranks = ranks_that_divide(streams)
+    counts = {
+        name: _accumulation(name, total, micro, world, ranks) for name, (total, micro) in streams.items() if total > 0
+    }
     if len(set(counts.values())) > 1:
         raise UserError(
             f"clips need {counts['clips']} forward passes a step and images {counts['images']}: they must need as"
@@ -277,14 +281,21 @@ def micro_steps_of(streams: Mapping[str, tuple[int, int]], world: int) -> int:
     return next(iter(counts.values()))
 
 
-def _accumulation(name: str, total: int, micro: int, world: int) -> int:
+def ranks_that_divide(streams: Mapping[str, tuple[int, int]]) -> list[int]:
+    """The numbers of ranks that a step of these streams can be divided into, with micro-batches that fit it."""
+    shared = gcd(*(total for total, _ in streams.values()))
+    return [n for n in range(1, shared + 1) if shared % n == 0]
+
+
+def _accumulation(name: str, total: int, micro: int, world: int, ranks: list[int]) -> int:
     if micro > 0 and total % (micro * world) == 0:
         return total // (micro * world)
     fits = [m for m in range(1, total // world + 1) if total % (m * world) == 0]
     hint = (
         f"with {world} ranks train.micro_{name} can be {', '.join(map(str, fits))}"
         if fits
-        else f"train.global_{name} must be a multiple of the {world} ranks"
+        else f"train.global_{name} must be a multiple of the {world} ranks; {', '.join(map(str, ranks))} ranks divide"
+        " the step"
     )
     raise UserError(
         f"train.global_{name}={total} does not divide into micro-batches of train.micro_{name}={micro} on"

@@ -106,6 +106,12 @@ def describe_device(device: torch.device) -> str:
     return f"device: CPU, {len(os.sched_getaffinity(0))} cores" + (f". {fault}" if fault else "")
 
 
+def device_memory(device: torch.device) -> tuple[str, int]:
+    """The name of a GPU, and its bytes."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.total_memory
+
+
 def driver_fault() -> str | None:
     """Why torch can use no GPU although a driver is loaded; for a machine where it can use none.
 

@@ -24,19 +24,22 @@ from bevt_ds.data.reading.shards import expand
 from bevt_ds.errors import UserError
 from bevt_ds.folders import weights_of
 from bevt_ds.model.arch import SwinArch
-from bevt_ds.model.presets import create_classifier, create_model
+from bevt_ds.model.presets import create_classifier
 from bevt_ds.model.tokenizers import load_tokenizer
 from bevt_ds.model.weights import load_init
+from bevt_ds.plan.compute import rates
+from bevt_ds.plan.planning import GIB, make_plan, meta_model
+from bevt_ds.plan.report import cost_text
+from bevt_ds.plan.supply import Machines
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.continuing import find_start
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import require_supported
 from bevt_ds.runtime.flops import backbone_macs, training_flops
+from bevt_ds.runtime.gpus import gpu_named, gpu_of
 from bevt_ds.runtime.logging import expected_step_flops
 from bevt_ds.train.loop import kernel_provider
 
-DALLE_VOCABULARY = 8192
-GIB = 1 << 30
 BLOCK = 512  # of a tar
 
 
@@ -49,7 +52,6 @@ class Plan(NamedTuple):
     micro: str
     flops: float  # of one step
     flops_of: str
-    size: int  # parameters
 
 
 class Shards(NamedTuple):
@@ -88,7 +90,6 @@ def report_pretraining(
         _batch(train, 1),
         expected_step_flops(config, model.arch),
         "masked head, no recompute, no tokenizer",
-        _parameters(model),
     )
     reads = {"data.videos": train.global_clips / config.data.clips_per_video, "data.images": train.global_images}
     supply = ["shards         drawn by the run itself"] if drawn else _supply(shards, reads, steps)
@@ -125,7 +126,6 @@ def report_finetuning(
         f"{train.micro_clips} clips",
         training_flops(train.global_clips * backbone_macs(arch, (data.frames, data.size, data.size))),
         "no recompute",
-        _parameters(model),
     )
     supply = _supply(shards, {"data.train": train.global_clips}, steps)
     if steps is None:
@@ -134,27 +134,6 @@ def report_finetuning(
         supply.append("validation     none: data.val is empty")
     stops += common_faults(config, values, world, lambda init: load_init(model, init))
     return _text(config, values, notes, world, plan, supply), stops
-
-
-def meta_model(config: Config) -> nn.Module:
-    """The model of a pretraining run, without memory."""
-    vocabulary = DALLE_VOCABULARY if config.tokenizer.name == "dalle" else config.tokenizer.vocab_size
-    options = asdict(config.model)
-    with torch.device("meta"):
-        return create_model(options.pop("name"), vocab_size=vocabulary, **options)
-
-
-def memory_bytes(parameters: int, precision: str, stage: int, world: int) -> float:
-    """Bytes that weights, gradients and optimizer take on a rank, by ZeRO stage; no activations, no buffers.
-
-    bf16 adds gradients up in fp32. The optimizer is AdamW's two moments and, under ZeRO or in half precision, fp32
-    master weights. Source: Rajbhandari et al. 2020, "ZeRO", section 3.
-    """
-    weights = 4 if precision == "fp32" else 2
-    gradients = 2 if precision == "fp16" else 4
-    optimizer = 12 if stage or precision != "fp32" else 8
-    parts = [(optimizer, 1), (gradients, 2), (weights, 3)]  # each spread over the ranks from that stage on
-    return parameters * sum(size / (world if stage >= first else 1) for size, first in parts)
 
 
 def pretraining_shards(config: Config) -> dict[str, tuple[str, str]]:
@@ -278,11 +257,10 @@ def _text(
     plan: Plan,
     supply: Sequence[str],
 ) -> str:
-    stage, precision = zero_stage(values), config.train.precision
-    memory = memory_bytes(plan.size, precision, stage, world) / GIB
     whole = "" if plan.steps is None else f", {plan.steps * plan.flops / 1e15:,.2f} PFLOP in all"
     steps = "not known" if plan.steps is None else f"{plan.steps:,}"
-    passes = "?" if _batch_faults(config, world) else micro_steps(config, world)
+    faulty = bool(_batch_faults(config, world))
+    passes = "?" if faulty else micro_steps(config, world)
     lines = [
         _settings(config, notes),
         f"output         {run_dir.folder_of(config)}/",
@@ -290,11 +268,24 @@ def _text(
         *supply,
         f"steps          {steps}, each of {plan.step}",
         f"{f'on {world} rank' + 's' * (world > 1):<15}{passes} forward passes a step of {plan.micro}",
-        f"memory         {memory:,.2f} GiB a rank for weights, gradients and optimizer, without activations"
-        f" ({precision}, ZeRO stage {stage})",
+        *([] if faulty else _outlook(config, values, world, plan.steps)),
         f"arithmetic     {plan.flops / 1e12:,.2f} TFLOP a step ({plan.flops_of}){whole}",
     ]
     return "\n".join(lines)
+
+
+def _outlook(config: TrainingConfig, values: Mapping[str, Any], world: int, steps: int | None) -> list[str]:
+    """Memory and time as `bevt plan` has them, on this machine's GPU, or on an H200 where there is none."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    gpu = gpu_of(device) or gpu_named("h200")
+    train = replace(config.train, steps=steps or 0)
+    plan = make_plan(replace(config, train=train), values, gpu, Machines(world), rates(gpu, config.model.name))
+    return [
+        f"memory         {plan.memory.peak / GIB:,.2f} GiB a rank at most, on a GPU ({config.train.precision}, ZeRO"
+        f" stage {plan.stage})",
+        f"cost           {plan.step:.3f} s a step on {gpu.name}, bound by {plan.bound}: {cost_text(plan)} (bevt plan"
+        " has more)",
+    ]
 
 
 def _batch(train: TrainConfig, part: int) -> str:

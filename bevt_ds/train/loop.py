@@ -30,12 +30,13 @@ from bevt_ds.exit_codes import FINISHED, NOT_LEARNED
 from bevt_ds.folders import weights_of
 from bevt_ds.kernels import resolve
 from bevt_ds.model.weights import load_init
+from bevt_ds.plan.planning import require_room
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.commit import save
 from bevt_ds.runtime.console import keep_console
 from bevt_ds.runtime.continuing import Build, Start, begin_engine, find_start, go_on, print_changes, require_steps
-from bevt_ds.runtime.distributed import Ranks, describe_device
+from bevt_ds.runtime.distributed import Ranks, describe_device, device_memory
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import TAG, Engine, start_ranks
 from bevt_ds.runtime.logging import SpeedMeter, StepSums, peak_bytes
@@ -322,6 +323,8 @@ def run_training(
             flush=True,
         )
     provider = kernel_provider(config, ranks)
+    if ranks.device.type == "cuda":
+        require_room(config, ds_values, ranks.world, *device_memory(ranks.device))
     start = find_start(config, folder, ranks)
     config, changes, loader_state = go_on(config, given, folder, start)
     setup = Setup(config, ds_values, folder, ranks, start, changes, loader_state)

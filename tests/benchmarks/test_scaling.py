@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from benchmarks import pages, report, scaling
 from benchmarks.common import append_row
-from benchmarks.scaling_traffic import Traffic, expected_bytes, sent_bytes
+from benchmarks.scaling_traffic import Traffic
 from benchmarks.scaling_worker import Job
+from bevt_ds.plan.traffic import expected_bytes, sent_bytes
 
 SIZES = {"model": "tiny", "micro_clips": 1, "micro_images": 2, "steps": 1}
 

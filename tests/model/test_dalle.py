@@ -197,6 +197,6 @@ def test_tokenizer_weights_are_converted_once():
     places = [p.data_ptr() for p in tokenizer.parameters()]
     assert tokenizer.logits(frames).equal(first)
     assert places == [p.data_ptr() for p in tokenizer.parameters()], "nothing is copied again"
-    tokenizer._settle(torch.float16)
+    tokenizer.settle(torch.float16)
     wide = {name for name, p in tokenizer.named_parameters() if p.dtype == torch.float32}
     assert wide == {"blocks.output.conv.w", "blocks.output.conv.b"}

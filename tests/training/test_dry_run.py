@@ -8,7 +8,6 @@ import bevt_ds
 from bevt_ds import finetune, pretrain
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.runtime.lock import hold, owner_of
-from bevt_ds.train.dry_run import memory_bytes
 
 
 @pytest.fixture
@@ -80,19 +79,6 @@ def test_dry_run_of_finetuning(dry, tmp_path):
     for part in ("micro_clips=3", "none.tar", "classes.txt: no such file"):
         assert any(part in stop for stop in stops), (part, stops)
     assert "validation     none: data.val is empty" in lines
-
-
-def test_dry_run_memory_of_a_rank():
-    """Bytes a parameter on 4 ranks: weights, gradients, and 12 of the optimizer (8 in fp32 without ZeRO)."""
-    expected = {
-        ("bf16", 1): 2 + 4 + 12 / 4,
-        ("bf16", 2): 2 + (4 + 12) / 4,
-        ("bf16", 3): (2 + 4 + 12) / 4,
-        ("fp16", 2): 2 + (2 + 12) / 4,
-        ("fp32", 0): 4 + 4 + 8,
-    }
-    for (precision, stage), size in expected.items():
-        assert memory_bytes(1000, precision, stage, world=4) == 1000 * size
 
 
 def test_run_owner_is_seen_without_taking_the_lock(tmp_path):

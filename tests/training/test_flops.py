@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bevt_ds.config.recipes import demo
 from bevt_ds.config.schema import LoopConfig
 from bevt_ds.model.arch import SwinArch
-from bevt_ds.runtime.flops import backbone_macs, clip_macs, image_macs, peak_flops, training_flops
+from bevt_ds.runtime.flops import backbone_macs, clip_macs, clip_parts, image_macs, peak_flops, training_flops
 from bevt_ds.runtime.logging import SpeedMeter, expected_step_flops
 
 PUBLISHED = {  # 32x224x224, window (8,7,7): GMACs
@@ -30,7 +30,9 @@ def test_backbone_flops_match_published_counts(name):
 
 def test_head_flops_count_masked_cells_only():
     arch = SwinArch()
-    assert clip_macs(arch, 8192, 16, 224, 100) - clip_macs(arch, 8192, 16, 224, 0) == 100 * 1024 * 8192
+    masked, none = (clip_parts(arch, 8192, 16, 224, rows) for rows in (100, 0))
+    assert masked["head"] - none["head"] == 100 * 1024 * 8192
+    assert masked["decoder"] - none["decoder"] == 50 * (1536 * 1024 + 2 * 1024 * 1024)  # a cell is two positions
 
 
 def test_peak_flops_of_devices():
@@ -49,8 +51,9 @@ def test_training_flops_equal_torch_counts():
 
 def test_step_flops_count_clips_and_images_of_all_ranks():
     config, arch = demo(), SwinArch(64, (1, 1, 1, 1), window=(4, 4, 4))
-    clip = clip_macs(arch, 0, config.data.frames, config.data.size, 0)
-    images = image_macs(arch, 0, config.data.size, 0)
+    cells = 64 * config.data.mask.ratio
+    clip = clip_macs(arch, 0, config.data.frames, config.data.size, cells * config.data.frames * 0.75)
+    images = image_macs(arch, 0, config.data.size, cells)
     assert expected_step_flops(config, arch.arguments() | {"vocab_size": 0}) == 6 * (4 * clip + 16 * images)
 
 

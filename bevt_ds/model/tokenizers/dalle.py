@@ -102,11 +102,11 @@ class DalleTokenizer(nn.Module):
     def logits(self, frames: Tensor) -> Tensor:
         """Frames (N,3,v,v), float RGB in [0,1] -> logits (N,V,v/8,v/8), fp32. Raises as `encode`."""
         require_frames(frames, self)
-        self._settle(torch.float16 if frames.is_cuda else torch.float32)
+        self.settle(torch.float16 if frames.is_cuda else torch.float32)
         return self(frames)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """`logits` with the weights as `_settle` leaves them: the part that `compile` compiles."""
+        """`logits` with the weights as `settle` leaves them: the part that `compile` compiles."""
         x = (0.8 * frames + 0.1).to(self.blocks["input"].w.dtype, memory_format=torch.channels_last)
         x = self.blocks["input"](x)
         for g in range(1, GROUPS + 1):
@@ -116,7 +116,7 @@ class DalleTokenizer(nn.Module):
                 x = F.max_pool2d(x, 2)
         return self.blocks["output"]["conv"](x.relu().float())
 
-    def _settle(self, dtype: torch.dtype) -> None:
+    def settle(self, dtype: torch.dtype) -> None:
         """Weights in `dtype`, those of the last convolution in fp32, all channels last."""
         first = self.blocks["input"].w
         if first.dtype == dtype and first.is_contiguous(memory_format=torch.channels_last):
