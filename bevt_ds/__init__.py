@@ -46,15 +46,24 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
-class _TimmRegistration(MetaPathFinder):
-    """Registers the models with timm when timm is imported.
+_REGISTER = {  # module of another package, what of ours registers with it
+    "timm": "bevt_ds.model.presets",
+    "transformers.models.auto.modeling_auto": "bevt_ds.interop.hugging_face",
+}
 
-    So `timm.create_model("bevt_swin_b")` works after `import bevt_ds`, whichever comes first. timm has no entry points
-    for models of other packages, and to import it here would cost every decode worker torch.
+
+class _Registration(MetaPathFinder):
+    """Registers the models with timm and with transformers' AutoModel when those are imported.
+
+    So `timm.create_model("bevt_swin_base")` works after `import bevt_ds`, whichever comes first. They have no entry
+    points for models of other packages, and to import them here would cost every decode worker torch.
     """
 
+    def __init__(self, registers: str, module: str):
+        self.registers, self.module = registers, module
+
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != "timm":
+        if name != self.registers:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
@@ -63,13 +72,14 @@ class _TimmRegistration(MetaPathFinder):
 
             def run_and_register(module: Any) -> None:
                 run(module)
-                import_module("bevt_ds.model.presets")
+                import_module(self.module)
 
             spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
 
 
-if "timm" in sys.modules:
-    import_module("bevt_ds.model.presets")
-else:
-    sys.meta_path.insert(0, _TimmRegistration())
+for _theirs, _ours in _REGISTER.items():
+    if _theirs in sys.modules:
+        import_module(_ours)
+    else:
+        sys.meta_path.insert(0, _Registration(_theirs, _ours))

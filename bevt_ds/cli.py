@@ -25,6 +25,7 @@ GROUPS = {
     "report": ("bevt_ds.report.page", "runs as one HTML page: curves, predictions, settings, checkpoints"),
     "view": ("bevt_ds.report.view", "contact sheets of shards: frames, crop, mask, the tokenizer's view"),
     "runs": ("bevt_ds.report.listing", "a table of the runs below a folder: state, step, loss, speed"),
+    "convert": ("bevt_ds.interop.convert", "weights of others to ours, and ours to torchvision, timm and Hugging Face"),
     "compare": ("bevt_ds.report.compare", "settings in which runs differ, and their last losses side by side"),
 }
 

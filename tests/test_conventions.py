@@ -23,7 +23,7 @@ LAYERS = [  # a folder, or a file of bevt_ds itself, imports from its own layer'
     {"model", "data"},
     {"runtime"},
     {"shards", "eval", "plan"},
-    {"train", "doctor", "report"},
+    {"train", "doctor", "report", "interop"},
     {"cli", "pretrain", "finetune", "evaluate", "probe"},
 ]
 APART = [
@@ -33,6 +33,7 @@ APART = [
     {"kernels", "config"},
     {"shards", "eval", "plan"},
     {"train", "doctor"},
+    {"train", "interop"},
 ]
 NEVER = {  # what a layer does without
     "config": {"torch", "deepspeed", "nvidia", "triton", "av"},

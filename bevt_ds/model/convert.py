@@ -83,6 +83,7 @@ class Weights:
     notes: tuple[str, ...] = ()
     source: Path = Path()  # filled in by whoever read the file
     layout: str = "bevt_ds"  # whose names the file has
+    original: State = field(default_factory=dict)  # the file's tensors in its own names, where it is of others
     still: bool = False  # whether images alone decide it: clips' stem and tables are their inflation
 
 
@@ -93,16 +94,16 @@ def from_state(state: State, spatial_window: tuple[int, int] | None = None) -> W
     as wide as they are. `spatial_window` is that of a 3-D one, where it is known. Raises UserError for another layout,
     naming it.
     """
-    layout = identify(state)
+    layout, original = identify(state), state
     state = layout.read(state)
     if state["patch_embed.proj.weight"].ndim == 4:
-        return replace(_from_image_stream(state), layout=layout.name)
+        return replace(_from_image_stream(state), layout=layout.name, original=original)
     window = infer_window(state, spatial_window)
     state, unused = split_unused(state, EXPECTED_UNUSED)
     arch = infer_arch(state, window)
     if "patch_embed_2d.proj.weight" in state:
         arch["image_windows"] = "official"
-    return Weights(rename(state), arch, unused, layout=layout.name)
+    return Weights(rename(state), arch, unused, layout=layout.name, original=original)
 
 
 def _from_image_stream(state: State) -> Weights:

@@ -1,4 +1,4 @@
-"""Model sizes by name. They are registered with timm as well: `timm.create_model("bevt_swin_b")`.
+"""Model sizes by name. They are registered with timm as well: `timm.create_model("bevt_swin_base")`.
 
 Sizes T to L are those of Swin and Video Swin (configs/_base_/models/swin/* of xyzforever/BEVT@8881b21, with the patch
 and window of its experiments); H and G have the widths and depths of Swin V2 (Liu et al. 2022, section 3.5) and its
@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from timm.models import FeatureInfo, register_model
-from torch import Tensor, nn
+from timm.models import register_model
+from torch import nn
 
 from bevt_ds.errors import UserError
 from bevt_ds.folders import weights_of
@@ -21,6 +21,7 @@ from bevt_ds.folders import weights_of
 from .arch import SwinArch
 from .bevt import BEVT
 from .classifier import VideoClassifier
+from .timm_model import StageFeatures, TimmVideoSwin
 from .video_swin import VideoSwin
 from .weights import read_weights
 
@@ -33,30 +34,8 @@ SIZES = {
     "swin_h": SwinArch(embed_dim=352, depths=(2, 2, 18, 2), num_heads=(11, 22, 44, 88), norm="post"),
     "swin_g": SwinArch(embed_dim=512, depths=(2, 2, 42, 4), num_heads=(16, 32, 64, 128), norm="post"),
 }
+TIMM_SWINS = {"swin_t": "swin_tiny", "swin_s": "swin_small", "swin_b": "swin_base", "swin_l": "swin_large"}  # timm's
 ENCODERS = {f"video_{name}": name for name in SIZES}
-
-
-class StageFeatures(nn.Module):
-    """The outputs of an encoder's stages, with timm's `feature_info` of channels and spatial reduction.
-
-    `out_indices` are the stages, in order; negative ones count from the end. Raises UserError for a stage that is not.
-    """
-
-    def __init__(self, encoder: VideoSwin, out_indices: Sequence[int] | None = None):
-        super().__init__()
-        stages = len(encoder.arch["depths"])
-        chosen = range(stages) if out_indices is None else out_indices
-        if wrong := [i for i in chosen if not -stages <= i < stages]:
-            raise UserError(f"out_indices={list(chosen)}: there is no stage {wrong[0]}, the model has {stages}")
-        self.encoder, self.indices = encoder, [i % stages for i in chosen]
-        width, patch = encoder.arch["embed_dim"], encoder.arch["patch"][-1]
-        info = [{"num_chs": width << i, "reduction": patch << i, "module": f"layers.{i}"} for i in range(stages)]
-        self.feature_info = FeatureInfo(info, self.indices)
-
-    def forward(self, clip: Tensor) -> list[Tensor]:
-        """A clip (B,3,T,H,W), normalised -> (B,C_i,T',H'_i,W'_i) of each chosen stage, before merging and norm."""
-        _, outputs = self.encoder.forward_intermediates(clip)
-        return [outputs[i] for i in self.indices]
 
 
 def create_model(
@@ -127,8 +106,24 @@ def _same(theirs: dict[str, Any], ours: dict[str, Any], key: str) -> bool:
     return key not in theirs or plain(theirs[key]) == plain(ours[key])
 
 
-def _timm_entry(timm_name: str, name: str) -> Callable[..., nn.Module]:
-    """A function with the arguments that timm passes, which builds `name`."""
+def create_timm_model(
+    name: str,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    img_size: Any = None,
+    **options: Any,
+) -> nn.Module:
+    """A TimmVideoSwin of a preset, or its StageFeatures. Any `img_size` works, so that it is not looked at.
+
+    Raises:
+        UserError: an unknown argument.
+    """
+    model = TimmVideoSwin(**(SIZES[name].arguments() | options))
+    return StageFeatures(model.encoder, out_indices) if features_only else model
+
+
+def _register(timm_name: str, name: str, create: Callable[..., nn.Module]) -> None:
+    """Register a function with the arguments that timm passes, which builds `name`."""
 
     def build(
         pretrained: bool = False,
@@ -138,15 +133,17 @@ def _timm_entry(timm_name: str, name: str) -> Callable[..., nn.Module]:
         **overrides: Any,
     ) -> nn.Module:
         if pretrained:
-            raise UserError(f"{timm_name} has no weights to download: use from_pretrained with a file")
-        return create_model(name, **overrides)
+            raise UserError(f"{timm_name} has no weights to download: use checkpoint_path with a file")
+        return create(name, **overrides)
 
     build.__name__ = timm_name
-    return build
+    register_model(build)
 
 
 TIMM_NAMES = {f"bevt_{name}": name for name in SIZES} | {name: name for name in ENCODERS}
 for _timm_name, _name in TIMM_NAMES.items():
-    register_model(_timm_entry(_timm_name, _name))
+    _register(_timm_name, _name, create_model)
+for _name, _timm_name in TIMM_SWINS.items():
+    _register(f"bevt_{_timm_name}", _name, create_timm_model)
 # register_model appends names that are no attributes
 __all__ = ["ENCODERS", "SIZES", "TIMM_NAMES", "StageFeatures", "create_classifier", "create_model"]

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from .arch import SwinArch
 from .drop_path import residual_scales
-from .inputs import CLIPS, look_at_values, require_keys, require_pixels
+from .inputs import CLIPS, IMAGES, look_at_values, require_keys, require_pixels
 from .layers import Block, PatchEmbed, PatchMerging, Recompute, again, init_weights
 from .weights import PretrainedMixin
 from .windows import WindowPolicy, block_windows
@@ -136,6 +136,19 @@ class VideoSwin(PretrainedMixin, nn.Module):
     def forward(self, clip: Tensor, sample_keys: Tensor | None = None) -> Tensor:
         """`forward_features`."""
         return self.forward_features(clip, sample_keys)
+
+    def features_of(self, pixels: Tensor, stem: PatchEmbed | None = None, policy: WindowPolicy = "swin") -> Tensor:
+        """Clips (B,3,T,H,W) -> (B,C,T',H',W') as `forward_features`; images (B,3,H,W) -> (B,C,1,H',W').
+
+        Images go through the `stem` of their own, with `policy` as windows, where there is one; else as still clips.
+        """
+        if pixels.ndim != 4:
+            return self.forward_features(pixels)
+        if stem is None:
+            return self.forward_features(repeat(pixels, "b c h w -> b c t h w", t=self.arch["patch"][0]))
+        require_pixels(pixels, IMAGES)
+        features = self.norm(self.encode(stem(pixels.unsqueeze(2)), policy)[-1])
+        return rearrange(features, "b t h w c -> b c t h w")
 
     def _residual_scales(self, tokens: Tensor, keys: Tensor | None) -> Sequence[Tensor | None]:
         blocks = sum(self.depths)

@@ -22,7 +22,7 @@ from bevt_ds.folders import WEIGHTS, weights_of
 
 from .arch import SwinArch
 from .containers import State, contained, deepspeed_folder, read_deepspeed, read_file, strip
-from .convert import TABLE, Weights, fit_table, from_state, listed, without_untrained
+from .convert import TABLE, Weights, fit_table, from_state, infer_window, listed, without_untrained
 from .tensor_file import write_tensors
 from .windows import Size3
 
@@ -130,6 +130,20 @@ def load_init(model: PretrainedMixin, path: str | Path, head: bool = True) -> Lo
     return _load(model, weights if head else _without_token_head(weights))
 
 
+def load_tensors(model: nn.Module, tensors: State) -> LoadReport:
+    """Start `model`, which has an `arch` as ours, from tensors in our names or those of a layout that is read.
+
+    Raises UserError as `load_init`.
+    """
+    names = stripped(tensors)
+    stem = names.get("patch_embed.proj.weight")
+    if stem is None or stem.ndim != 2:
+        return _load(model, replace(from_state(names), source=Path("the state dict")))
+    parts = tuple(PARTS)
+    state = {name if name.startswith(parts) else ENCODER + name: value for name, value in names.items()}
+    return _load(model, Weights(state, {"window": infer_window(state)}, source=Path("the state dict")))
+
+
 def read_weights(path: Path) -> Weights:
     """Read what `path` means (`folders.weights_of`): a folder of ours, of DeepSpeed or of Hugging Face, or a file."""
     path = weights_of(path)
@@ -165,18 +179,19 @@ def _of_config(config: dict[str, Any], state: State, source: Path) -> Weights:
         raise UserError(f"has a {CONFIG} without {', '.join(sorted(missing))}: write it again with save_pretrained")
     if config["model"] == "VideoSwin":
         state = {ENCODER + name.removeprefix(ENCODER): value for name, value in state.items()}
-    return without_untrained(Weights(state, config["arch"], source=source), config["streams"])
+    fresh, still = tuple(config.get("fresh", ())), config.get("still", False)
+    return without_untrained(Weights(state, config["arch"], {}, fresh, source=source, still=still), config["streams"])
 
 
 def _read_others(path: Path) -> Weights:
     """A file of others; a config.json of ours next to it may state the spatial window, where the file does not."""
     config, checkpoint = _read_config(path.parent / CONFIG), read_file(path)
     note, state = contained(checkpoint)
-    weights = from_state(_stripped(state), tuple(config["arch"]["window"][1:]) if config else None)
+    weights = from_state(stripped(state), tuple(config["arch"]["window"][1:]) if config else None)
     return replace(weights, notes=(*weights.notes, note) if note else weights.notes)
 
 
-def _stripped(state: State) -> State:
+def stripped(state: State) -> State:
     """Names without wrappers' prefixes. Raises UserError where two tensors would have one name."""
     names = Counter(map(strip, state))
     if twice := [name for name, number in names.items() if number > 1]:
@@ -191,7 +206,7 @@ def _read_engine(folder: Path) -> Weights:
     config = next(filter(None, map(_read_config, near)), None)
     if config is not None:
         return _of_config(config, {name.removeprefix("module."): value for name, value in state.items()}, folder)
-    return from_state(_stripped(state))
+    return from_state(stripped(state))
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

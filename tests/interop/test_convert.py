@@ -1,0 +1,235 @@
+"""`bevt convert`: what every target's library makes of what was written, and when nothing is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors import safe_open
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+from bevt_ds import BEVT, UserError, VideoClassifier, VideoSwin, cli
+from bevt_ds.config.parse import to_dict
+from bevt_ds.config.recipes import get_recipe
+from bevt_ds.config.schema import FinetuneConfig
+from bevt_ds.interop import references
+from bevt_ds.interop.convert import convert
+from bevt_ds.model.arch import SwinArch
+from bevt_ds.model.weights import read_weights
+
+SIZES = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window": (4, 3, 3)}
+CLIP = torch.randn(2, 3, 8, 24, 24, generator=torch.Generator().manual_seed(1))
+ENDINGS = {"bevt": "", "torchvision": ".pth", "timm": ".safetensors", "hf": "", "official": ".pth"}
+
+
+def images_swin(classes: int) -> SwinTransformer:
+    return SwinTransformer(24, window_size=3, num_classes=classes, embed_dim=16, depths=(2, 2), num_heads=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A classifier of ours, a joint model of ours, and a timm Swin of images, each where it lies."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    models = {
+        "classifier": VideoClassifier(5, classes=tuple("abcde"), **SIZES),
+        "joint": BEVT(vocab_size=16, **SIZES),
+        "images": images_swin(2),
+    }
+    for name, model in models.items():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) / 9)
+        model.eval()
+        if name == "images":
+            torch.save({"state_dict": model.state_dict()}, folder / name)
+        else:
+            model.save_pretrained(folder / name)
+    return folder, models
+
+
+def converted(made, name: str, to: str, tmp_path: Path, **options) -> tuple[Path, str]:
+    target = tmp_path / f"{name}{ENDINGS[to]}"
+    return target, "\n".join(convert(made[0] / name, target, to, **options))
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_torchvision_target_gives_the_same_logits(made, tmp_path):
+    path, report = converted(made, "classifier", "torchvision", tmp_path)
+    swin = SwinTransformer3d([2, 4, 4], 16, [2, 2], [1, 2], [4, 3, 3], num_classes=5).eval()
+    swin.load_state_dict(torch.load(path))
+    same(swin(CLIP), made[1]["classifier"](CLIP))
+    assert "torchvision's swin3d, the target's" in report and "swin3d_b(num_classes=" in report
+
+
+@torch.no_grad()
+def test_timm_target_holds_clips_and_images(made, tmp_path):
+    path, _ = converted(made, "classifier", "timm", tmp_path)
+    make = {**SIZES, "checkpoint_path": str(path)}
+    model = timm.create_model("bevt_swin_base", pretrained=False, num_classes=5, **make).eval()
+    same(model(CLIP), made[1]["classifier"](CLIP))
+    stages = timm.create_model("bevt_swin_base", pretrained=False, features_only=True, **make).eval()
+    _, expected = made[1]["classifier"].encoder.forward_intermediates(CLIP)
+    assert all(torch.equal(a, b) for a, b in zip(stages(CLIP), expected, strict=True))
+    still = CLIP[:, :, :1].expand(-1, -1, 2, -1, -1)
+    same(model.forward_features(CLIP[:, :, 0]), model.forward_features(still).squeeze(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["classifier", "joint"])
+def test_hugging_face_target_loads_by_auto_model(name, made, tmp_path):
+    path, report = converted(made, name, "hf", tmp_path)
+    names = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
+    assert {file.name for file in path.iterdir()} == names
+    model = made[1][name]
+    by_time = CLIP.transpose(1, 2)  # as transformers' processors have it
+    if name == "classifier":
+        auto = transformers.AutoModelForVideoClassification.from_pretrained(path).eval()
+        same(auto(pixel_values=by_time).logits, model(CLIP))
+        assert auto.config.id2label == dict(enumerate("abcde"))
+    else:
+        auto = transformers.AutoModel.from_pretrained(path).eval()
+        same(auto(by_time).pooler_output, model.encoder(CLIP).mean((2, 3, 4)))
+        image = model.encoder.features_of(CLIP[:, :, 0], model.image_embed, model.image_windows)
+        same(auto(CLIP[:, :, 0]).last_hidden_state.mean(1), image.mean((2, 3, 4)))
+        assert "not written, the class has no such part: " in report and "video_decoder.unfold.weight" in report
+    same(VideoSwin.from_pretrained(path).eval()(CLIP), model.encoder(CLIP))  # it is a folder of ours too
+    processor = transformers.AutoImageProcessor.from_pretrained(path)
+    frames = [torch.randint(0, 256, (3, 250, 300), dtype=torch.uint8) for _ in range(4)]
+    assert processor(frames, return_tensors="pt").pixel_values.shape == (1, 4, 3, 224, 224)
+
+
+@torch.no_grad()
+def test_images_go_to_stock_classes(made, tmp_path):
+    """A Swin of images needs no class of ours in timm or transformers."""
+    image, swin = CLIP[:, :, 0], made[1]["images"]
+    features = swin.forward_features(image)
+    path, report = converted(made, "images", "hf", tmp_path)
+    stock = transformers.AutoModel.from_pretrained(path).eval()
+    assert type(stock) is transformers.SwinModel
+    same(stock(image, interpolate_pos_encoding=False).last_hidden_state, features.flatten(1, 2))
+    assert "not read, classifier of an image model: head.weight, head.bias" in report
+    path, _ = converted(made, "images", "timm", tmp_path)
+    again = images_swin(0).eval()
+    timm.models.load_checkpoint(again, str(path))
+    same(again.forward_features(image), features)
+
+
+@pytest.mark.parametrize("name", ["classifier", "joint", "images"])
+@pytest.mark.parametrize("to", ["official", "bevt", "torchvision"])
+def test_targets_read_back_as_what_they_are_from(to, name, made, tmp_path):
+    path, _ = converted(made, name, to, tmp_path)
+    source, read = read_weights(made[0] / name), read_weights(path)
+    wanted = source.state if to != "torchvision" else {
+        key: value for key, value in source.state.items() if key.startswith(("encoder.", "head."))
+    }  # fmt: skip
+    assert read.state.keys() == wanted.keys()
+    assert all(read.state[key].equal(value) for key, value in wanted.items())
+    assert SwinArch.of(read.arch) == SwinArch.of(source.arch)
+
+
+def test_converted_image_weights_start_a_joint_model(made, tmp_path):
+    """What the file lacks may still be lacking in the folder that it became."""
+    path, _ = converted(made, "images", "bevt", tmp_path)
+    model = BEVT.from_pretrained(path, vocab_size=16)
+    assert model.image_embed.proj.weight.view(16, 3, 4, 4).equal(made[1]["images"].patch_embed.proj.weight)
+
+
+def test_models_that_differ_are_not_written(made, tmp_path, monkeypatch):
+    def wrong(layout, state, arch, pixels):
+        outputs = found(layout, state, arch, pixels)
+        return outputs._replace(features=outputs.features + 1e-3)
+
+    found = references.outputs_of
+    monkeypatch.setattr("bevt_ds.interop.convert.outputs_of", wrong)
+    with pytest.raises(UserError, match=r"torchvision's swin3d, the target's model differ by .*nothing was written"):
+        converted(made, "classifier", "torchvision", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    path, report = converted(made, "classifier", "torchvision", tmp_path, check=False)
+    assert path.is_file() and "difference" not in report
+
+
+@pytest.mark.parametrize("to", ENDINGS)
+def test_no_check_is_said_in_the_file(to, made, tmp_path):
+    path, _ = converted(made, "joint", to, tmp_path, check=False)
+    if to in ("bevt", "hf"):
+        facts = json.loads((path / "config.json").read_text())["converted"]
+        assert to == "bevt" or "checked: `no: --no-check`" in (path / "README.md").read_text()
+    elif to == "timm":
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["converted"])
+    else:
+        checkpoint = torch.load(path)  # weights_only
+        facts = checkpoint["meta"]["converted"] if to == "official" else checkpoint._metadata["converted"]
+    assert facts["checked"] == "no: --no-check"
+
+
+def test_missing_tensor_is_named_and_nothing_written(made, tmp_path):
+    state = made[1]["images"].state_dict()
+    del state["norm.bias"]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(UserError, match=r"needs norm\.bias"):
+        convert(tmp_path / "part.pth", tmp_path / "out", "bevt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_card_has_recipe_data_and_results(made, tmp_path):
+    run = tmp_path / "run"
+    model = made[1]["classifier"]
+    model.save_pretrained(run / "weights")
+    config = get_recipe("finetune_k400", FinetuneConfig)
+    config = replace(config, data=replace(config.data, train="k400-train.tar"))
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    (run / "log.jsonl").touch()
+    (run / "eval-1").mkdir()
+    (run / "eval-1" / "scores.json").write_text(json.dumps({"top1": 0.75, "classes": []}))
+    convert(run, tmp_path / "hub", "hf", check=False)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "- recipe: `finetune_k400`" in card and "- train: `k400-train.tar`" in card
+    assert 'eval-1/scores.json: `{"top1": 0.75}`' in card and card.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_command_prints_the_difference_and_names_mistakes(made, tmp_path, capsys):
+    assert cli.main(["convert", str(made[0] / "joint"), str(tmp_path / "a.pth"), "--to", "official"]) == 0
+    assert "largest difference of features: " in capsys.readouterr().out
+    assert cli.main(["convert", str(made[0] / "joint"), str(tmp_path / "a.pth"), "--to", "official"]) == 2
+    assert "a.pth exists" in capsys.readouterr().err
+
+
+def test_post_norm_blocks_go_to_no_other_library(tmp_path):
+    VideoSwin(norm="post", **SIZES).save_pretrained(tmp_path / "post")
+    with pytest.raises(UserError, match=r"norm=post, which torchvision's swin3d has not"):
+        convert(tmp_path / "post", tmp_path / "a.pth", "torchvision")
+    convert(tmp_path / "post", tmp_path / "hub", "hf")
+
+
+def test_timm_methods(made):
+    model = timm.create_model("bevt_swin_tiny", num_classes=3, drop_path_rate=0.1, **SIZES).eval()
+    assert model.default_cfg["num_classes"] == 3 and model.num_features == 32
+    config = timm.data.resolve_data_config(model=model)
+    assert config["input_size"] == (3, 224, 224) and config["mean"] == pytest.approx((0.485, 0.456, 0.406), abs=1e-3)
+    features = model.forward_features(CLIP)
+    assert features.shape == (2, 32, 4, 3, 3) and model.forward_head(features, pre_logits=True).shape == (2, 32)
+    assert model(CLIP).shape == (2, 3) and model(CLIP[:, :, 0]).shape == (2, 3)
+    assert isinstance(model.get_classifier(), nn.Linear)
+    model.reset_classifier(0)
+    assert model(CLIP).equal(model.forward_features(CLIP).mean((2, 3, 4))) and model.default_cfg["num_classes"] == 0
+    last, stages = model.forward_intermediates(CLIP[:, :, 0], norm=True)
+    assert [s.shape for s in stages] == [(2, 16, 6, 6), (2, 32, 3, 3)] and last.equal(stages[-1])
+    assert model.forward_intermediates(CLIP, indices=1, intermediates_only=True)[0].shape == (2, 32, 4, 3, 3)
+    assert len(model.no_weight_decay()) == 4
+    groups = timm.models.group_parameters(model, model.group_matcher())
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+    model.set_grad_checkpointing()
+    model.train()(CLIP).sum().backward()
