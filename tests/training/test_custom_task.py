@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -95,8 +95,9 @@ class Regression(Task[Config, Points]):
     def after_step(self) -> None:
         self.updates += 1
 
-    def save(self, folder: Path) -> None:
-        (folder / "updates.json").write_text(json.dumps(self.updates))
+    def rest(self) -> Callable[[Path], None]:
+        text = json.dumps(self.updates)
+        return lambda folder: (folder / "updates.json").write_text(text)
 
     def load(self, folder: Path) -> None:
         self.updates = json.loads((folder / "updates.json").read_text())
