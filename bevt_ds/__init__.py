@@ -27,6 +27,7 @@ _PUBLIC = {
     "load_image": "bevt_ds.data.files",
     "features": "bevt_ds.eval.files",
     "predict": "bevt_ds.eval.files",
+    "pipeline": "bevt_ds.interop.pipeline",
     "MEAN": "bevt_ds.batch",
     "STD": "bevt_ds.batch",
     "Batch": "bevt_ds.batch",

@@ -16,8 +16,7 @@ require_own_package(__file__)
 from collections.abc import Sequence  # noqa: E402
 
 from bevt_ds.config.command_line import run, start_inference  # noqa: E402
-from bevt_ds.config.recipes import joint_swin_b  # noqa: E402
-from bevt_ds.config.schema import Config, ProbeRunConfig, ViewsConfig, labelled_as  # noqa: E402
+from bevt_ds.config.schema import ProbeRunConfig, ViewsConfig  # noqa: E402
 from bevt_ds.errors import UserError  # noqa: E402
 
 USAGE = """\
@@ -51,12 +50,11 @@ def starting_point(weights: str, recipe: str = "") -> ProbeRunConfig:
     Raises:
         UserError: a recipe is named, or another version of this project wrote the run.
     """
-    from bevt_ds.eval.results import run_config
+    from bevt_ds.eval.results import sampling_of
 
     if recipe:
         raise UserError("a probe has no recipe: sampling is the probed run's, the rest is probe.* and data.*.")
-    run = (run_config(weights) if weights else None) or joint_swin_b()
-    data = labelled_as(run.data) if isinstance(run, Config) else run.data
+    run, data = sampling_of(weights)
     return ProbeRunConfig(
         recipe=run.recipe,
         weights=weights,

@@ -28,6 +28,7 @@ TEXTS = {Path(page).name: (ROOT / page).read_text() for page in PAGES}
 TEXTS |= {"pretrain.py --help": pretrain.USAGE, "finetune.py --help": finetune.USAGE}
 TEXTS |= {"evaluate.py --help": evaluate.USAGE, "probe.py --help": probe.USAGE}
 API = (ROOT / "docs" / "api.md").read_text()
+INTEROP = (ROOT / "docs" / "interop.md").read_text()
 ENTRIES = {"pretrain": pretrain.main, "finetune": finetune.main}
 TESTS = {"evaluate": EvaluateConfig, "probe": ProbeRunConfig}
 
@@ -110,6 +111,19 @@ def test_finetuning_code_runs(tmp_path, monkeypatch):
     assert names["names"] == ("left", "right")
 
 
+def test_pipeline_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bevt_ds.create_model("tiny", vocab_size=32).save_pretrained("runs/joint/weights")
+    create_classifier("tiny", 2, classes=("left", "right")).save_pretrained("runs/ssv2/weights")
+    frames = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), np.uint8)
+    Path("clip.mp4").write_bytes(encode_mp4(frames))
+    Image.fromarray(frames[0]).save("image.jpg")
+    names = {"frames": frames}
+    exec(re.search(r"```python\n(.*?)```", INTEROP, re.DOTALL)[1], names)
+    assert names["pooled"].shape == (256,) and names["tokens"].shape == (7, 7, 256)
+    assert names["shares"].keys() == names["same"].keys() == {"left", "right"}
+
+
 @pytest.fixture(scope="module")
 def after_api(tmp_path_factory):
     """What the names of api.md's code stand for after all of it has run."""
@@ -140,7 +154,7 @@ def test_public_name_is_documented(name):
 def test_api_code_gives_what_it_says(after_api):
     shapes = {"clip": (1, 3, 16, 224, 224), "image": (1, 3, 224, 224), "features": (1, 16 * 14 * 14, 256)}
     shapes |= {"tokens": (1, 256, 8, 7, 7), "logits": (1, 2), "pooled": (256,), "view": (1, 3, 112, 112)}
-    shapes |= {"ids": (1, 14, 14)}
+    shapes |= {"ids": (1, 14, 14), "again": (256,)}
     assert {name: tuple(after_api[name].shape) for name in shapes} == shapes
     assert [tuple(x.shape) for x in after_api["maps"]] == [(1, 128, 8, 14, 14), (1, 256, 8, 7, 7)]
     assert after_api["channels"] == [128, 256] and isinstance(after_api["same"], bevt_ds.VideoClassifier)

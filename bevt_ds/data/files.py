@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
-from bevt_ds.data.decoding.images import check_image, image_decoder
+from bevt_ds.data.decoding.images import JPEG_MAGIC, PNG_MAGIC, check_image, image_decoder
 from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pixels.clip_pixels import as_frames, normalised, view_boxes, with_short_side
-from bevt_ds.data.plan import spaced_clip
+from bevt_ds.data.plan import CHOICES
 from bevt_ds.errors import UserError
 
 
@@ -30,10 +31,7 @@ def load_clip(
     Raises:
         UserError: no such file, it is not a video, or a number that cannot work.
     """
-    _require_numbers(frames=frames, stride=stride)
-    with _named(path), opened(_read(path), Limits()) as video:
-        decoded = video.frames(spaced_clip(video.info.frames, frames, stride, (0, 1)))
-    return _centre(as_frames(decoded), size, short_side)
+    return centred(read_frames(path, frames, stride), size, short_side)
 
 
 def load_image(path: str | Path, size: int = 224, short_side: int | None = None) -> Tensor:
@@ -42,22 +40,45 @@ def load_image(path: str | Path, size: int = 224, short_side: int | None = None)
     Raises:
         UserError: no such file, it is neither JPEG nor PNG, or a number that cannot work.
     """
+    return centred(read_image(path)[None], size, short_side)[:, 0]
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether a file begins as a JPEG or PNG does. Raises UserError where it cannot be read."""
+    return _read(path).startswith((JPEG_MAGIC, PNG_MAGIC))
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file: uint8 (H,W,3), turned as its EXIF orientation says. Raises UserError as `load_image`."""
     with _named(path):
         data = _read(path)
         check_image(data, Limits())
-        levels = image_decoder().decode(data)
-    return _centre(as_frames(levels[None]), size, short_side)[:, 0]
+        return image_decoder().decode(data)
 
 
-def _centre(frames: Tensor, size: int, short_side: int | None) -> Tensor:
-    """uint8 (T,3,H,W) -> float (3,T,S,S)."""
+def read_frames(path: str | Path, frames: int, stride: int, choice: str = "spaced_clip") -> np.ndarray:
+    """The frames of the clip in the middle of a video file: uint8 (T,H,W,3). `choice` is one of CHOICES.
+
+    Raises UserError as `load_clip`.
+    """
+    _require_numbers(frames=frames, stride=stride)
+    with _named(path), opened(_read(path), Limits()) as video:
+        return video.frames(CHOICES[choice](video.total, frames, stride, (0, 1)))
+
+
+def centred(frames: np.ndarray, size: int, short_side: int | None = None) -> Tensor:
+    """uint8 (T,H,W,3) -> float (3,T,S,S): the short side resized to `short_side` or `size`, the centre, normalised.
+
+    Raises:
+        UserError: a number that cannot work.
+    """
     short_side = short_side or size
     _require_numbers(size=size, short_side=short_side)
     if short_side < size:
         raise UserError(f"short_side={short_side}: a side below size={size} cannot hold the crop.")
-    frames = with_short_side(frames, short_side)
-    (box,) = view_boxes(*frames.shape[-2:], size, crops=1)
-    return normalised(box.of(frames), "cpu")
+    resized = with_short_side(as_frames(frames), short_side)
+    (box,) = view_boxes(*resized.shape[-2:], size, crops=1)
+    return normalised(box.of(resized), "cpu")
 
 
 def _read(path: str | Path) -> bytes:

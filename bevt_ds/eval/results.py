@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 import bevt_ds
-from bevt_ds.config.schema import Config, FinetuneConfig
+from bevt_ds.config.recipes import joint_swin_b
+from bevt_ds.config.schema import Config, FinetuneConfig, LabelledDataConfig, labelled_as
 from bevt_ds.disk import make_folder
 from bevt_ds.errors import UserError
 from bevt_ds.eval.confusion import draw_confusion
@@ -47,6 +48,16 @@ def run_config(weights: str) -> FinetuneConfig | Config | None:
         return None
     pretraining = "tokenizer" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return read_config(folder, Config if pretraining else FinetuneConfig)
+
+
+def sampling_of(weights: str) -> tuple[FinetuneConfig | Config, LabelledDataConfig]:
+    """The run that `weights` are from, and how it samples clips; where there is no run, the original's pretraining.
+
+    Raises:
+        UserError: another version of this project wrote the run.
+    """
+    run = (run_config(weights) if weights else None) or joint_swin_b()
+    return run, labelled_as(run.data) if isinstance(run, Config) else run.data
 
 
 def without_classifier(weights: str) -> UserError:

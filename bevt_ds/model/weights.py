@@ -114,7 +114,7 @@ class PretrainedMixin:
         if lacking := [p.name for p in own if p.default is p.empty and p.name in accepted - arch.keys()]:
             raise UserError(f"{path} is not a {cls.__name__}: to start one from it, pass {', '.join(lacking)}")
         model = cls(**arch)
-        print(_load(model, weights))
+        print(load_weights(model, weights))
         return model
 
 
@@ -127,7 +127,7 @@ def load_init(model: PretrainedMixin, path: str | Path, head: bool = True) -> Lo
     Raises UserError where the file is missing, of another architecture, or was trained with other `image_windows`.
     """
     weights = read_weights(Path(path))
-    return _load(model, weights if head else _without_token_head(weights))
+    return load_weights(model, weights if head else _without_token_head(weights))
 
 
 def load_tensors(model: nn.Module, tensors: State) -> LoadReport:
@@ -138,10 +138,10 @@ def load_tensors(model: nn.Module, tensors: State) -> LoadReport:
     names = stripped(tensors)
     stem = names.get("patch_embed.proj.weight")
     if stem is None or stem.ndim != 2:
-        return _load(model, replace(from_state(names), source=Path("the state dict")))
+        return load_weights(model, replace(from_state(names), source=Path("the state dict")))
     parts = tuple(PARTS)
     state = {name if name.startswith(parts) else ENCODER + name: value for name, value in names.items()}
-    return _load(model, Weights(state, {"window": infer_window(state)}, source=Path("the state dict")))
+    return load_weights(model, Weights(state, {"window": infer_window(state)}, source=Path("the state dict")))
 
 
 def read_weights(path: Path) -> Weights:
@@ -224,7 +224,7 @@ def _json(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _load(model: nn.Module, weights: Weights) -> LoadReport:
+def load_weights(model: nn.Module, weights: Weights) -> LoadReport:
     """Copy `weights` into `model`, strictly, fitting bias tables to the model's window."""
     weights = _without_other_parts(model, weights)
     state, unused = dict(weights.state), dict(weights.unused)
