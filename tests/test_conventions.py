@@ -52,7 +52,7 @@ DATA_LAYERS = [  # the same within data/
     {"graph_stream"},
     {"open_stream"},
     {"loader"},
-    {"files", "labelled_reader", "labelled_loader"},
+    {"files", "labelled_reader", "labelled_loader", "view_reader"},
 ]
 
 

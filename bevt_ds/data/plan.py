@@ -260,10 +260,10 @@ class ViewPlan:
         return min(self.global_size, self.total - step * self.global_size)
 
     def entry(self, step: int, slot: int) -> LabelledEntry | None:
-        """The video of (step, slot); None: there is none left."""
-        position = step * self.global_size + slot
-        if position >= self.total:
+        """The video of (step, slot); None: there is none left, or the step has no such slot."""
+        if slot >= self.videos(step):
             return None
+        position = step * self.global_size + slot
         shard = int(np.searchsorted(self._ends, position, side="right"))
         member = position - int(self._ends[shard - 1]) if shard else position
         return LabelledEntry(step, slot, 0, shard, member, self._choice, self._positions)
