@@ -52,6 +52,15 @@ class Stream:
         if not torch.equal(self.rows, torch.where(self.cells[:, None] < 0, -1, rows).flatten()):
             raise UserError("Stream.rows must hold all frames of a masked cell side by side, in the order of its cells")
 
+    @property
+    def view_places(self) -> Tensor:
+        """int64 (B,T) or (B,1): where each frame, or image, lies in `view`; -1: it has no masked cell and no view."""
+        plane = self.mask.shape[-2:].numel()
+        masked = self.mask.reshape(len(self.mask), -1, plane).any(-1)
+        frames = self.pixels.shape[2] if self.pixels.ndim == 5 else 1
+        masked = masked.repeat_interleave(frames // masked.shape[1], 1)
+        return (masked.flatten().cumsum(0).view_as(masked) - 1).masked_fill(~masked, -1)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Stream:
         """The same stream with every tensor on `device`."""
         return _moved([self], device, non_blocking)[0]

@@ -78,8 +78,11 @@ class ClassifierConfig(BackboneConfig):
 class TokenizerConfig:
     """Where the discrete targets come from."""
 
-    name: A[Literal["dalle", "random_projection"], "kind of tokenizer"] = "dalle"
+    name: A[str, "dalle, random_projection, or one that an installed package adds"] = "dalle"
     weights: A[str, "its file (dalle: OpenAI's encoder.pkl, or safetensors)"] = ""
+    decoder: A[
+        str, F("dalle: OpenAI's decoder.pkl, for images of what is predicted; empty: without", resume="free")
+    ] = ""
     vocab_size: A[int, F("random_projection: size of the codebook", least=1)] = 8192
     seed: A[int, F("random_projection: seed of projection and codebook")] = 0
 

@@ -25,6 +25,7 @@ from bevt_ds.config.schema import (
     ViewsConfig,
 )
 from bevt_ds.errors import UserError
+from bevt_ds.tokenizer_names import unknown_name
 
 
 def validate(config: RunT, values: Mapping[str, Any] | None = None) -> RunT:
@@ -53,6 +54,7 @@ def _rules(config: RunConfig, values: Mapping[str, Any] | None) -> Iterator[str]
     if isinstance(config, Config):
         yield from _samples(config.data)
         yield from _pretraining(config)
+        yield from unknown_name(config.tokenizer.name)
     elif isinstance(config, FinetuneConfig):
         yield from _finetuning(config)
     if isinstance(config, FinetuneConfig | InferenceConfig):
@@ -213,7 +215,7 @@ def missing_inputs(config: RunConfig) -> Iterator[str]:
         yield from _weights(config)
     if isinstance(config, Config):
         yield from _streams(config)
-        yield from _tokenizer(config.tokenizer)
+        yield from tokenizer_files(config.tokenizer)
     if isinstance(config, FinetuneConfig | ProbeRunConfig):
         yield from _shards("data.train", config.data.train)
     if isinstance(config, InferenceConfig):
@@ -238,16 +240,16 @@ def _streams(config: Config) -> Iterator[str]:
     )
 
 
-def _tokenizer(tokenizer: TokenizerConfig) -> Iterator[str]:
-    if tokenizer.name != "dalle":
-        return
+def tokenizer_files(tokenizer: TokenizerConfig) -> Iterator[str]:
+    """What is missing of the files that a tokenizer is read from."""
     yield from unless(
-        bool(tokenizer.weights),
+        tokenizer.name != "dalle" or bool(tokenizer.weights),
         "tokenizer.weights is empty: download encoder.pkl of the DALL-E dVAE (about 215 MB; openai/DALL-E names the"
         " address) and pass tokenizer.weights=PATH/encoder.pkl, or use tokenizer.name=random_projection.",
     )
-    there = not tokenizer.weights or Path(tokenizer.weights).is_file()
-    yield from unless(there, f"tokenizer.weights={tokenizer.weights}: no such file.")
+    for key, path in (("weights", tokenizer.weights), ("decoder", tokenizer.decoder)):
+        used = path and tokenizer.name in ("dalle",)
+        yield from unless(not used or Path(path).is_file(), f"tokenizer.{key}={path}: no such file.")
 
 
 def _weights(config: InferenceConfig) -> Iterator[str]:

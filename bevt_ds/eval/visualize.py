@@ -1,6 +1,8 @@
 """samples.png: what the network saw, what was hidden, and where its guess of the hidden token was right.
 
-Nothing of the target enters the image but right or wrong, so it cannot leak the answer.
+Of a tokenizer that can decode it also shows what was guessed, and the tokenizer's own reconstruction of the whole
+frame, which no guess can pass. Nothing of the target enters what is shown of a guess but right or wrong: hidden cells
+hold decoded guesses, and the guesses of the other cells, which the network saw, are decoded with them.
 """
 
 from __future__ import annotations
@@ -15,26 +17,26 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bevt_ds.batch import Batch, Stream, denormalised
+from bevt_ds.model.tokenizers import DecodingTokenizer, Tokenizer
 from bevt_ds.runtime.engine import Engine
 
 RIGHT, WRONG = np.array([0.13, 0.62, 0.30]), np.array([0.80, 0.15, 0.15])
 HIDDEN = 0.5
 SAMPLES = {"video": 2, "image": 8}
 FRAMES_SHOWN, COLUMNS = 4, 8
-ROWS = ("input", "hidden cells", "green: right\nred: wrong")
+SEEN, HIDDEN_CELLS, VERDICT = "input", "hidden cells", "green: right\nred: wrong"
+GUESS, CEILING = "guess, decoded", "tokenizer's\nreconstruction"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One frame in three views, each (H, W, 3) in [0, 1]."""
+    """One frame in several views, each (H, W, 3) in [0, 1], by what it shows; all panels of an image have the same."""
 
     title: str
-    seen: np.ndarray
-    hidden: np.ndarray
-    verdict: np.ndarray
+    views: dict[str, np.ndarray]
 
 
-def draw(engine: Engine, batch: Batch, path: Path) -> None:
+def draw(engine: Engine, batch: Batch, path: Path, tokenizer: Tokenizer) -> None:
     """Write the image for the first samples of a batch that already has targets. Collective."""
     batch = batch.cast(engine.dtype)
     panels: list[Panel] = []
@@ -42,32 +44,37 @@ def draw(engine: Engine, batch: Batch, path: Path) -> None:
         for name in ("video", "image"):
             stream = getattr(batch, name)
             if stream is not None:
-                predicted = predict(engine, stream)
+                predicted = predict(engine, stream, tokenizer.vocab_size)
                 if engine.ranks.is_main:
-                    panels += stream_panels(name, stream, predicted, SAMPLES[name])
+                    panels += stream_panels(name, stream, predicted, SAMPLES[name], tokenizer)
     if engine.ranks.is_main:
         path.parent.mkdir(exist_ok=True)
         save_grid(panels, path)
 
 
-def predict(engine: Engine, stream: Stream) -> Tensor:
-    """The likeliest token id at every output position, flat (B*T*h*w,) or (B*h*w,)."""
+def predict(engine: Engine, stream: Stream, vocab_size: int) -> Tensor:
+    """The likeliest token id below `vocab_size` at every output position, flat (B*T*h*w,) or (B*h*w,)."""
     model = engine.module
     forward = model.forward_video if stream.pixels.ndim == 5 else model.forward_image
-    return model.lm_head(forward(stream.pixels, stream.mask)).argmax(-1).flatten()
+    return model.lm_head(forward(stream.pixels, stream.mask))[..., :vocab_size].argmax(-1).flatten()
 
 
-def stream_panels(name: str, stream: Stream, predicted: Tensor, samples: int) -> list[Panel]:
+def stream_panels(name: str, stream: Stream, predicted: Tensor, samples: int, tokenizer: Tokenizer) -> list[Panel]:
     """Panels of the first samples: a few frames of each clip, or one for each image."""
     count, frames = len(stream.pixels), stream.pixels[0, 0].shape[:-2].numel()
-    marks = verdicts(stream, predicted).reshape(count, frames, *stream.mask.shape[-2:])
+    grid = (count, frames, *stream.mask.shape[-2:])
+    marks, guesses, places = verdicts(stream, predicted).reshape(grid), predicted.view(grid), stream.view_places
+    shown = np.unique(np.linspace(0, frames - 1, FRAMES_SHOWN).round().astype(int))
     panels = []
     for b in range(min(samples, count)):
         frames_seen = denormalised(stream.pixels[b])
-        shown = np.unique(np.linspace(0, frames - 1, FRAMES_SHOWN).round().astype(int))
         for t in shown:
             title = f"{name} {b}" + (f", frame {t}" if frames > 1 else "")
-            panels.append(make_panel(title, frames_seen[t], marks[b, t]))
+            views = make_views(frames_seen[t], marks[b, t])
+            if isinstance(tokenizer, DecodingTokenizer):
+                place = int(places[b, t])
+                views |= decoded_views(views[SEEN], marks[b, t], guesses[b, t], stream.view[place:][:1], tokenizer)
+            panels.append(Panel(title, views))
     return panels
 
 
@@ -80,35 +87,57 @@ def verdicts(stream: Stream, predicted: Tensor) -> np.ndarray:
     return marks.cpu().numpy()
 
 
-def make_panel(title: str, image: np.ndarray, marks: np.ndarray) -> Panel:
-    """Three views of one frame from its image (H,W,3) and its verdicts (h,w)."""
-    scale = image.shape[0] // marks.shape[0]
-    cells = repeat(marks, "h w -> (h a) (w b) 1", a=scale, b=scale)
+def make_views(image: np.ndarray, marks: np.ndarray) -> dict[str, np.ndarray]:
+    """A frame (H,W,3), the frame with its hidden cells, and its verdicts (h,w)."""
+    cells = enlarged(marks[..., None], image.shape[0])
     hidden = np.where(cells >= 0, HIDDEN, image)
     colour = np.where(cells == 1, RIGHT, WRONG)
     verdict = np.where(cells >= 0, 0.35 * image + 0.65 * colour, 0.5 * image + 0.5)
-    return Panel(title, image, hidden, verdict)
+    return {SEEN: image, HIDDEN_CELLS: hidden, VERDICT: verdict}
+
+
+def decoded_views(
+    image: np.ndarray, marks: np.ndarray, guess: Tensor, view: Tensor, tokenizer: DecodingTokenizer
+) -> dict[str, np.ndarray]:
+    """What the guesses stand for, in the hidden cells of a frame (H,W,3), and what its own ids do.
+
+    marks (h,w) as of `verdicts`; guess int64 (h,w); view (1,3,v,v): the tokenizer's view, unused where nothing is
+    hidden and the reconstruction is left grey.
+    """
+    side = image.shape[0]
+    frame = lambda ids: enlarged(tokenizer.decode(ids)[0].movedim(0, -1).float().cpu().numpy(), side)  # noqa: E731
+    guessed = np.where(enlarged(marks[..., None], side) >= 0, frame(guess[None]), image)
+    hidden = (marks >= 0).any()
+    ceiling = frame(tokenizer.encode(view.float())) if hidden else np.full_like(image, HIDDEN)
+    return {GUESS: guessed, CEILING: ceiling}
+
+
+def enlarged(cells: np.ndarray, side: int) -> np.ndarray:
+    """Cells (h,w,C) as squares of pixels (side,side,C)."""
+    scale = side // cells.shape[0]
+    return repeat(cells, "h w c -> (h a) (w b) c", a=scale, b=scale)
 
 
 def save_grid(panels: list[Panel], path: Path) -> None:
-    """Blocks of three rows (input, hidden cells, verdict), each with a column a frame."""
+    """Blocks of rows, one for each view, with a column a frame."""
+    rows = list(panels[0].views)
     blocks = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
-    size = (1.7 * min(COLUMNS, len(panels)), 5.4 * len(blocks))
+    size = (1.7 * min(COLUMNS, len(panels)), 1.8 * len(rows) * len(blocks))
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(3 * len(blocks), min(COLUMNS, len(panels)), squeeze=False)
+    grid = figure.subplots(len(rows) * len(blocks), min(COLUMNS, len(panels)), squeeze=False)
     for axis in grid.flat:
         axis.set_axis_off()
     for number, block in enumerate(blocks):
-        _fill_block(grid[3 * number : 3 * number + 3], block)
+        _fill_block(grid[len(rows) * number :][: len(rows)], block, rows)
     figure.savefig(path, dpi=100)
 
 
-def _fill_block(axes: np.ndarray, panels: list[Panel]) -> None:
+def _fill_block(axes: np.ndarray, panels: list[Panel], rows: list[str]) -> None:
     for column, panel in enumerate(panels):
-        for axis, image in zip(axes[:, column], (panel.seen, panel.hidden, panel.verdict), strict=True):
+        for axis, row in zip(axes[:, column], rows, strict=True):
             axis.set_axis_on()
-            axis.imshow(np.clip(image, 0, 1), interpolation="nearest")
+            axis.imshow(np.clip(panel.views[row], 0, 1), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         axes[0, column].set_title(panel.title, fontsize=9)
-    for axis, label in zip(axes[:, 0], ROWS, strict=True):
+    for axis, label in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(label, fontsize=9)

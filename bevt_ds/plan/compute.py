@@ -21,9 +21,9 @@ from bevt_ds.model.presets import SIZES
 from bevt_ds.model.tokenizers.dalle import DalleTokenizer
 from bevt_ds.runtime.flops import block_macs, clip_parts, encoder_macs, image_parts, peak_flops
 from bevt_ds.runtime.gpus import Gpu
+from bevt_ds.runtime.tokenizer import vocabulary_of as ids_of
 
 NAMES = dict.fromkeys(("qkv", "proj", "mlp", "merging", "decoder"), "linears") | {"stem": "stems"}
-DALLE_VOCABULARY = 8192
 MFU = 0.17  # where no row is at hand: about what an H200 reaches on 32 clips and 256 images, tokenizer included
 
 
@@ -34,7 +34,7 @@ def arch_of(model: BackboneConfig) -> SwinArch:
 
 def vocabulary_of(config: Config) -> int:
     """Ids that the head predicts."""
-    return DALLE_VOCABULARY if config.tokenizer.name == "dalle" else config.tokenizer.vocab_size
+    return ids_of(config.tokenizer)
 
 
 def masked_share(data: DataConfig) -> tuple[float, float]:

@@ -183,7 +183,7 @@ def sample_sheet(stream: Stream, i: int, caption: str, titles: list[str]) -> She
     scale = frames.shape[1] // masks.shape[1]
     cells = masks.repeat(scale, 1).repeat(scale, 2)[..., None]
     shown = np.unique(np.linspace(0, len(frames) - 1, SHOWN).round().astype(int))
-    views = view_of(stream, i, len(frames))
+    views = view_of(stream, i)
     rows = {
         "input": [frames[t] for t in shown],
         "masked": [np.where(cells[t], HIDDEN, frames[t]) for t in shown],
@@ -192,14 +192,10 @@ def sample_sheet(stream: Stream, i: int, caption: str, titles: list[str]) -> She
     return Sheet(caption, rows, [titles[t] for t in shown])
 
 
-def view_of(stream: Stream, i: int, frames: int) -> dict[int, np.ndarray]:
+def view_of(stream: Stream, i: int) -> dict[int, np.ndarray]:
     """Frame of sample i -> the tokenizer's view of it; frames without a masked cell have none."""
-    per_cell = frames // (stream.mask[0].numel() // stream.mask.shape[-2:].numel())
-    masked = stream.mask.reshape(len(stream.mask), -1, stream.mask.shape[-2:].numel()).any(-1)
-    masked = masked.repeat_interleave(per_cell, 1)  # (B, frames)
-    before = int(masked[:i].sum())
-    numbers = masked[i].nonzero().flatten().tolist()
-    return {t: stream.view[before + j].permute(1, 2, 0).numpy() for j, t in enumerate(numbers)}
+    places = enumerate(stream.view_places[i].tolist())
+    return {t: stream.view[place].permute(1, 2, 0).numpy() for t, place in places if place >= 0}
 
 
 def write(found: Sequence[Sheet], path: Path, title: str) -> None:

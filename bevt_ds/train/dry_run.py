@@ -17,7 +17,7 @@ from torch import nn
 
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import Config, FinetuneConfig, TrainConfig, TrainingConfig
-from bevt_ds.config.validate import micro_steps, missing_inputs, zero_stage
+from bevt_ds.config.validate import micro_steps, missing_inputs, tokenizer_files, zero_stage
 from bevt_ds.data.reading.index import index_places, read_index, tar_identity
 from bevt_ds.data.reading.remote import is_remote
 from bevt_ds.data.reading.shards import expand
@@ -25,7 +25,6 @@ from bevt_ds.errors import UserError
 from bevt_ds.folders import weights_of
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_classifier
-from bevt_ds.model.tokenizers import load_tokenizer
 from bevt_ds.model.weights import load_init
 from bevt_ds.plan.compute import rates
 from bevt_ds.plan.planning import GIB, make_plan, meta_model
@@ -38,6 +37,7 @@ from bevt_ds.runtime.engine import require_supported
 from bevt_ds.runtime.flops import backbone_macs, training_flops
 from bevt_ds.runtime.gpus import gpu_named, gpu_of
 from bevt_ds.runtime.logging import expected_step_flops
+from bevt_ds.runtime.tokenizer import open_tokenizer
 from bevt_ds.train.loop import kernel_provider
 
 BLOCK = 512  # of a tar
@@ -79,8 +79,9 @@ def report_pretraining(
     train, found = config.train, []
     wanted = {} if drawn else pretraining_shards(config)
     shards = {key: survey(key, patterns, kind, config, found) for key, (patterns, kind) in wanted.items()}
-    stops = [*missing_inputs(config), *_batch_faults(config, world), *found, *_tokenizer_faults(config)]
-    if not sound:
+    tokenizer = list(_tokenizer_faults(config)) if sound else []
+    stops = [*missing_inputs(config), *_batch_faults(config, world), *found, *tokenizer]
+    if not sound or tokenizer:
         return _settings(config, notes), [*stops, *common_faults(config, values, world)]
     model, steps = meta_model(config), train.steps or _steps_of_epochs(config, shards)
     plan = Plan(
@@ -218,9 +219,9 @@ def _batch_faults(config: TrainingConfig, world: int) -> list[str]:
 
 
 def _tokenizer_faults(config: Config) -> Iterator[str]:
-    tokenizer = config.tokenizer
-    if tokenizer.name == "dalle" and Path(tokenizer.weights).is_file():
-        yield from _fault(lambda: load_tokenizer("dalle", weights=tokenizer.weights))
+    """What keeps the tokenizer from being opened, but for files that are not there, which are said elsewhere."""
+    if not list(tokenizer_files(config.tokenizer)):
+        yield from _fault(lambda: open_tokenizer(config.tokenizer))
 
 
 def _fault(check: Callable[[], object]) -> list[str]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
 from bevt_ds.config.schema import Config
@@ -20,13 +20,14 @@ from bevt_ds.eval.online_probe import OnlineProbe
 from bevt_ds.eval.visualize import draw
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_model, require_same_sizes
-from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer, require_vocabulary, tokenize
+from bevt_ds.model.tokenizers import Tokenizer, require_vocabulary, tokenize
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.logging import expected_step_flops, require_known_targets, step_metrics
 from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
 from bevt_ds.runtime.run_log import RunLog
+from bevt_ds.runtime.tokenizer import open_tokenizer, tokenizer_file
 from bevt_ds.train.loop import Setup, Task, run_training
 
 
@@ -77,7 +78,7 @@ class Pretraining(Task[Config, Batch]):
         """Write what the network predicts for the first samples of a batch. Collective."""
         tokens = tokenize(self.tokenizer, batch.to(self.ranks.device))
         with self.ranks.writing(path):
-            draw(self.engine, tokens, path)
+            draw(self.engine, tokens, path, self.tokenizer)
 
     @property
     def trained_streams(self) -> list[str]:
@@ -85,7 +86,7 @@ class Pretraining(Task[Config, Batch]):
 
     @property
     def tokenizer_file(self) -> str:
-        return self.config.tokenizer.weights if self.config.tokenizer.name == "dalle" else ""
+        return tokenizer_file(self.config.tokenizer)
 
     def describe(self) -> str:
         trained = " and ".join(f"{n:,} {kind}s" for kind, n in self.loader.samples.items())
@@ -144,10 +145,8 @@ def trained_streams(config: Config) -> list[str]:
 
 def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
     """The frozen tokenizer of a run, on its device, compiled if the model is."""
-    name, drawn = config.tokenizer.name, {"vocab_size": config.tokenizer.vocab_size, "seed": config.tokenizer.seed}
-    options = {"weights": config.tokenizer.weights} if name == "dalle" else drawn
-    tokenizer = load_tokenizer(name, **options).to(ranks.device)
-    if config.model.compile:
+    tokenizer = open_tokenizer(config.tokenizer, ranks.device)
+    if config.model.compile and isinstance(tokenizer, nn.Module):
         tokenizer.compile()
     return tokenizer
 

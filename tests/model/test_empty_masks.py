@@ -80,7 +80,7 @@ def test_held_out_summary_and_samples_without_masked_positions(small_bevt, unmas
     assert as_table(summaries, {}).count("\n") == 0
     assert shortfall(summaries, 0.0, {}) is None
     assert "no masked position was held out" in shortfall(summaries, 0.1, {})
-    draw(engine, tokenize(tokenizer, batch), tmp_path / "samples.png")
+    draw(engine, tokenize(tokenizer, batch), tmp_path / "samples.png", tokenizer)
     assert Image.open(tmp_path / "samples.png").width > 100
 
 

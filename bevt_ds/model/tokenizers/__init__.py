@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from bevt_ds.batch import IGNORE, Batch, Stream
 from bevt_ds.errors import UserError
+from bevt_ds.tokenizer_names import added, builder, unknown_name
 
 from .dalle import DalleTokenizer
+from .dalle_decoder import DalleAutoencoder
 from .random_projection import RandomProjectionTokenizer
 
 
 class Tokenizer(Protocol):
-    """Anything that turns images into ids; how it scales its pixels is its own business."""
+    """Anything that turns images into ids; how it scales its pixels is its own business.
+
+    One that has `decode` too, see DecodingTokenizer, lets images of predictions show what was predicted.
+    """
 
     vocab_size: int
 
@@ -26,29 +31,62 @@ class Tokenizer(Protocol):
         ...
 
 
-TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
-    "dalle": DalleTokenizer.from_file,
-    "random_projection": RandomProjectionTokenizer,
-}
+@runtime_checkable
+class DecodingTokenizer(Tokenizer, Protocol):
+    """A tokenizer that also turns ids back into frames."""
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids (N,h,w), int64 in [0, vocab_size) -> frames (N,3,v,v), float RGB in [0,1]."""
+        ...
 
 
-def load_tokenizer(name: str, weights: str | None = None, **options: Any) -> Tokenizer:
-    """A tokenizer by name: `dalle` needs `weights`, a file; `random_projection` takes `vocab_size` and `seed`.
+def _random_projection(weights: str | None, **options: Any) -> Tokenizer:
+    if weights:
+        raise UserError("the random_projection tokenizer has no weights: leave tokenizer.weights empty")
+    return RandomProjectionTokenizer(**options)
 
-    Raises UserError for an unknown name, missing or superfluous weights, and a file that is not a tokenizer.
-    """
-    if name not in TOKENIZERS:
-        raise UserError(f"no tokenizer named {name!r}: choose one of {', '.join(TOKENIZERS)}")
-    if name == "random_projection":
-        if weights:
-            raise UserError("the random_projection tokenizer has no weights: leave tokenizer.weights empty")
-        return RandomProjectionTokenizer(**options)
+
+def _dalle(weights: str | None, decoder: str | None = None) -> Tokenizer:
     if not weights:
         raise UserError(
             "the dalle tokenizer needs OpenAI's encoder.pkl (https://cdn.openai.com/dall-e/encoder.pkl): "
             "download it and set tokenizer.weights=FILE"
         )
-    return DalleTokenizer.from_file(weights, **options)
+    return DalleAutoencoder.from_files(weights, decoder) if decoder else DalleTokenizer.from_file(weights)
+
+
+TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {"dalle": _dalle, "random_projection": _random_projection}
+
+
+def load_tokenizer(name: str, weights: str | None = None, **options: Any) -> Tokenizer:
+    """A tokenizer by name.
+
+    Args:
+        name: one of TOKENIZERS, or the name of an entry point in the group `bevt_ds.tokenizers`, whose object is called
+            with `weights`, if there are any, and `options`.
+        weights: its file or folder.
+        options: `decoder` of dalle, a file, for a tokenizer with `decode`; `vocab_size` and `seed` of
+            random_projection.
+
+    Raises:
+        UserError: an unknown name, missing or superfluous weights, a file that is not a tokenizer, or another
+            package's object that is none.
+    """
+    if name in added():
+        return _require_tokenizer(name, builder(name)(*([weights] if weights else []), **options))
+    for problem in unknown_name(name):
+        raise UserError(problem)
+    return TOKENIZERS[name](weights, **options)
+
+
+def _require_tokenizer(name: str, found: Any) -> Tokenizer:
+    size = getattr(found, "vocab_size", None)
+    if not callable(getattr(found, "encode", None)) or not isinstance(size, int) or size < 1:
+        raise UserError(
+            f"tokenizer.name={name}: {type(found).__name__} is no tokenizer, which has encode(frames) and vocab_size,"
+            " a positive int"
+        )
+    return found
 
 
 def require_vocabulary(tokenizer: Tokenizer, head: int) -> None:

@@ -6,7 +6,7 @@ Source of the architecture: openai/DALL-E@5be4b23, dall_e/encoder.py. N images, 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,9 @@ from .dalle_pickle import read_pickled_module
 
 GROUPS, BLOCKS = 4, 2
 GAIN = 1 / (GROUPS * BLOCKS) ** 2  # of a block's residual path
+MARGIN = 0.1  # of the range of pixels, left free at both ends
 OUTPUT = "blocks.output.conv"
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Conv(nn.Module):
@@ -80,19 +82,11 @@ class DalleTokenizer(nn.Module):
 
         Raises UserError for a file that is missing or holds anything else.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"tokenizer file {path} does not exist: set tokenizer.weights to DALL-E's encoder.pkl")
-        state = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickled_module(path)
-        try:
-            n_hid, vocab_size = state["blocks.input.w"].shape[0], state[f"{OUTPUT}.w"].shape[0]
-        except KeyError as error:
-            raise UserError(f"{path} is not a DALL-E encoder: it has no {error.args[0]}") from error
+        state = read_state(Path(path), "encoder", "tokenizer.weights")
+        sizes = [first_size(path, "encoder", state, name) for name in ("blocks.input.w", f"{OUTPUT}.w")]
         with torch.device("meta"):
-            model = cls(n_hid, vocab_size)
-        _check_names(path, model.state_dict(), state)
-        model.load_state_dict(state, assign=True)
-        return model.float()
+            model = cls(*sizes)
+        return take(model, path, "encoder", state)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64. Raises UserError for others: see `inputs`."""
@@ -107,7 +101,7 @@ class DalleTokenizer(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """`logits` with the weights as `settle` leaves them: the part that `compile` compiles."""
-        x = (0.8 * frames + 0.1).to(self.blocks["input"].w.dtype, memory_format=torch.channels_last)
+        x = map_pixels(frames).to(self.blocks["input"].w.dtype, memory_format=torch.channels_last)
         x = self.blocks["input"](x)
         for g in range(1, GROUPS + 1):
             for block in self.blocks[f"group_{g}"].values():
@@ -121,19 +115,53 @@ class DalleTokenizer(nn.Module):
         first = self.blocks["input"].w
         if first.dtype == dtype and first.is_contiguous(memory_format=torch.channels_last):
             return
-        for name, module in self.named_modules():
+        for name, module in self.blocks.named_modules(prefix="blocks"):
             if isinstance(module, Conv):
                 module.to(dtype=torch.float32 if name == OUTPUT else dtype, memory_format=torch.channels_last)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def map_pixels(frames: Tensor) -> Tensor:
+    """[0,1] -> [0.1,0.9]: away from the ends, where the logit-Laplace likelihood of the dVAE has no bound."""
+    return (1 - 2 * MARGIN) * frames + MARGIN
+
+
+def unmap_pixels(mapped: Tensor) -> Tensor:
+    """The inverse of `map_pixels`, cut to [0,1]."""
+    return ((mapped - MARGIN) / (1 - 2 * MARGIN)).clamp(0, 1)
+
+
+def read_state(path: Path, part: str, key: str) -> dict[str, Tensor]:
+    """The tensors of the dVAE's encoder or decoder, from OpenAI's pickle or a .safetensors file.
+
+    Args:
+        part: "encoder" or "decoder", for messages.
+        key: of the configuration, where the path comes from.
+
+    Raises:
+        UserError: no such file, or it holds anything else.
+    """
+    if not path.is_file():
+        raise UserError(f"tokenizer file {path} does not exist: set {key} to DALL-E's {part}.pkl")
+    if path.suffix != ".safetensors":
+        return read_pickled_module(path, part)
     try:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _check_names(path: Path, own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def first_size(path: str | Path, part: str, state: dict[str, Tensor], name: str, axis: int = 0) -> int:
+    """The length of one axis of a tensor, by which a network's width is known. UserError: there is no such tensor."""
+    if name not in state or state[name].ndim <= axis:
+        raise UserError(f"{path} is not a DALL-E {part}: it has no {name}")
+    return state[name].shape[axis]
+
+
+def take(model: ModuleT, path: str | Path, part: str, state: dict[str, Tensor]) -> ModuleT:
+    """The model with these tensors as its own, in fp32. UserError: names or shapes are others."""
+    own = model.state_dict()
     odd = sorted(own.keys() ^ state.keys()) or [n for n in own if own[n].shape != state[n].shape]
     if odd:
-        raise UserError(f"{path} is not a DALL-E encoder: {len(odd)} tensors differ, {odd[0]} among them")
+        raise UserError(f"{path} is not a DALL-E {part}: {len(odd)} tensors differ, {odd[0]} among them")
+    model.load_state_dict(state, assign=True)
+    return model.float()

@@ -26,15 +26,18 @@ from bevt_ds.errors import UserError
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 ITEM_BYTES = 4  # fp32
-MAX_MODULES = 1000  # the encoder has about 100: more means that a pickle's modules contain each other
+MAX_MODULES = 1000  # encoder and decoder have about 100: more means that a pickle's modules contain each other
 
 MODULES = (
     ("dall_e.encoder", "Encoder"),
     ("dall_e.encoder", "EncoderBlock"),
+    ("dall_e.decoder", "Decoder"),
+    ("dall_e.decoder", "DecoderBlock"),
     ("dall_e.utils", "Conv2d"),
     ("torch.nn.modules.container", "Sequential"),
     ("torch.nn.modules.activation", "ReLU"),
     ("torch.nn.modules.pooling", "MaxPool2d"),
+    ("torch.nn.modules.upsampling", "Upsample"),
     ("torch.nn.modules.linear", "Identity"),
 )
 
@@ -55,14 +58,17 @@ class TensorRef(NamedTuple):
     stride: tuple[int, ...]
 
 
-def read_pickled_module(path: Path) -> dict[str, Tensor]:
-    """{parameter's name: fp32 tensor} of the module pickled in the file. Raises UserError for anything else."""
+def read_pickled_module(path: Path, part: str = "encoder") -> dict[str, Tensor]:
+    """{parameter's name: fp32 tensor} of the module pickled in the file. Raises UserError for anything else.
+
+    part: what the file should hold, for the message.
+    """
     read = _read_zip if zipfile.is_zipfile(path) else _read_legacy
     try:
         root, storages = read(path)
         return {name: _tensor(ref, storages) for name, ref in _parameters(root)}
     except Exception as error:  # a damaged or hostile pickle can fail in any way
-        raise UserError(f"{path} is not DALL-E's pickled encoder: {error}") from error
+        raise UserError(f"{path} is not DALL-E's pickled {part}: {error}") from error
 
 
 def _allowed() -> dict[tuple[str, str], Any]:
@@ -101,7 +107,7 @@ class _Unpickler(pickle.Unpickler):
         try:
             return self._allowed[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no encoder needs") from None
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no encoder or decoder needs") from None
 
     def persistent_load(self, pid: Any) -> Any:
         if pid[0] == "module":  # the older container wraps a class together with its source
