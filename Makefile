@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 BASE   ?= HEAD^
 
-.PHONY: help env demo test test-all test-gpu test-matrix lint format golden fuzz kernels-check bench-smoke study lock clean
+.PHONY: help env demo test test-all test-gpu test-matrix lint format golden fuzz kernels-check bench-smoke study docs lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -62,8 +62,12 @@ bench-smoke: env  ## what this commit costs on a CPU next to its parent, as rati
 study: env  ## what joint pretraining is worth where only motion tells classes apart (70 minutes; SMALL=1: 10 minutes)
 	$(BIN)/python -m benchmarks.study $(if $(SMALL),--small)
 
+docs: env  ## the documentation as a site in site/, from docs/ (no network needed)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "to read it, with its search: python -m http.server -d site"
+
 lock: env  ## resolve requirements.lock again
-	$(BIN)/uv pip compile pyproject.toml --extra test --extra lint --universal --python-version 3.11 --no-header \
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra lint --extra docs --universal --python-version 3.11 --no-header \
 	  --quiet -o requirements.lock
 
 clean:  ## remove what the demo made

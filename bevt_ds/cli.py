@@ -22,6 +22,7 @@ GROUPS = {
     "plan": ("bevt_ds.plan.cli", "what a run takes on GPUs that are not at hand: memory, time, cost"),
     "shards": ("bevt_ds.shards.cli", "draw, pack, index, check and survey shards of videos and images"),
     "doctor": ("bevt_ds.doctor.cli", "whether this machine can train: versions, GPU, decoders, limits, links"),
+    "checkpoint": ("bevt_ds.report.checkpoints", "list, verify, compare and export what a run has committed"),
     "report": ("bevt_ds.report.page", "runs as one HTML page: curves, predictions, settings, checkpoints"),
     "view": ("bevt_ds.report.view", "contact sheets of shards: frames, crop, mask, the tokenizer's view"),
     "runs": ("bevt_ds.report.listing", "a table of the runs below a folder: state, step, loss, speed"),
@@ -60,7 +61,7 @@ def _run(words: Sequence[str]) -> int:
 
 def _usage() -> str:
     texts = PROGRAMS | {name: text for name, (_, text) in GROUPS.items()}
-    lines = [f"  {name:<10}{text}" for name, text in texts.items()]
+    lines = [f"  {name:<11}{text}" for name, text in texts.items()]
     return "\n".join(["usage: bevt COMMAND [options]   (--help after any of them; --version)", "", *lines])
 
 

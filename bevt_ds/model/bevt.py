@@ -123,7 +123,7 @@ class BEVT(PretrainedMixin, nn.Module):
     def forward_video(self, clip: Tensor, mask: Tensor, sample_keys: Tensor | None = None) -> Tensor:
         """Features of every output position of clips, after the shared norm.
 
-        clip (B,3,T,H,W) float, normalised; mask (B,T/2,h,w) bool -> (B,T*h*w,C), frame by frame, row by row.
+        clip (B,3,T,H,W) float, normalised; mask (B,T/2,h,w) bool -> (B,T·h·w,C), frame by frame, row by row.
 
         Raises UserError for other shapes, types or ranges: see `inputs`.
         """

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Ranks:
     def is_main(self) -> bool:
         """True on the one process that writes and prints."""
         return self.rank == 0
+
+    def apart(self) -> Ranks:
+        """The same ranks with a process group of their own, for another thread. Collective."""
+        return replace(self, host=dist.new_group(backend="gloo")) if self.world > 1 else self
 
     def barrier(self) -> None:
         """Wait for all."""

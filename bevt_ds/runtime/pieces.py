@@ -148,9 +148,9 @@ class SavedPieces:
             raise UserError(f"{self.folder} lacks elements {at} to {start + size} of {key}: it is of another model.")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint exports: the averages where the run keeps some, else the weights, all whole, by name."""
-        kind = AVERAGE if any(key.startswith(f"{AVERAGE}/") for key in self._runs) else WEIGHTS
+    def weights(self, kind: str = "") -> dict[str, Tensor]:
+        """A checkpoint's tensors of a kind, all whole, by name; else what it exports: averages where there are some."""
+        kind = kind or (AVERAGE if any(key.startswith(f"{AVERAGE}/") for key in self._runs) else WEIGHTS)
         shapes = self.counters["shapes"].items()
         return {n: self.read(f"{kind}/{n}", 0, prod(s)).reshape(s) for n, s in shapes} | self.whole()
 

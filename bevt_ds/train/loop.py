@@ -33,6 +33,7 @@ from bevt_ds.model.weights import load_init
 from bevt_ds.plan.planning import require_room
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime import checkpoint, run_dir
+from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.commit import save
 from bevt_ds.runtime.console import keep_console
 from bevt_ds.runtime.continuing import Build, Start, begin_engine, find_start, go_on, print_changes, require_steps
@@ -58,6 +59,7 @@ class Setup(Generic[ConfigT]):
     ds_values: Mapping[str, Any]  # the DeepSpeed JSON
     folder: Path
     ranks: Ranks
+    commits: Commits
     start: Start | None = None
     changes: tuple[checkpoint.Change, ...] = ()  # what has been overridden on resume so far
     loader_state: dict[str, Any] | None = None  # what the loaders of the run that is continued pass on
@@ -166,11 +168,12 @@ class Task(ABC, Generic[ConfigT, BatchT]):
         """Further tensors like the engine's masters that a checkpoint holds, by what they are."""
         return {}
 
-    def save(self, folder: Path) -> None:
-        """Write what else a checkpoint holds. Collective."""
+    def rest(self) -> Callable[[Path], None]:
+        """What writes the rest of a checkpoint into a folder: as it is now, though it is called later, in a thread."""
+        return lambda folder: None
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, once the engine is loaded. Collective."""
+        """Read what `rest` wrote, once the engine is loaded. Collective."""
 
     def describe(self) -> str:
         """The size of the task in one line, or nothing."""
@@ -217,6 +220,7 @@ def train(task: Task, batches: Iterator, log: RunLog) -> None:
             sums = unreported = train_step(task, batches, step, unreported, watch)
             speed.steps += 1
             done = step + 1
+            task.setup.commits.poll()
             if done % config.log_every == 0 or done == steps or task.is_due(step):
                 bar.set_postfix_str(write_line(task, log, speed, sums, step, watch.was_skipped(step)), refresh=False)
                 unreported = None
@@ -227,6 +231,7 @@ def train(task: Task, batches: Iterator, log: RunLog) -> None:
                 loss = None if watch.was_skipped(step) else task.metrics(sums.totals(task.ranks), step)["loss"]
                 save_checkpoint(task, done, loss)
                 due = False
+    task.setup.commits.wait()
 
 
 def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step: int, skipped: bool = False) -> str:
@@ -243,6 +248,7 @@ def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step:
     values |= {"lr": task.engine.last_lr, "grad_norm": task.engine.grad_norm()}
     values |= {"optimizer_bytes": task.engine.optimizer_bytes(), "peak_bytes": peak_bytes(task.ranks.device)}
     values["skipped_steps"] = task.engine.skipped_steps
+    values |= task.setup.commits.figures()
     values |= speed.read(task.loader.wait_seconds()) | {"bad_samples": task.loader.bad_samples}
     with speed.paused():
         values |= task.measurements(step)
@@ -264,7 +270,7 @@ def report_wait(step: int, share: float, loader: BackgroundLoader, shown: bool =
 
 
 def save_checkpoint(task: Task, steps_done: int, loss: float | None) -> None:
-    """Commit a checkpoint: each rank's pieces, the task's own part, and the weights on their own. Collective.
+    """Begin to commit a checkpoint: each rank's pieces, the task's own part, and the weights on their own. Collective.
 
     loss: of the last step; None: it was skipped.
 
@@ -273,11 +279,13 @@ def save_checkpoint(task: Task, steps_done: int, loss: float | None) -> None:
     """
     require_good(task.engine, loss, steps_done - 1)
 
-    snapshot, rank = task.engine.snapshot(**task.averages()), task.ranks.rank
+    commits, rank = task.setup.commits, task.ranks.rank
+    commits.begin()
+    snapshot, write_rest = task.engine.snapshot(**task.averages()), task.rest()
 
     def write_pieces(folder: Path) -> None:
         snapshot.write(folder / TAG, rank)
-        task.save(folder)
+        write_rest(folder)
 
     def write_weights(folder: Path) -> None:
         if rank == 0:
@@ -287,7 +295,8 @@ def save_checkpoint(task: Task, steps_done: int, loss: float | None) -> None:
     root = task.setup.folder / run_dir.CHECKPOINTS
     now = replace(facts(task, steps_done), loss=loss)
     needed = snapshot.size * 4 // 3  # the weights on their own are as large as each moment
-    save(root, now, [write_pieces, write_weights], task.ranks, task.config.train.keep_checkpoints, needed)
+    stages, keep = [write_pieces, write_weights], task.config.train.keep_checkpoints
+    commits.start(lambda ranks: save(root, now, stages, ranks, keep, needed))
 
 
 def facts(task: Task, steps_done: int) -> checkpoint.Facts:
@@ -327,8 +336,9 @@ def run_training(
         require_room(config, ds_values, ranks.world, *device_memory(ranks.device))
     start = find_start(config, folder, ranks)
     config, changes, loader_state = go_on(config, given, folder, start)
-    setup = Setup(config, ds_values, folder, ranks, start, changes, loader_state)
-    with open_task(setup) as task, RunRecord(folder, ranks, setup.first_step, task.tokenizer_file):
+    commits = Commits(ranks)
+    setup = Setup(config, ds_values, folder, ranks, commits, start, changes, loader_state)
+    with open_task(setup) as task, RunRecord(folder, ranks, setup.first_step, task.tokenizer_file), commits:
         require_steps(setup.first_step, task.steps)
         if start:
             task.load(start[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class Meeting:
 
 class ThreadRanks(Ranks):
     """Ranks whose `host` is a Meeting."""
+
+    def apart(self) -> ThreadRanks:
+        return replace(self, host=self.broadcast(Meeting(self.world)))
 
     def barrier(self) -> None:
         self.host.exchange(self.rank, None)

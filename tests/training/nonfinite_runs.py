@@ -32,7 +32,7 @@ class SpoiltLoader(PointsLoader):
     """NaN among the points of the `bad` steps; the steps of `removed` are not there at all."""
 
     def __init__(self, first_step: int, bad: Collection[int], removed: Collection[int]) -> None:
-        super().__init__(first_step, 10 * STEPS)
+        super().__init__(first_step, 10 * STEPS, Path())  # never killed
         self.bad, self.removed = bad, removed
 
     def __iter__(self) -> Iterator[NamedPoints]:

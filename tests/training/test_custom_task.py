@@ -6,7 +6,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,13 +45,15 @@ class PointsLoader:
 
     fingerprint, bad_samples = "points", 0
 
-    def __init__(self, first_step: int, last: int) -> None:
-        self.step, self.last = first_step, last
+    def __init__(self, first_step: int, last: int, commits: Path) -> None:
+        self.step, self.last, self.commits = first_step, last, commits
 
     def __iter__(self) -> Iterator[Points]:
         while self.step < self.last:
             self.step += 1
             yield Points(torch.randn(16, 3, generator=torch.Generator().manual_seed(self.step)))
+        while self.last < STEPS and not any(self.commits.glob("step-*")):  # written in the background
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def state(self):
@@ -95,8 +98,9 @@ class Regression(Task[Config, Points]):
     def after_step(self) -> None:
         self.updates += 1
 
-    def save(self, folder: Path) -> None:
-        (folder / "updates.json").write_text(json.dumps(self.updates))
+    def rest(self) -> Callable[[Path], None]:
+        text = json.dumps(self.updates)
+        return lambda folder: (folder / "updates.json").write_text(text)
 
     def load(self, folder: Path) -> None:
         self.updates = json.loads((folder / "updates.json").read_text())
@@ -129,7 +133,7 @@ def regress(config: Config, last: int = STEPS) -> int:
 
     @contextmanager
     def open_task(setup: Setup[Config]) -> Iterator[Regression]:
-        loader = PointsLoader(setup.first_step, last)
+        loader = PointsLoader(setup.first_step, last, setup.folder / "checkpoints")
         engine, _ = setup.begin_engine(partial(make_engine, setup), loader.fingerprint)
         yield Regression(setup, loader, engine, STEPS, 0.0)
 
@@ -168,6 +172,9 @@ def test_custom_task_resumes_exactly_after_a_kill(tmp_path):
     assert code == 0, output
     assert "continuing from step 16" in output
     assert lines(run) == lines(whole)
+    told = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    told = [line for line in told if "commit_seconds" in line]
+    assert told and all(0 < line["commit_stall"] <= line["commit_seconds"] for line in told)
     assert len(lines(run)) == STEPS
     assert json.loads((run / "updates.json").read_text()) == STEPS
 

@@ -116,6 +116,7 @@ def test_killed_pretraining_continues_bit_for_bit(tmp_path, small, whole, stage)
     settings, folder = {**small, **STOCHASTIC}, tmp_path / "killed"
     ranks = start_ranks({**settings, "output_dir": folder}, world=2, stage=stage)
     wait_for_step(folder / "log.jsonl", 2, ranks)
+    wait_for_commit(folder / "checkpoints")
     for rank in ranks:
         rank.kill()
         rank.communicate()
@@ -132,6 +133,14 @@ def wait_for_step(log: Path, step: int, ranks: list[Forked]) -> None:
     while last_step(log) < step:
         assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
         assert time.monotonic() < deadline, f"{log} did not reach step {step}"
+        time.sleep(0.02)
+
+
+def wait_for_commit(commits: Path) -> None:
+    """Checkpoints are written in the background."""
+    deadline = time.monotonic() + SECONDS
+    while not any(commits.glob("step-*")):
+        assert time.monotonic() < deadline, f"no checkpoint in {commits}"
         time.sleep(0.02)
 
 
