@@ -17,7 +17,7 @@ SOURCES = sorted([*(ROOT / "bevt_ds").rglob("*.py"), *(ROOT / "kernels").rglob("
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"])
 
 LAYERS = [  # a folder, or a file of bevt_ds itself, imports from its own layer's line and those before it
-    {"rng", "errors", "exit_codes", "folders", "progress", "disk", "tokenizer_names"},
+    {"rng", "errors", "exit_codes", "folders", "launcher", "progress", "disk", "tokenizer_names"},
     {"config"},
     {"batch", "kernels"},
     {"model", "data"},

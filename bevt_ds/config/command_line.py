@@ -21,6 +21,7 @@ from bevt_ds.config.schema import EvaluateConfig, InferenceT, RunConfig, Trainin
 from bevt_ds.config.validate import micro_steps, problems, require_inputs, validate
 from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import CLOSED_PIPE, INTERRUPTED
+from bevt_ds.launcher import launchers
 
 OTHERS_WAIT = 5.0  # seconds
 # From a configuration, the JSON, notes, ranks, and whether the settings are sound: what is printed, what stops the run.
@@ -240,6 +241,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 
 def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """What `run` does, with the exit code as its result."""
+    launchers()  # while they are there
     return while_read(partial(_exit_code, main, argv))
 
 

@@ -293,6 +293,10 @@ class LoopConfig:
         tuple[int, int],
         F("steps skipped as not finite, in a row and in all, after which one more stops the run", resume="free"),
     ] = (5, 50)
+    grace_seconds: A[
+        float,
+        F("from a request to stop to the end, committed or not; 0: as a step and a commit take", resume="free"),
+    ] = 0.0
 
     @property
     def streams(self) -> dict[str, tuple[int, int]]:

@@ -26,7 +26,7 @@ from bevt_ds.config.validate import micro_steps, zero_stage
 from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import LEDGER, BackgroundLoader
 from bevt_ds.errors import UserError
-from bevt_ds.exit_codes import FINISHED, NOT_LEARNED
+from bevt_ds.exit_codes import FINISHED, NOT_LEARNED, STOPPED
 from bevt_ds.folders import weights_of
 from bevt_ds.kernels import resolve
 from bevt_ds.model.weights import load_init
@@ -44,6 +44,7 @@ from bevt_ds.runtime.logging import SpeedMeter, StepSums, peak_bytes
 from bevt_ds.runtime.pieces import SavedPieces
 from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.runtime.run_record import RunRecord
+from bevt_ds.runtime.signals import Stopped, StopRequest
 from bevt_ds.train.nonfinite import Held, Watch, require_finite, require_good
 
 LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
@@ -205,11 +206,14 @@ def train_step(
     return sums
 
 
-def train(task: Task, batches: Iterator, log: RunLog) -> None:
+def train(task: Task, batches: Iterator, log: RunLog, stop: StopRequest) -> None:
     """Every step that is left, with its log lines and checkpoints.
 
     A checkpoint that is due after a step that was skipped waits for one that was not: what is saved then is known to
     be good for a step.
+
+    Raises:
+        Stopped: a rank has been asked to stop; the commit of the step that was under way has begun.
     """
     config, first, steps, watch = task.config.train, task.setup.first_step, task.steps, Watch(task)
     unreported, due, speed = None, False, SpeedMeter(config, task.step_flops, task.ranks.world, task.ranks.device)
@@ -227,11 +231,21 @@ def train(task: Task, batches: Iterator, log: RunLog) -> None:
             with speed.paused():
                 task.every_so_often(step, log)
             due = due or done % config.checkpoint_every == 0
-            if done == steps or (due and not watch.was_skipped(step)):
-                loss = None if watch.was_skipped(step) else task.metrics(sums.totals(task.ranks), step)["loss"]
-                save_checkpoint(task, done, loss)
+            committed = done == steps or (due and not watch.was_skipped(step))
+            if committed:
+                save_step(task, sums, step, watch)
                 due = False
+            if reason := stop.agreed(task.ranks):
+                if not committed:
+                    save_step(task, sums, step, watch)
+                raise Stopped(f"by {reason}; {done} steps are committed: resume=auto continues")
     task.setup.commits.wait()
+
+
+def save_step(task: Task, sums: StepSums, step: int, watch: Watch) -> None:
+    """Begin to commit what the run is after `step`, whose metrics `sums` are. Collective; see `save_checkpoint`."""
+    loss = None if watch.was_skipped(step) else task.metrics(sums.totals(task.ranks), step)["loss"]
+    save_checkpoint(task, step + 1, loss)
 
 
 def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step: int, skipped: bool = False) -> str:
@@ -313,7 +327,7 @@ def run_training(
     open_task: Callable[[Setup[ConfigT]], AbstractContextManager[Task]],
     given: Collection[str] = (),
 ) -> int:
-    """Set up a run of any kind and train to its end; returns the exit code.
+    """Set up a run of any kind and train to its end, or until it is asked to stop; returns the exit code.
 
     Args:
         config: the resolved configuration.
@@ -322,7 +336,28 @@ def run_training(
         open_task: makes the task, loader and engine included; leaving its block ends the loader.
         given: keys that the command line or the JSON decides; a run that goes on keeps its values of the others.
     """
-    ranks = start_ranks()
+    with StopRequest(config.train.grace_seconds) as stop:
+        ranks = start_ranks()
+        try:
+            return _run(config, ds_values, notes, open_task, given, ranks, stop)
+        except Stopped as stopped:  # its commit, in the background, has ended
+            stop.stopped()
+            if ranks.is_main:
+                print(f"\nstopped {stopped}", flush=True)
+            ranks.barrier()  # launchers end the other ranks once one has ended
+            return STOPPED
+
+
+def _run(
+    config: ConfigT,
+    ds_values: Mapping[str, Any],
+    notes: Sequence[str],
+    open_task: Callable[[Setup[ConfigT]], AbstractContextManager[Task]],
+    given: Collection[str],
+    ranks: Ranks,
+    stop: StopRequest,
+) -> int:
+    """`run_training`, once the ranks have met. Stopped: see `train`."""
     folder = run_dir.choose_folder(config, ranks)
     config = replace(config, output_dir=str(folder))
     if ranks.is_main:
@@ -351,7 +386,8 @@ def run_training(
         batches = iter(task.loader)
         with RunLog(folder, ranks, setup.first_step) as log:
             log.write_settings(config)
-            train(task, batches, log)
+            with stop.training():
+                train(task, batches, log, stop)
             with ranks.writing(folder / run_dir.WEIGHTS):
                 if ranks.is_main:
                     commit = folder / run_dir.CHECKPOINTS / checkpoint.name_of(task.steps)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.plan import clip_frames
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import read_member
+from bevt_ds.launcher import find
 from tests.loader.media import decode_clip, pooled_clips
 
 Load = Callable[[], bytes]
@@ -195,3 +197,33 @@ def test_workers_end_when_their_parent_is_killed(member: Load, is_alive: Callabl
     while any(map(is_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(is_alive, pids))
+
+
+def test_a_worker_ignores_what_a_launcher_sends_to_all(member: Load) -> None:
+    worker = DecodeWorker()
+    try:
+        request = {"work": "describe", "kind": "video", "limits": asdict(Limits())}
+        assert worker.ask(request, member(), 20.0)[0]["frames"] == 20
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            os.kill(worker.pid, number)
+        assert worker.ask(request, member(), 20.0)[0]["frames"] == 20
+    finally:
+        worker.close()
+
+
+def test_a_busy_worker_ends_with_its_parent() -> None:
+    """One that waits for work has its pipe closed; one that decodes must look for itself."""
+    wait = "import time; print(flush=True); time.sleep(600)"
+    work = f"from bevt_ds.data.decoding.worker import begin_watch; begin_watch(); {wait}"
+    start = (
+        f"child = subprocess.Popen([sys.executable, '-c', {work!r}], stdout=subprocess.PIPE); child.stdout.readline()"
+    )
+    code = f"import subprocess, sys, time; {start}; print(child.pid, flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        child = find(int(parent.stdout.readline()))
+        assert child.is_alive()
+        parent.kill()
+    end = time.monotonic() + 60
+    while child.is_alive():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -31,14 +32,16 @@ from bevt_ds.data.plan import CHOICES
 
 Answer = tuple[dict[str, Any], bytes]
 Work = Callable[[bytes, Limits, dict[str, Any]], Answer]
+LOOK_EVERY = 1.0  # seconds
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
-    """Serve until the pipe closes, which is also what happens when the parent dies."""
+    """Serve until the pipe closes, or the parent dies."""
+    begin_watch()
     av.logging.set_level(av.logging.PANIC)
-    # a terminal sends it to all; when to stop is the parent's decision
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a terminal or launcher sends them to all; the parent decides
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     works = {**WORKS, "clips": partial(clips, SharedMemory(int(sys.argv[1])))}
     replies.write(READY)
@@ -49,6 +52,18 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"])
         serve(works, request, requests.read(request["size"]), replies)
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def begin_watch() -> None:
+    """From now on, end this process when its parent dies, whatever it is at."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_EVERY)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def serve(works: dict[str, Work], request: dict[str, Any], data: bytes, replies: BinaryIO) -> None:
