@@ -1,5 +1,6 @@
 """Windowed 3-D attention, mask tokens and the masked head, as Triton kernels and in plain PyTorch."""
 
+from .accelerate import accelerate
 from .geometry import Windows
 from .launches import launch_counts, reset_launch_counts
 from .ops import gather_masked, insert_mask_tokens, masked_cross_entropy, window_attention
@@ -7,6 +8,7 @@ from .providers import resolve
 
 __all__ = [
     "Windows",
+    "accelerate",
     "gather_masked",
     "insert_mask_tokens",
     "launch_counts",

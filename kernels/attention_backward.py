@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import FOLD, SMALL_WINDOW, key_tiles, pair_groups, pair_tiles, query_tiles, small_tiles
+from .configs import FOLD, is_small, key_tiles, pair_groups, pair_tiles, query_tiles, small_tiles
 from .geometry import Windows
 from .launches import launch, launch_regions
 from .tiles import (
@@ -339,9 +339,9 @@ def launch_large(
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     stats = table.new_empty((len(qkv) * windows.regions, len(table), 2, codes.shape[1]))
     tensors = (qkv, table, codes, out, lse, dout, dqkv, delta, stats)
-    launch_regions(window_attention_bwd_q_kernel, tensors, query_tiles(qkv.dtype), windows, scale)
+    launch_regions(window_attention_bwd_q_kernel, tensors, query_tiles(qkv.dtype, qkv.shape[-1]), windows, scale)
     tensors = (qkv, table, codes, dout, stats, dqkv)
-    launch_regions(window_attention_bwd_kv_kernel, tensors, key_tiles(qkv.dtype), windows, scale)
+    launch_regions(window_attention_bwd_kv_kernel, tensors, key_tiles(qkv.dtype, qkv.shape[-1]), windows, scale)
     return dqkv, launch_pairs(dout, qkv, table, codes, lse, delta, windows, scale)
 
 
@@ -350,7 +350,7 @@ def launch_pairs(
 ) -> Tensor:
     """pairs (groups, h, N, N): dS summed over the windows of each group."""
     batch, heads, d = qkv.shape[0], qkv.shape[5], qkv.shape[6]
-    tile = pair_tiles(qkv.dtype)
+    tile = pair_tiles(qkv.dtype, qkv.shape[-1])
     squares = triton.cdiv(windows.tokens, tile["BLOCK_M"]) * triton.cdiv(windows.tokens, tile["BLOCK_N"])
     groups = pair_groups(batch * windows.whole, heads * squares)
     pairs = table.new_empty((groups, heads, windows.tokens, windows.tokens))
@@ -364,5 +364,5 @@ def launch_backward(
     dout: Tensor, qkv: Tensor, table: Tensor, codes: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """dqkv, packed as qkv, and pairs (groups, h, N, N); table and codes are what `prepare_kernel` makes."""
-    launch_kernels = launch_small if windows.tokens <= SMALL_WINDOW else launch_large
+    launch_kernels = launch_small if is_small(windows.tokens, qkv.shape[-1]) else launch_large
     return launch_kernels(dout, qkv, table, codes, out, lse, windows, scale)

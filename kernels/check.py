@@ -60,15 +60,21 @@ def shipped_windows() -> Iterator[Windows]:
     yield Windows((1, 32, 32), (1, 4, 4), (4, 4, 4), (0, 2, 2), (0, 2, 2))
 
 
-def record_attention(windows: Windows, dtype: torch.dtype) -> None:
-    """Forward and backward of one geometry; the kernels do not depend on batch or heads."""
-    qkv = torch.empty((1, *windows.grid, 3, 4, 32), dtype=dtype, device="meta")
+def wide_windows() -> Iterator[Windows]:
+    """A large window, one of 49 tokens, and one that the fused backward kernel takes."""
+    for side in (16, 7, 4):
+        yield Windows((1, 4 * side, 4 * side), *[(1, side, side)] * 2, *[(0, side // 2, side // 2)] * 2)
+
+
+def record_attention(windows: Windows, dtype: torch.dtype, width: int) -> None:
+    """Forward and backward of one geometry and width of heads; the kernels do not depend on batch or heads."""
+    qkv = torch.empty((1, *windows.grid, 3, 4, width), dtype=dtype, device="meta")
     table = torch.empty((windows.table_rows, 4), dtype=torch.float32, device="meta")
-    out, lse = attention.launch_forward(qkv, table, windows, 32**-0.5)
+    out, lse = attention.launch_forward(qkv, table, windows, width**-0.5)
     for table_dtype in DTYPES:
         bias_table = table.to(table_dtype)
         tables = attention.launch_prepare(bias_table, windows)
-        _, pairs = attention_backward.launch_backward(out, qkv, *tables, out, lse, windows, 32**-0.5)
+        _, pairs = attention_backward.launch_backward(out, qkv, *tables, out, lse, windows, width**-0.5)
         attention_backward.launch_fold(pairs, bias_table, windows)
 
 
@@ -89,11 +95,13 @@ def record_masked(width: int, dtype: torch.dtype) -> None:
 
 
 def shipped_launches() -> list[Launch]:
-    """Every launch that the models make."""
+    """Every launch that the models make, and those of wide heads, which only other models have."""
     with record() as launches:
         for dtype in DTYPES:
             for windows in shipped_windows():
-                record_attention(windows, dtype)
+                record_attention(windows, dtype, 32)
+            for windows in wide_windows():
+                record_attention(windows, dtype, 64)
             for width in WIDTHS:
                 record_masked(width, dtype)
     return launches

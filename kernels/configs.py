@@ -14,6 +14,7 @@ PROGRAMS = 4 * 132  # enough to fill the largest GPU we know several times over;
 
 PREPARE = 512  # table rows or codes of a program of prepare_kernel
 SMALL_WINDOW = 64  # tokens up to which one tile holds a window
+WIDE = 64  # heads from this width on need smaller tiles or more warps, or they spill
 FOLD = {"BLOCK": 64, "ROWS": 16, "num_warps": 4}  # queries and neighbouring offsets of a step of fold_pairs
 
 
@@ -49,25 +50,34 @@ def forward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
     return Tiles(64, 64, 64 if tokens <= SMALL_WINDOW else 16, 4, 1)
 
 
-def query_tiles(dtype: torch.dtype) -> Tiles:
-    """Tiles of the backward kernel for dq.
+def query_tiles(dtype: torch.dtype, width: int) -> Tiles:
+    """Tiles of the backward kernel for dq, of heads `width` wide.
 
     Here and below no larger and without pipelining: Triton 3.6 was seen to miscompile 64x128 tiles of
     32-wide heads with two stages (triton-lang/triton#10573).
     """
-    return Tiles(32, 32, 16, 4, 1) if dtype == torch.float32 else Tiles(64, 64, 16, 4, 1)
+    if dtype == torch.float32:
+        return Tiles(32, 32, 16, 4 if width < WIDE else 8, 1)
+    return Tiles(64, 64, 16, 4, 1)
 
 
-def key_tiles(dtype: torch.dtype) -> Tiles:
+def key_tiles(dtype: torch.dtype, width: int) -> Tiles:
     """Tiles of the backward kernel for dk and dv: `block_m` keys, `block_n` queries."""
-    return Tiles(32, 32, 16, 4, 1) if dtype == torch.float32 else Tiles(64, 32, 16, 4, 1)
+    if dtype == torch.float32:
+        return Tiles(32, 32, 16, 4 if width < WIDE else 8, 1)
+    return Tiles(64, 32, 16, 4, 1)
 
 
-def pair_tiles(dtype: torch.dtype) -> dict[str, int]:
+def pair_tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
     """Tile of the kernel that sums dS over windows."""
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 64 if width < WIDE else 32, "num_warps": 4, "num_stages": 1}
+
+
+def is_small(tokens: int, width: int) -> bool:
+    """Whether one kernel does all of the backward pass. Tiles of wide heads fit the registers up to 32 tokens."""
+    return tokens <= (SMALL_WINDOW if width < WIDE else 32)
 
 
 def small_tiles(tokens: int, dtype: torch.dtype) -> dict[str, int]:

@@ -14,7 +14,7 @@ from .once import differentiable_once
 from .providers import resolve
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HEAD_DIMS = (16, 32)  # what the tiles are made for; BEVT's is 32
+HEAD_DIMS = (16, 32, 64)  # what the tiles are made for; BEVT's is 32
 
 
 def _runs_kernels(provider: str, x: Tensor) -> bool:

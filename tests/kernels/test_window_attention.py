@@ -31,6 +31,13 @@ def test_window_attention_head_dim_batch_and_scale(case, device, inputs, check_o
     check_op(attend, reference.window_attention, (qkv, table), windows=windows, scale=0.5)
 
 
+@pytest.mark.parametrize("case", ["clip-shifted", "large-shifted"])
+def test_window_attention_of_wide_heads(case, dtype, device, inputs, check_op, poisoned):
+    """d = 64 has tiles of its own."""
+    qkv, table, windows = inputs(case, dtype, device, heads=1, d=64)
+    check_op(attend, reference.window_attention, (qkv, table), windows=windows)
+
+
 def test_window_attention_with_a_float32_table(device, inputs):
     """A float32 table with float16 activations gives a float32 gradient."""
     qkv, table, windows = inputs("clip", torch.float16, device)
