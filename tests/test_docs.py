@@ -83,6 +83,7 @@ def test_shards_command_is_parsed(command, monkeypatch):
     monkeypatch.setattr(shards_cli.argparse.ArgumentParser, "error", lambda self, message: pytest.fail(message))
     for verb in ("_pack", "_index", "_check", "_stats", "_draw"):
         monkeypatch.setattr(shards_cli, verb, lambda arguments, verb=verb: calls.append(verb))
+    monkeypatch.setattr(shards_cli, "ensure_demo_shards", calls.append)
     assert shards_cli.main(shlex.split(command, comments=True)) == 0
     assert len(calls) == 1
 
