@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +77,15 @@ def start_ranks(settings: dict[str, object], world: int, stage: int = 2) -> list
 
 def start_python(arguments: list[str], world: int) -> list[Forked]:
     """Start `python ARGUMENTS` on so many ranks, forked from a process that has its imports."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [Forked(arguments, environment(**place, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(world)]
+
+
+def free_port() -> int:
+    """A port that no one uses; below those that the system gives out unasked."""
+    while True:
+        with suppress(OSError), socket.create_server(("", 10_000 + secrets.randbelow(20_000))) as probe:
+            return probe.getsockname()[1]
 
 
 def run_ranks(folder: Path, settings: dict[str, object], world: int = 1, stage: int = 2) -> Finished:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,18 @@ from bevt_ds.model.weights import load_init
 from bevt_ds.shards.pack import pack
 from tests.training.golden_curve import FILE, curve_run
 from tests.training.preloaded import Forked
-from tests.training.processes import ROOT, SECONDS, SMALL, Finished, command, environment, run_ranks, start_ranks
+from tests.training.processes import (
+    ROOT,
+    SECONDS,
+    SMALL,
+    Finished,
+    command,
+    environment,
+    free_port,
+    run_ranks,
+    start_ranks,
+    wait_for,
+)
 
 
 def test_losses_equal_the_golden_curve(tmp_path, shards):
@@ -169,6 +180,22 @@ def test_run_starts_with_every_launcher(tmp_path, small, launcher, stage, precis
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert last_step(tmp_path / "run" / "log.jsonl") == 0
+
+
+@pytest.mark.dist
+def test_two_launches_with_their_own_node_rank_train_together(tmp_path, small, whole):
+    """As on two machines, a rank each: the losses are those of two ranks of one machine, to the last bit."""
+    words = command(2, {**small, **STOCHASTIC, "output_dir": tmp_path / "run"})
+    torchrun = [Path(sys.executable).parent / "torchrun", "--nnodes=2", "--nproc_per_node=1"]
+    torchrun += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    start = partial(subprocess.Popen, cwd=ROOT, env=environment(), **pipes)
+    nodes = [start([*torchrun, f"--node_rank={node}", *words]) for node in range(2)]
+    outputs = wait_for(nodes)
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    (entry,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert entry["ranks"] == 2
+    assert Finished(0, outputs[0], tmp_path / "run").losses() == whole(2).losses()
 
 
 def test_pretraining_on_real_media(tmp_path, small, media):
