@@ -17,6 +17,7 @@ from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.validate import validate
 from bevt_ds.plan.memory import WIDTHS
 from bevt_ds.plan.traffic import expected_bytes, sent_bytes
+from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.engine import start_ranks
 from bevt_ds.train.loop import Setup, train_step
 from bevt_ds.train.pretraining import Pretraining, make_engine, make_tokenizer
@@ -45,7 +46,7 @@ def set_up(job: Job) -> tuple[Pretraining, Batch]:
     """The training program's own parts, but for its loader, and a micro-batch of noise in its place."""
     samples, ranks = job.ranks * job.micro_steps, start_ranks()
     config = validate(base_configuration(job.model, job.micro_clips, job.micro_images, samples))
-    setup = Setup(config, read_json(f"zero{job.zero}"), Path(), ranks)
+    setup = Setup(config, read_json(f"zero{job.zero}"), Path(), ranks, Commits(ranks))
     tokenizer = make_tokenizer(config, ranks)
     engine = make_engine(config, setup, tokenizer.vocab_size, config.train.steps)
     data, train = config.data, config.train

@@ -23,6 +23,7 @@ from bevt_ds.config.schema import Config
 from bevt_ds.config.validate import validate
 from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import DalleTokenizer, RandomProjectionTokenizer, Tokenizer
+from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import DTYPES
 from bevt_ds.runtime.optim import parameter_groups
@@ -158,7 +159,7 @@ class Ours:
         precision = {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]
         model = replace(setting.config.model, kernels="auto" if levers.kernels else "torch", **switches)
         config = replace(setting.config, model=model, train=replace(setting.config.train, precision=precision))
-        setup = Setup(config, read_json("zero2"), Path(), setting.ranks)
+        setup = Setup(config, read_json("zero2"), Path(), setting.ranks, Commits(setting.ranks))
         tokenizer = setting.make_tokenizer(model.compile)
         engine = make_engine(config, setup, tokenizer.vocab_size, config.train.steps)
         levers.take_back(engine)
