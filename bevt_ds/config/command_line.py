@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bevt_ds.config.deepspeed import merge, read_json
+from bevt_ds.config.engines import launch_problems, ranks_a_node
 from bevt_ds.config.files import ENGINE, read_overrides, saved_config
 from bevt_ds.config.help import page
 from bevt_ds.config.parse import apply_overrides, config_fields, get_value, parse_overrides
@@ -79,7 +80,7 @@ def parse_arguments(argv: Sequence[str], default_recipe: str, default_json: str)
         else:
             overrides.append(word)
     if json_path == "":
-        raise UserError("--deepspeed_config needs a file, or a name: zero1, zero2, zero3.")
+        raise UserError("--deepspeed_config needs a file, or a name, such as zero2.")
     settings = {} if named["config"] is None else read_overrides(named["config"])
     of_file = settings.pop("recipe", "") or _run_to_continue(settings, overrides) or default_recipe
     recipe = of_file if named["recipe"] is None else named["recipe"]
@@ -148,7 +149,7 @@ def dry_run(
     values = read_json(arguments.deepspeed_config)
     stops: list[str] = []
     config, notes = _listed(stops, partial(merge, config, set(overrides), values, world), (config, []))
-    stops += problems(config, values)
+    stops += [*problems(config, values), *launch_problems(config, values, world, ranks_a_node(os.environ, world))]
     notes += [] if stops else _listed(stops, partial(check, config), [])
     text, more = report(config, values, notes, world, not stops)
     print("\n".join([text, *(f"would stop     {problem}" for problem in [*stops, *more])]))
@@ -177,6 +178,8 @@ def resolve_config(
     values = read_json(arguments.deepspeed_config)
     config, notes = merge(config, set(overrides), values, world)
     micro_steps(validate(config, values), world)
+    for problem in launch_problems(config, values, world, ranks_a_node(os.environ, world)):
+        raise UserError(problem)
     return config, values, notes
 
 

@@ -20,6 +20,8 @@ from bevt_ds.errors import UserError
 AUTO = "auto"
 NEVER = 1 << 62  # steps
 MAX_BUCKET = 200_000_000  # elements; DeepSpeed's 5e8 would reserve gigabytes for a small model
+# A bucket of gradients is sent when it is full: only several of them let sending overlap with the backward pass.
+BUCKETS, MAX_REDUCED = 8, 50_000_000  # at least so many, of at most so many elements
 
 DIRECT = {  # JSON path -> the config field it stands for
     "gradient_clipping": "optim.clip_grad",
@@ -130,7 +132,13 @@ def merge(config: TrainingT, explicit: set[str], values: dict[str, Any], world: 
 
 
 def resolve(
-    values: dict[str, Any], config: TrainingConfig, world: int, largest: int, total: int, width: int
+    values: dict[str, Any],
+    config: TrainingConfig,
+    world: int,
+    largest: int,
+    total: int,
+    width: int,
+    local: int | None = None,
 ) -> dict[str, Any]:
     """The dict for `deepspeed.initialize`: every "auto" replaced; the optimizer section is ours and left out.
 
@@ -140,14 +148,16 @@ def resolve(
         world: number of ranks.
         largest, total: elements of the largest parameter, and of all.
         width: channels of the last stage.
+        local: ranks on each node; None: all are on one.
 
     Raises:
         UserError: an "auto" at a place this project does not know.
     """
     train, steps = config.train, micro_steps(config, world)
     micro = sum(total for total, _ in train.streams.values()) // (world * steps)
-    bucket = max(largest, min(total, MAX_BUCKET))
-    bucket += bucket % 2  # DeepSpeed refuses an odd one
+    gathered = even(max(largest, min(total, MAX_BUCKET)))
+    reduced = even(max(largest, min(total // BUCKETS, MAX_REDUCED)))
+    whole = max(largest, total // 2)  # ZeRO-3: so much of the model is whole on a rank, at most, beyond what is in use
     known = {
         "train_batch_size": micro * world * steps,
         "train_micro_batch_size_per_gpu": micro,
@@ -157,10 +167,15 @@ def resolve(
         "fp16.enabled": train.precision == "fp16",
         "steps_per_print": NEVER,  # the project logs by itself
         "zero_optimization.overlap_comm": world > 1,
-        "zero_optimization.reduce_bucket_size": bucket,
-        "zero_optimization.allgather_bucket_size": bucket,
+        "zero_optimization.reduce_bucket_size": reduced,
+        "zero_optimization.allgather_bucket_size": gathered,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * width * width),
         "zero_optimization.stage3_param_persistence_threshold": 10 * width,
+        "zero_optimization.stage3_max_live_parameters": whole,
+        "zero_optimization.stage3_max_reuse_distance": whole,
+        "zero_optimization.zero_hpz_partition_size": local or world,
+        "zero_optimization.offload_optimizer.nvme_path": train.offload_dir,
+        "zero_optimization.offload_param.nvme_path": train.offload_dir,
     }
     result = {name: value for name, value in deepcopy(values).items() if name != "optimizer"}
     for path in _auto_paths(result):
@@ -174,6 +189,11 @@ def resolve(
     if train.precision == "bf16" and _lookup(result, ACCUMULATION) is None:
         _assign(result, ACCUMULATION, "fp32")  # DeepSpeed's default would add micro-steps up in bf16
     return result
+
+
+def even(size: int) -> int:
+    """The size of a bucket, of which DeepSpeed refuses an odd one."""
+    return size + size % 2
 
 
 def _check_checkpoint(path: str, values: dict[str, Any]) -> None:

@@ -288,6 +288,9 @@ class LoopConfig:
     checkpoint_every: A[
         int, F("steps from one checkpoint to the next; one is written at the end too", least=1, resume="free")
     ] = 1000
+    offload_dir: A[
+        str, F("folder on a local disk of each node, for a DeepSpeed JSON that offloads to nvme", resume="free")
+    ] = ""
     keep_checkpoints: A[int, F("older checkpoints are removed beyond this number", least=1, resume="free")] = 2
     max_skipped: A[
         tuple[int, int],

@@ -271,10 +271,8 @@ def micro_steps(config: TrainingConfig, world: int) -> int:
 
 def micro_steps_of(streams: Mapping[str, tuple[int, int]], world: int) -> int:
     """`micro_steps` from what a run's streams take: samples a step, and samples of a rank's forward pass."""
-    ranks = ranks_that_divide(streams)
-    counts = {
-        name: _accumulation(name, total, micro, world, ranks) for name, (total, micro) in streams.items() if total > 0
-    }
+    sizes = {name: both for name, both in streams.items() if both[0] > 0}
+    counts = {name: _accumulation(name, sizes, world) for name in sizes}
     if len(set(counts.values())) > 1:
         raise UserError(
             f"clips need {counts['clips']} forward passes a step and images {counts['images']}: they must need as"
@@ -289,20 +287,34 @@ def ranks_that_divide(streams: Mapping[str, tuple[int, int]]) -> list[int]:
     return [n for n in range(1, shared + 1) if shared % n == 0]
 
 
-def _accumulation(name: str, total: int, micro: int, world: int, ranks: list[int]) -> int:
+def _accumulation(name: str, sizes: Mapping[str, tuple[int, int]], world: int) -> int:
+    total, micro = sizes[name]
     if micro > 0 and total % (micro * world) == 0:
         return total // (micro * world)
     fits = [m for m in range(1, total // world + 1) if total % (m * world) == 0]
-    hint = (
-        f"with {world} ranks train.micro_{name} can be {', '.join(map(str, fits))}"
-        if fits
-        else f"train.global_{name} must be a multiple of the {world} ranks; {', '.join(map(str, ranks))} ranks divide"
-        " the step"
-    )
     raise UserError(
         f"train.global_{name}={total} does not divide into micro-batches of train.micro_{name}={micro} on"
-        f" {world} ranks: {hint}."
+        f" {world} ranks: {_micro_advice(name, fits, sizes, world) if fits else _ranks_advice(name, sizes, world)}."
     )
+
+
+def _micro_advice(name: str, fits: list[int], sizes: Mapping[str, tuple[int, int]], world: int) -> str:
+    ranks = _fitting_worlds(sizes)
+    others = f"; or start it on {', '.join(map(str, ranks))} rank{'s' * (ranks != [1])}" if ranks else ""
+    return f"with {world} ranks train.micro_{name} can be {', '.join(map(str, fits))}{others}"
+
+
+def _ranks_advice(name: str, sizes: Mapping[str, tuple[int, int]], world: int) -> str:
+    ranks = ", ".join(map(str, ranks_that_divide(sizes)))
+    return f"train.global_{name} must be a multiple of the {world} ranks; {ranks} ranks divide the step"
+
+
+def _fitting_worlds(sizes: Mapping[str, tuple[int, int]]) -> list[int]:
+    """Numbers of ranks on which all streams divide as they are."""
+    least = min(total for total, _ in sizes.values())
+    whole = [micro > 0 and total % micro == 0 for total, micro in sizes.values()]
+    passes = {total // micro for total, micro in sizes.values()} if all(whole) else set()
+    return [n for n in range(1, least + 1) if len(passes) == 1 and min(passes) % n == 0]
 
 
 def unless(holds: bool, message: str) -> list[str]:

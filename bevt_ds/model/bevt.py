@@ -29,7 +29,7 @@ from .inputs import (
     require_multiples,
     require_pixels,
 )
-from .layers import LMHead, MaskToken, PatchEmbed, Upsample, init_weights
+from .layers import LMHead, MaskToken, PatchEmbed, Upsample
 from .video_swin import VideoSwin
 from .weights import PretrainedMixin
 from .windows import WindowPolicy
@@ -115,10 +115,6 @@ class BEVT(PretrainedMixin, nn.Module):
         self.image_decoder = Decoder(dim, frames=1, kernels=kernels)
         self.lm_head = LMHead(dim, vocab_size, kernels)
         self.init_weights()
-
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters again; see `layers.init_weights`."""
-        init_weights(self, generator)
 
     def forward_video(self, clip: Tensor, mask: Tensor, sample_keys: Tensor | None = None) -> Tensor:
         """Features of every output position of clips, after the shared norm.

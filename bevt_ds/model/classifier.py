@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .drop_path import uniform
 from .inputs import CLIPS, require_pixels
-from .layers import init_weights
+from .layers import draw_parameters
 from .video_swin import VideoSwin
 from .weights import PretrainedMixin
 
@@ -46,10 +46,11 @@ class VideoClassifier(PretrainedMixin, nn.Module):
         self.head = nn.Linear(self.encoder.norm.normalized_shape[0], num_classes)
         self.init_weights()
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters again: the encoder as in pretraining, the head normal of std 0.01 with bias 0."""
-        init_weights(self, generator)
-        with torch.no_grad():
+    @torch.no_grad()
+    def draw(self, module: nn.Module, generator: torch.Generator | None = None) -> None:
+        """The encoder's as in pretraining, the head's normal of std 0.01 with bias 0."""
+        draw_parameters(module, generator)
+        if module is self.head:
             nn.init.normal_(self.head.weight, std=HEAD_STD, generator=generator)
 
     def forward(self, clip: Tensor, sample_keys: Tensor | None = None) -> Tensor:

@@ -166,6 +166,10 @@ class WindowAttention(nn.Module):
         return self.proj(x[:, :t, :h, :w])
 
 
+class BranchNorm(nn.LayerNorm):
+    """The norm behind a residual branch: a class of its own because its initialisation is."""
+
+
 class Block(nn.Module):
     """Transformer block: windowed attention, then MLP, each on a residual branch with a LayerNorm.
 
@@ -178,9 +182,10 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.norm = norm
-        self.norm1 = nn.LayerNorm(dim)
+        make_norm = BranchNorm if norm == "post" else nn.LayerNorm
+        self.norm1 = make_norm(dim)
         self.attn = WindowAttention(dim, num_heads, window, kernels)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = make_norm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, windows: Windows, scales: Tensor | None = None, recompute: Recompute = "") -> Tensor:
@@ -198,33 +203,31 @@ class Block(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Initialise every parameter of `model` as the original does, drawing from `generator` (None: torch's own).
+def draw_parameters(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Initialise the parameters that `module` itself has, not its children's, as the original does.
 
-    Linear layers, bias tables and the mask token: normal of std 0.02; biases 0; LayerNorm 1 and 0. What the
-    original writes as convolutions keeps torch's default for those: uniform within 1/sqrt(fan-in), where the fan-in of
-    a transposed convolution counts its outputs. The norms of post-norm branches begin with weight 0.
+    generator: None: torch's own. Linear layers, bias tables and the mask token: normal of std 0.02; biases 0; LayerNorm
+    1 and 0. What the original writes as convolutions keeps torch's default for those: uniform within 1/sqrt(fan-in),
+    where the fan-in of a transposed convolution counts its outputs. Norms behind a branch begin with weight 0.
     """
-    for module in model.modules():
-        match module:
-            case PatchProjection():
-                _init_uniform(module, module.in_features, generator)
-            case Upsample():
-                _init_uniform(module, module.weight[0].numel(), generator)
-            case nn.Linear():
-                _init_normal(module.weight, generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            case nn.LayerNorm():
-                module.reset_parameters()
-            case WindowAttention():
-                _init_normal(module.relative_position_bias_table, generator)
-            case MaskToken():
-                _init_normal(module.token, generator)
-    for module in model.modules():
-        if isinstance(module, Block) and module.norm == "post":
-            for norm in (module.norm1, module.norm2):
-                nn.init.zeros_(norm.weight)
+    match module:
+        case PatchProjection():
+            _init_uniform(module, module.in_features, generator)
+        case Upsample():
+            _init_uniform(module, module.weight[0].numel(), generator)
+        case nn.Linear():
+            _init_normal(module.weight, generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        case BranchNorm():
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        case nn.LayerNorm():
+            module.reset_parameters()
+        case WindowAttention():
+            _init_normal(module.relative_position_bias_table, generator)
+        case MaskToken():
+            _init_normal(module.token, generator)
 
 
 def _init_normal(weight: Tensor, generator: torch.Generator | None) -> None:

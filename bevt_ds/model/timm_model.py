@@ -17,7 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from bevt_ds.batch import MEAN, STD
 from bevt_ds.errors import UserError
 
-from .layers import init_weights
+from .layers import draw_parameters
 from .video_swin import VideoSwin
 from .weights import load_tensors
 
@@ -84,7 +84,7 @@ class TimmVideoSwin(LoadsAnyLayout):
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        init_weights(self.head)
+        draw_parameters(self.head)
         self.arch = self.encoder.arch | ({"num_classes": num_classes} if num_classes else {})
         self.default_cfg = self.pretrained_cfg = default_cfg(self.arch, num_classes)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .arch import SwinArch
 from .drop_path import residual_scales
 from .inputs import CLIPS, IMAGES, look_at_values, require_keys, require_pixels
-from .layers import Block, PatchEmbed, PatchMerging, Recompute, again, init_weights
+from .layers import Block, PatchEmbed, PatchMerging, Recompute, again
 from .weights import PretrainedMixin
 from .windows import WindowPolicy, block_windows
 
@@ -94,10 +94,6 @@ class VideoSwin(PretrainedMixin, nn.Module):
         self.init_weights()
         if compile:
             compile_blocks(self)
-
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters again; see `layers.init_weights`."""
-        init_weights(self, generator)
 
     def encode(self, tokens: Tensor, policy: WindowPolicy = "swin", sample_keys: Tensor | None = None) -> list[Tensor]:
         """Tokens (B,T',H',W',C) -> every stage's output before merging, channels last.

@@ -9,11 +9,12 @@ from __future__ import annotations
 import inspect
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from bevt_ds.disk import writing
@@ -23,6 +24,7 @@ from bevt_ds.folders import WEIGHTS, weights_of
 from .arch import SwinArch
 from .containers import State, contained, deepspeed_folder, read_deepspeed, read_file, strip
 from .convert import TABLE, Weights, fit_table, from_state, infer_window, listed, without_untrained
+from .layers import draw_parameters
 from .tensor_file import write_tensors
 from .windows import Size3
 
@@ -68,9 +70,36 @@ class LoadReport:
 
 
 class PretrainedMixin:
-    """`save_pretrained` and `from_pretrained` for a module whose `arch` holds its constructor's arguments."""
+    """Initial, saved and loaded weights of a module whose `arch` holds its constructor's arguments."""
 
     arch: dict[str, Any]  # what the network is; not how it runs (checkpointing, kernels)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters again; see `layers.draw_parameters`."""
+        for module in self.modules():
+            self.draw(module, generator)
+
+    def draw(self, module: nn.Module, generator: torch.Generator | None = None) -> None:
+        """Draw the parameters that one of the modules in here itself has."""
+        draw_parameters(module, generator)
+
+    @torch.no_grad()
+    def materialise(self, generator: torch.Generator, state: State) -> Iterator[tuple[str, nn.Module]]:
+        """Give a model on the meta device memory and values on the CPU: a module after the other, yielded by name.
+
+        The values are those of `init_weights` on the whole model, and of `state` where it has them: to the last bit,
+        whatever is done with a module in between.
+        """
+        for place, module in self.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            for name, empty in own.items():
+                real = nn.Parameter(torch.empty_like(empty, device="cpu"), requires_grad=empty.requires_grad)
+                setattr(module, name, real)
+            self.draw(module, generator)
+            for name in own:
+                if (full := f"{place}.{name}".lstrip(".")) in state:
+                    getattr(module, name).copy_(state[full])
+            yield place, module
 
     def save_pretrained(
         self,
@@ -126,8 +155,15 @@ def load_init(model: PretrainedMixin, path: str | Path, head: bool = True) -> Lo
 
     Raises UserError where the file is missing, of another architecture, or was trained with other `image_windows`.
     """
+    state, report = fit_init(model, path, head)
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def fit_init(model: PretrainedMixin, path: str | Path, head: bool = True) -> tuple[State, LoadReport]:
+    """What `load_init` would copy, by parameter name, and its report. The model may be on the meta device."""
     weights = read_weights(Path(path))
-    return load_weights(model, weights if head else _without_token_head(weights))
+    return _fit(model, weights if head else _without_token_head(weights))
 
 
 def load_tensors(model: nn.Module, tensors: State) -> LoadReport:
@@ -225,7 +261,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, weights: Weights) -> LoadReport:
-    """Copy `weights` into `model`, strictly, fitting bias tables to the model's window."""
+    """Copy into `model` what `weights` has for it."""
+    state, report = _fit(model, weights)
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def _fit(model: nn.Module, weights: Weights) -> tuple[State, LoadReport]:
+    """What `weights` has for `model`, strictly, with bias tables fitted to the model's window; and the report."""
     weights = _without_other_parts(model, weights)
     state, unused = dict(weights.state), dict(weights.unused)
     if not any(name.startswith(ENCODER) for name, _ in model.named_parameters()):
@@ -234,8 +277,7 @@ def load_weights(model: nn.Module, weights: Weights) -> LoadReport:
     resized = _fit_tables(state, weights, tuple(model.arch["window"]))
     state |= resized
     fresh = _check_names(model.state_dict(), state, weights)
-    model.load_state_dict(state, strict=False)
-    return LoadReport(weights.source, tuple(state), tuple(resized), tuple(fresh), unused, tuple(weights.notes))
+    return state, LoadReport(weights.source, tuple(state), tuple(resized), tuple(fresh), unused, tuple(weights.notes))
 
 
 def _without_other_parts(model: nn.Module, weights: Weights) -> Weights:

@@ -93,7 +93,8 @@ def make_plan(
     world, zero = machines.gpus, values.get("zero_optimization") or {}
     passes, (clips, images) = micro_steps(config, world), micro_of(config)
     parameters, largest = parameter_counts(canonical(config))
-    settings = resolve(dict(values), config, world, largest, parameters, arch_of(config.model).width)
+    local = min(world, machines.per_node)
+    settings = resolve(dict(values), config, world, largest, parameters, arch_of(config.model).width, local)
     memory = memory_of(config, settings, world, passes)
     work = flops(config, clips * passes * world, images * passes * world)
     moved = sent(parameters, world, passes, WIDTHS[config.train.precision], settings.get("zero_optimization", {}))

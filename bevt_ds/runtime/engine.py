@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
@@ -27,7 +28,9 @@ from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
 from bevt_ds.config.deepspeed import resolve
+from bevt_ds.config.engines import offload_folders, ranks_a_node, room_problems
 from bevt_ds.config.schema import AdamWConfig, TrainingConfig
+from bevt_ds.config.validate import zero_stage
 from bevt_ds.errors import UserError
 from bevt_ds.model.containers import FROZEN
 from bevt_ds.runtime.distributed import Ranks, choose_rendezvous
@@ -70,18 +73,29 @@ def start_ranks() -> Ranks:
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, host)
 
 
-def require_supported(config: TrainingConfig, device: torch.device, stage: int) -> None:
-    """Check what a run of this ZeRO stage asks of the device.
+def require_supported(config: TrainingConfig, device: torch.device, values: Mapping[str, Any]) -> None:
+    """Check what a run with this DeepSpeed JSON asks of the device.
 
     Raises:
-        UserError: a precision that the device cannot do, or compiled blocks under ZeRO-3.
+        UserError: a precision or messages that the device cannot do, compiled blocks under ZeRO-3, or a disk that
+            DeepSpeed cannot offload to.
     """
+    zero = values.get("zero_optimization") or {}
     if config.train.precision == "fp16" and device.type == "cpu":
         raise UserError("train.precision=fp16: DeepSpeed has no fp16 on a CPU. Use bf16 or fp32.")
-    if config.model.compile and stage == 3:
+    if config.model.compile and zero_stage(values) == 3:
         raise UserError(
             "model.compile=true: ZeRO-3 fetches parameters in hooks that torch.compile does not see."
             " Use ds_configs/zero2.json or model.compile=false."
+        )
+    if device.type == "cpu" and (zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")):
+        raise UserError(
+            "ZeRO++'s quantised messages are CUDA code of DeepSpeed's: on a CPU use --deepspeed_config zero3."
+        )
+    if offload_folders(config, values) and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "offloading to nvme: DeepSpeed's disk reader cannot be compiled here, it needs libaio (Debian: apt-get"
+            " install libaio-dev). Or use --deepspeed_config zero3_offload_cpu."
         )
 
 
@@ -97,6 +111,7 @@ class Engine:
         width: int,
         groups: list[dict[str, Any]],
         schedule: Callable[[int], float],
+        modules: Iterable[tuple[str, nn.Module]] | None = None,
     ):
         """Wrap `model` according to the run's configuration, of any kind, and the DeepSpeed JSON `values`.
 
@@ -105,19 +120,28 @@ class Engine:
             groups: the optimizer's parameter groups, see optim.py; none is empty. A parameter without `requires_grad`
                 is in none: it keeps its value, to the last bit, and is saved and exported in fp32 all the same.
             schedule: the learning rate of update number n, from 0.
+            modules: of a model on the meta device: all its modules by name, each of which comes with the values of its
+                own parameters, on the CPU. None: the model has them. ZeRO-3 splits each before the next one comes, so
+                that no rank ever holds the whole model.
 
         Raises:
-            UserError: a precision that the device cannot do, or compiled blocks under ZeRO-3.
+            UserError: what `require_supported` finds, or a disk that is too small for what is offloaded.
         """
         sizes = [p.numel() for p in model.parameters()]
-        settings = resolve(values, config, ranks.world, max(sizes), sum(sizes), width)
-        require_supported(config, ranks.device, settings.get("zero_optimization", {}).get("stage", 0))
+        local = ranks_a_node(os.environ, ranks.world)
+        settings = resolve(values, config, ranks.world, max(sizes), sum(sizes), width, local)
+        require_supported(config, ranks.device, settings)
+        for problem in room_problems(config, settings, sum(sizes), ranks.world, local):
+            raise UserError(problem)
         self.ranks, self._schedule = ranks, schedule
         self._lr_scales = [group.pop("lr_scale", 1.0) for group in groups]
         self.dtype = DTYPES[config.train.precision]
         self.last_lr = 0.0
-        # DeepSpeed keeps fp32 masters of what its optimizer owns alone; of the others it has the compute dtype's bits.
-        self._frozen = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if not p.requires_grad}
+        self._frozen: dict[str, Tensor] = {}
+        places = {parameter: name for name, parameter in model.named_parameters()}
+        self._begin(model.named_modules() if modules is None else modules, settings)
+        made = dict(model.named_parameters())
+        groups = [group | {"params": [made[places[p]] for p in group["params"]]} for group in groups]
         self.ds, *_ = deepspeed.initialize(
             model=model,
             optimizer=_optimizer(groups, config.optim, settings),
@@ -126,6 +150,18 @@ class Engine:
         )
         self.ds.checkpoint_engine.load = load_shard
         self.guard = Guard(self.ds, safe_get_full_grad)
+
+    def _begin(self, modules: Iterable[tuple[str, nn.Module]], settings: dict[str, Any]) -> None:
+        """Keep what is frozen, and under ZeRO-3 split every module's parameters over the ranks. Collective.
+
+        DeepSpeed keeps fp32 masters of what its optimizer owns alone; of the others it has the compute dtype's bits.
+        """
+        split = _splitter(settings, self.dtype) if zero_stage(settings) == 3 else None
+        for place, module in modules:
+            own = {f"{place}.{name}".lstrip("."): p for name, p in module.named_parameters(recurse=False)}
+            self._frozen |= {name: p.detach().cpu().clone() for name, p in own.items() if not p.requires_grad}
+            if split:
+                split(list(own.values()))
 
     @property
     def module(self) -> nn.Module:
@@ -359,6 +395,19 @@ class Engine:
         loaded, _ = self.ds.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise UserError(f"{folder}: DeepSpeed found no state to load there.")
+
+
+def _splitter(settings: dict[str, Any], dtype: torch.dtype) -> Callable[[list[nn.Parameter]], None]:
+    """What ZeRO-3 does with new parameters: rank 0's values, in the compute dtype, split over the ranks."""
+    nodes = deepspeed.utils.groups._get_zero_param_intra_parallel_group()  # of an engine before this one
+    init = deepspeed.zero.Init(nn.Module(), config_dict_or_path=settings, dtype=dtype, zero_param_parallel_group=nodes)
+
+    def split(parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(dtype)
+        init._convert_to_zero_parameters(parameters)
+
+    return split
 
 
 def _cast(value: Batch | Tensor | None, dtype: torch.dtype) -> Batch | Tensor | None:

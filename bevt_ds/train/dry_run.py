@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tarfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from bevt_ds.config.engines import ranks_a_node, room_problems
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import Config, FinetuneConfig, TrainConfig, TrainingConfig
 from bevt_ds.config.validate import micro_steps, missing_inputs, tokenizer_files, zero_stage
@@ -25,7 +26,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.folders import weights_of
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_classifier
-from bevt_ds.model.weights import load_init
+from bevt_ds.model.weights import fit_init
 from bevt_ds.plan.compute import rates
 from bevt_ds.plan.planning import GIB, make_plan, meta_model
 from bevt_ds.plan.report import cost_text
@@ -96,7 +97,8 @@ def report_pretraining(
     supply = ["shards         drawn by the run itself"] if drawn else _supply(shards, reads, steps)
     if not train.steps:
         supply.append(f"epochs         {train.epochs}, of all but about {config.data.holdout:.1%} that is held out")
-    stops += common_faults(config, values, world, lambda init: load_init(model, init, head=config.init_head))
+    stops += room_problems(config, values, _parameters(model), world, ranks_a_node(os.environ, world))
+    stops += common_faults(config, values, world, lambda init: fit_init(model, init, head=config.init_head))
     return _text(config, values, notes, world, plan, supply), stops
 
 
@@ -133,7 +135,8 @@ def report_finetuning(
         supply.append(f"epochs         {train.epochs}, each of (training videos // {train.global_clips}) steps")
     if not data.val:
         supply.append("validation     none: data.val is empty")
-    stops += common_faults(config, values, world, lambda init: load_init(model, init))
+    stops += room_problems(config, values, _parameters(model), world, ranks_a_node(os.environ, world))
+    stops += common_faults(config, values, world, lambda init: fit_init(model, init))
     return _text(config, values, notes, world, plan, supply), stops
 
 
@@ -191,11 +194,11 @@ def common_faults(
 ) -> Iterator[str]:
     """What of device, output folder, resume and starting weights would stop a run of any kind.
 
-    `load` puts weights into the run's model; None: they are not looked at.
+    `load` fits weights to the run's model; None: they are not looked at.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     alone, stage = Ranks(0, 1, device), zero_stage(values)
-    yield from _fault(lambda: require_supported(config, device, stage))
+    yield from _fault(lambda: require_supported(config, device, values))
     yield from _fault(lambda: kernel_provider(config, alone))
     folder = run_dir.folder_of(config)
     yield from _fault(lambda: run_dir.require_fit(folder, replace(config, output_dir=str(folder))))
@@ -208,8 +211,7 @@ def common_faults(
     elif config.init_from and Path(config.init_from).exists():
         if load is None:
             return
-        with warnings.catch_warnings(action="ignore"):  # nothing is copied into a model without memory
-            yield from _fault(lambda: load(weights_of(config.init_from, "init_from")))
+        yield from _fault(lambda: load(weights_of(config.init_from, "init_from")))
     elif config.init_from and config.resume != "never":
         yield f"init_from={config.init_from}: no such file or folder, and there is nothing to continue."
 

@@ -123,13 +123,14 @@ def make_mixing(config: FinetuneConfig, classes: Classes) -> Mixing | None:
 def make_engine(config: FinetuneConfig, setup: Setup[FinetuneConfig], loader: LabelledLoader, steps: int) -> Engine:
     """The classifier under DeepSpeed, as a new run begins."""
     options, names = asdict(config.model), loader.classes.names
-    model = create_classifier(options.pop("name"), len(names), classes=names, **options)
-    setup.initialise(model)
+    with torch.device("meta"):
+        model = create_classifier(options.pop("name"), len(names), classes=names, **options)
     groups = layer_decay_groups(model, model.arch["depths"], config.optim)
     epoch = loader.steps_an_epoch
     warmup = config.optim.warmup_epochs * epoch
     schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=warmup, steps_an_epoch=epoch)
-    return Engine(model, config, setup.ds_values, setup.ranks, SwinArch.of(model.arch).width, groups, schedule)
+    width, modules = SwinArch.of(model.arch).width, setup.begin_model(model)
+    return Engine(model, config, setup.ds_values, setup.ranks, width, groups, schedule, modules)
 
 
 def step_flops(config: FinetuneConfig, engine: Engine) -> float:

@@ -29,7 +29,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import FINISHED, NOT_LEARNED, STOPPED
 from bevt_ds.folders import weights_of
 from bevt_ds.kernels import resolve
-from bevt_ds.model.weights import load_init
+from bevt_ds.model.weights import PretrainedMixin, fit_init
 from bevt_ds.plan.planning import require_room
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime import checkpoint, run_dir
@@ -81,17 +81,20 @@ class Setup(Generic[ConfigT]):
         start = {"start_step": self.first_position, "state": self.loader_state}
         return {"ranks": self.ranks, "device": self.ranks.device, "folder": self.folder, **start}
 
-    def initialise(self, model: nn.Module, **options: Any) -> None:
-        """Give a model the weights of the seed and, in a new run, those of `init_from`; see load_init's options.
+    def begin_model(self, model: PretrainedMixin, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of a model on the meta device by name, each with its values, which are made as it comes.
+
+        They are those of the seed and, in a new run, of `init_from`; see fit_init's options.
 
         Raises:
             UserError: `init_from` does not fit.
         """
-        model.init_weights(torch.Generator().manual_seed(self.config.train.seed))
+        state = {}
         if self.config.init_from and self.start is None:
-            report = load_init(model, weights_of(self.config.init_from, "init_from"), **options)
+            state, report = fit_init(model, weights_of(self.config.init_from, "init_from"), **options)
             if self.ranks.is_main:
                 print(report, flush=True)
+        return model.materialise(torch.Generator().manual_seed(self.config.train.seed), state)
 
     def begin_engine(self, build: Build, fingerprint: str, ema: float = 0.0) -> tuple[Engine, WeightAverage | None]:
         """The engine, and the average of its weights if `ema` is not 0, as the run begins or continues. Collective.

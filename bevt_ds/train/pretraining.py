@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
@@ -154,9 +155,10 @@ def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
 def make_engine(config: Config, setup: Setup[Config], vocab_size: int, steps: int) -> Engine:
     """The model under DeepSpeed, as a new run begins."""
     options = asdict(config.model)
-    model = create_model(options.pop("name"), vocab_size=vocab_size, **options)
-    setup.initialise(model, head=config.init_head)
+    with torch.device("meta"):
+        model = create_model(options.pop("name"), vocab_size=vocab_size, **options)
     freeze_unused(model, trained_streams(config))
     groups = parameter_groups(model, config.optim.weight_decay)
     schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=config.optim.warmup_steps)
-    return Engine(model, config, setup.ds_values, setup.ranks, SwinArch.of(model.arch).width, groups, schedule)
+    modules = setup.begin_model(model, head=config.init_head)
+    return Engine(model, config, setup.ds_values, setup.ranks, SwinArch.of(model.arch).width, groups, schedule, modules)

@@ -13,7 +13,7 @@ from torch import nn
 from bevt_ds import BEVT, Batch, UserError, VideoSwin, create_model
 from bevt_ds.model.bevt import Decoder
 from bevt_ds.model.drop_path import residual_scales, splitmix64, uniform
-from bevt_ds.model.layers import PatchEmbed, PatchMerging, Upsample, init_weights
+from bevt_ds.model.layers import PatchEmbed, PatchMerging, Upsample, draw_parameters
 from bevt_ds.model.windows import Windows, block_windows, table_rows
 
 SIZES = {  # name: (encoder, encoder with both decoders, images' stem and mask token), measured on the original classes
@@ -56,7 +56,7 @@ def test_create_model_by_name():
     assert isinstance(timm.create_model("bevt_tiny", vocab_size=8), BEVT)
     with pytest.raises(UserError, match="did you mean swin_b"):
         create_model("swinb")
-    with pytest.raises(UserError, match="from_pretrained"):
+    with pytest.raises(UserError, match="checkpoint_path"):
         timm.create_model("bevt_tiny", pretrained=True)
     with pytest.raises(UserError, match="official, swin"):
         create_model("tiny", image_windows="swim")
@@ -126,7 +126,8 @@ def test_patch_merging_order():
 def test_decoder_equals_its_definition(frames):
     """Transposed convolution, [fine, coarse] to one Linear, then the taps of time: BEVT's decoders, spelled out."""
     decoder = Decoder(8, frames, "torch")
-    init_weights(decoder)
+    for module in decoder.modules():
+        draw_parameters(module)
     fine, coarse = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 3, 2, 2, 8)
     up, unfold = decoder.upsample, decoder.unfold
     x = F.conv_transpose3d(coarse.movedim(-1, 1), up.weight, up.bias, stride=(1, 2, 2)).movedim(1, -1)
