@@ -14,6 +14,7 @@ from bevt_ds.exit_codes import INTERRUPTED, USER_ERROR
 
 PROGRAMS = {  # the same programs that a launcher starts as files: bevt_ds/pretrain.py, ...
     "pretrain": "pretrain BEVT; on several GPUs: deepspeed --module bevt_ds.pretrain",
+    "train_tokenizer": "train a tokenizer: frames to ids and back",
     "finetune": "fine-tune a classifier; on several GPUs: deepspeed --module bevt_ds.finetune",
     "evaluate": "test a classifier on several views of every video",
     "probe": "measure the features of a frozen encoder",
@@ -61,7 +62,7 @@ def _run(words: Sequence[str]) -> int:
 
 def _usage() -> str:
     texts = PROGRAMS | {name: text for name, (_, text) in GROUPS.items()}
-    lines = [f"  {name:<11}{text}" for name, text in texts.items()]
+    lines = [f"  {name:<17}{text}" for name, text in texts.items()]
     return "\n".join(["usage: bevt COMMAND [options]   (--help after any of them; --version)", "", *lines])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from bevt_ds.errors import UserError
 
 GROUP = "bevt_ds.tokenizers"  # of entry points
-OURS = ("dalle", "random_projection")
+OURS = ("dalle", "vq", "huggingface", "torchscript", "random_projection")
 
 
 def added() -> dict[str, list[EntryPoint]]:

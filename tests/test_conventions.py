@@ -24,7 +24,7 @@ LAYERS = [  # a folder, or a file of bevt_ds itself, imports from its own layer'
     {"runtime"},
     {"shards", "eval", "plan"},
     {"train", "doctor", "report", "interop"},
-    {"cli", "pretrain", "finetune", "evaluate", "probe"},
+    {"cli", "pretrain", "train_tokenizer", "finetune", "evaluate", "probe"},
 ]
 APART = [
     {"model", "data"},

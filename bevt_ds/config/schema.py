@@ -17,6 +17,7 @@ from typing import Annotated as A
 from typing import ClassVar, Literal, TypeVar
 
 from bevt_ds.config.fields import Field as F
+from bevt_ds.config.targets import TokenizerConfig
 
 Kernels = Literal["auto", "triton", "torch"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -26,7 +27,15 @@ Precision = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
-class BackboneConfig:
+class NetworkConfig:
+    """What the training loop asks of any network."""
+
+    kernels: ClassVar[Kernels] = "torch"
+    compile: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class BackboneConfig(NetworkConfig):
     """Video Swin. Width, depths and heads belong to the preset that `name` names."""
 
     name: A[Literal["tiny", "swin_t", "swin_s", "swin_b", "swin_l", "swin_h", "swin_g"], "preset of the backbone"] = (
@@ -72,19 +81,6 @@ class ClassifierConfig(BackboneConfig):
     """The network of fine-tuning: backbone, global average pool, dropout, linear head."""
 
     dropout: A[float, F("of the pooled features, in front of the head", below=1)] = 0.5
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """Where the discrete targets come from."""
-
-    name: A[str, "dalle, random_projection, or one that an installed package adds"] = "dalle"
-    weights: A[str, "its file (dalle: OpenAI's encoder.pkl, or safetensors)"] = ""
-    decoder: A[
-        str, F("dalle: OpenAI's decoder.pkl, for images of what is predicted; empty: without", resume="free")
-    ] = ""
-    vocab_size: A[int, F("random_projection: size of the codebook", least=1)] = 8192
-    seed: A[int, F("random_projection: seed of projection and codebook")] = 0
 
 
 # --- the data -------------------------------------------------------------------------------------
@@ -308,8 +304,8 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(LoopConfig):
-    """Length and batch of pretraining."""
+class StreamsTrainConfig(LoopConfig):
+    """Length and batch of a training on clips, images, or both, without labels."""
 
     epochs: A[
         int, F("passes over the videos, or images if there are only these; in place of steps", resume="override")
@@ -318,15 +314,21 @@ class TrainConfig(LoopConfig):
     global_images: A[int, F("images a step, over all ranks; 0: no image stream")] = 2048
     micro_images: A[int, F("images a rank takes in one forward pass", resume="free")] = 32
     eval_batches: A[int, F("held-out micro-batches of the closing summary", least=1, resume="free")] = 4
-    min_gain: A[
-        float,
-        F("exit 1 unless both losses end this many nats below the unigram entropy; 0: no check", resume="free"),
-    ] = 0.0
 
     @property
     def streams(self) -> dict[str, tuple[int, int]]:
         """As LoopConfig's, with the images."""
         return super().streams | {"images": (self.global_images, self.micro_images)}
+
+
+@dataclass(frozen=True)
+class TrainConfig(StreamsTrainConfig):
+    """Length and batch of pretraining."""
+
+    min_gain: A[
+        float,
+        F("exit 1 unless both losses end this many nats below the unigram entropy; 0: no check", resume="free"),
+    ] = 0.0
 
 
 @dataclass(frozen=True)
@@ -368,7 +370,7 @@ class RunConfig:
 class TrainingConfig(RunConfig):
     """What every training has; the sections are of narrower types in each kind of training."""
 
-    model: BackboneConfig = field(default_factory=BackboneConfig)
+    model: NetworkConfig = field(default_factory=NetworkConfig)
     data: SamplingConfig = field(default_factory=SamplingConfig)
     optim: AdamWConfig = field(default_factory=AdamWConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
@@ -396,14 +398,21 @@ class OnlineProbeConfig:
 
 
 @dataclass(frozen=True)
-class Config(TrainingConfig):
+class UnlabelledConfig(TrainingConfig):
+    """A training on clips, images, or both, without labels: of BEVT, or of a tokenizer (tokenizing.py)."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: StreamsTrainConfig = field(default_factory=StreamsTrainConfig)
+
+
+@dataclass(frozen=True)
+class Config(UnlabelledConfig):
     """A pretraining run."""
 
     program: ClassVar[str] = "bevt_ds/pretrain.py"
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     init_head: A[

@@ -22,10 +22,18 @@ from bevt_ds.config.schema import (
     RunT,
     TokenizerConfig,
     TrainingConfig,
+    UnlabelledConfig,
     ViewsConfig,
 )
+from bevt_ds.config.tokenizing import TokenizerTrainingConfig, levels_problems
 from bevt_ds.errors import UserError
 from bevt_ds.tokenizer_names import unknown_name
+
+WEIGHTS_OF = {  # tokenizers that need weights, but for dalle -> which
+    "vq": "the folder of a run of bevt_ds/train_tokenizer.py",
+    "huggingface": "a folder that save_pretrained of transformers wrote",
+    "torchscript": "a file such as Cosmos' encoder.jit",
+}
 
 
 def validate(config: RunT, values: Mapping[str, Any] | None = None) -> RunT:
@@ -51,8 +59,12 @@ def problems(config: RunConfig, values: Mapping[str, Any] | None = None) -> Iter
 def _rules(config: RunConfig, values: Mapping[str, Any] | None) -> Iterator[str]:
     if isinstance(config, TrainingConfig) and values is not None:
         yield from _masters(config, values)
-    if isinstance(config, Config):
+    if isinstance(config, UnlabelledConfig):
         yield from _samples(config.data)
+        yield from _unlabelled(config)
+    if isinstance(config, TokenizerTrainingConfig):
+        yield from levels_problems(config.model.levels)
+    if isinstance(config, Config):
         yield from _pretraining(config)
         yield from unknown_name(config.tokenizer.name)
     elif isinstance(config, FinetuneConfig):
@@ -124,8 +136,8 @@ def _samples(data: DataConfig) -> Iterator[str]:
     )
 
 
-def _pretraining(config: Config) -> Iterator[str]:
-    data, train, probe = config.data, config.train, config.probe
+def _unlabelled(config: UnlabelledConfig) -> Iterator[str]:
+    data, train = config.data, config.train
     yield from unless(
         train.epochs + train.steps > 0, "train.epochs and train.steps are both 0: there is nothing to do."
     )
@@ -138,6 +150,10 @@ def _pretraining(config: Config) -> Iterator[str]:
         f"train.micro_clips={train.micro_clips}: must be a multiple of data.clips_per_video={data.clips_per_video},"
         " because one rank decodes a video once for all its clips.",
     )
+
+
+def _pretraining(config: Config) -> Iterator[str]:
+    data, train, probe = config.data, config.train, config.probe
     yield from unless(
         train.min_gain <= 0 or bool(data.eval_videos or data.eval_images or data.holdout),
         f"train.min_gain={train.min_gain} needs held-out samples: data.holdout, or the shards data.eval_videos and"
@@ -213,9 +229,13 @@ def missing_inputs(config: RunConfig) -> Iterator[str]:
     """All that `require_inputs` finds."""
     if isinstance(config, InferenceConfig):
         yield from _weights(config)
-    if isinstance(config, Config):
+    if isinstance(config, UnlabelledConfig):
         yield from _streams(config)
+    if isinstance(config, Config):
         yield from tokenizer_files(config.tokenizer)
+    if isinstance(config, TokenizerTrainingConfig):
+        path = config.perceptual.weights
+        yield from unless(not path or Path(path).is_file(), f"perceptual.weights={path}: no such file.")
     if isinstance(config, FinetuneConfig | ProbeRunConfig):
         yield from _shards("data.train", config.data.train)
     if isinstance(config, InferenceConfig):
@@ -228,7 +248,7 @@ def missing_inputs(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _streams(config: Config) -> Iterator[str]:
+def _streams(config: UnlabelledConfig) -> Iterator[str]:
     data, train = config.data, config.train
     yield from unless(
         bool(data.videos) or not train.global_clips,
@@ -247,9 +267,16 @@ def tokenizer_files(tokenizer: TokenizerConfig) -> Iterator[str]:
         "tokenizer.weights is empty: download encoder.pkl of the DALL-E dVAE (about 215 MB; openai/DALL-E names the"
         " address) and pass tokenizer.weights=PATH/encoder.pkl, or use tokenizer.name=random_projection.",
     )
-    for key, path in (("weights", tokenizer.weights), ("decoder", tokenizer.decoder)):
-        used = path and tokenizer.name in ("dalle",)
-        yield from unless(not used or Path(path).is_file(), f"tokenizer.{key}={path}: no such file.")
+    for name, what in WEIGHTS_OF.items():
+        yield from unless(
+            tokenizer.name != name or bool(tokenizer.weights),
+            f"tokenizer.weights is empty: tokenizer.name={name} needs {what}.",
+        )
+    there = Path(tokenizer.weights).is_file() if tokenizer.name == "dalle" else Path(tokenizer.weights).exists()
+    named = tokenizer.weights and tokenizer.name in ("dalle", *WEIGHTS_OF)
+    yield from unless(not named or there, f"tokenizer.weights={tokenizer.weights}: no such file.")
+    decoder = tokenizer.decoder if tokenizer.name == "dalle" else ""
+    yield from unless(not decoder or Path(decoder).is_file(), f"tokenizer.decoder={decoder}: no such file.")
 
 
 def _weights(config: InferenceConfig) -> Iterator[str]:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 
 from bevt_ds.batch import Batch, LabelledBatch, Stream
-from bevt_ds.config.schema import Config, ReadingConfig
+from bevt_ds.config.schema import ReadingConfig, UnlabelledConfig
 from bevt_ds.config.validate import micro_steps
 from bevt_ds.data.decoder_choice import resumed_decoders
 from bevt_ds.data.holdout import split
@@ -161,7 +161,7 @@ class BatchReader(RankReader):
 
     def __init__(
         self,
-        config: Config,
+        config: UnlabelledConfig,
         sources: Sequence[Source],
         ranks: Ranks,
         device: torch.device | str,
@@ -356,7 +356,7 @@ class Loader(BackgroundLoader):
 
     def __init__(
         self,
-        config: Config,
+        config: UnlabelledConfig,
         ranks: Ranks = ALONE,
         start_step: int = 0,
         device: torch.device | str = "cpu",
@@ -371,7 +371,7 @@ class Loader(BackgroundLoader):
 
 
 def eval_batches(
-    config: Config,
+    config: UnlabelledConfig,
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
@@ -397,7 +397,7 @@ def eval_batches(
         reader.close()
 
 
-def _training_sources(config: Config) -> list[Source]:
+def _training_sources(config: UnlabelledConfig) -> list[Source]:
     data, train = config.data, config.train
     candidates = [
         Source(StreamId.VIDEO, data.videos, train.global_clips, train.micro_clips),
@@ -406,7 +406,7 @@ def _training_sources(config: Config) -> list[Source]:
     return [source for source in candidates if source.global_size]
 
 
-def _eval_sources(config: Config, world: int) -> list[Source]:
+def _eval_sources(config: UnlabelledConfig, world: int) -> list[Source]:
     """Held-out streams of the modalities that are trained; together they form one global batch."""
     data, train = config.data, config.train
     share = train.eval_batches * world

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from bevt_ds.config.schema import Config, ReadingConfig
+from bevt_ds.config.schema import ReadingConfig, UnlabelledConfig
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.graph_stream import GraphReader
@@ -59,7 +59,7 @@ def open_resources(data: ReadingConfig, has_videos: bool, times: StageTimes, clo
 def open_reader(
     source: Source,
     shards: Sequence[Shard],
-    config: Config,
+    config: UnlabelledConfig,
     shared: Resources,
     device: torch.device,
     decoder: str,
@@ -85,7 +85,12 @@ def open_reader(
 
 
 def decoder_of(
-    source: Source, shards: Sequence[Shard], config: Config, shared: Resources, device: torch.device, fingerprint: str
+    source: Source,
+    shards: Sequence[Shard],
+    config: UnlabelledConfig,
+    shared: Resources,
+    device: torch.device,
+    fingerprint: str,
 ) -> str:
     """Where a stream is decoded, "cpu" or "gpu". On a GPU `auto` measures both for videos, on these very shards."""
     wanted = config.data.decoder
@@ -104,7 +109,12 @@ def decoder_of(
 
 
 def _clips_per_second(
-    source: Source, shards: Sequence[Shard], config: Config, shared: Resources, device: torch.device, decoder: str
+    source: Source,
+    shards: Sequence[Shard],
+    config: UnlabelledConfig,
+    shared: Resources,
+    device: torch.device,
+    decoder: str,
 ) -> float:
     """The rate of one decoder over a few micro-batches. RuntimeError: it cannot decode these videos."""
     own_times = replace(shared, times=StageTimes())

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bevt_ds.config.schema import TokenizerConfig
+from bevt_ds.folders import weights_of
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer
+from bevt_ds.model.weights import TENSORS
 
 DALLE_VOCABULARY = 8192
+OPTIONS = {  # fields of the configuration that a tokenizer takes beside its weights
+    "dalle": ("decoder",),
+    "huggingface": ("side",),
+    "torchscript": ("vocab_size", "side"),
+    "random_projection": ("vocab_size", "seed"),
+}
 
 
 def open_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu") -> Tokenizer:
     """Read or make it, on `device` where it has weights to move. UserError: see load_tokenizer."""
-    options: dict[str, Any] = {}
-    if config.name == "random_projection":
-        options = {"vocab_size": config.vocab_size, "seed": config.seed}
-    elif config.name == "dalle" and config.decoder:
-        options = {"decoder": config.decoder}
+    options = {name: getattr(config, name) for name in OPTIONS.get(config.name, ())}
+    options = {name: value for name, value in options.items() if value != ""}
     tokenizer = load_tokenizer(config.name, config.weights or None, **options)
     return tokenizer.to(device) if hasattr(tokenizer, "to") else tokenizer
 
 
 def tokenizer_file(config: TokenizerConfig) -> str:
     """The file of its weights, if it has one."""
-    return config.weights if config.weights and Path(config.weights).is_file() else ""
+    if not config.weights or not Path(config.weights).exists():
+        return ""
+    path = weights_of(config.weights)
+    file = path / TENSORS if path.is_dir() else path
+    return str(file) if file.is_file() else ""
 
 
 def vocabulary_of(config: TokenizerConfig) -> int:

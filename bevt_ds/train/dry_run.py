@@ -17,7 +17,8 @@ from torch import nn
 
 from bevt_ds.config.engines import ranks_a_node, room_problems
 from bevt_ds.config.parse import to_dict
-from bevt_ds.config.schema import Config, FinetuneConfig, TrainConfig, TrainingConfig
+from bevt_ds.config.schema import Config, FinetuneConfig, StreamsTrainConfig, TrainingConfig, UnlabelledConfig
+from bevt_ds.config.tokenizing import TokenizerTrainingConfig
 from bevt_ds.config.validate import micro_steps, missing_inputs, tokenizer_files, zero_stage
 from bevt_ds.data.reading.index import index_places, read_index, tar_identity
 from bevt_ds.data.reading.remote import is_remote
@@ -40,6 +41,8 @@ from bevt_ds.runtime.gpus import gpu_named, gpu_of
 from bevt_ds.runtime.logging import expected_step_flops
 from bevt_ds.runtime.tokenizer import open_tokenizer
 from bevt_ds.train.loop import kernel_provider
+from bevt_ds.train.tokenizing import load_start, make_perceptual, make_tokenizer
+from bevt_ds.train.tokenizing import step_flops as tokenizing_flops
 
 BLOCK = 512  # of a tar
 
@@ -140,16 +143,52 @@ def report_finetuning(
     return _text(config, values, notes, world, plan, supply), stops
 
 
+def report_tokenizing(
+    config: TokenizerTrainingConfig,
+    values: Mapping[str, Any],
+    notes: Sequence[str],
+    world: int,
+    sound: bool = True,
+    drawn: bool = False,
+) -> tuple[str, list[str]]:
+    """The same for the training of a tokenizer. The arguments: see report_pretraining."""
+    train, found = config.train, []
+    wanted = {} if drawn else unlabelled_shards(config)
+    shards = {key: survey(key, patterns, kind, config, found) for key, (patterns, kind) in wanted.items()}
+    stops = [*missing_inputs(config), *_batch_faults(config, world), *found]
+    if not sound:
+        return _settings(config, notes), [*stops, *common_faults(config, values, world)]
+    stops += _fault(lambda: make_perceptual(config))
+    model, steps = make_tokenizer(config.model), train.steps or _steps_of_epochs(config, shards)
+    plan = Plan(
+        f"{_parameters(model):,}",
+        steps,
+        _batch(train, 0),
+        _batch(train, 1),
+        tokenizing_flops(config),
+        "no perceptual network",
+    )
+    reads = {"data.videos": train.global_clips / config.data.clips_per_video, "data.images": train.global_images}
+    supply = ["shards         drawn by the run itself"] if drawn else _supply(shards, reads, steps)
+    stops += common_faults(config, values, world, lambda init: load_start(config, init))
+    return _text(config, values, notes, world, plan, supply), stops
+
+
 def pretraining_shards(config: Config) -> dict[str, tuple[str, str]]:
     """The shards that a pretraining run reads: patterns and kind of sample, by key."""
-    data, train, probe = config.data, config.train, config.probe
+    probe = config.probe
+    labelled = {"probe.train": probe.train, "probe.val": probe.val} if probe.every else {}
+    return unlabelled_shards(config) | {key: (patterns, "video") for key, patterns in labelled.items() if patterns}
+
+
+def unlabelled_shards(config: UnlabelledConfig) -> dict[str, tuple[str, str]]:
+    """The shards of a training without labels: patterns and kind of sample, by key."""
+    data, train = config.data, config.train
     wanted = {
         "data.videos": (data.videos, "video", train.global_clips),
         "data.images": (data.images, "image", train.global_images),
         "data.eval_videos": (data.eval_videos, "video", train.global_clips),
         "data.eval_images": (data.eval_images, "image", train.global_images),
-        "probe.train": (probe.train, "video", probe.every),
-        "probe.val": (probe.val, "video", probe.every),
     }
     return {key: (patterns, kind) for key, (patterns, kind, used) in wanted.items() if patterns and used}
 
@@ -271,7 +310,7 @@ def _text(
         *supply,
         f"steps          {steps}, each of {plan.step}",
         f"{f'on {world} rank' + 's' * (world > 1):<15}{passes} forward passes a step of {plan.micro}",
-        *([] if faulty else _outlook(config, values, world, plan.steps)),
+        *([] if faulty or isinstance(config, TokenizerTrainingConfig) else _outlook(config, values, world, plan.steps)),
         f"arithmetic     {plan.flops / 1e12:,.2f} TFLOP a step ({plan.flops_of}){whole}",
     ]
     return "\n".join(lines)
@@ -291,12 +330,12 @@ def _outlook(config: TrainingConfig, values: Mapping[str, Any], world: int, step
     ]
 
 
-def _batch(train: TrainConfig, part: int) -> str:
+def _batch(train: StreamsTrainConfig, part: int) -> str:
     """What a step takes over all ranks (`part` 0), or a rank's forward pass (1), of the streams that are trained."""
     return " + ".join(f"{sizes[part]:,} {name}" for name, sizes in train.streams.items() if sizes[0])
 
 
-def _steps_of_epochs(config: Config, shards: Mapping[str, Shards]) -> int | None:
+def _steps_of_epochs(config: UnlabelledConfig, shards: Mapping[str, Shards]) -> int | None:
     """About how many: which samples are held out shows when the shards are read."""
     data, train = config.data, config.train
     key, batch = ("data.videos", train.global_clips / data.clips_per_video)

@@ -13,6 +13,7 @@ from bevt_ds.batch import IGNORE, Batch, Stream
 from bevt_ds.errors import UserError
 from bevt_ds.tokenizer_names import added, builder, unknown_name
 
+from . import foreign, vq
 from .dalle import DalleTokenizer
 from .dalle_decoder import DalleAutoencoder
 from .random_projection import RandomProjectionTokenizer
@@ -55,7 +56,13 @@ def _dalle(weights: str | None, decoder: str | None = None) -> Tokenizer:
     return DalleAutoencoder.from_files(weights, decoder) if decoder else DalleTokenizer.from_file(weights)
 
 
-TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {"dalle": _dalle, "random_projection": _random_projection}
+TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
+    "dalle": _dalle,
+    "vq": vq.build,
+    "huggingface": foreign.from_hugging_face,
+    "torchscript": foreign.from_torchscript,
+    "random_projection": _random_projection,
+}
 
 
 def load_tokenizer(name: str, weights: str | None = None, **options: Any) -> Tokenizer:
@@ -66,7 +73,7 @@ def load_tokenizer(name: str, weights: str | None = None, **options: Any) -> Tok
             with `weights`, if there are any, and `options`.
         weights: its file or folder.
         options: `decoder` of dalle, a file, for a tokenizer with `decode`; `vocab_size` and `seed` of
-            random_projection.
+            random_projection; `side` of huggingface and torchscript, and of the latter `vocab_size` too.
 
     Raises:
         UserError: an unknown name, missing or superfluous weights, a file that is not a tokenizer, or another

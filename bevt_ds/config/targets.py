@@ -1,0 +1,28 @@
+"""What pretraining predicts at masked positions. Fields are as in schema.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated as A
+
+from bevt_ds.config.fields import Field as F
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Where the discrete targets come from."""
+
+    name: A[str, "dalle, vq, huggingface, torchscript, random_projection, or one that an installed package adds"] = (
+        "dalle"
+    )
+    weights: A[
+        str,
+        "its file or folder (dalle: OpenAI's encoder.pkl, or safetensors; vq: a run of train_tokenizer.py; huggingface:"
+        " a folder; torchscript: such as Cosmos' encoder.jit)",
+    ] = ""
+    decoder: A[
+        str, F("dalle: OpenAI's decoder.pkl, for images of what is predicted; empty: without", resume="free")
+    ] = ""
+    vocab_size: A[int, F("random_projection and torchscript: how many ids there are", least=1)] = 8192
+    seed: A[int, F("random_projection: seed of projection and codebook")] = 0
+    side: A[int, F("huggingface and torchscript: frames are resized to this side first; 0: the view's own")] = 0

@@ -1,0 +1,79 @@
+"""Train a tokenizer: `deepspeed bevt_ds/train_tokenizer.py recipe=NAME data.images=SHARDS [key=value ...]`.
+
+config/command_line.py turns the command line into a configuration; the set-up is in train/tokenizing.py. Neither torch
+nor deepspeed is imported before the command line has been checked.
+"""
+
+from __future__ import annotations
+
+import sys
+
+try:
+    from bevt_ds.config.command_line import require_own_package
+except ImportError as error:
+    sys.exit(f"error: {error}. Run `pip install -e .` in the checkout with {sys.executable}, or `make env`.")
+require_own_package(__file__)
+
+from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from bevt_ds.config.command_line import run, start_training  # noqa: E402
+from bevt_ds.config.recipes import get_recipe  # noqa: E402
+from bevt_ds.config.tokenizing import TokenizerTrainingConfig  # noqa: E402
+
+USAGE = """\
+usage: deepspeed bevt_ds/train_tokenizer.py [--deepspeed_config FILE] recipe=NAME [key=value ...]
+
+Train a tokenizer: frames to ids and back, judged by a frozen network of timm's as well as by pixels.
+`torchrun bevt_ds/train_tokenizer.py ...` and `python bevt_ds/train_tokenizer.py ...` work as well.
+
+  deepspeed bevt_ds/train_tokenizer.py recipe=vq_demo output_dir=runs/vq
+      draws its own images and learns from them, minutes on a CPU
+  deepspeed bevt_ds/pretrain.py recipe=demo tokenizer.name=vq tokenizer.weights=runs/vq
+      pretrains with what it has learned
+  deepspeed bevt_ds/train_tokenizer.py recipe=vq_in1k 'data.images=in1k-{000000..000127}.tar' \\
+      perceptual.network=vgg16 perceptual.weights=vgg16.safetensors
+      8192 ids on a 14x14 grid, as BEVT's
+
+  recipe=RUN                the settings of a run, by its folder or config.json, for a new one
+  config=FILE               a JSON or YAML file of settings; key=value wins
+  resume=auto output_dir=RUN   continues a run with its own settings
+  --deepspeed_config FILE   engine knobs (default: ZeRO-2 as ds_configs/zero2.json); "auto" is filled in from the recipe
+  --help                    this text; with recipe=NAME the defaults shown are that recipe's
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """The whole program; returns the exit code."""
+    return start_training(argv, TokenizerTrainingConfig, USAGE, train, report, shown_recipe="vq_in1k")
+
+
+def train(config: TokenizerTrainingConfig, values: dict[str, Any], notes: list[str], given: set[str]) -> int:
+    """Draw the demo's shards if they are the run's and absent; import what needs torch, and run."""
+    from bevt_ds.shards.synthetic.draw import ensure_demo_shards
+    from bevt_ds.train.tokenizing import train_tokenizer
+
+    if is_drawn(config):
+        ensure_demo_shards(Path(config.data.images).parent)
+
+    return train_tokenizer(config, values, notes, given)
+
+
+def is_drawn(config: TokenizerTrainingConfig) -> bool:
+    """Whether a run reads the demo's images, which it draws itself where they are absent."""
+    demo = get_recipe("vq_demo", TokenizerTrainingConfig).data
+    return (config.data.images, config.data.videos) == (demo.images, demo.videos)
+
+
+def report(
+    config: TokenizerTrainingConfig, values: dict[str, Any], notes: list[str], world: int, sound: bool
+) -> tuple[str, list[str]]:
+    """What a dry run prints, and what would stop the run."""
+    from bevt_ds.train.dry_run import report_tokenizing
+
+    return report_tokenizing(config, values, notes, world, sound, drawn=is_drawn(config))
+
+
+if __name__ == "__main__":
+    run(main)
