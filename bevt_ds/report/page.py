@@ -33,6 +33,13 @@ CHARTS: dict[str, dict[str, str]] = {  # title -> field of a log line: its label
     "Waiting for data, share of the time": {"data_wait": "data wait"},
     "Feature rank": {"feature_rank": "effective rank"},
     "Visual tokens in use": {"codebook_use": "share of ids", "codebook_perplexity": "perplexity"},
+    "Parts of a tokenizer's loss": {
+        "loss_pixels": "pixels",
+        "loss_perceptual": "perceptual",
+        "loss_commitment": "distance to codes",
+    },
+    "Reconstruction, PSNR in dB": {"psnr": "frames"},
+    "Reconstruction, share of the variance": {"explained": "kept"},
     "Skipped steps and bad samples": {"skipped_steps": "skipped steps", "bad_samples": "bad samples"},
 }
 FAULTS = ("skipped_steps", "bad_samples")  # drawn where one is not 0

@@ -10,8 +10,9 @@ import pytest
 
 from bevt_ds.config.fields import Field
 from bevt_ds.config.parse import Leaf, Section, config_fields, from_dict, get_value, set_value, to_dict
-from bevt_ds.config.recipes import finetune_k400, joint_swin_b
+from bevt_ds.config.recipes import finetune_k400, joint_swin_b, vq_in1k
 from bevt_ds.config.schema import Config, EvaluateConfig, FinetuneConfig, ProbeRunConfig, TrainingConfig
+from bevt_ds.config.tokenizing import TokenizerTrainingConfig
 from bevt_ds.config.validate import check_fields, validate
 from bevt_ds.errors import UserError
 from bevt_ds.rng import Use, generator
@@ -46,10 +47,12 @@ MAY_CHANGE = {  # the right answers
         optim.betas optim.eps optim.weight_decay optim.layer_decay optim.backbone_scale optim.groups optim.ema
         train.global_clips train.global_images
         train.label_smoothing train.mixup train.cutmix
+        model.width model.blocks model.quantiser model.codes model.code_dim model.decay model.patience
+        model.commitment model.levels perceptual.network perceptual.weights perceptual.levels perceptual.weight
     """,
 }
 EXPECTED = {key: resume for resume, keys in MAY_CHANGE.items() for key in keys.split()}
-TRAININGS = {Config: joint_swin_b(), FinetuneConfig: finetune_k400()}
+TRAININGS = {Config: joint_swin_b(), FinetuneConfig: finetune_k400(), TokenizerTrainingConfig: vq_in1k()}
 LEAVES = [(kind, leaf) for kind in TRAININGS for leaf in config_fields(kind)]
 
 
