@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from statistics import median_low
 from typing import Any
 
-from .pages_data import damaged_media, loader, reading, study
+from .pages_data import damaged_media, loader, reading, study, tokenizers
 from .report import Columns, Page, Panel, Row, Rows, facts, fields, grouped, newest, number, source, table, timing
 from .step_parts import PARTS
 
@@ -303,4 +303,5 @@ PAGES: dict[str, Callable[[Rows], Page]] = {  # how the name of a file of rows b
     "scaling": scaling,
     "step": step,
     "study": study,
+    "tokenizers": tokenizers,
 }

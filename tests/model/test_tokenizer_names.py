@@ -68,7 +68,7 @@ def test_package_adds_a_tokenizer_without_touching_ours(package, tmp_path):
 
 def test_unknown_name_lists_the_names_there_are(package):
     package({"brightness": "Brightness"})
-    message = "no tokenizer named 'peco': choose one of dalle, random_projection, .*brightness$"
+    message = "no tokenizer named 'peco': choose one of dalle, .*brightness$"
     with pytest.raises(UserError, match=message):
         load_tokenizer("peco")
     with pytest.raises(UserError, match=message):

@@ -101,7 +101,7 @@ def test_random_projection_ignores_brightness_and_contrast():
 
 
 def test_unknown_tokenizer_names_and_options_are_named():
-    with pytest.raises(UserError, match="choose one of dalle, random_projection"):
+    with pytest.raises(UserError, match="choose one of dalle, vq, "):
         load_tokenizer("peco")
     with pytest.raises(UserError, match="no weights"):
         load_tokenizer("random_projection", weights="file")
