@@ -292,6 +292,14 @@ class LoopConfig:
         tuple[int, int],
         F("steps skipped as not finite, in a row and in all, after which one more stops the run", resume="free"),
     ] = (5, 50)
+    rank_deadline: A[
+        float,
+        F(
+            "seconds without a sign of a rank until the others end; see docs/reliability.md",
+            least=5,
+            resume="free",
+        ),
+    ] = 120.0
     grace_seconds: A[
         float,
         F("from a request to stop to the end, committed or not; 0: as a step and a commit take", resume="free"),

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -40,8 +41,10 @@ from bevt_ds.runtime.continuing import Build, Start, begin_engine, find_start, g
 from bevt_ds.runtime.distributed import Ranks, describe_device, device_memory
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import TAG, Engine, start_ranks
+from bevt_ds.runtime.heartbeat import Heartbeat
 from bevt_ds.runtime.logging import SpeedMeter, StepSums, peak_bytes
 from bevt_ds.runtime.pieces import SavedPieces
+from bevt_ds.runtime.place import PLACE
 from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.runtime.run_record import RunRecord
 from bevt_ds.runtime.signals import Stopped, StopRequest
@@ -197,7 +200,9 @@ def train_step(
     """
     sums, held = StepSums(earlier), Held(step)
     for micro_step in range(micro_steps(task.config, task.ranks.world)):
+        PLACE.enter("data", step)
         batch = next(batches).to(task.ranks.device, non_blocking=True)
+        PLACE.enter("step", step)
         loss, metrics = task.forward(batch, step, micro_step)
         task.engine.backward(loss)
         verdict = task.engine.step(step)
@@ -229,9 +234,11 @@ def train(task: Task, batches: Iterator, log: RunLog, stop: StopRequest) -> None
             done = step + 1
             task.setup.commits.poll()
             if done % config.log_every == 0 or done == steps or task.is_due(step):
+                PLACE.enter("log", step)
                 bar.set_postfix_str(write_line(task, log, speed, sums, step, watch.was_skipped(step)), refresh=False)
                 unreported = None
             with speed.paused():
+                PLACE.enter("validation", step)
                 task.every_so_often(step, log)
             due = due or done % config.checkpoint_every == 0
             committed = done == steps or (due and not watch.was_skipped(step))
@@ -247,6 +254,7 @@ def train(task: Task, batches: Iterator, log: RunLog, stop: StopRequest) -> None
 
 def save_step(task: Task, sums: StepSums, step: int, watch: Watch) -> None:
     """Begin to commit what the run is after `step`, whose metrics `sums` are. Collective; see `save_checkpoint`."""
+    PLACE.enter("save", step)
     loss = None if watch.was_skipped(step) else task.metrics(sums.totals(task.ranks), step)["loss"]
     save_checkpoint(task, step + 1, loss)
 
@@ -341,14 +349,17 @@ def run_training(
     """
     with StopRequest(config.train.grace_seconds) as stop:
         ranks = start_ranks()
-        try:
-            return _run(config, ds_values, notes, open_task, given, ranks, stop)
-        except Stopped as stopped:  # its commit, in the background, has ended
-            stop.stopped()
-            if ranks.is_main:
-                print(f"\nstopped {stopped}", flush=True)
-            ranks.barrier()  # launchers end the other ranks once one has ended
-            return STOPPED
+        waits = {"data": 2 * config.data.read_seconds}  # reading has its own deadline
+        with Heartbeat(ranks, config.train.rank_deadline, waits) as heartbeat:
+            stop.before_end = partial(heartbeat.leave, STOPPED)
+            try:
+                return _run(config, ds_values, notes, open_task, given, ranks, stop)
+            except Stopped as stopped:  # its commit, in the background, has ended
+                stop.stopped()
+                if ranks.is_main:
+                    print(f"\nstopped {stopped}", flush=True)
+                ranks.barrier()  # launchers end the other ranks once one has ended
+                return STOPPED
 
 
 def _run(
@@ -391,6 +402,7 @@ def _run(
             log.write_settings(config)
             with stop.training():
                 train(task, batches, log, stop)
+            PLACE.enter("finish", task.steps)
             with ranks.writing(folder / run_dir.WEIGHTS):
                 if ranks.is_main:
                     commit = folder / run_dir.CHECKPOINTS / checkpoint.name_of(task.steps)

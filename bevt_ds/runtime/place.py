@@ -1,0 +1,60 @@
+"""Where the training thread is, and since when it has not got on: told by itself, asked by the thread of heartbeat.py.
+
+A rank whose process lives may still be stuck: in an endless loop, or in a file system that does not answer.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+PATIENCE = 5  # times the deadline, for what has no usual duration
+USUAL = 10  # times its shortest duration so far, for what is done again and again
+MOVED = 1 << 16  # bytes read and written from one look to the next that count as getting on
+REPEATED = ("step",)
+
+
+class Place:
+    """One for each process. `enter` is for the training thread; the rest for whoever watches it."""
+
+    def __init__(self) -> None:
+        self.section, self.step = "start", 0
+        self.entered = 0  # how often: all ranks enter the same sections in the same order
+        self.since = time.monotonic()
+        self._began = self.since
+        self._shortest: dict[str, float] = {}
+        self._bytes = 0
+
+    def enter(self, section: str, step: int) -> None:
+        """The training thread goes on to something else: "data", "step", "log", "validation", "save" or "finish"."""
+        now = time.monotonic()
+        self._shortest[self.section] = min(now - self._began, self._shortest.get(self.section, now - self._began))
+        self.section, self.step = section, step
+        self._began = self.since = now
+        self.entered += 1
+
+    def look(self, moved: int) -> None:
+        """Count bytes that this process has read and written, over its life, as getting on; a step needs none."""
+        if moved - self._bytes > MOVED:
+            self._bytes = moved
+            if self.section not in REPEATED:
+                self.since = time.monotonic()
+
+    def forgive(self, seconds: float) -> None:
+        """The whole process has stood still for so long, and not for its own fault: Ctrl-Z, a scheduler."""
+        self.since += seconds
+
+    def limit(self, deadline: float, waits: dict[str, float]) -> float:
+        """Seconds after which the training thread is stuck where it is. `waits`: more for some sections."""
+        if self.section in REPEATED and self.section in self._shortest:
+            return max(deadline, USUAL * self._shortest[self.section])
+        return max(PATIENCE * deadline, waits.get(self.section, 0.0))
+
+
+PLACE = Place()
+
+
+def moved_bytes() -> int:
+    """What this process has read and written so far, from caches and disks alike."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
+    return int(counts["rchar"]) + int(counts["wchar"])
