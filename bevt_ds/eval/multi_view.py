@@ -22,23 +22,24 @@ from bevt_ds.kernels import resolve
 from bevt_ds.model.classifier import VideoClassifier
 from bevt_ds.model.weights import read_weights
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import DTYPES, start_ranks
+from bevt_ds.runtime.engine import DTYPES
+from bevt_ds.runtime.joining import joined_to_measure
 
 
 def evaluate(config: EvaluateConfig) -> int:
     """Test, write and print; returns the exit code."""
-    ranks = start_ranks()
-    model = load_classifier(config, ranks)
-    shards = shards_of(config.data.val, config.data)
-    classes = classes_of(model, config.data, shards)
-    folder = claim_folder(config.output_dir, config.weights, "eval", ranks)
-    batches = each_video(config.data, config.views, shards, classes, folder, ranks)
-    predictions = predict(probabilities_of(model, DTYPES[config.precision]), batches, ranks)
-    if ranks.is_main:
-        expected = expected_count(shards, config.data.expected_val)
-        values = write_results(folder, predictions, classes.names, expected, {"config": to_dict(config)})
-        print(as_lines(values, folder), flush=True)
-    return 0
+    with joined_to_measure() as ranks:
+        model = load_classifier(config, ranks)
+        shards = shards_of(config.data.val, config.data)
+        classes = classes_of(model, config.data, shards)
+        folder = claim_folder(config.output_dir, config.weights, "eval", ranks)
+        batches = each_video(config.data, config.views, shards, classes, folder, ranks)
+        predictions = predict(probabilities_of(model, DTYPES[config.precision]), batches, ranks)
+        if ranks.is_main:
+            expected = expected_count(shards, config.data.expected_val)
+            values = write_results(folder, predictions, classes.names, expected, {"config": to_dict(config)})
+            print(as_lines(values, folder), flush=True)
+        return 0
 
 
 def load_classifier(config: EvaluateConfig, ranks: Ranks) -> VideoClassifier:

@@ -25,29 +25,32 @@ from bevt_ds.eval.videos import each_video, require_decodable_sets, shards_of
 from bevt_ds.folders import weights_of
 from bevt_ds.model.video_swin import VideoSwin
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import DTYPES, start_ranks
+from bevt_ds.runtime.engine import DTYPES
+from bevt_ds.runtime.joining import joined_to_measure
 
 
 def probe(config: ProbeRunConfig) -> int:
     """Extract, fit, test, write and print; returns the exit code."""
-    ranks = start_ranks()
-    encoder = load_encoder(config, ranks)
-    train, val = (shards_of(patterns, config.data) for patterns in (config.data.train, config.data.val))
-    classes = read_classes(train, val, config.data.classes)
-    require_decodable_sets({"data.train": train, "data.val": val}, config.data)
-    folder = claim_folder(config.output_dir, config.weights, "probe", ranks)
-    encode = features_of(encoder, DTYPES[config.precision], config.probe.kind)
-    single = replace(config.views, clips=1, crops=1)
-    seen = each_video(config.data, single, train, classes, folder, ranks, "training features")
-    features = extract(encode, seen, ranks, config.probe.cache_bytes)
-    classify = fit(config.probe, features, len(classes), ranks)
-    tested = each_video(config.data, config.views, val, classes, folder, ranks)
-    predictions = predict(lambda clips: classify(encode(clips)), tested, ranks)
-    if ranks.is_main:
-        facts = {"training_videos": features.total, "config": to_dict(config)}
-        values = write_results(folder, predictions, classes.names, expected_count(val, config.data.expected_val), facts)
-        print(as_lines(values, folder), flush=True)
-    return 0
+    with joined_to_measure() as ranks:
+        encoder = load_encoder(config, ranks)
+        train, val = (shards_of(patterns, config.data) for patterns in (config.data.train, config.data.val))
+        classes = read_classes(train, val, config.data.classes)
+        require_decodable_sets({"data.train": train, "data.val": val}, config.data)
+        folder = claim_folder(config.output_dir, config.weights, "probe", ranks)
+        encode = features_of(encoder, DTYPES[config.precision], config.probe.kind)
+        single = replace(config.views, clips=1, crops=1)
+        seen = each_video(config.data, single, train, classes, folder, ranks, "training features")
+        features = extract(encode, seen, ranks, config.probe.cache_bytes)
+        classify = fit(config.probe, features, len(classes), ranks)
+        tested = each_video(config.data, config.views, val, classes, folder, ranks)
+        predictions = predict(lambda clips: classify(encode(clips)), tested, ranks)
+        if ranks.is_main:
+            facts = {"training_videos": features.total, "config": to_dict(config)}
+            values = write_results(
+                folder, predictions, classes.names, expected_count(val, config.data.expected_val), facts
+            )
+            print(as_lines(values, folder), flush=True)
+        return 0
 
 
 def load_encoder(config: ProbeRunConfig, ranks: Ranks) -> VideoSwin:

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -91,7 +91,7 @@ class Heartbeat:
         self,
         ranks: Ranks,
         deadline: float,
-        waits: dict[str, float] | None = None,
+        waits: Mapping[str, float] | None = None,
         place: Place = PLACE,
         end: Callable[[int, Callable[[], None]], None] = end_process,
     ) -> None:

@@ -6,11 +6,12 @@ A rank whose process lives may still be stuck: in an endless loop, or in a file 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 PATIENCE = 5  # times the deadline, for what has no usual duration
 USUAL = 10  # times its shortest duration so far, for what is done again and again
-MOVED = 1 << 16  # bytes read and written from one look to the next that count as getting on
+MOVED = 1 << 16  # bytes from one look to the next; the watching threads read some hundred each time
 REPEATED = ("step",)
 
 
@@ -34,17 +35,16 @@ class Place:
         self.entered += 1
 
     def look(self, moved: int) -> None:
-        """Count bytes that this process has read and written, over its life, as getting on; a step needs none."""
-        if moved - self._bytes > MOVED:
-            self._bytes = moved
-            if self.section not in REPEATED:
-                self.since = time.monotonic()
+        """Take more than MOVED bytes since the last look for getting on; a step needs none. moved: of all its life."""
+        if moved - self._bytes > MOVED and self.section not in REPEATED:
+            self.since = time.monotonic()
+        self._bytes = moved
 
     def forgive(self, seconds: float) -> None:
         """The whole process has stood still for so long, and not for its own fault: Ctrl-Z, a scheduler."""
         self.since += seconds
 
-    def limit(self, deadline: float, waits: dict[str, float]) -> float:
+    def limit(self, deadline: float, waits: Mapping[str, float]) -> float:
         """Seconds after which the training thread is stuck where it is. `waits`: more for some sections."""
         if self.section in REPEATED and self.section in self._shortest:
             return max(deadline, USUAL * self._shortest[self.section])

@@ -55,6 +55,11 @@ class RunLog:
         if self._board:
             self._board.write(step, values)
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether log.jsonl has such a field of that step. Collective."""
+        lines = map(json.loads, self._path.read_bytes().splitlines() if self._ranks.is_main else [])
+        return bool(self._ranks.broadcast(any(line["step"] == step and name in line for line in lines)))
+
     def write_settings(self, config: TrainingConfig) -> None:
         """The configuration as TensorBoard's hyperparameters, next to the loss."""
         if self._board:

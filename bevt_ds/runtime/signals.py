@@ -30,7 +30,7 @@ LAST_WORDS = 3.0  # seconds; whoever reads what a run prints may have stopped re
 
 
 class Stopped(Exception):
-    """A run has stopped because it was asked to. The message says by what, and what it has kept."""
+    """A run stops because it was asked to. The message says by what."""
 
 
 def end_process(code: int, speak: Callable[[], None]) -> None:
@@ -49,6 +49,7 @@ class StopRequest:
         grace: seconds from the request to the end, if the commit is not done by then; 0: as long as it takes.
         watched: processes whose end is a request.
         echo: seconds in which a second signal is taken for the first one, passed on by a launcher.
+        kept: what is said of the run's results when the process ends at once.
         end: ends the process with a code, after a function that says why.
     """
 
@@ -58,10 +59,11 @@ class StopRequest:
         watched: Sequence[Process] | None = None,
         echo: float | None = None,
         end: Callable[[int, Callable[[], None]], None] = end_process,
+        kept: str = "the commits are whole: resume=auto continues",
     ) -> None:
         self.reason = ""  # what asked first; empty: nothing has
         self.before_end: Callable[[], None] = lambda: None  # called before the process ends at once
-        self._grace, self._end = grace, end
+        self._grace, self._end, self._kept = grace, end, kept
         self._watched = launchers() if watched is None else watched
         self._echo = echo if echo is not None else ECHO * signals_twice()
         self._since = 0.0
@@ -114,13 +116,22 @@ class StopRequest:
             return reasons[0]
         return ", ".join(f"{reason} (rank {rank})" for rank, reason in enumerate(reasons) if reason)
 
+    def check(self, ranks: Ranks) -> None:
+        """To be called between the parts of work that can be given up. Collective.
+
+        Raises:
+            Stopped: a rank has been asked to stop.
+        """
+        if reason := self.agreed(ranks):
+            raise Stopped(f"by {reason}")
+
     def ask(self, reason: str, is_signal: bool = True) -> None:
         """Ask for a stop. One more signal after the first, or one that comes while no steps are made, ends at once."""
         now = time.monotonic()
         if not self.reason:
             self.reason, self._since = reason, now
             if self._phase in ("starting", "ending"):
-                self._end_now(f"stopped by {reason} before the first step or after the last")
+                self._end_now(f"stopped by {reason}")
         elif is_signal and now - self._since >= self._echo:
             self._end_now(f"stopped at once by {reason}, after {self.reason}")
 
@@ -149,5 +160,5 @@ class StopRequest:
 
     def _end_now(self, line: str) -> None:
         self.before_end()
-        rest = "; the commits are whole: resume=auto continues"
-        self._end(STOPPED, lambda: self._phase == "stopped" or print(f"\n{line}{rest}", file=sys.stderr, flush=True))
+        text = f"\n{line}; {self._kept}"
+        self._end(STOPPED, lambda: self._phase == "stopped" or print(text, file=sys.stderr, flush=True))

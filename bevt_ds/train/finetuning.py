@@ -69,9 +69,17 @@ class Finetuning(Task[FinetuneConfig, LabelledBatch]):
 
     def every_so_often(self, step: int, log: RunLog) -> None:
         """Validate every train.val_every epochs, and after the last step."""
-        done, every = step + 1, self.config.train.val_every * self.loader.steps_an_epoch
-        if self.config.data.val and (done % every == 0 or done == self.steps):
+        if self.is_validated(step):
             record_validation(self, log, step)
+
+    def make_up(self, step: int, log: RunLog) -> None:
+        """The validation, if a signal has ended it."""
+        if self.is_validated(step) and not log.has(step, "val_top1"):
+            record_validation(self, log, step)
+
+    def is_validated(self, step: int) -> bool:
+        done, every = step + 1, self.config.train.val_every * self.loader.steps_an_epoch
+        return bool(self.config.data.val) and (done % every == 0 or done == self.steps)
 
     @property
     def fingerprint(self) -> str:
@@ -175,13 +183,18 @@ def record_validation(task: Finetuning, log: RunLog, step: int) -> None:
 
 
 def validate(task: Finetuning) -> dict[str, float]:
-    """Scores on the validation videos: one clip of each, centre crop, short side as in training. Collective."""
+    """Scores on the validation videos: one clip of each, centre crop, short side as in training. Collective.
+
+    Raises:
+        Stopped: the run is to stop.
+    """
     data, loader = task.config.data, task.loader
     views = ViewsConfig(clips=1, crops=1, short_side=data.short_side, micro_videos=task.config.train.micro_clips)
     scores = Scores(len(loader.classes))
     batches = each_video(data, views, loader.val_shards, loader.classes, task.setup.folder, task.ranks, "validation")
     with task.engine.evaluating():
         for batch in batches:
+            task.setup.stop.check(task.ranks)
             logits = task.engine.forward(batch.pixels.flatten(0, 1), None)
             scores.add(logits.float().softmax(-1), batch.labels)
     return scores.summed(task.ranks).result()

@@ -13,8 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -40,8 +39,8 @@ from bevt_ds.runtime.console import keep_console
 from bevt_ds.runtime.continuing import Build, Start, begin_engine, find_start, go_on, print_changes, require_steps
 from bevt_ds.runtime.distributed import Ranks, describe_device, device_memory
 from bevt_ds.runtime.ema import WeightAverage
-from bevt_ds.runtime.engine import TAG, Engine, start_ranks
-from bevt_ds.runtime.heartbeat import Heartbeat
+from bevt_ds.runtime.engine import TAG, Engine
+from bevt_ds.runtime.joining import joined
 from bevt_ds.runtime.logging import SpeedMeter, StepSums, peak_bytes
 from bevt_ds.runtime.pieces import SavedPieces
 from bevt_ds.runtime.place import PLACE
@@ -67,6 +66,7 @@ class Setup(Generic[ConfigT]):
     start: Start | None = None
     changes: tuple[checkpoint.Change, ...] = ()  # what has been overridden on resume so far
     loader_state: dict[str, Any] | None = None  # what the loaders of the run that is continued pass on
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def first_step(self) -> int:
@@ -154,7 +154,13 @@ class Task(ABC, Generic[ConfigT, BatchT]):
         return {}
 
     def every_so_often(self, step: int, log: RunLog) -> None:
-        """What follows some steps, such as a validation; its time is not the step's. Collective."""
+        """What follows some steps, such as a validation; its time is not the step's. Collective.
+
+        Stopped: it was given up because the run is to stop; `make_up` does it when the run goes on.
+        """
+
+    def make_up(self, step: int, log: RunLog) -> None:
+        """What was given up after `step`, the last one before the run goes on. Collective."""
 
     @property
     def fingerprint(self) -> str:
@@ -225,6 +231,8 @@ def train(task: Task, batches: Iterator, log: RunLog, stop: StopRequest) -> None
     """
     config, first, steps, watch = task.config.train, task.setup.first_step, task.steps, Watch(task)
     unreported, due, speed = None, False, SpeedMeter(config, task.step_flops, task.ranks.world, task.ranks.device)
+    if first:
+        task.make_up(first - 1, log)
     with progress_bar(
         range(first, steps), initial=first, total=steps, unit="step", disable=not task.ranks.is_main
     ) as bar:
@@ -237,7 +245,7 @@ def train(task: Task, batches: Iterator, log: RunLog, stop: StopRequest) -> None
                 PLACE.enter("log", step)
                 bar.set_postfix_str(write_line(task, log, speed, sums, step, watch.was_skipped(step)), refresh=False)
                 unreported = None
-            with speed.paused():
+            with speed.paused(), suppress(Stopped):  # raised below, once the step is committed
                 PLACE.enter("validation", step)
                 task.every_so_often(step, log)
             due = due or done % config.checkpoint_every == 0
@@ -248,7 +256,7 @@ def train(task: Task, batches: Iterator, log: RunLog, stop: StopRequest) -> None
             if reason := stop.agreed(task.ranks):
                 if not committed:
                     save_step(task, sums, step, watch)
-                raise Stopped(f"by {reason}; {done} steps are committed: resume=auto continues")
+                raise Stopped(f"by {reason}; {done} steps are committed")
     task.setup.commits.wait()
 
 
@@ -347,19 +355,16 @@ def run_training(
         open_task: makes the task, loader and engine included; leaving its block ends the loader.
         given: keys that the command line or the JSON decides; a run that goes on keeps its values of the others.
     """
-    with StopRequest(config.train.grace_seconds) as stop:
-        ranks = start_ranks()
-        waits = {"data": 2 * config.data.read_seconds}  # reading has its own deadline
-        with Heartbeat(ranks, config.train.rank_deadline, waits) as heartbeat:
-            stop.before_end = partial(heartbeat.leave, STOPPED)
-            try:
-                return _run(config, ds_values, notes, open_task, given, ranks, stop)
-            except Stopped as stopped:  # its commit, in the background, has ended
-                stop.stopped()
-                if ranks.is_main:
-                    print(f"\nstopped {stopped}", flush=True)
-                ranks.barrier()  # launchers end the other ranks once one has ended
-                return STOPPED
+    waits = {"data": 2 * config.data.read_seconds}  # reading has its own deadline
+    with joined(StopRequest(config.train.grace_seconds), config.train.rank_deadline, waits) as (ranks, stop):
+        try:
+            return _run(config, ds_values, notes, open_task, given, ranks, stop)
+        except Stopped as stopped:  # its commit, in the background, has ended
+            stop.stopped()
+            if ranks.is_main:
+                print(f"\nstopped {stopped}; resume=auto continues", flush=True)
+            ranks.barrier()  # launchers end the other ranks once one has ended
+            return STOPPED
 
 
 def _run(
@@ -386,7 +391,7 @@ def _run(
     start = find_start(config, folder, ranks)
     config, changes, loader_state = go_on(config, given, folder, start)
     commits = Commits(ranks)
-    setup = Setup(config, ds_values, folder, ranks, commits, start, changes, loader_state)
+    setup = Setup(config, ds_values, folder, ranks, commits, start, changes, loader_state, stop)
     with open_task(setup) as task, RunRecord(folder, ranks, setup.first_step, task.tokenizer_file), commits:
         require_steps(setup.first_step, task.steps)
         if start:
