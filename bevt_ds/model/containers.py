@@ -27,6 +27,8 @@ from torch import Tensor
 
 from bevt_ds.errors import UserError
 
+from .tensor_file import read_tensors, reason
+
 State = dict[str, Tensor]
 
 # Where a state dict lies in what a trainer saves; running averages first, as timm's loader has it.
@@ -73,7 +75,7 @@ class Inert(dict):
     __eq__ = object.__eq__
 
 
-class InertUnpickler(pickle.Unpickler):
+class InertUnpickler(pickle._Unpickler):  # in Python: the one in C takes as much memory as a byte of the file says
     """Knows how tensors are rebuilt, through functions made for this file; all else is inert."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -99,7 +101,7 @@ def read_file(path: Path) -> Any:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise UserError(f"is not a safetensors file: {error}") from error
+            raise UserError(f"is not a safetensors file: {reason(error)}") from error
     zipped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         if not zipped and file.read(1) != b"\x80":
@@ -111,7 +113,7 @@ def read_file(path: Path) -> Any:
             warnings.simplefilter("ignore")  # of the older container: sources that it cannot compare
             return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped, pickle_module=INERT)
     except Exception as error:  # a damaged or hostile pickle can fail in any way
-        raise UserError(f"is not a checkpoint that can be read without running its code: {error}") from error
+        raise UserError(f"is not a checkpoint that can be read without running its code: {reason(error)}") from error
 
 
 def unwrap(checkpoint: Any) -> State:
@@ -127,10 +129,12 @@ def contained(checkpoint: Any) -> tuple[str, State]:
 
     Raises UserError where there is none.
     """
-    note = ""
-    while isinstance(checkpoint, dict) and (found := [key for key in CONTAINERS if _is_filled(checkpoint.get(key))]):
-        note = note or (f"{found[0]} is taken of {', '.join(found)}" if len(found) > 1 else "")
-        checkpoint = checkpoint[found[0]]
+    note, seen = "", set()
+    while isinstance(checkpoint, dict) and id(checkpoint) not in seen:  # a pickle can make one that lies in itself
+        seen.add(id(checkpoint))
+        if found := [key for key in CONTAINERS if _is_filled(checkpoint.get(key))]:
+            note = note or (f"{found[0]} is taken of {', '.join(found)}" if len(found) > 1 else "")
+            checkpoint = checkpoint[found[0]]
     if not isinstance(checkpoint, dict) or not _tensors(checkpoint):
         raise UserError(f"holds no state dict: expected tensors by name, alone or under {', '.join(CONTAINERS)}")
     return note, _tensors(checkpoint)
@@ -173,7 +177,7 @@ def read_deepspeed(folder: Path) -> State:
         raise UserError("holds a model that is split over ranks (mp_rank_01, ...): only data parallel ones are read")
     first = states[0]
     state = {name: value for name, value in _tensors(first["module"]).items() if value.numel()}
-    whole = load_file(folder / FROZEN) if (folder / FROZEN).is_file() else {}
+    whole = read_tensors(folder / FROZEN) if (folder / FROZEN).is_file() else {}
     if not shards:
         return state | whole
     count = shards[0].get("partition_count", len(shards))

@@ -1,4 +1,4 @@
-"""Writing safetensors without a copy of the tensors in memory, and with the operating system's own errors.
+"""Reading safetensors; writing them without a copy of the tensors in memory, with the operating system's own errors.
 
 The library's writer copies every tensor into one buffer first, and tells of a full disk by an exception that names
 neither the file nor the reason. Files are as it writes them: github.com/huggingface/safetensors, "Format".
@@ -11,7 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+
+from bevt_ds.errors import UserError
 
 NAMES = {
     torch.float32: "F32",
@@ -23,6 +27,25 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: it is missing, or no such file.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What an exception of a library says, in one line that is not too long."""
+    return " ".join(str(error).split())[:200]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

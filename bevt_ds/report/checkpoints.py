@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from bevt_ds.disk import in_words, writing
 from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import FINISHED, FOUND_FAULTS
 from bevt_ds.folders import CHECKPOINTS, MANIFEST, WEIGHTS, checkpoint_folders
-from bevt_ds.model.tensor_file import write_tensors
+from bevt_ds.model.tensor_file import read_tensors, write_tensors
 from bevt_ds.report.compare import aligned
 from bevt_ds.report.run_files import flat
 from bevt_ds.runtime.checkpoint import RESHARDING, find_damage
@@ -147,7 +146,7 @@ def _distance(ours: Tensor | None, theirs: Tensor | None) -> float:
 
 
 class _Tensors:
-    """A checkpoint's tensors by name, read one by one: of all its pieces, or of the exported weights."""
+    """A checkpoint's tensors by name: of all its pieces, read one by one, or the exported weights."""
 
     def __init__(self, files: ExitStack, folder: Path, by_pieces: bool) -> None:
         if by_pieces:
@@ -155,15 +154,13 @@ class _Tensors:
             self._sizes, self._whole, self._saved = saved.sizes(), saved.whole(), saved
             self.names = self._sizes.keys() | self._whole.keys()
         else:
-            self._whole = files.enter_context(safe_open(folder / WEIGHTS / TENSORS, "pt"))
-            self._sizes, self.names = {}, set(self._whole.keys())
+            self._sizes, self._whole = {}, read_tensors(folder / WEIGHTS / TENSORS)
+            self.names = self._whole.keys()
 
     def get(self, key: str) -> Tensor | None:
         if key in self._sizes:
             return self._saved.read(key, 0, self._sizes[key])
-        if key not in self.names:
-            return None
-        return self._whole[key] if isinstance(self._whole, dict) else self._whole.get_tensor(key)
+        return self._whole.get(key)
 
 
 def export_weights(arguments: argparse.Namespace) -> int:

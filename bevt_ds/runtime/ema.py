@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from bevt_ds.model.tensor_file import read_tensors
 from bevt_ds.runtime.engine import Engine
 
 FOLDER = "average"
@@ -44,6 +44,6 @@ class WeightAverage:
 
     def load_shards(self, checkpoint: Path) -> None:
         """Read what earlier versions wrote next to DeepSpeed's shards, of the same ranks and ZeRO stage."""
-        saved = load_file(checkpoint / FOLDER / f"rank-{self._engine.ranks.rank:05d}.safetensors")
+        saved = read_tensors(checkpoint / FOLDER / f"rank-{self._engine.ranks.rank:05d}.safetensors")
         for i, part in enumerate(self._averages):
             part.copy_(saved[str(i)])

@@ -8,6 +8,7 @@ factor `world` in `backward`; its division by the accumulation steps is switched
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,6 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
@@ -33,6 +33,7 @@ from bevt_ds.config.schema import AdamWConfig, TrainingConfig
 from bevt_ds.config.validate import zero_stage
 from bevt_ds.errors import UserError
 from bevt_ds.model.containers import FROZEN
+from bevt_ds.model.tensor_file import read_tensors, reason
 from bevt_ds.runtime.distributed import Ranks, choose_rendezvous
 from bevt_ds.runtime.guard import Guard, Verdict
 from bevt_ds.runtime.pieces import COUNTERS, MOMENTS, WEIGHTS, Piece, SavedPieces, Snapshot, share, take_snapshot
@@ -51,6 +52,28 @@ def load_shard(path: str, map_location: Any = None) -> Any:
     """What DeepSpeed's reader returns, except that a pickle in a shard cannot run code: an allow-list of classes."""
     with torch.serialization.safe_globals(SAFE_CLASSES):
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def require_readable(folder: Path, ranks: Ranks) -> None:
+    """Read every file of DeepSpeed's in a folder, each on one rank, before one rank alone fails to. Collective.
+
+    Raises:
+        UserError: a file is damaged, or asks for code to be run. On all ranks.
+    """
+    found = ranks.gather([_shard_problem(path) for path in sorted(folder.glob("*.pt"))[ranks.rank :: ranks.world]])
+    if problem := next((problem for own in found for problem in own if problem), None):
+        raise UserError(f"{problem}. Begin a new run from its weights with init_from and another output_dir.")
+
+
+def _shard_problem(path: Path) -> str | None:
+    """What is wrong with a file of DeepSpeed's."""
+    try:
+        shard = load_shard(str(path))
+    except Exception as error:  # a damaged or hostile pickle can fail in any way
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        return f"{path} asks for {asked[1]}, which is not run" if asked else f"{path} is damaged: {reason(error)}"
+    known = isinstance(shard, dict) and shard.keys() & {"module", "optimizer_state_dict"}
+    return None if known else f"{path} is not of DeepSpeed"
 
 
 def start_ranks() -> Ranks:
@@ -391,8 +414,12 @@ class Engine:
                     f"{folder} was written by an older version, whose optimizer also changed the parts of the stream"
                     " that is not trained: begin a new run from its weights with init_from and another output_dir."
                 )
-            self._frozen = load_file(folder / TAG / FROZEN)
-        loaded, _ = self.ds.load_checkpoint(str(folder), tag=TAG)
+            self._frozen = read_tensors(folder / TAG / FROZEN)
+        require_readable(folder / TAG, self.ranks)
+        try:
+            loaded, _ = self.ds.load_checkpoint(str(folder), tag=TAG)
+        except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+            raise UserError(f"{folder}: DeepSpeed cannot take its state up: {reason(error)}.") from error
         if loaded is None:
             raise UserError(f"{folder}: DeepSpeed found no state to load there.")
 

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bevt_ds.errors import UserError
-from bevt_ds.model.tensor_file import write_tensors
+from bevt_ds.model.tensor_file import read_tensors, write_tensors
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -107,7 +106,7 @@ class SavedPieces:
                 starts = json.loads(file.metadata()["starts"])
                 for key in file.keys():  # noqa: SIM118  (not a dict)
                     part = file.get_slice(key)
-                    self._runs[key].append((starts[key.partition("/")[2]], part.get_shape()[0], part))
+                    self._runs[key].append((int(starts[key.partition("/")[2]]), part.get_shape()[0], part))
             except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
                 self._files.close()
                 raise UserError(f"{path} is not a rank's part of a checkpoint ({error}).") from None
@@ -121,12 +120,20 @@ class SavedPieces:
 
     @property
     def counters(self) -> dict[str, Any]:
-        """The plain numbers."""
-        return dict(json.loads((self.folder / COUNTERS).read_text(encoding="utf-8")))
+        """The plain numbers. UserError: the file is not of a checkpoint."""
+        path = self.folder / COUNTERS
+        try:
+            counters = json.loads(path.read_text(encoding="utf-8"))
+            named = all(isinstance(size, int) for shape in counters["shapes"].values() for size in shape)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            named = False
+        if not named:
+            raise UserError(f"{path} is not of a checkpoint.")
+        return dict(counters)
 
     def whole(self) -> dict[str, Tensor]:
         """Frozen parameters and buffers by name."""
-        return load_file(self.folder / WHOLE)
+        return read_tensors(self.folder / WHOLE)
 
     def sizes(self) -> dict[str, int]:
         """KIND/NAME -> elements."""
