@@ -8,6 +8,7 @@ line for each case to DIR/rows.jsonl.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -143,8 +144,10 @@ def measure(engine: Engine, again: Engine, accumulation: int, saved: int, steps:
     half_way = engine.weights()
     advance(engine, range(saved, steps), accumulation)
     again.load(folder)
+    padding = poison_padding(again)
     advance(again, range(saved, steps), accumulation)
     whole, resumed = engine.weights(), again.weights()
+    judged = [again.is_finite(), spoilt_is_finite(again)]
     if not engine.ranks.is_main:
         return {}
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -159,7 +162,31 @@ def measure(engine: Engine, again: Engine, accumulation: int, saved: int, steps:
             torch.equal(files[f"weights/{n}"], half_way[n].flatten()) for n in half_way if "unused" not in n
         ),
         "only tensors and JSON": {path.suffix for path in folder.rglob("*.*")} == {".safetensors", ".json"},
+        "padding": padding,
+        "finite, and spoilt": judged,
     }
+
+
+def poison_padding(engine: Engine) -> int:
+    """Put NaN wherever the engine's masters and moments hold no parameter; the elements that are so. Collective."""
+    padded, pieces = 0, engine._pieces()
+    for flats in engine._kinds().values():
+        for number, flat in enumerate(flats):
+            held = torch.zeros(flat.numel(), dtype=torch.bool)
+            for piece in pieces:
+                if piece.flat == number:
+                    held[piece.offset : piece.offset + piece.size] = True
+            flat.detach().view(-1)[~held] = math.nan
+            padded += int((~held).sum())
+    return engine.ranks.sum_counts([padded])[0]
+
+
+def spoilt_is_finite(engine: Engine) -> bool:
+    """Whether the engine takes a NaN in the last element of the last parameter for a finite number. Collective."""
+    *_, last = engine._pieces()
+    if engine.ranks.rank == engine.ranks.world - 1:
+        last.of(engine.masters())[-1] = math.nan
+    return engine.is_finite()
 
 
 def save(engine: Engine, folder: Path, **more: list[Tensor]) -> None:

@@ -75,9 +75,9 @@ def start_ranks(settings: dict[str, object], world: int, stage: int = 2) -> list
     return start_python(command(stage, settings), world)
 
 
-def start_python(arguments: list[str], world: int) -> list[Forked]:
-    """Start `python ARGUMENTS` on so many ranks, forked from a process that has its imports."""
-    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def start_python(arguments: list[str], world: int, **extra: str) -> list[Forked]:
+    """Start `python ARGUMENTS` on so many ranks, forked from a process that has its imports; extra: environment."""
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | extra
     return [Forked(arguments, environment(**place, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(world)]
 
 

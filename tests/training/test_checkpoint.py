@@ -1,6 +1,7 @@
 """The checkpoint folder without torch: damage, kills during a commit, retention, refusals on resume."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from bevt_ds.config.parse import set_value
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.errors import UserError
 from bevt_ds.folders import checkpoints
-from bevt_ds.runtime import manifest
+from bevt_ds.runtime import checkpoint, manifest
 from bevt_ds.runtime.checkpoint import Facts, check_continues, find_damage, newest_valid, read_facts
 from bevt_ds.runtime.commit import save
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.run_dir import CHECKPOINTS, choose_folder, write_config
+from tests.downstream.worlds import on_ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 FACTS = Facts(step=1, world=1, stage=2, config=get_recipe("demo"), data="abc", skips={"skips": []})
@@ -39,6 +41,26 @@ def test_newest_whole_checkpoint_is_found_with_its_facts(tmp_path):
     found, facts = newest_valid(tmp_path, ALONE)
     assert found.name == "step-00000010"
     assert facts == replace(FACTS, step=10)
+
+
+def test_checkpoints_are_ordered_by_step_whatever_their_times(tmp_path):
+    for step, hours in ((2, 9), (10, 1), (7, 5)):
+        os.utime(commit(tmp_path, step), (3600 * hours, 3600 * hours))
+    assert newest_valid(tmp_path, ALONE)[1].step == 10
+
+
+def test_checkpoint_that_one_rank_cannot_see_is_damaged_for_all(tmp_path, monkeypatch):
+    """A file server may show one machine what it does not yet show another."""
+    for step in (1, 2):
+        commit(tmp_path, step)
+    seen = checkpoint._damage
+
+    def seen_by(folder: Path, ranks: Ranks) -> list[str]:
+        hidden = ranks.rank == 1 and folder.name.endswith("2")
+        return seen(tmp_path / "not there" if hidden else folder, ranks)
+
+    monkeypatch.setattr(checkpoint, "_damage", seen_by)
+    assert on_ranks(2, lambda ranks: newest_valid(tmp_path, ranks)[1].step) == [1, 1]
 
 
 def test_nothing_to_continue_from(tmp_path):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import re
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +18,10 @@ import torch
 from bevt_ds import UserError
 from bevt_ds.config.parse import set_value
 from bevt_ds.config.recipes import get_recipe
+from bevt_ds.folders import MANIFEST
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.lock import hold
-from bevt_ds.runtime.run_dir import choose_folder
+from bevt_ds.runtime.lock import LOCK, hold
+from bevt_ds.runtime.run_dir import choose_folder, write_config
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 HOLDER = """
@@ -47,6 +53,23 @@ def test_run_lock_names_the_other_process(held_by_another):
     config = set_value(get_recipe("demo"), "output_dir", str(folder))
     with pytest.raises(UserError, match=f"in use by another run .process {other.pid}"):
         choose_folder(config, ALONE)
+
+
+def test_second_run_with_resume_auto_is_refused(held_by_another):
+    """Named or found by itself; once the first has been killed its lock is stale, and the run goes on."""
+    folder, other = held_by_another
+    named = replace(get_recipe("demo"), resume="auto", output_dir=str(folder))
+    write_config(folder, named)
+    (folder / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000002" / MANIFEST).write_text("{}")
+    for config in (named, replace(named, output_dir="")):
+        owner = rf"process {other.pid} on {re.escape(socket.gethostname())}, since 20\d\d-"
+        with pytest.raises(UserError, match=rf"output_dir={folder} is in use by another run \({owner}"):
+            choose_folder(config, ALONE)
+    other.kill()
+    other.wait()
+    assert choose_folder(named, ALONE) == folder
+    assert json.loads((folder / LOCK).read_text())["pid"] == os.getpid(), "the stale lock names its new owner"
 
 
 def test_unnamed_run_takes_the_next_folder(held_by_another):
