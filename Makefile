@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 BASE   ?= HEAD^
 
-.PHONY: help env demo test test-all test-gpu test-matrix lint format golden fuzz kernels-check bench-smoke study docs lock clean
+.PHONY: help env demo test test-all test-gpu test-matrix lint format golden fuzz kernels-check bench-smoke soak study docs lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -52,6 +52,9 @@ golden: env  ## write the golden loss curve again, where the losses are meant to
 
 fuzz: env  ## the loader on tens of thousands of broken files (hours)
 	$(BIN)/python -m tests.loader.fuzz --out benchmarks/results/loader_fuzz.jsonl
+
+soak: env  ## small runs that are killed, stopped and frozen 260 times and must end as if they had not been (hours)
+	$(BIN)/python -m tests.training.soak --out benchmarks/results/soak.jsonl
 
 kernels-check: env  ## compile every kernel for sm_80 and sm_90 and compare registers and spills with the table
 	$(BIN)/python -m bevt_ds.kernels.check

@@ -7,6 +7,7 @@ from statistics import median_low
 from typing import Any
 
 from .pages_data import damaged_media, loader, reading, study, tokenizers
+from .pages_runs import commits, soak
 from .report import Columns, Page, Panel, Row, Rows, facts, fields, grouped, newest, number, source, table, timing
 from .step_parts import PARTS
 
@@ -295,12 +296,14 @@ def _bytes(rows: Rows) -> Panel:
 
 PAGES: dict[str, Callable[[Rows], Page]] = {  # how the name of a file of rows begins
     "attention-tiles": tiles,
+    "commits": commits,
     "kernels": kernels,
     "loader": loader,
     "loader_fuzz": damaged_media,
     "pretrain": pretraining,
     "reading": reading,
     "scaling": scaling,
+    "soak": soak,
     "step": step,
     "study": study,
     "tokenizers": tokenizers,

@@ -1,0 +1,76 @@
+"""The pages of runs that are killed, and of what a checkpoint costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from statistics import median
+
+from .report import Columns, Page, Row, Rows, facts, fields, grouped, newest, table
+
+SOAK = """\
+Made by `make soak`: small pretraining runs on gloo ranks that are killed (SIGKILL), asked to stop (SIGTERM, SIGINT,
+SIGUSR1 or SIGHUP) and frozen (SIGSTOP) at random moments, each time continued with `resume=auto`, until they end.
+`2221`: the number of ranks of each attempt. Each run is held against one of two ranks to which nothing happened. On two
+ranks throughout, every loss, learning rate, gradient norm and weight must be equal to the last bit; where the number of
+ranks changes, losses to {close}. In both, every step of every attempt must have had the same samples with the same
+pixels and masks, each once. Ten seconds after the ranks have ended no process may be left. "In save": a commit was
+being written when the signal came."""
+BOUND = "No fault in {n} strikes: with 95 % confidence fewer than {bound:.1%} lose anything."
+FOUND = "{n} faults, see the rows."
+COMMITS = """\
+Made by `python -m benchmarks.commits`: a {model} model of {parameters:,} parameters on two gloo ranks. Ours is a commit
+of this project: every rank's safetensors, the weights on their own, fsync, SHA-256, manifest, rename; training waits
+only for the copy ("training waits"). DeepSpeed's is its `save_checkpoint`, to which fsync is added, without weights on
+their own, checksums or commit. Medians of {rounds} rounds in turns."""
+
+
+def soak(rows: Rows) -> Page:
+    """Strikes by kind, and a line for each run."""
+    strikes: Counter[str] = Counter()
+    for row in rows:
+        strikes.update(row["strikes"])
+    faults, total = sum(len(row["faults"]) for row in rows), strikes.total()
+    verdict = FOUND.format(n=faults) if faults else BOUND.format(n=total, bound=3 / total)
+    kinds = table([{"kind": kind, "n": n} for kind, n in sorted(strikes.items())], fields("strike kind s | number n d"))
+    text = SOAK.format(close="a relative 2e-4 (fp32) and 3e-2 (bf16)")
+    return Page("Runs that are killed, stopped and frozen", [text, verdict, facts(rows), kinds, table(rows, RUNS)])
+
+
+RUNS: Columns = {
+    **fields("run number d | ZeRO stage d | precision precision s | ranks worlds s"),
+    "strikes": lambda row: str(sum(row["strikes"].values())),
+    "in save": lambda row: str(sum(n for kind, n in row["strikes"].items() if "in save" in kind)),
+    "curve and weights": lambda row: "equal" if row["exact"] else f"within {row['worst']:.1g}",
+    **fields("slowest end s longest_end_s .1f | s wall_s .0f"),
+    "faults": lambda row: "; ".join(row["faults"]) or "none",
+}
+
+
+def commits(rows: Rows) -> Page:
+    """Sizes and times of both ways, by stage and precision."""
+    rows = newest(rows)
+    medians = [_medians(group) for group in grouped(rows, "stage", "precision").values()]
+    text = COMMITS.format(**rows[0], rounds=len(grouped(rows, "round")))
+    return Page(
+        "What a checkpoint costs", [text, facts(rows), table(medians, SIZES, names=2), table(medians, TIMES, names=2)]
+    )
+
+
+def _medians(group: Rows) -> Row:
+    numbers = {name: median(row[name] for row in group) for name, value in group[0].items() if isinstance(value, float)}
+    return {**group[0], **numbers}
+
+
+NAMES = fields("ZeRO stage d | precision precision s")
+SIZES: Columns = {
+    **NAMES,
+    **fields("ours MB ours_mb .1f | of it the weights alone weights_mb .1f | DeepSpeed's MB theirs_mb .1f"),
+}
+TIMES: Columns = {
+    **NAMES,
+    **fields(
+        "ours, training waits s stall_s .2f | ours, whole commit s ours_save_s .2f"
+        " | DeepSpeed's save s theirs_save_s .2f"
+    ),
+    **fields("ours, load s ours_load_s .2f | DeepSpeed's load s theirs_load_s .2f"),
+}
