@@ -61,6 +61,28 @@ class Stream:
         masked = masked.repeat_interleave(frames // masked.shape[1], 1)
         return (masked.flatten().cumsum(0).view_as(masked) - 1).masked_fill(~masked, -1)
 
+    def only(self, samples: Sequence[int]) -> Stream:
+        """The same stream with these of its samples alone, on the host. `view` and `count` stay as they are."""
+        cells_each, places = self.mask[0].numel(), {sample: i for i, sample in enumerate(samples)}
+        moved = torch.full((len(self.mask),), -1)
+        moved[list(places)] = torch.tensor(list(places.values()))
+        owner = torch.where(self.cells < 0, 0, self.cells // cells_each)
+        kept = (self.cells >= 0) & (moved[owner] >= 0)
+        shift = (moved[owner] - owner)[kept]  # in samples
+        cells, frames = self.cells[kept] + shift * cells_each, len(self.rows) // max(len(self.cells), 1)
+        by_cell = lambda rows: rows.view(-1, frames)[kept] if len(self.cells) else rows[:, None]  # noqa: E731
+        rows = by_cell(self.rows) + shift[:, None] * cells_each * frames
+        chosen = {"pixels": self.pixels, "mask": self.mask, "sample_keys": self.sample_keys}
+        return replace(
+            self,
+            **{name: value[list(samples)] for name, value in chosen.items()},
+            rows=rows.flatten(),
+            cells=cells,
+            token_rows=by_cell(self.token_rows).flatten(),
+            targets=None if self.targets is None else by_cell(self.targets).flatten(),
+            keys=tuple(self.keys[i] for i in samples) if self.keys else (),
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Stream:
         """The same stream with every tensor on `device`."""
         return _moved([self], device, non_blocking)[0]
@@ -100,6 +122,12 @@ class LabelledBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelledBatch:
         """The same batch with every tensor on `device`."""
         return _moved([self], device, non_blocking)[0]
+
+    def only(self, samples: Sequence[int]) -> LabelledBatch:
+        """The same batch with these of its samples alone; `count` stays as it is."""
+        chosen = {"pixels": self.pixels, "labels": self.labels, "sample_keys": self.sample_keys}
+        keys = tuple(self.keys[i] for i in samples)
+        return replace(self, **{name: value[list(samples)] for name, value in chosen.items()}, keys=keys)
 
     def cast(self, dtype: torch.dtype) -> LabelledBatch:
         """The same batch with its pixels in `dtype`."""

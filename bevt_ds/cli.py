@@ -24,6 +24,7 @@ GROUPS = {
     "shards": ("bevt_ds.shards.cli", "draw, pack, index, check and survey shards of videos and images"),
     "doctor": ("bevt_ds.doctor.cli", "whether this machine can train: versions, GPU, decoders, limits, links"),
     "checkpoint": ("bevt_ds.report.checkpoints", "list, verify, compare and export what a run has committed"),
+    "replay": ("bevt_ds.train.replay", "run a step that was not finite again: which sample, which layer"),
     "report": ("bevt_ds.report.page", "runs as one HTML page: curves, predictions, settings, checkpoints"),
     "view": ("bevt_ds.report.view", "contact sheets of shards: frames, crop, mask, the tokenizer's view"),
     "runs": ("bevt_ds.report.listing", "a table of the runs below a folder: state, step, loss, speed"),

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +34,7 @@ def save(
     ranks: Ranks,
     keep: int,
     needed: int = 0,
+    kept: Callable[[Path], str] | None = None,
 ) -> Path:
     """Commit one checkpoint. Collective.
 
@@ -43,38 +45,40 @@ def save(
         keep: older checkpoints beyond this number are removed, after the new one is in place; except the one with the
             lowest loss, so that a run which is slowly going wrong can be begun again from before it did.
         needed: bytes that this rank will write.
+        kept: what the user still has where it cannot be written, as a sentence, of the folder `root`; None: the
+            checkpoints before.
 
     Raises:
         DiskError: on all ranks, where one of them cannot write.
     """
     final = root / name_of(facts.step)
     aside = root / f"{ASIDE}{final.name}"
-    total = sum(ranks.gather(needed))
+    total, together = sum(ranks.gather(needed)), partial(_together, ranks, final, kept or _kept)
     try:
-        _together(ranks, final, lambda: _begin(aside, total) if ranks.is_main else None)
+        together(lambda: _begin(aside, total) if ranks.is_main else None)
         for stage in stages:
-            _together(ranks, final, lambda stage=stage: stage(aside))
-        parts = _together(ranks, final, lambda: _flush(aside, ranks))
+            together(lambda stage=stage: stage(aside))
+        parts = together(lambda: _flush(aside, ranks))
         files = {name: entry for part in parts for name, entry in part.items()}
         text = sealed(as_manifest(facts), files)
-        _together(ranks, final, lambda: _publish(aside, final, text) if ranks.is_main else None)
+        together(lambda: _publish(aside, final, text) if ranks.is_main else None)
     except DiskError:
         if ranks.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    _together(ranks, final, lambda: _prune(root, facts.step, keep) if ranks.is_main else None)
+    together(lambda: _prune(root, facts.step, keep) if ranks.is_main else None)
     return final
 
 
-def _together(ranks: Ranks, final: Path, work: Callable[[], Result]) -> list[Result]:
+def _together(ranks: Ranks, final: Path, kept: Callable[[Path], str], work: Callable[[], Result]) -> list[Result]:
     """What `work` returns on every rank; if it fails to write on one, all raise what that one says. Collective."""
     result, problem = None, None
     try:
         result = work()
     except OSError as error:
-        problem = f"{cannot_write(final, error)} {_kept(final.parent)}"
+        problem = f"{cannot_write(final, error)} {kept(final.parent)}"
     except UserError as error:  # of what writes weights
-        problem = f"{error} {_kept(final.parent)}"
+        problem = f"{error} {kept(final.parent)}"
     answers = ranks.gather((result, problem))
     for _, other in answers:
         if other:

@@ -256,6 +256,13 @@ class Engine:
             result |= {name: buffer.cpu().clone() for name, buffer in self.module.named_buffers()}
         return result
 
+    def shown_weights(self) -> dict[str, Tensor]:
+        """The weights by name as the network computes with them, in its precision, on the CPU; as `weights`."""
+        if self.stage == 3:
+            return {n: w.to(self.dtype) if w.is_floating_point() else w for n, w in self.weights().items()}
+        shown = self.module.state_dict() if self.ranks.is_main else {}
+        return {name: value.detach().to("cpu", copy=True) for name, value in shown.items()}
+
     def masters(self) -> list[Tensor]:
         """This rank's part of the fp32 master weights, which each step changes in place."""
         if self.stage == 3:

@@ -42,7 +42,7 @@ class Guard:
         self._optimizer, self._whole_gradient = ds.optimizer, whole_gradient
         self._parameters = {n: p for n, p in ds.module.named_parameters() if p.requires_grad}
         self._own = ds.zero_optimization_stage() == 0
-        self._scaling = False
+        self._scaling, self.loss_scale = False, 1.0
         self._norms: dict[str, float] = {}
         self.total: Tensor | None = None  # the gradient's norm, at stage 0
         # 1 where the last step was left out, else 0; on the device at stage 0 on a GPU, so that no one waits for it.
@@ -53,6 +53,7 @@ class Guard:
     def before_step(self) -> None:
         """Before the update: at stage 0, look at the gradient, which is the same on all ranks."""
         self._norms, scaler = {}, getattr(self._optimizer, "loss_scaler", None)
+        self.loss_scale = float(getattr(scaler, "cur_scale", 1.0))
         if getattr(scaler, "dynamic", False):
             self._scaling = scaler.cur_scale > scaler.min_scale
             scaler.raise_error_at_min_scale = False  # its exception names neither step nor sample

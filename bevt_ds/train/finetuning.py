@@ -6,13 +6,11 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +29,7 @@ from bevt_ds.runtime.flops import backbone_macs, training_flops
 from bevt_ds.runtime.optim import layer_decay_groups, learning_rate
 from bevt_ds.runtime.pieces import AVERAGE
 from bevt_ds.runtime.run_log import RunLog
+from bevt_ds.train.classification import classification_loss
 from bevt_ds.train.loop import Setup, Task, run_training
 from bevt_ds.train.mixup import Mixing
 
@@ -51,12 +50,17 @@ class Finetuning(Task[FinetuneConfig, LabelledBatch]):
     mixing: Mixing | None
     shown: ClassVar[Mapping[str, str]] = {"loss": ".3f", "acc": ".1%"}
 
+    def prepare(self, batch: LabelledBatch, step: int, micro_step: int) -> LabelledBatch:
+        """Mixed, if the run mixes clips; `labels` are then shares of classes, float (B,K)."""
+        if not self.mixing:
+            return batch
+        part = micro_step * self.ranks.world + self.ranks.rank
+        clips, targets = self.mixing(batch.pixels, batch.labels, step, part)
+        return replace(batch, pixels=clips, labels=targets)
+
     def forward(self, batch: LabelledBatch, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        clips, targets = batch.pixels, batch.labels
-        if self.mixing:
-            clips, targets = self.mixing(clips, targets, step, micro_step * self.ranks.world + self.ranks.rank)
-        logits = self.engine.forward(clips, batch.sample_keys)
-        loss, metrics = classification_loss(logits, targets, self.config.train.label_smoothing)
+        logits = self.engine.forward(batch.pixels, batch.sample_keys)
+        loss, metrics = classification_loss(logits, batch.labels, self.config.train.label_smoothing)
         return loss / batch.count, metrics
 
     def metrics(self, totals: Mapping[str, float], step: int) -> dict[str, float]:
@@ -146,20 +150,6 @@ def step_flops(config: FinetuneConfig, engine: Engine) -> float:
     data = config.data
     macs = backbone_macs(SwinArch.of(engine.module.arch), (data.frames, data.size, data.size))
     return float(training_flops(config.train.global_clips * macs))
-
-
-def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy summed over clips, and the sums that a log line needs.
-
-    logits (B,K); targets: classes int64 (B,), or shares of classes float (B,K). With `smoothing` e a target's class
-    counts 1 - e + e/K and every other e/K, as in the original (label_smooth_eps of mmaction2's base head). A clip is
-    right where the best class is the target's, or that with the largest share.
-    """
-    logits = logits.float()
-    loss = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")
-    wanted = targets if targets.ndim == 1 else targets.argmax(-1)
-    hits = (logits.argmax(-1) == wanted).sum()
-    return loss, {"loss": loss.detach(), "hits": hits, "clips": torch.full_like(hits, len(logits))}
 
 
 def record_validation(task: Finetuning, log: RunLog, step: int) -> None:

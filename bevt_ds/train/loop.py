@@ -34,6 +34,7 @@ from bevt_ds.plan.planning import require_room
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.background import Commits
+from bevt_ds.runtime.bundle import Held
 from bevt_ds.runtime.commit import save
 from bevt_ds.runtime.console import keep_console
 from bevt_ds.runtime.continuing import Build, Start, begin_engine, find_start, go_on, print_changes, require_steps
@@ -47,7 +48,7 @@ from bevt_ds.runtime.place import PLACE
 from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.runtime.run_record import RunRecord
 from bevt_ds.runtime.signals import Stopped, StopRequest
-from bevt_ds.train.nonfinite import Held, Watch, require_finite, require_good
+from bevt_ds.train.nonfinite import Watch, require_finite, require_good
 
 LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
@@ -134,9 +135,13 @@ class Task(ABC, Generic[ConfigT, BatchT]):
     def ranks(self) -> Ranks:
         return self.setup.ranks
 
+    def prepare(self, batch: BatchT, step: int, micro_step: int) -> BatchT:
+        """A micro-batch, on the device, as the network is given it: what a bundle of a non-finite step holds."""
+        return batch
+
     @abstractmethod
     def forward(self, batch: BatchT, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """A micro-batch's share of the step's loss, and sums for the log line; both on the device."""
+        """A prepared micro-batch's share of the step's loss, and sums for the log line; both on the device."""
 
     @abstractmethod
     def metrics(self, totals: Mapping[str, float], step: int) -> dict[str, float]:
@@ -209,6 +214,7 @@ def train_step(
         PLACE.enter("data", step)
         batch = next(batches).to(task.ranks.device, non_blocking=True)
         PLACE.enter("step", step)
+        batch = task.prepare(batch, step, micro_step)
         loss, metrics = task.forward(batch, step, micro_step)
         task.engine.backward(loss)
         verdict = task.engine.step(step)

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from tqdm import tqdm
 
+from bevt_ds.disk import DiskError
 from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import NON_FINITE
 from bevt_ds.folders import CHECKPOINTS, checkpoints
-from bevt_ds.runtime.checkpoint import name_of
+from bevt_ds.runtime import bundle
+from bevt_ds.runtime.bundle import FOLDER, REPORT, Held
+from bevt_ds.runtime.checkpoint import Facts, name_of
+from bevt_ds.runtime.commit import save
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.guard import Verdict
 from bevt_ds.runtime.logging import StepSums
@@ -28,7 +31,6 @@ from bevt_ds.runtime.logging import StepSums
 if TYPE_CHECKING:
     from bevt_ds.train.loop import Task
 
-FOLDER, REPORT = "nonfinite", "report.json"
 SHOWN = 4  # names in a message
 ADVICE = (
     "Continue from the last checkpoint: the same command with resume=auto and a lower optim.lr, with"
@@ -66,22 +68,6 @@ def require_good(engine: Engine, loss: float | None, step: int) -> None:
         raise NonFiniteError(f"after step {step} weights or optimizer are not finite: nothing is saved. {ADVICE}")
 
 
-@dataclass
-class Held:
-    """What a rank holds of a step until it is known whether the step counts: by micro-step, keys and losses."""
-
-    step: int
-    keys: list[list[str]] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)
-
-    def add(self, batch: Any, loss: Tensor) -> None:
-        """Hold a micro-step."""
-        self.keys.append(
-            [key for name, keys in leaves(batch) if name.endswith("keys") and isinstance(keys, tuple) for key in keys]
-        )
-        self.losses.append(loss.detach())
-
-
 class Watch:
     """Counts a run's skipped steps and says which samples they had. Every method is collective."""
 
@@ -89,7 +75,8 @@ class Watch:
         self._task, self._pending = task, deque[tuple[Held, Verdict, StepSums]]()
         self._folder = task.setup.folder / FOLDER
         earlier = [p for p in self._folder.glob("step-*") if p.name < name_of(task.setup.first_step)]
-        self._row, self._all = 0, task.ranks.broadcast(len(earlier))
+        whole = sum((folder / bundle.MODEL).is_dir() for folder in earlier)
+        self._row, (self._all, self._whole) = 0, task.ranks.broadcast((len(earlier), whole))
         self._last: int | None = None  # the step that was skipped last
 
     def note(self, held: Held, verdict: Verdict, sums: StepSums) -> None:
@@ -120,11 +107,9 @@ class Watch:
             return  # fp16 finds its loss scale
         self._row, self._all = self._row + 1, self._all + 1
         report = self._report(held, losses)
-        folder = self._folder / name_of(held.step)
+        said = self._write(held, report)
         if task.ranks.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            tqdm.write(f"{describe(report)} See {folder}")
+            tqdm.write(f"{describe(report)} {said}")
         most_in_a_row, most = task.config.train.max_skipped
         if self._row > most_in_a_row or self._all > most:
             raise NonFiniteError(f"{describe(report)} {self._reason()} {kept(task.setup.folder)} {ADVICE}")
@@ -133,27 +118,53 @@ class Watch:
         row, most = self._task.config.train.max_skipped
         return f"{self._row} steps in a row and {self._all} in all were skipped: over train.max_skipped={row},{most}."
 
+    def _write(self, held: Held, report: dict[str, Any]) -> str:
+        """Write the bundle of a step that was skipped; says where, or why it could not be written. Collective."""
+        task, rank = self._task, self._task.ranks.rank
+        own = {place: held.batches[place[1]] for place in map(tuple, report["batches"]) if place[0] == rank}
+        weights = task.engine.shown_weights() if report["batches"] else {}
+
+        def write_batches(folder: Path) -> None:
+            for place, batch in own.items():
+                bundle.write_batch(folder / bundle.batch_file(place), batch)
+
+        def write_rest(folder: Path) -> None:
+            if weights:  # rank 0 has them all
+                task.engine.module.save_pretrained(folder / bundle.MODEL, weights, task.trained_streams)
+            if rank == 0:
+                (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+        size = sum(map(bundle.size_of, own.values())) + sum(w.nbytes for w in weights.values())
+        facts = Facts(
+            held.step, task.ranks.world, task.engine.stage, task.config, task.fingerprint, {}, task.setup.changes
+        )
+        stages, on = [write_batches, write_rest], lambda root: "The run goes on without it."
+        try:
+            folder = save(self._folder, facts, stages, task.ranks, sys.maxsize, size, on)
+        except DiskError as error:
+            return f"Its bundle: {error}"
+        self._whole += bool(report["batches"])
+        return f"Run `bevt replay {folder}`" if report["batches"] else f"See {folder}"
+
     def _report(self, held: Held, losses: list[list[float]]) -> dict[str, Any]:
         """What is known of a step that was skipped; numbers that are not finite as text. Collective."""
-        setup, engine = self._task.setup, self._task.engine
+        setup, engine, ranks = self._task.setup, self._task.engine, self._task.ranks
+        full = self._whole >= bundle.WHOLE
+        batches = [] if full else bundle.choose(losses, ranks.gather(held.sizes()))
         return {
             "step": held.step,
             "plan_step": held.step + setup.config.train.skip_steps,
             "precision": setup.config.train.precision,
             "stage": engine.stage,
             "losses": [[plain(loss) for loss in own] for own in losses],  # by rank and micro-step
-            "keys": self._task.ranks.gather(held.keys),
+            "keys": ranks.gather(held.keys),
             "norms": {name: plain(norm) for name, norm in engine.guard.norms().items()},
+            "world": ranks.world,
+            "device": ranks.device.type,
+            "loss_scale": engine.guard.loss_scale,
+            "batches": batches,  # the micro-batches that are kept, each [rank, micro-step]
+            "why_no_batch": f"the run has {bundle.WHOLE} bundles with them" if full else "they are too large",
         }
-
-
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What a batch of nested dataclasses holds, by dotted name."""
-    if is_dataclass(value):
-        for part in fields(value):
-            yield from leaves(getattr(value, part.name), f"{name}.{part.name}" if name else part.name)
-    else:
-        yield name, value
 
 
 def plain(number: float) -> float | str:

@@ -51,8 +51,11 @@ class Pretraining(Task[Config, Batch]):
     shown_batch: Batch | None = None
     shown: ClassVar[Mapping[str, str]] = dict.fromkeys(("loss_video", "loss_image", "probe_top1"), ".3f")
 
+    def prepare(self, batch: Batch, step: int, micro_step: int) -> Batch:
+        """With the tokenizer's ids."""
+        return tokenize(self.tokenizer, batch)
+
     def forward(self, batch: Batch, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        batch = tokenize(self.tokenizer, batch)
         if self.is_due(step):
             self.probe.count(batch)
         output = self.engine.forward(batch)
