@@ -19,7 +19,7 @@ CLOSED_PIPE = 141  # as of any program that SIGPIPE has ended
 
 MEANINGS = {
     FINISHED: "finished",
-    NOT_LEARNED: "not learned (`train.min_gain`), or a check that found faults; also a bug, with its traceback",
+    NOT_LEARNED: "not learned (`train.min_gain`), a check with faults, a replay without; or a bug, with its traceback",
     USER_ERROR: "a mistake in the command line, a setting, a file or a folder",
     BAD_DATA: "too many samples could not be used (`data.max_bad_fraction`)",
     NON_FINITE: "too many steps whose loss or gradient was not finite, or weights that are not",

@@ -15,6 +15,7 @@ runs/joint/
   summary.json      held-out losses and their baselines; of fine-tuning, the validation of best/ and of weights/
   best/             of fine-tuning: the weights that did best on the validation videos
   bad_samples.jsonl what could not be decoded, if anything
+  nonfinite/        a bundle of each step whose loss or gradient was not finite (bundle.py)
 """
 
 from __future__ import annotations

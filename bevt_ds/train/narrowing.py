@@ -5,7 +5,7 @@ Pure functions of a model and of what computes a loss with it; replay.py gives t
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -47,20 +47,20 @@ def run(model: nn.Module, compute: Callable[[], Tensor], fresh: bool = True) -> 
     with looking(model) as seen:
         loss = compute()
         if not is_finite(loss):
-            return Outcome(float(loss), FORWARD, seen[0] if seen else None)
+            return Outcome(float(loss.detach()), FORWARD, seen[0] if seen else None)
         seen.clear()  # a layer's output may be infinite and not matter, as under a mask
         loss.backward()
     bad = bad_gradients(model)
-    return Outcome(float(loss), BACKWARD if bad else None, seen[0] if bad and seen else None, bad)
+    return Outcome(float(loss.detach()), BACKWARD if bad else None, seen[0] if bad and seen else None, bad)
 
 
 def bad_gradients(model: nn.Module) -> tuple[str, ...]:
     """Parameters whose gradient is not finite; where only the norm of all is not, the one with the largest norm."""
-    norms = {name: float(p.grad.float().norm()) for name, p in model.named_parameters() if p.grad is not None}
-    bad = tuple(name for name, norm in norms.items() if not math.isfinite(norm))
-    if bad or not norms or torch.tensor(list(norms.values())).norm().isfinite():
+    graded = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    bad = tuple(name for name, gradient in graded.items() if not is_finite(gradient))
+    if bad or not graded or is_finite(torch.stack([g.float().norm() for g in graded.values()]).norm()):
         return bad
-    return (max(norms, key=norms.__getitem__),)
+    return (max(graded, key=lambda name: float(graded[name].double().norm())),)
 
 
 def culprits(samples: Sequence[Sample], is_bad: Callable[[Sequence[Sample]], bool]) -> list[list[Sample]]:
@@ -86,7 +86,8 @@ def looking(model: nn.Module) -> Iterator[list[Layer]]:
         if not seen and not is_finite(values):
             seen.append(Layer(name, type(module).__name__, between))
 
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # of the first layers, as is wanted
         for name, module in model.named_modules():
             if name:  # the network itself takes and gives other things than tensors
                 for handle in _hooks(name, module, see):

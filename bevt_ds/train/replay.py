@@ -156,18 +156,17 @@ def _narrow(replay: Replay, batch: Batches, outcome: Outcome, finding: Finding) 
     groups: list[list[Sample]] = []
     if not finding.weights:
         groups = culprits(samples, lambda chosen: replay.run(only(batch, chosen)).way is not None)
-    if groups:
-        outcome = replay.run(only(batch, groups[0]))
+    closest = replay.run(only(batch, groups[0])) if groups else outcome
+    closest = closest if closest.way == outcome.way else outcome
     spoilt_pixels = [sample for group in groups for sample in group if not is_finite(pixels_of(batch, sample))]
     return replace(
         finding,
-        way=outcome.way,
         loss=plain(outcome.loss),
         samples=len(samples),
         groups=tuple(tuple(key_of(batch, sample) for sample in group) for group in groups),
         pixels=tuple(key_of(batch, sample) for sample in spoilt_pixels),
-        layer=outcome.layer,
-        parameters=outcome.parameters,
+        layer=closest.layer,
+        parameters=closest.parameters,
     )
 
 
@@ -242,8 +241,10 @@ def _what(finding: Finding) -> str:
         return f"loss ({finding.loss:.4g}) and gradient are finite"
     if finding.way == FORWARD:
         return f"the loss is {finding.loss}"
-    names = listed(finding.parameters)
-    return f"the loss is finite ({finding.loss:.4g}), its gradient is not, in {names}"
+    names, loss = listed(finding.parameters), f"the loss is finite ({finding.loss:.4g})"
+    if not finding.layer:
+        return f"{loss}, the norm of its gradient overflows, most of it in {names}"
+    return f"{loss}, its gradient is not, in {names}"
 
 
 def _samples(finding: Finding) -> str:
