@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_probe_on_undecodable_videos_does_not_start(
     labelled: LabelledDataConfig, tar: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it make a folder; its test set would be opened after all features of the training set."""
-    monkeypatch.setattr(probing, "start_ranks", lambda: Ranks(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(probing, "joined_to_measure", lambda: nullcontext(Ranks(0, 1, torch.device("cpu"))))
     monkeypatch.setattr(probing, "load_encoder", lambda config, ranks: None)
     data, out = replace(labelled, val=tar(set())), tmp_path / "out"
     with pytest.raises(UserError, match=f"^data.val: {DAMAGE}"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def probed(run: Path, shards: Path, world: int, monkeypatch, *more: str, val: st
         assert main([f"weights={run}", *splits, *SIZE, *more]) == 0
 
     mine = threading.local()
-    monkeypatch.setattr(probing, "start_ranks", lambda: mine.ranks)
+    monkeypatch.setattr(probing, "joined_to_measure", lambda: nullcontext(mine.ranks))
     on_ranks(world, on_rank)
 
 
