@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from bevt_ds.interop import references
 from bevt_ds.interop.convert import convert
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.weights import read_weights
+from tests.model.test_foreign_checkpoints import OF_TIMM, keys_without_bias, timm_swin
 
 SIZES = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window": (4, 3, 3)}
 CLIP = torch.randn(2, 3, 8, 24, 24, generator=torch.Generator().manual_seed(1))
@@ -233,3 +236,29 @@ def test_timm_methods(made):
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
     model.set_grad_checkpointing()
     model.train()(CLIP).sum().backward()
+
+
+@pytest.mark.parametrize("names", OF_TIMM)
+def test_every_layout_of_image_swins_is_compared_and_written(names, tmp_path):
+    """The source's tensors run in a model of a library that is installed, whatever the layout."""
+    swin = keys_without_bias(timm_swin(window=3)) if names == "beit" else timm_swin(window=3)
+    torch.save({"model": OF_TIMM[names](swin.state_dict()), "args": Namespace(lr=1)}, tmp_path / "swin.pth")
+    report = "\n".join(convert(tmp_path / "swin.pth", tmp_path / "timm.pth", "timm"))
+    assert re.search(r"largest difference of features: \S+ \(float64\), of this project's and .*timm", report)
+    again = timm_swin(window=3)
+    again.reset_classifier(0)
+    again.load_state_dict(torch.load(tmp_path / "timm.pth"))
+    image = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        same(again.eval().forward_features(image), swin.forward_features(image))
+
+
+@torch.no_grad()
+def test_fine_tuned_mmaction_checkpoint_goes_to_torchvision(made, tmp_path):
+    """What `official` writes is what Video Swin's users have."""
+    path, _ = converted(made, "classifier", "official", tmp_path)
+    report = "\n".join(convert(path, tmp_path / "swin3d.pth", "torchvision"))
+    assert "largest difference of features" in report and "torchvision's swin3d, the target's" in report
+    swin = SwinTransformer3d([2, 4, 4], 16, [2, 2], [1, 2], [4, 3, 3], num_classes=5).eval()
+    swin.load_state_dict(torch.load(tmp_path / "swin3d.pth"))
+    same(swin(CLIP), made[1]["classifier"](CLIP))
