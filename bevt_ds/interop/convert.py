@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import load_checkpoint
+from timm.models import is_model, load_checkpoint
 from torch import nn
 
 import bevt_ds
@@ -193,19 +194,53 @@ def require_read_back(path: Path, written: Written) -> None:
 
 def hints(to: str, target: Path, weights: Weights) -> list[str]:
     """How the result is loaded."""
-    arch, classes = SwinArch.of(weights.arch), weights.arch.get("num_classes", 0)
-    fitting = (
-        name for name, sizes in SIZES.items() if (sizes.depths, sizes.embed_dim) == (arch.depths, arch.embed_dim)
-    )
-    size = next(fitting, "swin_b")
-    stock = f"{TIMM_SWINS.get(size, size)}_patch{arch.patch[1]}_window{arch.window[1]}_224"
-    timm_name = stock if weights.still else f"bevt_{TIMM_SWINS.get(size, size)}"
-    auto = "AutoModelForVideoClassification" if classes and not weights.still else "AutoModel"
-    calls = {
-        "bevt": f"bevt_ds.{'VideoClassifier' if classes else 'VideoSwin'}.from_pretrained({str(target)!r})",
-        "torchvision": f"swin3d_{size[-1]}(num_classes=...).load_state_dict(torch.load({str(target)!r}))",
-        "timm": f"timm.create_model({timm_name!r}, num_classes={classes}, checkpoint_path={str(target)!r})",
-        "hf": f"transformers.{auto}.from_pretrained({str(target)!r}), after import bevt_ds",
-        "official": f"mmcv.runner.load_checkpoint(model, {str(target)!r})",
-    }
-    return [f"load it: {calls[to]}"]
+    arch, classes, path = SwinArch.of(weights.arch), weights.arch.get("num_classes", 0), repr(str(target))
+    fits = [n for n in TIMM_SWINS if (SIZES[n].depths, SIZES[n].embed_dim) == (arch.depths, arch.embed_dim)]
+    size = fits[0] if fits else "swin_b"
+    match to:
+        case "bevt":
+            call = f"bevt_ds.{'VideoClassifier' if classes else 'VideoSwin'}.from_pretrained({path})"
+        case "hf":
+            auto = "AutoModelForVideoClassification" if classes and not weights.still else "AutoModel"
+            call = f"transformers.{auto}.from_pretrained({path})" + ("" if weights.still else ", after import bevt_ds")
+        case "official":
+            call = f"mmcv.runner.load_checkpoint(model, {path})"
+        case "torchvision":
+            call = f"{_swin3d_call(arch, size, classes)}.load_state_dict(torch.load({path})"
+            call += ")" if classes else ", strict=False)"
+        case _:
+            name, sizes = _timm_call(arch, size, weights.still)
+            given = {"num_classes": 0 if weights.still else classes} | sizes
+            words = "".join(f", {key}={value!r}" for key, value in given.items())
+            call = f"timm.create_model({name!r}{words}, checkpoint_path={path})"
+    return [f"load it: {call}"]
+
+
+def _swin3d_call(arch: SwinArch, size: str, classes: int) -> str:
+    """torchvision's constructor of a model of this architecture."""
+    given = f"num_classes={classes}" if classes else ""
+    if size != "swin_l" and not _other_sizes(arch, SIZES[size]):
+        return f"torchvision.models.video.swin3d_{size[-1]}({given})"
+    sizes = (arch.patch, arch.embed_dim, arch.depths, arch.num_heads, arch.window, arch.mlp_ratio)
+    words = ", ".join(str(list(value) if isinstance(value, tuple) else value) for value in sizes)
+    return f"torchvision.models.video.SwinTransformer3d({words}{', ' * bool(given)}{given})"
+
+
+def _timm_call(arch: SwinArch, size: str, still: bool) -> tuple[str, Facts]:
+    """timm's name of a model, and what differs from it."""
+    if not still:
+        return f"bevt_{TIMM_SWINS[size]}", _other_sizes(arch, SIZES[size])
+    name = f"{TIMM_SWINS[size]}_patch{arch.patch[1]}_window{arch.window[1]}_{32 * arch.window[1]}"
+    base = replace(SIZES[size], window=arch.window)
+    if is_model(name) and not _other_sizes(arch, base):
+        return name, {}
+    sizes = {"patch_size": arch.patch[1], "window_size": arch.window[1], "embed_dim": arch.embed_dim}
+    sizes |= {"depths": arch.depths, "num_heads": arch.num_heads, "mlp_ratio": arch.mlp_ratio}
+    return "swin_base_patch4_window7_224", sizes
+
+
+def _other_sizes(arch: SwinArch, base: SwinArch) -> Facts:
+    """Fields in which a network differs from another; not those that training or small images alone see."""
+    theirs = base.arguments()
+    passed = ("drop_path", "small_windows")
+    return {k: v for k, v in arch.arguments().items() if k not in passed and theirs.get(k) != v}

@@ -11,19 +11,23 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 import transformers
 from safetensors import safe_open
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
+import bevt_ds
 from bevt_ds import BEVT, UserError, VideoClassifier, VideoSwin, cli
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.config.schema import FinetuneConfig
 from bevt_ds.interop import references
-from bevt_ds.interop.convert import convert
+from bevt_ds.interop.convert import convert, hints
 from bevt_ds.model.arch import SwinArch
+from bevt_ds.model.convert import Weights
+from bevt_ds.model.presets import SIZES as SIZES_BY_NAME
 from bevt_ds.model.weights import read_weights
 from tests.model.test_foreign_checkpoints import OF_TIMM, keys_without_bias, timm_swin
 
@@ -73,7 +77,7 @@ def test_torchvision_target_gives_the_same_logits(made, tmp_path):
     swin = SwinTransformer3d([2, 4, 4], 16, [2, 2], [1, 2], [4, 3, 3], num_classes=5).eval()
     swin.load_state_dict(torch.load(path))
     same(swin(CLIP), made[1]["classifier"](CLIP))
-    assert "torchvision's swin3d, the target's" in report and "swin3d_b(num_classes=" in report
+    assert "torchvision's swin3d, the target's" in report
 
 
 @torch.no_grad()
@@ -262,3 +266,60 @@ def test_fine_tuned_mmaction_checkpoint_goes_to_torchvision(made, tmp_path):
     swin = SwinTransformer3d([2, 4, 4], 16, [2, 2], [1, 2], [4, 3, 3], num_classes=5).eval()
     swin.load_state_dict(torch.load(tmp_path / "swin3d.pth"))
     same(swin(CLIP), made[1]["classifier"](CLIP))
+
+
+@torch.no_grad()
+def test_deepspeed_folder_is_gathered_and_converted(tmp_path):
+    """ZeRO-1 on two ranks, of a torchvision model in somebody's training."""
+    swin = SwinTransformer3d([2, 4, 4], 16, [2, 2], [1, 2], [4, 3, 3], num_classes=5).eval()
+    folder, parameters = tmp_path / "global_step7", dict(swin.named_parameters())
+    folder.mkdir()
+    half = {f"module.{name}": value.half() for name, value in swin.state_dict().items()}
+    shapes, buffers = (
+        [{f"module.{name}": value.shape for name, value in parameters.items()}],
+        dict(swin.named_buffers()),
+    )
+    states = {"module": half, "param_shapes": shapes, "buffer_names": [f"module.{name}" for name in buffers]}
+    torch.save(states, folder / "mp_rank_00_model_states.pt")
+    flat = torch.cat([value.flatten() for value in parameters.values()])
+    for rank, part in enumerate(nn.functional.pad(flat, (0, len(flat) % 2)).chunk(2)):
+        optimizer = {"single_partition_of_fp32_groups": [part], "zero_stage": 1, "partition_count": 2}
+        torch.save({"optimizer_state_dict": optimizer}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    assert "torchvision's swin3d, the source's" in "\n".join(convert(folder, tmp_path / "out", "bevt"))
+    same(VideoClassifier.from_pretrained(tmp_path / "out").eval()(CLIP), swin(CLIP))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "to"), [(n, t) for n in ("classifier", "joint", "images") for t in ENDINGS if t != "official"]
+)
+def test_call_that_the_report_names_loads_the_result(name, to, made, tmp_path):
+    path, report = converted(made, name, to, tmp_path)
+    call = report.rpartition("load it: ")[2].removesuffix(", after import bevt_ds")
+    libraries = {"bevt_ds": bevt_ds, "timm": timm, "torch": torch, "torchvision": torchvision}
+    loaded = eval(call, libraries | {"transformers": transformers})
+    if to != "torchvision":
+        assert isinstance(loaded, nn.Module)
+        return
+    assert set(loaded.missing_keys) <= {"head.weight", "head.bias"} and not loaded.unexpected_keys
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "to", "call"),
+    [
+        ("swin_t", 400, "torchvision", "torchvision.models.video.swin3d_t(num_classes=400).load_state_dict("),
+        (
+            "swin_l",
+            0,
+            "torchvision",
+            "SwinTransformer3d([2, 4, 4], 192, [2, 2, 18, 2], [6, 12, 24, 48], [8, 7, 7], 4.0)",
+        ),
+        ("swin_b", 174, "timm", "timm.create_model('bevt_swin_base', num_classes=174, checkpoint_path="),
+    ],
+)
+def test_stock_sizes_are_called_by_name(size, classes, to, call):
+    weights = Weights({}, SIZES_BY_NAME[size].arguments() | ({"num_classes": classes} if classes else {}))
+    assert call in hints(to, Path("a.pth"), weights)[0]
+    images = Weights({}, SIZES_BY_NAME[size].arguments(), still=True)
+    stock = {"swin_t": "swin_tiny", "swin_b": "swin_base", "swin_l": "swin_large"}[size]
+    assert f"'{stock}_patch4_window7_224', num_classes=0, checkpoint" in hints("timm", Path("a.pth"), images)[0]
