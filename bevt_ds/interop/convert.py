@@ -33,7 +33,7 @@ from bevt_ds.model.convert import Weights, from_state, listed
 from bevt_ds.model.layouts import BY_NAME, TIMM, VIDEO
 from bevt_ds.model.presets import SIZES, TIMM_SWINS
 from bevt_ds.model.timm_model import TimmVideoSwin
-from bevt_ds.model.weights import TENSORS, read_weights, stripped
+from bevt_ds.model.weights import ENCODER, TENSORS, read_weights, stripped
 
 Facts = dict[str, Any]
 LARGEST = 1e-5  # difference of features that is still the same model; in float64 it is about 1e-13
@@ -73,6 +73,7 @@ def convert(source: str | Path, target: Path, to: str, check: bool = True) -> li
     """
     require_new(target)
     weights = read_weights(Path(source))
+    require_whole(weights)
     written = TARGETS[to](weights)
     lines = [f"{weights.source}: {weights.layout}, {len(weights.state)} tensors", *weights.notes]
     lines += by_reason("not read", weights.unused) + by_reason("not written", written.left_out)
@@ -96,6 +97,20 @@ def convert(source: str | Path, target: Path, to: str, check: bool = True) -> li
     finally:
         shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
     return [*lines, f"wrote {target}", *hints(to, target, weights)]
+
+
+def require_whole(weights: Weights) -> None:
+    """Hold the names against a model of this project's, with or without a comparison.
+
+    Raises:
+        UserError: the encoder, or another part that the weights have, lacks a tensor, by name.
+    """
+    with torch.device("meta"):  # names alone
+        model = bevt_ds.BEVT(vocab_size=1, **SwinArch.of(weights.arch).arguments())
+    names = [*model.state_dict(), *(("head.weight", "head.bias") if "num_classes" in weights.arch else ())]
+    parts = {ENCODER, *(f"{name.split('.')[0]}." for name in weights.state)}
+    if missing := [name for name in names if name.startswith(tuple(parts)) and name not in weights.state]:
+        raise UserError(f"{weights.source} is not whole: it lacks {listed(missing)}: nothing was written.")
 
 
 def by_reason(what: str, names: dict[str, str]) -> list[str]:

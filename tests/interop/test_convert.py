@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torchvision
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torchvision.models.video.swin_transformer import SwinTransformer3d
@@ -182,13 +184,30 @@ def test_no_check_is_said_in_the_file(to, made, tmp_path):
     assert facts["checked"] == "no: --no-check"
 
 
-def test_missing_tensor_is_named_and_nothing_written(made, tmp_path):
-    state = made[1]["images"].state_dict()
-    del state["norm.bias"]
-    torch.save(state, tmp_path / "part.pth")
-    with pytest.raises(UserError, match=r"needs norm\.bias"):
-        convert(tmp_path / "part.pth", tmp_path / "out", "bevt")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("images", "norm.bias"),
+        ("classifier", "encoder.layers.1.blocks.0.mlp.fc2.bias"),
+        ("classifier", "head.bias"),
+        ("joint", "video_decoder.upsample.bias"),
+    ],
+)
+def test_missing_tensor_is_named_and_nothing_written(name, cut, check, made, tmp_path):
+    folder = tmp_path / "part"
+    if name == "images":
+        state = made[1][name].state_dict()
+        del state[cut]
+        torch.save(state, folder)
+    else:
+        shutil.copytree(made[0] / name, folder)
+        state = load_file(folder / "model.safetensors")
+        del state[cut]
+        save_file(state, folder / "model.safetensors")
+    with pytest.raises(UserError, match=rf"lacks \S*{re.escape(cut)}: nothing was written"):
+        convert(folder, tmp_path / "out", "bevt", check=check)
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
 
 
 def test_model_card_has_recipe_data_and_results(made, tmp_path):
