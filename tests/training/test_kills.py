@@ -38,11 +38,11 @@ def test_runs_killed_at_any_stage_and_in_commits_end_as_if_never_killed(tmp_path
     for number in range(len(KILLS) + 1):
         ranks = start_python(["-m", "tests.training.killed_runs", str(tmp_path), str(number)], world=2)
         said = end(ranks)
-        for rank, process in enumerate(ranks):
-            if number == len(KILLS):
-                assert process.returncode == 0, said
-            elif rank in KILLS[number].ranks:
-                assert process.returncode == -signal.SIGKILL, said
+        codes = [rank.returncode for rank in ranks]
+        if number == len(KILLS):
+            assert codes == [0, 0], said
+        else:  # a rank that is to die a moment later may end by itself, because the other is lost
+            assert -signal.SIGKILL in (codes[rank] for rank in KILLS[number].ranks), said
     for number, kill in enumerate(KILLS):
         killed, whole = tmp_path / f"{number}", tmp_path / f"{kill.stage}-{kill.precision}-whole"
         assert curve(killed) == curve(whole), kill
