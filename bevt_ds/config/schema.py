@@ -361,6 +361,23 @@ class FinetuneTrainConfig(LoopConfig):
     ] = 5
 
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")  # by the names of their packages
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where the numbers of log.jsonl go besides."""
+
+    to: A[
+        str, F("loggers next to log.jsonl: tensorboard, wandb, mlflow, with commas between; or none", resume="free")
+    ] = "tensorboard"
+
+    @property
+    def names(self) -> list[str]:
+        """The loggers that are named."""
+        return [] if self.to == "none" else [name.strip() for name in self.to.split(",")]
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 
@@ -382,6 +399,7 @@ class TrainingConfig(RunConfig):
     data: SamplingConfig = field(default_factory=SamplingConfig)
     optim: AdamWConfig = field(default_factory=AdamWConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     init_from: A[
         str,
         F("weights to start from: a run's folder, saved weights, or an official file; empty: none", resume="free"),

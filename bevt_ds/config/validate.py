@@ -6,17 +6,20 @@ What a single field may be stands with the field (schema.py); here are the rules
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from bevt_ds.config.parse import Leaf, Section, config_fields, get_value
 from bevt_ds.config.schema import (
+    LOGGERS,
     Config,
     DataConfig,
     FinetuneConfig,
     InferenceConfig,
     LabelledDataConfig,
+    LogConfig,
     ProbeRunConfig,
     RunConfig,
     RunT,
@@ -59,6 +62,8 @@ def problems(config: RunConfig, values: Mapping[str, Any] | None = None) -> Iter
 def _rules(config: RunConfig, values: Mapping[str, Any] | None) -> Iterator[str]:
     if isinstance(config, TrainingConfig) and values is not None:
         yield from _masters(config, values)
+    if isinstance(config, TrainingConfig):
+        yield from _loggers(config.log)
     if isinstance(config, UnlabelledConfig):
         yield from _samples(config.data)
         yield from _unlabelled(config)
@@ -102,6 +107,15 @@ def _value_problems(key: str, leaf: Leaf, value: Any) -> Iterator[str]:
 def zero_stage(values: Mapping[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed JSON."""
     return (values.get("zero_optimization") or {}).get("stage", 0)
+
+
+def _loggers(log: LogConfig) -> Iterator[str]:
+    names = log.names
+    for name in names:
+        yield from unless(
+            name in LOGGERS, f"log.to={log.to}: {name!r} is none of {', '.join(LOGGERS)}; none alone is for none."
+        )
+    yield from unless(len(set(names)) == len(names), f"log.to={log.to}: a logger is named twice.")
 
 
 def _masters(config: TrainingConfig, values: Mapping[str, Any]) -> Iterator[str]:
@@ -241,6 +255,11 @@ def missing_inputs(config: RunConfig) -> Iterator[str]:
     if isinstance(config, InferenceConfig):
         yield from _shards("data.val", config.data.val)
     if isinstance(config, TrainingConfig):
+        for name in config.log.names:
+            yield from unless(
+                name not in LOGGERS or find_spec(name) is not None,
+                f"log.to={config.log.to}: the package {name} is not installed: pip install {name}",
+            )
         # A run that continues does not read it; one that finds nothing to continue from fails on reading it.
         yield from unless(
             not config.init_from or config.resume != "never" or Path(config.init_from).exists(),

@@ -7,7 +7,7 @@ runs/joint/
   console.log       what rank 0 printed
   changes.json      what was overridden on resume, and from which step on, if anything
   log.jsonl         a line every train.log_every steps
-  tensorboard/      the same numbers
+  tensorboard/      the same numbers; wandb/, mlflow.db, mlruns/ and loggers.json where log.to names these
   checkpoints/      step-00001000/ ... : everything that a continuation needs
   weights/          config.json + model.safetensors: the fp32 weights, for init_from and from_pretrained
   samples.png       input, mask, and where the prediction was right

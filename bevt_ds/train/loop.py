@@ -409,7 +409,7 @@ def _run(
             print_changes(changes)
             print("\n".join([opening(task, provider), *filter(None, [task.describe()])]), flush=True)
         batches = iter(task.loader)
-        with RunLog(folder, ranks, setup.first_step) as log:
+        with RunLog(folder, ranks, setup.first_step, config.log.names) as log:
             log.write_settings(config)
             with stop.training():
                 train(task, batches, log, stop)
