@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FETCHED = {"script": "src", "link": "href", "img": "src", "source": "src", "iframe": "src"}  # a browser does so unasked
 DALLE_FLOPS = 52e9  # a frame, forward: docs/performance.md
-RATE = 172e12  # FLOP a second: docs/recipes.md says which measurement that is
+RATE = 170e12  # FLOP a second of the measured step: docs/recipes.md
 
 
 class Page(HTMLParser):

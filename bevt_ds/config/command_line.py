@@ -145,7 +145,7 @@ def dry_run(
     What the run would be is not worked out from settings that are themselves at fault.
     """
     overrides = arguments.given(kind)
-    config = apply_overrides(get_recipe(arguments.recipe, kind), overrides)
+    config = apply_overrides(recipe_for(arguments.recipe, kind, overrides), overrides)
     values = read_json(arguments.deepspeed_config)
     stops: list[str] = []
     config, notes = _listed(stops, partial(merge, config, set(overrides), values, world), (config, []))

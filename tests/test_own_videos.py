@@ -1,0 +1,84 @@
+"""docs/own-videos.md from its first line to its last, on drawn clips: a folder of videos becomes features."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bevt_ds import cli
+from bevt_ds.shards.synthetic.draw_worker import encode_mp4
+from tests.training.processes import launch
+
+PAGE = (Path(__file__).parents[1] / "docs" / "own-videos.md").read_text()
+BLOCKS = re.findall(r"```(python)?\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
+SHORTER = [
+    "train.steps=2",
+    "train.global_clips=2",
+    "train.micro_clips=2",
+    "data.workers=1",
+]  # than the page's 20 epochs
+
+
+def draw(path: Path, seed: int) -> None:
+    """A clip of 40 frames: noise that moves sideways."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (128, 160, 3), np.uint8)
+    path.write_bytes(encode_mp4(np.stack([np.roll(pixels, 4 * t, 1) for t in range(40)])))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """The folder after all commands, and what each of them printed where it ran in a process of its own."""
+    folder, said = tmp_path_factory.mktemp("own"), {}
+    for i in range(6):
+        draw(folder / "VIDEOS" / f"day-{i % 2}" / f"clip-{i}.mp4", i)
+    for split in ("train", "test"):
+        for name in ("jump", "run"):
+            for i in range(2):
+                draw(folder / split / name / f"{split}-{name}-{i}.mp4", i)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in COMMANDS:
+            program, *words = shlex.split(command)
+            assert program == "bevt"
+            if words[0] in ("pretrain", "probe") and "dry_run=true" not in words:  # these make a process group
+                words = [re.sub(r"=(runs|shards)/", rf"={folder}/\1/", word) for word in words]
+                words += SHORTER if words[0] == "pretrain" else ["data.workers=1"]
+                said[command] = launch(["-m", "bevt_ds.cli", *words], 1)
+            else:
+                assert cli.main(words) == 0, command
+    return folder, said
+
+
+def test_page_has_its_commands():
+    assert [command.split()[1] for command in COMMANDS] == [
+        *("shards", "shards", "view", "pretrain", "pretrain", "report", "shards", "shards", "probe")
+    ]
+
+
+def test_commands_of_the_tutorial_lead_to_a_trained_and_probed_network(done):
+    folder, said = done
+    output = "\n".join(said.values())
+    assert (folder / "runs" / "mine" / "weights" / "model.safetensors").is_file(), output
+    assert (folder / "runs" / "mine" / "report.html").stat().st_size > 10_000
+    assert (folder / "view.png").stat().st_size > 10_000
+    assert (folder / "runs" / "mine" / "probe-1" / "scores.json").is_file(), output
+    assert "top-1" in output
+
+
+def test_python_of_the_tutorial_gives_a_vector_for_each_file(done, monkeypatch, capsys):
+    folder, _ = done
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec("\n".join(block for kind, block in BLOCKS if kind), names)
+    saved = np.load("features.npz")
+    assert saved["features"].shape == (6, 256) and np.isfinite(saved["features"]).all()
+    assert [Path(file).name for file in saved["files"]] == sorted(
+        (f"clip-{i}.mp4" for i in range(6)), key=lambda name: (int(name[5]) % 2, name)
+    )
+    assert capsys.readouterr().out.count("is like clip-") == 5
