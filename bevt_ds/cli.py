@@ -32,6 +32,7 @@ GROUPS = {
     "convert": ("bevt_ds.interop.convert", "weights of others to ours, and ours to torchvision, timm and Hugging Face"),
     "compare": ("bevt_ds.report.compare", "settings in which runs differ, and their last losses side by side"),
 }
+COMPLETION = "bash or zsh: a script that completes commands, options, recipes and key="
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,11 @@ def _run(words: Sequence[str]) -> int:
         print(f"bevt_ds {bevt_ds.__version__}")
         return 0
     try:
+        if words[0] == "completion":
+            modules = {name: f"bevt_ds.{name}" for name in PROGRAMS} | {
+                name: module for name, (module, _) in GROUPS.items()
+            }
+            return import_module("bevt_ds.config.completion").main(words[1:], modules)
         if words[0] not in GROUPS:
             raise UserError(f"no command {words[0]!r}; there are: {', '.join([*PROGRAMS, *GROUPS])}")
         return import_module(GROUPS[words[0]][0]).main(words[1:])
@@ -62,7 +68,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _usage() -> str:
-    texts = PROGRAMS | {name: text for name, (_, text) in GROUPS.items()}
+    texts = PROGRAMS | {name: text for name, (_, text) in GROUPS.items()} | {"completion": COMPLETION}
     lines = [f"  {name:<17}{text}" for name, text in texts.items()]
     return "\n".join(["usage: bevt COMMAND [options]   (--help after any of them; --version)", "", *lines])
 
