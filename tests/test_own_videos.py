@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,7 @@ from bevt_ds.shards.synthetic.draw_worker import encode_mp4
 from tests.training.processes import launch
 
 PAGE = (Path(__file__).parents[1] / "docs" / "own-videos.md").read_text()
+EXAMPLES = Path(__file__).parents[1] / "examples"
 BLOCKS = re.findall(r"```(python)?\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
 SHORTER = [
@@ -82,3 +84,35 @@ def test_python_of_the_tutorial_gives_a_vector_for_each_file(done, monkeypatch, 
         (f"clip-{i}.mp4" for i in range(6)), key=lambda name: (int(name[5]) % 2, name)
     )
     assert capsys.readouterr().out.count("is like clip-") == 5
+
+
+def test_notebook_runs_from_its_first_cell_to_its_last(done, monkeypatch, capsys):
+    """Its cells' code in one process, as a kernel would run them."""
+    folder, _ = done
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    notebook = json.loads((EXAMPLES / "features_of_my_videos.ipynb").read_text())
+    names: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    assert names["features"].shape == (6, 256) and names["places"].shape == (6, 2)
+    assert Path("features.png").stat().st_size > 5_000
+    assert "6 files" in capsys.readouterr().out
+
+
+def test_examples_pretrain_on_a_folder_and_probe(done, tmp_path):
+    folder, _ = done
+    words = [str(folder / "VIDEOS"), str(tmp_path), *SHORTER]
+    output = launch([str(EXAMPLES / "pretrain_on_a_folder.py"), *words], 1)
+    assert (tmp_path / "run" / "report.html").is_file(), output
+    words = [
+        str(tmp_path / "run"),
+        str(folder / "train"),
+        str(folder / "test"),
+        str(tmp_path / "few"),
+        "data.workers=1",
+    ]
+    output = launch([str(EXAMPLES / "probe_on_folders.py"), *words], 1)
+    assert json.loads((tmp_path / "few" / "probe" / "scores.json").read_text()), output
