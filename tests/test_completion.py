@@ -50,6 +50,8 @@ def test_bash_completes_commands_recipes_keys_and_values(scripts, tmp_path):
     assert sorted(complete(script, "bevt pretrain optim.wa")) == ["optim.warmup_ratio=", "optim.warmup_steps="]
     assert complete(script, "bevt pretrain train.precision=") == ["bf16", "fp16", "fp32"]
     assert complete(script, "bevt pretrain dry_run=t") == ["true"]
+    assert "train_tokenizer" in complete(script, "bevt train")
+    assert "train.steps=" in complete(script, "bevt train_tokenizer train.st")
     assert complete(script, "bevt shards pa") == ["pack"]
     assert complete(script, "bevt view --b") == ["--bad"]
     assert complete(script, "bevt completion --h") == ["--help"]

@@ -14,18 +14,27 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from bevt_ds.config.parse import config_fields
-from bevt_ds.config.recipes import FINETUNING, PRETRAINING
-from bevt_ds.config.schema import LOGGERS, Config, EvaluateConfig, FinetuneConfig, ProbeRunConfig, RunConfig
+from bevt_ds.config.recipes import FINETUNING, RECIPES
+from bevt_ds.config.schema import (
+    LOGGERS,
+    Config,
+    EvaluateConfig,
+    FinetuneConfig,
+    ProbeRunConfig,
+    RunConfig,
+)
+from bevt_ds.config.tokenizing import TokenizerTrainingConfig
 
 KINDS: dict[str, type[RunConfig]] = {  # what the key=value words of a command are of
     "pretrain": Config,
+    "train_tokenizer": TokenizerTrainingConfig,
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "probe": ProbeRunConfig,
     "plan": Config,
     "view": Config,
 }
-RECIPES = {Config: [*PRETRAINING], FinetuneConfig: [*FINETUNING], EvaluateConfig: [*FINETUNING], ProbeRunConfig: []}
+NAMES = {**RECIPES, EvaluateConfig: FINETUNING, ProbeRunConfig: {}}  # of recipes
 OF_A_LAUNCHER = ("--deepspeed_config", "--help")
 EPILOG = """\
 bash:  bevt completion bash > ~/.local/share/bash-completion/completions/bevt
@@ -117,7 +126,7 @@ def written_words(module: str) -> list[str]:
 def values_of(kind: type[RunConfig]) -> Iterator[tuple[str, list[str]]]:
     """Key -> its values, of the keys that take a few."""
     for leaf in config_fields(kind):
-        if found := RECIPES[kind] if leaf.key == "recipe" else _choices(leaf.key, leaf.type):
+        if found := [*NAMES[kind]] if leaf.key == "recipe" else _choices(leaf.key, leaf.type):
             yield leaf.key, found
 
 
