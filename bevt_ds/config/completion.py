@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from bevt_ds.config.loggers import LOGGERS
 from bevt_ds.config.parse import config_fields
 from bevt_ds.config.recipes import FINETUNING, RECIPES
 from bevt_ds.config.schema import (
-    LOGGERS,
     Config,
     EvaluateConfig,
     FinetuneConfig,

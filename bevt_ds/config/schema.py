@@ -17,6 +17,7 @@ from typing import Annotated as A
 from typing import ClassVar, Literal, TypeVar
 
 from bevt_ds.config.fields import Field as F
+from bevt_ds.config.loggers import LogConfig
 from bevt_ds.config.targets import TokenizerConfig
 
 Kernels = Literal["auto", "triton", "torch"]
@@ -361,23 +362,6 @@ class FinetuneTrainConfig(LoopConfig):
     ] = 5
 
 
-LOGGERS = ("tensorboard", "wandb", "mlflow")  # by the names of their packages
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """Where the numbers of log.jsonl go besides."""
-
-    to: A[
-        str, F("loggers next to log.jsonl: tensorboard, wandb, mlflow, with commas between; or none", resume="free")
-    ] = "tensorboard"
-
-    @property
-    def names(self) -> list[str]:
-        """The loggers that are named."""
-        return [] if self.to == "none" else [name.strip() for name in self.to.split(",")]
-
-
 # --- runs -----------------------------------------------------------------------------------------
 
 
@@ -416,10 +400,7 @@ class OnlineProbeConfig:
     """How good the features are while they are pretrained; the training itself stays the same to the last bit."""
 
     every: A[int, F("steps from one probe to the next, and one after the last; 0: none", resume="free")] = 0
-    train: A[
-        str,
-        F("labelled shards of a few hundred videos, sampled as data.videos; see docs/evaluation.md", resume="free"),
-    ] = ""
+    train: A[str, F("some hundred labelled videos, sampled as data.videos; see docs/evaluation.md", resume="free")] = ""
     val: A[str, F("labelled shards that probe_top1 is measured on", resume="free")] = ""
 
 

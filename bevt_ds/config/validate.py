@@ -11,15 +11,14 @@ from math import gcd
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from bevt_ds.config.loggers import LOGGERS, LogConfig
 from bevt_ds.config.parse import Leaf, Section, config_fields, get_value
 from bevt_ds.config.schema import (
-    LOGGERS,
     Config,
     DataConfig,
     FinetuneConfig,
     InferenceConfig,
     LabelledDataConfig,
-    LogConfig,
     ProbeRunConfig,
     RunConfig,
     RunT,

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
+from bevt_ds.config.loggers import LogConfig
 from bevt_ds.config.recipes import demo
-from bevt_ds.config.schema import LogConfig
 from bevt_ds.config.validate import missing_inputs, problems
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.run_log import RunLog
