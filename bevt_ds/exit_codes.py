@@ -22,7 +22,7 @@ MEANINGS = {
     NOT_LEARNED: "not learned (`train.min_gain`), a check with faults, a replay without; or a bug, with its traceback",
     USER_ERROR: "a mistake in the command line, a setting, a file or a folder",
     BAD_DATA: "too many samples could not be used (`data.max_bad_fraction`)",
-    NON_FINITE: "too many steps whose loss or gradient was not finite, or weights that are not",
+    NON_FINITE: "too many steps whose loss or gradient was not finite; weights that are not, or differ between ranks",
     STORAGE_STALLED: "a disk or file server did not answer within `data.read_seconds`",
     DISK: "what the run writes could not be written: full disk, quota, read-only or vanished folder",
     RANK_LOST: "a rank was killed, or was silent for `train.rank_deadline`",

@@ -33,6 +33,7 @@ from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.train.classification import classification_loss
 from bevt_ds.train.loop import Setup, Task, run_training
 from bevt_ds.train.mixup import Mixing
+from bevt_ds.train.nonfinite import require_finite_export
 
 BEST_SCORES = "scores.json"
 
@@ -162,6 +163,7 @@ def record_validation(task: Finetuning, log: RunLog, step: int) -> None:
         if task.ranks.broadcast(best is None or scores["top1"] > best["top1"]):
             best = {"step": step, **scores}
             state = task.engine.weights()
+            require_finite_export(state, task.ranks, step)
             with task.ranks.writing(run_folder / run_dir.BEST):
                 if main:
                     keep_best(task, state, best)

@@ -33,6 +33,7 @@ from bevt_ds.model.weights import PretrainedMixin, fit_init
 from bevt_ds.plan.planning import require_room
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime import checkpoint, run_dir
+from bevt_ds.runtime.agreement import require_agreement
 from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.bundle import Held
 from bevt_ds.runtime.commit import save
@@ -284,6 +285,7 @@ def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step:
     values: dict[str, Any] = task.metrics(sums.totals(task.ranks), step)
     if not skipped:
         require_finite(values["loss"], step)
+    require_agreement(task.engine, task.ranks, step)
     values |= {"lr": task.engine.last_lr, "grad_norm": task.engine.grad_norm()}
     values |= {"optimizer_bytes": task.engine.optimizer_bytes(), "peak_bytes": peak_bytes(task.ranks.device)}
     values["skipped_steps"] = task.engine.skipped_steps
@@ -316,7 +318,8 @@ def save_checkpoint(task: Task, steps_done: int, loss: float | None) -> None:
     Raises:
         UserError: the loss, or something that would be saved, is not a finite number. Nothing is saved then.
     """
-    require_good(task.engine, loss, steps_done - 1)
+    require_good(task.engine, loss, steps_done - 1, task.averages())
+    require_agreement(task.engine, task.ranks, steps_done - 1)
 
     commits, rank = task.setup.commits, task.ranks.rank
     commits.begin()

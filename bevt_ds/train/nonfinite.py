@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from bevt_ds.disk import DiskError
@@ -24,6 +26,7 @@ from bevt_ds.runtime import bundle
 from bevt_ds.runtime.bundle import FOLDER, REPORT, Held
 from bevt_ds.runtime.checkpoint import Facts, name_of
 from bevt_ds.runtime.commit import save
+from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.guard import Verdict
 from bevt_ds.runtime.logging import StepSums
@@ -54,18 +57,31 @@ def require_finite(loss: float, step: int) -> None:
         raise NonFiniteError(f"the loss of step {step} is {loss}. {ADVICE}")
 
 
-def require_good(engine: Engine, loss: float | None, step: int) -> None:
+def require_good(
+    engine: Engine, loss: float | None, step: int, averages: Mapping[str, list[Tensor]] | None = None
+) -> None:
     """Stop a run that has diverged before it is saved. Collective.
 
-    loss: of `step`; None: the step was skipped.
+    loss: of `step`; None: the step was skipped. averages: further tensors like the engine's masters that are saved.
 
     Raises:
         NonFiniteError: the loss, or something of the weights and the optimizer after the step, is not a finite number.
     """
     if loss is not None:
         require_finite(loss, step)
-    if not engine.is_finite():
+    if not engine.is_finite(**(averages or {})):
         raise NonFiniteError(f"after step {step} weights or optimizer are not finite: nothing is saved. {ADVICE}")
+
+
+def require_finite_export(weights: Mapping[str, Tensor], ranks: Ranks, step: int) -> None:
+    """Refuse to export weights, which rank 0 has. Collective.
+
+    Raises:
+        NonFiniteError: on all ranks, where a weight is not a finite number.
+    """
+    bad = ranks.broadcast([name for name, value in weights.items() if not torch.isfinite(value).all()])
+    if bad:
+        raise NonFiniteError(f"after step {step} {some(bad)} of the weights are not finite: not exported. {ADVICE}")
 
 
 class Watch:

@@ -322,7 +322,8 @@ def test_wait_report_comes_from_the_main_rank_only(is_main: bool, capsys: pytest
     """On the main rank alone, from what the loop has waited since its last line."""
     none = lambda *_: None  # noqa: E731
     task = SimpleNamespace(
-        ranks=SimpleNamespace(is_main=is_main, device=torch.device("cpu")),
+        ranks=SimpleNamespace(is_main=is_main, world=1, device=torch.device("cpu")),
+        setup=SimpleNamespace(commits=SimpleNamespace(figures=dict)),
         loader=SimpleNamespace(wait_seconds=lambda: 3.0, bottleneck=lambda: "it is decode", bad_samples=0),
         engine=SimpleNamespace(last_lr=0.1, grad_norm=none, optimizer_bytes=none, skipped_steps=0),
         metrics=lambda totals, step: {"loss": totals["loss"]},
