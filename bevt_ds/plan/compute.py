@@ -95,7 +95,8 @@ def tokenizer_macs(name: str, side: int) -> int:
 @dataclass(frozen=True)
 class Rates:
     """How fast the arithmetic goes. `flops`: FLOP/s where the GPU is the limit; `block`: seconds of the host for each
-    block of the encoder in a micro-step, where the launches are. `source`: which rows say so, or what is assumed."""
+    block of the encoder and micro-step, where the launches are, of clips or of images. `source`: which rows say so, or
+    what is assumed."""
 
     flops: float
     block: float
@@ -116,12 +117,12 @@ def rates(gpu: Gpu, model: str, mfu: float | None = None, folder: Path | None = 
     small, large = (pick(row_batch(row)[0] for row in own) for pick in (min, max))
     slow, fast = ([row for row in own if row_batch(row)[0] == size] for size in (small, large))
     depth = sum(SIZES[own[0]["model"]].depths)
-    block = median(row["p50_ms"] for row in slow) / 1000 / depth
+    block = median(row["p50_ms"] for row in slow) / 1000 / depth / 2  # these steps have clips and images
     config = joint_swin_b()
     config = replace(config, model=replace(config.model, name=own[0]["model"]))
     reached = sum(flops(config, *row_batch(fast[0])).values()) / (median(row["p50_ms"] for row in fast) / 1000)
     device, commit = own[0]["provenance"]["device"], own[0]["provenance"]["commit"]
-    named = f"benchmarks.step, {own[0]['model']} on one {device} at {commit}: {large} clips for FLOP/s,"
+    named = f"{own[0]['file']}, {own[0]['model']} on one {device} at {commit}: {large} clips for FLOP/s,"
     named += f" {small} for launches"
     if own is not rows:
         return Rates(mfu * gpu.flops if mfu else reached, block, f"measured: {named}")
@@ -132,7 +133,11 @@ def rates(gpu: Gpu, model: str, mfu: float | None = None, folder: Path | None = 
 def measured_rows(folder: Path) -> list[dict[str, Any]]:
     """Rows of whole steps of this project's code on a GPU, in bf16, with the dVAE."""
     files = sorted(folder.glob("*/step-nvidia-*.jsonl")) if folder.is_dir() else []
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) | {"file": str(file.relative_to(folder))}
+        for file in files
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
     wanted = {"case": "resident", "provider": "ours", "tokenizer": "dalle", "dtype": "torch.bfloat16"}
     return [row for row in rows if wanted.items() <= row.items()]
 

@@ -55,11 +55,16 @@ def bucket_bytes(settings: Mapping[str, Any], precision: str) -> float:
 def input_bytes(config: TrainingConfig, clips: int, images: int) -> float:
     """Pixels of a micro-batch in fp32, as they arrive; the network's own copy is among the activations.
 
-    Where the GPU decodes: also the next micro-batches, and the surfaces of a decoder for each thread.
+    Where the GPU decodes, also the next micro-batches.
     """
-    data, gpu = config.data, config.data.decoder == "gpu"
+    data = config.data
     pixels = 12 * data.size**2 * (clips * data.frames + images)
-    return pixels * (1 + data.prefetch * gpu) + gpu * data.threads * SURFACES * 1.5 * 340 * 256
+    return pixels * (1 + data.prefetch * (data.decoder == "gpu"))
+
+
+def surface_bytes(config: TrainingConfig) -> float:
+    """Decoded frames that NVDEC holds, a session for each thread, for videos of 340x256; nothing where cores decode."""
+    return (config.data.decoder == "gpu") * config.data.threads * SURFACES * 1.5 * 340 * 256
 
 
 def checkpoint_bytes(parameters: int, precision: str, stage: int) -> float:

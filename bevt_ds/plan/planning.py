@@ -20,7 +20,7 @@ from bevt_ds.runtime.gpus import Gpu, gpu_named, gpu_of
 
 from .activations import DTYPES, Activations, micro_batch, trace, trace_tokenizer
 from .compute import Rates, arch_of, flops, masked_share, rates, vocabulary_of
-from .memory import USABLE, WIDTHS, bucket_bytes, checkpoint_bytes, input_bytes, state_bytes
+from .memory import USABLE, WIDTHS, bucket_bytes, checkpoint_bytes, input_bytes, state_bytes, surface_bytes
 from .supply import Machines, Supply, supply
 from .traffic import sent
 
@@ -192,6 +192,7 @@ def memory_of(config: TrainingConfig, settings: Mapping[str, Any], world: int, p
     offloaded, passing = parts.pop("offloaded"), 0
     parts["buckets"] = bucket_bytes(settings, precision)
     parts["input"] = input_bytes(config, clips, images)
+    parts["decoder surfaces"] = surface_bytes(config)
     if isinstance(config, Config) and config.tokenizer.name == "dalle":
         frames = int(clips * masked_share(config.data)[1]) + images
         parts["tokenizer"], passing = trace_tokenizer(frames, config.data.token_size)
@@ -228,7 +229,8 @@ def times(
     """
     zero, depth = settings.get("zero_optimization", {}), sum(SIZES[config.model.name].depths)
     stage, recomputes = zero.get("stage", 0), config.model.checkpointing and config.model.recompute == "block"
-    launch = passes * speed.block * depth * (1 + recomputes / (3 * config.model.recompute_every))
+    runs = passes * sum(total > 0 for total, _ in config.train.streams.values())  # clips and images, each in turn
+    launch = runs * speed.block * depth * (1 + recomputes / (3 * config.model.recompute_every))
     compute = work / machines.gpus / speed.flops
     busy = max(launch, compute)
     if machines.gpus == 1:
@@ -309,8 +311,8 @@ def require_fit(plan: Plan, plans: Sequence[Plan], gpu: Gpu) -> None:
     if plan.memory.peak <= usable(gpu):
         return
     clips, images = largest_micro(plan, gpu)
-    advice = [f"a micro-batch of train.micro_clips={clips}" + f" train.micro_images={images}" * bool(images)]
-    advice *= bool(clips + images)
+    sizes = [f"train.micro_{name}={n}" for name, n in (("clips", clips), ("images", images)) if n]
+    advice = [f"a micro-batch of {' '.join(sizes)}"] if sizes else []
     if best := recommended(plans, gpu):
         ask = " model.checkpointing=true" * best.config.model.checkpointing
         advice.append(f"--deepspeed_config zero{best.stage}{ask}")

@@ -66,7 +66,7 @@ def as_text(plan: Plan, plans: Sequence[Plan], gpu: Gpu, rates: Rates, largest: 
         ),
         ("whole run", cost_text(plan)),
         ("memory", f"{memory.peak / GIB:,.1f} GiB a GPU at most, of {usable(gpu) / GIB:,.1f} that can be used"),
-        ("largest", f"micro-batch that fits: {largest[0]} clips" + f" + {largest[1]} images" * bool(largest[1])),
+        ("largest", f"micro-batch that fits: {sizes_text(largest)}"),
         ("recommended", advice_text(plans, gpu)),
     ]
     text = "\n".join(f"{name:<15}{value}" for name, value in lines)
@@ -111,6 +111,12 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
+def sizes_text(sizes: Sequence[int]) -> str:
+    """`74 clips + 592 images`, of the streams that the run has; `none` where not one sample fits."""
+    texts = [f"{n:,} {name}" for n, name in zip(sizes, ("clips", "images"), strict=True) if n]
+    return " + ".join(texts) or "none"
+
+
 def samples(config: TrainingConfig, part: int) -> str:
     """What a step takes over all ranks (`part` 0), or a rank's forward pass (1)."""
     return " + ".join(f"{sizes[part]:,} {name}" for name, sizes in config.train.streams.items() if sizes[0])
@@ -124,10 +130,9 @@ def shares(parts: Mapping[str, float], unit: float, name: str) -> str:
 def needs_text(plan: Plan, parts: int) -> str:
     """What one of so many equal parts needs a second."""
     needs = plan.supply.per(parts)
-    return (
-        f"{needs['clips']:,.1f} clips/s ({needs['frames']:,.0f} frames/s decoded), {needs['images']:,.1f} images/s,"
-        f" {needs['read'] / 1e6:,.1f} MB/s from storage"
-    )
+    texts = [f"{needs['clips']:,.1f} clips/s ({needs['frames']:,.0f} frames/s decoded)"] * bool(needs["clips"])
+    texts += [f"{needs['images']:,.1f} images/s"] * bool(needs["images"])
+    return ", ".join([*texts, f"{needs['read'] / 1e6:,.1f} MB/s from storage"])
 
 
 def decoding_text(plan: Plan) -> str:
@@ -168,10 +173,9 @@ def what_if(plans: Iterable[Plan]) -> str:
 
 def cells(plan: Plan) -> tuple[str, ...]:
     """A plan as a row under COLUMNS."""
-    clips, images = micro_of(plan.config)
     rates = (f"{getattr(plan.supply, name):,.0f}" for name in ("clips", "images"))
     hours = "?" if plan.gpu_hours is None else f"{plan.gpu_hours:,.0f}"
     days = "?" if plan.steps is None else f"{plan.steps * plan.step / 86400:,.1f}"
-    micro, memory = f"{clips} + {images}", f"{plan.memory.peak / GIB:,.1f}"
+    micro, memory = " + ".join(f"{n}" for n in micro_of(plan.config) if n), f"{plan.memory.peak / GIB:,.1f}"
     step = f"{plan.step:.3f}"
     return (f"{plan.machines.gpus:,}", micro, str(plan.micro_steps), step, *rates, plan.bound, memory, hours, days)

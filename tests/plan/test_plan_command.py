@@ -38,7 +38,7 @@ def test_json_has_the_same_numbers(capsys):
 def test_what_if_has_a_line_for_each(capsys):
     code, text, _ = run(capsys, *SMALL, "--what-if", "1,2,4", "--gpus-per-node", "2")
     assert code == 0 and [line.split()[1] for line in text.splitlines()[2:]] == ["1", "2", "4"]
-    code, text, _ = run(capsys, *SMALL, "--what-if", "1,4", "--json")
+    code, text, _ = run(capsys, *SMALL, "--what-if", "gpus=1,4", "--json")
     assert [plan["nodes"] for plan in json.loads(text)] == [1, 1]
 
 
@@ -49,6 +49,8 @@ def test_what_if_has_a_line_for_each(capsys):
     (["recipe=joint_swin_c"], "no recipe 'joint_swin_c'"),
     (["--gpus", "12", "--nodes", "2"], "--gpus 12 is not --nodes 2 of --gpus-per-node 8: 16"),
     (["--gpus", "0"], "must be above 0"),
+    (["--nvdecs", "0"], "--nvdecs 0: must be above 0"),
+    (["--what-if", "gpus=8,many"], "--what-if gpus=8,many: numbers of GPUs, such as gpus=64,128,256"),
     (["recipe=demo", "train.micro_clips=4096", "train.global_clips=4096", "train.micro_images=16384",
       "train.global_images=16384", "model.name=swin_b", "--gpus", "1"], "it does not fit: a rank needs"),
 ])  # fmt: skip

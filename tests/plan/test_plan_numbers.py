@@ -17,7 +17,7 @@ from bevt_ds.model.presets import SIZES, create_model
 from bevt_ds.plan import planning
 from bevt_ds.plan.activations import micro_batch
 from bevt_ds.plan.compute import MFU, Rates, flops, rates, tokenizer_macs
-from bevt_ds.plan.memory import checkpoint_bytes, state_bytes
+from bevt_ds.plan.memory import checkpoint_bytes, state_bytes, surface_bytes
 from bevt_ds.plan.planning import (
     STAGES,
     canonical,
@@ -150,7 +150,10 @@ def test_rates_reproduce_their_rows():
 
 def test_rates_of_what_was_not_measured(tmp_path):
     speed = rates(gpu_named("a100-80"), "swin_b")
-    assert speed.source.startswith("assumed: 17% of the peak, as benchmarks.step") and speed.flops < 312e12 / 5
+    assert (
+        speed.source.startswith("assumed: 17% of the peak, as h200/step-nvidia-h200.jsonl, swin_b on one")
+        and speed.flops < 312e12 / 5
+    )
     assert rates(H200, "swin_b", folder=tmp_path) == Rates(
         MFU * H200.flops, 0.0, rates(H200, "tiny", None, tmp_path).source
     )
@@ -241,3 +244,27 @@ def test_gpus_are_told_apart():
     with pytest.raises(UserError, match="--gpu h20: not known; there are a100-40, a100-80, .* l40s"):
         gpu_named("h20")
     assert Counter(gpu.decoders > 0 and gpu.memory > gpu.decoders for gpu in GPUS) == {True: len(GPUS)}
+
+
+def test_what_decodes_is_what_is_given():
+    """Decoders for clips, cores for both; a GPU that decodes holds their surfaces."""
+    config = joint_swin_b()
+    on_gpu = replace(config, data=replace(config.data, decoder="gpu"))
+    few = replace(H200, decoders=1)
+    assert supply(on_gpu, few, Machines(8), 1.0).decode_seconds == pytest.approx(
+        7 * supply(on_gpu, H200, Machines(8), 1.0).decode_seconds
+    )
+    assert supply(config, few, Machines(8), 1.0).decoder == "16 cores a GPU"
+    assert supply(config, few, Machines(8, cores=8), 1.0).decode_seconds == pytest.approx(
+        2 * supply(config, few, Machines(8), 1.0).decode_seconds
+    )
+    held = surface_bytes(on_gpu)
+    assert held == on_gpu.data.threads * 20 * 1.5 * 340 * 256 and surface_bytes(config) == 0
+
+
+def test_one_stream_launches_half():
+    """The encoder runs over clips and over images; a run of images alone launches the second only."""
+    both, images = (PRETRAINING[name]() for name in ("joint_swin_b", "image_swin_b"))
+    speed, machines = rates(H200, "swin_b"), Machines(8)
+    plans = [make_plan(with_micro(c, 4 * (c is both), 32), ZERO[2], H200, machines, speed) for c in (both, images)]
+    assert plans[0].seconds["launch"] == pytest.approx(2 * plans[1].seconds["launch"])
