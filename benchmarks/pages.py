@@ -294,8 +294,29 @@ def _bytes(rows: Rows) -> Panel:
     return Panel("MB sent a step and rank, as rings", names=names, bars=bars, marks=paper, stacked=True)
 
 
+# Checkpointing
+
+
+def checkpointing(rows: Rows) -> Page:
+    """What each way of recomputing costs and saves."""
+    rows = newest(rows)
+    whole = rows[0]["saved_mb"]
+    columns = {
+        **fields("recomputed recompute s | CPU s, median cpu_s .2f | cost cpu_ratio .3f"),
+        "lowest to highest": lambda row: f"{row['cpu_ratio_low']:.3f} to {row['cpu_ratio_high']:.3f}",
+        **fields("FLOPs, plan flops_ratio .3f | saved MB saved_mb .1f"),
+        "saved": lambda row: f"{row['saved_mb'] / whole:.0%}",
+    }
+    text = "Cost: CPU seconds of a forward and backward pass over those without recomputing, in the same round; median"
+    text += f" of {rows[0]['rounds']} rounds. {rows[0]['model']}, {rows[0]['batch']}, fp32."
+    return Page(
+        "Checkpointing", ["Made by `python -m benchmarks.checkpointing`.", facts(rows), text, table(rows, columns)]
+    )
+
+
 PAGES: dict[str, Callable[[Rows], Page]] = {  # how the name of a file of rows begins
     "attention-tiles": tiles,
+    "checkpointing": checkpointing,
     "commits": commits,
     "kernels": kernels,
     "loader": loader,

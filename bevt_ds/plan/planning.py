@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil, gcd, log2
 from typing import Any
 
@@ -49,7 +49,8 @@ class Memory:
 @dataclass(frozen=True)
 class Plan:
     """One run on one set of machines; bytes and seconds. `flops` and `supply` are of all ranks, `memory` and `sent` of
-    one. `seconds`: of an update, by what takes them; `step` is how long it is, `bound` the slowest of them.
+    one. `settings`: what DeepSpeed is given. `seconds`: of an update, by what takes them; `step` is how long it is,
+    `bound` the slowest of them.
     `steps`: None where they depend on shards."""
 
     config: TrainingConfig
@@ -58,7 +59,7 @@ class Plan:
     parameters: int
     micro_steps: int
     flops: dict[str, float]
-    memory: Memory
+    settings: Mapping[str, Any]
     sent: dict[str, float]
     seconds: dict[str, float]
     step: float
@@ -66,6 +67,11 @@ class Plan:
     supply: Supply
     checkpoint: float
     steps: int | None
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Of one rank; it takes a run of the network on the meta device."""
+        return memory_of(self.config, self.settings, self.machines.gpus, self.micro_steps)
 
     @property
     def gpu_hours(self) -> float | None:
@@ -92,10 +98,9 @@ def make_plan(
     """
     world, zero = machines.gpus, values.get("zero_optimization") or {}
     passes, (clips, images) = micro_steps(config, world), micro_of(config)
-    parameters, largest = parameter_counts(canonical(config))
+    parameters, largest = parameter_counts(network(config))
     local = min(world, machines.per_node)
     settings = resolve(dict(values), config, world, largest, parameters, arch_of(config.model).width, local)
-    memory = memory_of(config, settings, world, passes)
     work = flops(config, clips * passes * world, images * passes * world)
     moved = sent(parameters, world, passes, WIDTHS[config.train.precision], settings.get("zero_optimization", {}))
     seconds, step = times(config, gpu, machines, speed, sum(work.values()), moved, settings, passes)
@@ -110,7 +115,7 @@ def make_plan(
         parameters,
         passes,
         work,
-        memory,
+        settings,
         moved,
         seconds,
         step,
@@ -146,11 +151,15 @@ def steps_of(config: TrainingConfig, samples: int | None) -> int | None:
 # --- the model, which every plan of a run shares ---------------------------------------------------
 
 
-def canonical(config: TrainingConfig) -> TrainingConfig:
-    """What of a run decides its network and its activations; the rest by default, so that results are found again."""
+def network(config: TrainingConfig) -> TrainingConfig:
+    """What of a run decides its network; the rest by default, so that results are found again."""
     kept = {name: getattr(config, name) for name in ("model", "data", "tokenizer") if hasattr(config, name)}
-    clips, images = micro_of(config)
-    plain = with_micro(type(config)(**kept), clips, images)
+    return type(config)(**kept)
+
+
+def canonical(config: TrainingConfig) -> TrainingConfig:
+    """What of a run decides its activations, as `network`."""
+    plain = with_micro(network(config), *micro_of(config))
     return replace(plain, train=replace(plain.train, precision=config.train.precision))
 
 
@@ -166,7 +175,7 @@ def meta_model(config: TrainingConfig) -> nn.Module:
 
 @lru_cache(maxsize=64)
 def parameter_counts(config: TrainingConfig) -> tuple[int, int]:
-    """Parameters, and those of the largest tensor."""
+    """Parameters, and those of the largest tensor; `config` as `network` makes it."""
     numbers = [p.numel() for p in meta_model(config).parameters()]
     return sum(numbers), max(numbers)
 
@@ -185,7 +194,7 @@ def activations(config: TrainingConfig) -> Activations:
 def memory_of(config: TrainingConfig, settings: Mapping[str, Any], world: int, passes: int) -> Memory:
     """`settings`: what DeepSpeed is given; `passes`: micro-steps an update, after the first of which gradients wait."""
     precision, zero = config.train.precision, settings.get("zero_optimization", {})
-    parameters, _ = parameter_counts(canonical(config))
+    parameters, _ = parameter_counts(network(config))
     clips, images = micro_of(config)
     used = activations(canonical(config))
     parts = state_bytes(parameters, precision, zero, world)

@@ -173,7 +173,8 @@ def what_if(plans: Iterable[Plan]) -> str:
 
 def cells(plan: Plan) -> tuple[str, ...]:
     """A plan as a row under COLUMNS."""
-    rates = (f"{getattr(plan.supply, name):,.0f}" for name in ("clips", "images"))
+    totals = {name: total for name, (total, _) in plan.config.train.streams.items()}
+    rates = (f"{totals.get(name, 0) / plan.step:,.0f}" for name in ("clips", "images"))
     hours = "?" if plan.gpu_hours is None else f"{plan.gpu_hours:,.0f}"
     days = "?" if plan.steps is None else f"{plan.steps * plan.step / 86400:,.1f}"
     micro, memory = " + ".join(f"{n}" for n in micro_of(plan.config) if n), f"{plan.memory.peak / GIB:,.1f}"

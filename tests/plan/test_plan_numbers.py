@@ -20,7 +20,6 @@ from bevt_ds.plan.compute import MFU, Rates, flops, rates, tokenizer_macs
 from bevt_ds.plan.memory import checkpoint_bytes, state_bytes, surface_bytes
 from bevt_ds.plan.planning import (
     STAGES,
-    canonical,
     make_plan,
     meta_model,
     on,
@@ -49,7 +48,7 @@ def of(name: str, **model):
 def test_parameters_are_the_models(name):
     with torch.device("meta"):
         model = create_model(name, vocab_size=8192, window=(8, 7, 7))
-    assert parameter_counts(canonical(of(name)))[0] == sum(p.numel() for p in model.parameters())
+    assert parameter_counts(planning.network(of(name)))[0] == sum(p.numel() for p in model.parameters())
 
 
 FLOPS = [(name, 224, {}) for name in SIZES] + [
