@@ -1,6 +1,6 @@
 """What recomputing costs and saves: whole blocks, attention alone, every second block; on a CPU, as paired ratios.
 
-    python -m benchmarks.checkpointing                    # Swin-T at 112 px and 4 frames: a clip and two images
+    python -m benchmarks.checkpointing                    # Swin-T at 96 px and 4 frames: a clip and two images
     python -m benchmarks.checkpointing --rounds 15
 
 Each way is a model of its own with the same weights. In each round all take one forward and backward pass, in turns;
@@ -28,7 +28,8 @@ from . import report
 from .common import RESULTS, append_row, provenance, rows_of
 from .step_batch import resident_batch
 
-MODEL, FRAMES, SIZE, CLIPS, IMAGES, IDS = "swin_t", 4, 112, 1, 2, 512
+MODEL, FRAMES, SIZE, CLIPS, IMAGES, IDS = "swin_t", 4, 96, 1, 2, 512
+WINDOW = (2, 4, 4)  # tokens
 WAYS = {
     "none": {},
     "every block": {"checkpointing": True},
@@ -44,7 +45,7 @@ class Way:
     def __init__(self, name: str, model: str) -> None:
         self.name, self.settings = name, WAYS[name]
         torch.manual_seed(0)
-        self.model = create_model(model, vocab_size=IDS, window=(2, 7, 7), kernels="torch", **self.settings).train()
+        self.model = create_model(model, vocab_size=IDS, window=WINDOW, kernels="torch", **self.settings).train()
         batch = resident_batch(CLIPS, IMAGES, FRAMES, SIZE)
         streams = {kind: getattr(batch, kind) for kind in ("video", "image")}
         self.batch = replace(
@@ -68,7 +69,7 @@ class Way:
         """Of the encoder, decoders and head, by the plan."""
         base = joint_swin_b()
         data = replace(base.data, frames=FRAMES, size=SIZE, token_size=SIZE // 2)
-        backbone = BackboneConfig(name=model, window=(2, 7, 7), drop_path=0.0, **self.settings)
+        backbone = BackboneConfig(name=model, window=WINDOW, drop_path=0.0, **self.settings)
         parts = flops(Config(recipe=base.recipe, model=backbone, data=data), CLIPS, IMAGES)
         return sum(parts.values()) - parts["tokenizer"]
 

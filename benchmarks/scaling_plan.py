@@ -11,6 +11,7 @@ needed: three minutes on a CPU.
 from __future__ import annotations
 
 import argparse
+import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -131,11 +132,13 @@ def _table(way: str, points: Points) -> str:
 
 
 def bounds(all_points: dict[str, Points]) -> str:
-    """Where each bound lies: a row for each backbone and stage."""
+    """Where each bound lies: a row for each backbone, and for each stage that differs."""
     rows = [["", "ZeRO", "weak", "strong"]]
     for backbone, points in all_points.items():
-        for stage in STAGES:
-            rows.append([backbone, str(stage), *(ranges(points[way, stage]) for way in ("weak", "strong"))])
+        cells = [(ranges(points["weak", stage]), ranges(points["strong", stage])) for stage in STAGES]
+        for alike in dict.fromkeys(cells):
+            stages = ", ".join(str(stage) for stage, cell in zip(STAGES, cells, strict=True) if cell == alike)
+            rows.append([backbone, stages, *alike])
     return table(rows)
 
 
@@ -229,7 +232,10 @@ def filled(page: str, name: str, text: str) -> str:
 
 
 def draw(all_points: dict[str, Points], path: Path) -> None:
-    """Clips/s over GPUs: weak above strong, a column for each stage, a line for each backbone, a mark for the bound."""
+    """Clips/s over GPUs: weak above strong, a column for each stage, a line for each backbone, a mark for the bound.
+
+    Coordinates of a tenth of a point, and no indentation, keep the file small.
+    """
     style = {"svg.fonttype": "none", "svg.hashsalt": "scaling", "font.size": 8, "axes.spines.top": False}
     with matplotlib.rc_context(style | {"axes.spines.right": False}):
         figure = Figure(figsize=(9, 5.4), layout="constrained")
@@ -241,13 +247,18 @@ def draw(all_points: dict[str, Points], path: Path) -> None:
                 axes.set_title(f"{way}, ZeRO-{stage}", fontsize=9)
                 axes.set_xscale("log", base=2)
                 axes.set_yscale("log")
+                axes.minorticks_off()
+                axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
                 axes.set_xticks(GPUS, [f"{n}" for n in GPUS])
                 axes.grid(alpha=0.25, linewidth=0.5)
             row[0].set_ylabel("clips/s")
         for axes in grid[1]:
             axes.set_xlabel("GPUs")
         figure.legend(*_legend(grid[0, 0], all_points), loc="outside lower center", ncols=6, frameon=False)
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    short = re.sub(r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0]), text.getvalue())
+    path.write_text(re.sub(r"\n +", "\n", short), encoding="utf-8")
 
 
 def _line(axes: Axes, label: str, points: Iterable[Point], colour: str) -> None:
@@ -261,8 +272,10 @@ def _line(axes: Axes, label: str, points: Iterable[Point], colour: str) -> None:
 
 def _legend(axes: Axes, all_points: dict[str, Points]) -> tuple[list, list[str]]:
     lines = [line for line in axes.lines if line.get_label() in all_points]
-    marks = [Line2D([], [], color="grey", marker=shape, linestyle="", markersize=4) for shape in SHAPES.values()]
-    return lines + marks, [*all_points, *(f"bound: {name}" for name in SHAPES)]
+    plans = [point.plan for points in all_points.values() for line in points.values() for point in line]
+    used = [name for name in SHAPES if any(plan.bound == name for plan in plans)]
+    marks = [Line2D([], [], color="grey", marker=SHAPES[name], linestyle="", markersize=4) for name in used]
+    return lines + marks, [*all_points, *(f"bound: {name}" for name in used)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

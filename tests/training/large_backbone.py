@@ -19,6 +19,7 @@ from bevt_ds.config.schema import Config, TokenizerConfig
 from bevt_ds.config.validate import validate
 from bevt_ds.model.presets import SIZES
 from bevt_ds.runtime.engine import start_ranks
+from bevt_ds.runtime.logging import step_metrics
 from bevt_ds.train.loop import Setup, train_step
 from bevt_ds.train.pretraining import Pretraining, make_engine, make_tokenizer
 
@@ -56,7 +57,7 @@ def main() -> None:
     data, module = config.data, task.engine.module
     batch = resident_batch(1, 2, data.frames, data.size, ranks.rank, data.mask).to(ranks.device)
     held = {key: p.ds_tensor.detach().clone() for key, p in module.named_parameters()}
-    losses = [task.metrics(train_step(task, iter([batch]), step).totals(ranks), step)["loss"] for step in range(STEPS)]
+    losses = [step_metrics(train_step(task, iter([batch]), step).totals(ranks))["loss"] for step in range(STEPS)]
     moved = [float((p.ds_tensor - held[key]).abs().sum()) > 0 for key, p in module.named_parameters()]
     result = {
         "losses": losses,
