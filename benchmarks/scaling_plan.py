@@ -194,7 +194,7 @@ def assumptions() -> str:
         " (assumed, not measured); every collective is a ring over all GPUs",
         f"a collective takes {planning.CALL * 1e6:.0f} us whatever its size, and as much again for each doubling of the"
         f" nodes (assumed); ZeRO-3 calls {planning.GATHERS} a block and micro-step (counted on CPU ranks)",
-        "ZeRO-1 reduces after the backward pass, as its JSON has it; with ZeRO-2 reducing overlaps with"
+        "with ZeRO-1 and ZeRO-2 reducing overlaps with"
         f" {planning.BACKWARD:.0%} of the last micro-step (the backward pass); ZeRO-3's gathers overlap with all of it."
         " This is the best case: what overlaps on GPUs has not been measured",
         "FLOP/s are those of the measured row of 32 clips and 256 images, at every micro-batch; launches are those of 8"
