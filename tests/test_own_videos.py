@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -116,3 +117,10 @@ def test_examples_pretrain_on_a_folder_and_probe(done, tmp_path):
     ]
     output = launch([str(EXAMPLES / "probe_on_folders.py"), *words], 1)
     assert json.loads((tmp_path / "few" / "probe" / "scores.json").read_text()), output
+
+
+def test_example_accelerates_a_model_of_torchvision(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    difference = importlib.import_module("accelerate_torchvision").main()
+    assert difference < 1e-4
+    assert "12 replaced, 0 left" in capsys.readouterr().out

@@ -84,8 +84,9 @@ class Run:
 
     def differences(self) -> dict[str, tuple[str, str]]:
         """key -> the recipe's value and the run's, of settings that say what is trained."""
-        keys = [key for key in self.recipe_settings if key not in OF_ONE_RUN]
-        pairs = {key: (self.recipe_settings[key], self.settings.get(key)) for key in keys}
+        # A run of an earlier version lacks fields that came since.
+        keys = [key for key in self.recipe_settings if key not in OF_ONE_RUN and key in self.settings]
+        pairs = {key: (self.recipe_settings[key], self.settings[key]) for key in keys}
         return {key: (str(a), str(b)) for key, (a, b) in pairs.items() if _plain(a) != _plain(b)}
 
 
