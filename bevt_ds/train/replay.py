@@ -231,7 +231,7 @@ def answer(finding: Finding) -> str:
         )
         return "\n".join(lines)
     lines.append(f"{_samples(finding)} (rank {finding.place[0]}, micro-step {finding.place[1]})")
-    if finding.layer:
+    if finding.layer and not finding.pixels:  # else it is the first that takes them
         lines.append(f"layer: {_layer(finding)}")
     return "\n".join(lines)
 
