@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 MODEL = Path(__file__).parents[2] / "bevt_ds" / "model"
-OURS = {"kernels", "batch", "rng", "errors", "folders", "disk", "model"}
-OTHERS = {"torch", "timm", "einops", "safetensors", "numpy"}
+OURS = {"kernels", "batch", "rng", "errors", "folders", "disk", "model", "tokenizer_names"}
+OTHERS = {"torch", "timm", "einops", "safetensors", "numpy", "transformers"}  # the last where a tokenizer asks for it
 
 
 def imported(path: Path) -> set[str]:
