@@ -36,7 +36,7 @@ class VQConfig(NetworkConfig):
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """The loss beside the pixels': the distance of a frame and its reconstruction for a frozen network of timm's."""
+    """The loss next to the pixels': the distance of a frame and its reconstruction for a frozen network of timm's."""
 
     network: A[str, "its name in timm"] = "vgg16"
     weights: A[

@@ -12,7 +12,7 @@ from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer
 from bevt_ds.model.weights import TENSORS
 
 DALLE_VOCABULARY = 8192
-OPTIONS = {  # fields of the configuration that a tokenizer takes beside its weights
+OPTIONS = {  # fields of the configuration that a tokenizer takes next to its weights
     "dalle": ("decoder",),
     "huggingface": ("side",),
     "torchscript": ("vocab_size", "side"),

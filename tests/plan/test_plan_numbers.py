@@ -135,7 +135,7 @@ def test_checkpoint_is_of_the_parts_that_are_written():
 
 
 def test_rates_reproduce_their_rows():
-    """What the plan says of the measured batches, beside what was measured: 520 ms, and 251 and 330 ms."""
+    """What the plan says of the measured batches, next to what was measured: 520 ms, and 251 and 330 ms."""
     speed = rates(H200, "swin_b")
     assert "swin_b on one NVIDIA H200 at 781b91b" in speed.source and speed.source.startswith("measured")
     base = joint_swin_b()

@@ -46,7 +46,7 @@ class EMACodebook(nn.Module):
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw the codes anew."""
+        """Draw the codes again."""
         drawn = torch.empty(self.codebook.shape).normal_(generator=generator)
         self.codebook.copy_(F.normalize(drawn, dim=-1))
         self.sums.copy_(self.codebook)

@@ -89,7 +89,7 @@ class VQTokenizer(PretrainedMixin, nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(dim, widths[-1], 3, padding=1), *sum(up, []))
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw all weights and codes anew: He's for convolutions, small ones where a residual block ends."""
+        """Draw all weights and codes again: He's for convolutions, small ones where a residual block ends."""
         ends = {id(m.conv2) for m in self.modules() if isinstance(m, Residual)}
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
