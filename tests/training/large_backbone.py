@@ -18,6 +18,7 @@ from bevt_ds.config.recipes import PRETRAINING
 from bevt_ds.config.schema import Config, TokenizerConfig
 from bevt_ds.config.validate import validate
 from bevt_ds.model.presets import SIZES
+from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.engine import start_ranks
 from bevt_ds.runtime.logging import step_metrics
 from bevt_ds.train.loop import Setup, train_step
@@ -49,7 +50,7 @@ def main() -> None:
     SIZES[name] = replace(SIZES[name], embed_dim=4 * SIZES[name].num_heads[0])
     ranks = start_ranks()
     config = validate(small(name, ranks.world))
-    setup = Setup(config, read_json("zero3"), Path(), ranks)
+    setup = Setup(config, read_json("zero3"), Path(), ranks, Commits(ranks))
     tokenizer = make_tokenizer(config, ranks)
     task = Pretraining(
         setup, None, make_engine(config, setup, tokenizer.vocab_size, STEPS), STEPS, 0.0, tokenizer, probe=None
