@@ -84,8 +84,9 @@ def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, 
     """{"choice", "positions", "frames", "stride"} -> images (n,H,W,3) in `memory`, and their {"shape"}.
 
     {"crops"}: of each clip the fields of its Crop, of which no more is to be made; null: all of it. "places": for each
-    clip, the image of each of its frames, (k,F). "seconds": when each is shown, from the video's first frame on, (k,F).
-    "total": frames of the video. "decoded" counts frames; "demux" and "decode" are seconds.
+    clip, the image of each of its frames, (k,F). "seconds": when each is shown, from the video's first frame on, (k,F);
+    null where {"crops"} are given. "total": frames of the video. "decoded" counts frames; "demux" and "decode" are
+    seconds.
     """
     began = time.perf_counter()
     with opened(data, limits) as video:
@@ -94,7 +95,7 @@ def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, 
         frames, stride, choose = request["frames"], request["stride"], CHOICES[request["choice"]]
         wanted = [choose(total, frames, stride, position) for position in request["positions"]]
         numbers, places = np.unique(wanted, return_inverse=True)
-        seconds = video.times()[np.array(wanted)]
+        times = video.times() if request["crops"] is None else None  # training, which crops, has no use for them
         places = places.reshape(len(wanted), frames)
         width, height = video.size
         boxes = [source_box(height, width, Crop(*crop)) for crop in request["crops"] or ()]
@@ -102,7 +103,7 @@ def clips(memory: SharedMemory, data: bytes, limits: Limits, request: dict[str, 
     reply = {
         "shape": images.shape,
         "places": places.tolist(),
-        "seconds": seconds.tolist(),
+        "seconds": None if times is None else times[np.array(wanted)].tolist(),
         "total": total,
         "decoded": video.decoded,
         "demux": demuxed - began,
