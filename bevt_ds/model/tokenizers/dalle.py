@@ -39,13 +39,16 @@ class Conv(nn.Module):
         return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
 
 
-class EncoderBlock(nn.Module):
-    """Residual block of four convolutions, a ReLU before each."""
+SIDES = (3, 3, 3, 1)  # of the convolutions of an encoder's block
 
-    def __init__(self, n_in: int, n_out: int):
+
+class Block(nn.Module):
+    """Residual block of four convolutions with these sides, a ReLU before each."""
+
+    def __init__(self, n_in: int, n_out: int, sides: tuple[int, int, int, int]):
         super().__init__()
         hidden = n_out // 4
-        widths = ((n_in, hidden, 3), (hidden, hidden, 3), (hidden, hidden, 3), (hidden, n_out, 1))
+        widths = zip((n_in, hidden, hidden, hidden), (hidden, hidden, hidden, n_out), sides, strict=True)
         self.id_path = Conv(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         self.res_path = nn.ModuleDict({f"conv_{i}": Conv(*w) for i, w in enumerate(widths, 1)})
 
@@ -70,7 +73,7 @@ class DalleTokenizer(nn.Module):
         widths = [n_hid, *(n_hid << g for g in range(GROUPS))]
         blocks = {"input": Conv(3, n_hid, 7)}
         for g in range(1, GROUPS + 1):
-            pair = EncoderBlock(widths[g - 1], widths[g]), EncoderBlock(widths[g], widths[g])
+            pair = Block(widths[g - 1], widths[g], SIDES), Block(widths[g], widths[g], SIDES)
             blocks[f"group_{g}"] = nn.ModuleDict({f"block_{i}": b for i, b in enumerate(pair, 1)})
         blocks["output"] = nn.ModuleDict({"conv": Conv(widths[-1], vocab_size, 1)})
         self.blocks = nn.ModuleDict(blocks)

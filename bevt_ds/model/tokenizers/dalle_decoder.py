@@ -14,29 +14,12 @@ from torch import Tensor, nn
 
 from bevt_ds.errors import UserError
 
-from .dalle import GAIN, GROUPS, Conv, DalleTokenizer, first_size, read_state, take, unmap_pixels
+from .dalle import GROUPS, Block, Conv, DalleTokenizer, first_size, read_state, take, unmap_pixels
 
 CHANNELS = 3
+SIDES = (1, 3, 3, 3)  # of the convolutions of a block: the encoder's the other way round
 PARTS = 2  # of the output: location and scale of each channel's distribution; only the first is shown
 PART, KEY = "decoder", "tokenizer.decoder"
-
-
-class DecoderBlock(nn.Module):
-    """Residual block of four convolutions, a ReLU before each: the encoder's, with the 1x1 first."""
-
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__()
-        hidden = n_out // 4
-        widths = ((n_in, hidden, 1), (hidden, hidden, 3), (hidden, hidden, 3), (hidden, n_out, 3))
-        self.id_path = Conv(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-        self.res_path = nn.ModuleDict({f"conv_{i}": Conv(*w) for i, w in enumerate(widths, 1)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N,n_in,H,W) -> (N,n_out,H,W)."""
-        residual = x
-        for conv in self.res_path.values():
-            residual = conv(residual.relu())
-        return self.id_path(x) + GAIN * residual
 
 
 class DalleDecoder(nn.Module):
@@ -48,7 +31,7 @@ class DalleDecoder(nn.Module):
         widths = [n_init, *(n_hid << g for g in reversed(range(GROUPS)))]
         blocks = {"input": Conv(vocab_size, n_init, 1)}
         for g in range(1, GROUPS + 1):
-            pair = DecoderBlock(widths[g - 1], widths[g]), DecoderBlock(widths[g], widths[g])
+            pair = Block(widths[g - 1], widths[g], SIDES), Block(widths[g], widths[g], SIDES)
             blocks[f"group_{g}"] = nn.ModuleDict({f"block_{i}": b for i, b in enumerate(pair, 1)})
         blocks["output"] = nn.ModuleDict({"conv": Conv(n_hid, PARTS * CHANNELS, 1)})
         self.blocks = nn.ModuleDict(blocks)
