@@ -26,7 +26,8 @@ import torch
 from benchmarks import report
 from benchmarks.common import RESULTS, append_row, machine, provenance
 from benchmarks.loader_media import SIZES, STRIDES, prepare, quality
-from bevt_ds.config.schema import Config, DataConfig, TrainConfig
+from bevt_ds.config.samples import DataConfig
+from bevt_ds.config.schema import Config, TrainConfig
 
 ROWS = RESULTS / "loader.jsonl"
 MICRO = 4  # clips a batch

@@ -18,7 +18,7 @@ from tqdm import trange
 from benchmarks import report
 from benchmarks.common import RESULTS, append_row, machine, provenance, quantiles
 from benchmarks.loader_media import SIZES, draw_clip
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.decoding.video import opened
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.plan import clip_frames

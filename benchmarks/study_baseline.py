@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from benchmarks.study_data import CLIP, label_of
 from benchmarks.study_motion import render_action
-from bevt_ds.config.schema import MaskConfig
+from bevt_ds.config.samples import MaskConfig
 from bevt_ds.data.masks import tube_mask
 from bevt_ds.model.tokenizers import load_tokenizer
 from bevt_ds.rng import Use, generator

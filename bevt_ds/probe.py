@@ -16,7 +16,8 @@ require_own_package(__file__)
 from collections.abc import Sequence  # noqa: E402
 
 from bevt_ds.config.command_line import run, start_inference  # noqa: E402
-from bevt_ds.config.schema import ProbeRunConfig, ViewsConfig  # noqa: E402
+from bevt_ds.config.samples import ViewsConfig  # noqa: E402
+from bevt_ds.config.schema import ProbeRunConfig  # noqa: E402
 from bevt_ds.errors import UserError  # noqa: E402
 
 USAGE = """\

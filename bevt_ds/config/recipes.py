@@ -7,15 +7,13 @@ from dataclasses import replace
 from typing import TypeVar
 
 from bevt_ds.config.files import saved_config, start_from
+from bevt_ds.config.samples import DataConfig, LabelledDataConfig, MaskConfig, ViewsConfig
 from bevt_ds.config.schema import (
     ClassifierConfig,
     Config,
-    DataConfig,
     FinetuneConfig,
     FinetuneOptimConfig,
     FinetuneTrainConfig,
-    LabelledDataConfig,
-    MaskConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -24,7 +22,6 @@ from bevt_ds.config.schema import (
     TokenizerConfig,
     TrainConfig,
     UnlabelledConfig,
-    ViewsConfig,
 )
 from bevt_ds.config.tokenizing import PerceptualConfig, TokenizerTrainingConfig, VQConfig
 from bevt_ds.errors import UserError

@@ -13,19 +13,17 @@ from typing import Any, Literal, get_args, get_origin
 
 from bevt_ds.config.loggers import LOGGERS, LogConfig
 from bevt_ds.config.parse import Leaf, Section, config_fields, get_value
+from bevt_ds.config.samples import DataConfig, LabelledDataConfig, ViewsConfig
 from bevt_ds.config.schema import (
     Config,
-    DataConfig,
     FinetuneConfig,
     InferenceConfig,
-    LabelledDataConfig,
     ProbeRunConfig,
     RunConfig,
     RunT,
     TokenizerConfig,
     TrainingConfig,
     UnlabelledConfig,
-    ViewsConfig,
 )
 from bevt_ds.config.tokenizing import TokenizerTrainingConfig, levels_problems
 from bevt_ds.errors import UserError

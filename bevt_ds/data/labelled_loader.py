@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from bevt_ds.batch import LabelledBatch
-from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
+from bevt_ds.config.samples import LabelledDataConfig, ViewsConfig
 from bevt_ds.config.validate import check_holds_crop, check_labelled, check_views, micro_steps_of, need_shards
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.labelled_reader import LabelledShards, TrainingReader, ViewReader

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bevt_ds.batch import LabelledBatch
-from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
+from bevt_ds.config.samples import LabelledDataConfig, ViewsConfig
 from bevt_ds.data.labels import Classes
 from bevt_ds.data.ledger import Ledger
 from bevt_ds.data.limits import BadSample

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 
 
 class BadSample(Exception):

@@ -21,7 +21,8 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 
 from bevt_ds.batch import Batch, LabelledBatch, Stream
-from bevt_ds.config.schema import ReadingConfig, UnlabelledConfig
+from bevt_ds.config.samples import ReadingConfig
+from bevt_ds.config.schema import UnlabelledConfig
 from bevt_ds.config.validate import micro_steps
 from bevt_ds.data.decoder_choice import resumed_decoders
 from bevt_ds.data.holdout import split

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bevt_ds.config.schema import MaskConfig
+from bevt_ds.config.samples import MaskConfig
 from bevt_ds.errors import UserError
 
 ATTEMPTS = 10  # draws for one block before the mask is left as it is

@@ -13,7 +13,8 @@ from functools import partial
 
 import torch
 
-from bevt_ds.config.schema import ReadingConfig, UnlabelledConfig
+from bevt_ds.config.samples import ReadingConfig
+from bevt_ds.config.schema import UnlabelledConfig
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.graph_stream import GraphReader

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from bevt_ds.config.schema import DataConfig, LabelledDataConfig, ViewsConfig
+from bevt_ds.config.samples import DataConfig, LabelledDataConfig, ViewsConfig
 from bevt_ds.data.masks import block_mask, tube_mask
 from bevt_ds.rng import Use, generator
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bevt_ds.batch import Stream
-from bevt_ds.config.schema import SamplingConfig
+from bevt_ds.config.samples import SamplingConfig
 from bevt_ds.data.decoding.geometry import Crop
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.ledger import Ledger, StageTimes

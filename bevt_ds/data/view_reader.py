@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
+from bevt_ds.config.samples import LabelledDataConfig, ViewsConfig
 from bevt_ds.data.decoding.images import check_image, image_decoder
 from bevt_ds.data.labelled_reader import LabelledShards, ViewReader
 from bevt_ds.data.ledger import Ledger, Skips

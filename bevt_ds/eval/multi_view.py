@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bevt_ds.config.parse import to_dict
-from bevt_ds.config.schema import EvaluateConfig, LabelledDataConfig
+from bevt_ds.config.samples import LabelledDataConfig
+from bevt_ds.config.schema import EvaluateConfig
 from bevt_ds.data.labels import Classes, expected_count, read_classes
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.errors import UserError

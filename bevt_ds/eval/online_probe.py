@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bevt_ds.batch import Batch
-from bevt_ds.config.schema import Config, ViewsConfig, labelled_as
+from bevt_ds.config.samples import ViewsConfig, labelled_as
+from bevt_ds.config.schema import Config
 from bevt_ds.data.labels import read_classes
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.eval.features import Features, extract, feature_rank, features_of, gathered, ridge_predictions

@@ -18,7 +18,8 @@ import torch
 
 import bevt_ds
 from bevt_ds.config.recipes import joint_swin_b
-from bevt_ds.config.schema import Config, FinetuneConfig, LabelledDataConfig, labelled_as
+from bevt_ds.config.samples import LabelledDataConfig, labelled_as
+from bevt_ds.config.schema import Config, FinetuneConfig
 from bevt_ds.disk import make_folder
 from bevt_ds.errors import UserError
 from bevt_ds.eval.confusion import draw_confusion

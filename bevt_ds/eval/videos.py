@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bevt_ds.batch import LabelledBatch
-from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
+from bevt_ds.config.samples import LabelledDataConfig, ViewsConfig
 from bevt_ds.data.labelled_loader import require_decodable, test_batches
 from bevt_ds.data.labels import Classes
 from bevt_ds.data.ledger import StageTimes

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from bevt_ds.config.command_line import run, start_inference
 from bevt_ds.config.features import FeaturesRunConfig
-from bevt_ds.config.schema import ViewsConfig
+from bevt_ds.config.samples import ViewsConfig
 from bevt_ds.errors import UserError
 
 USAGE = """\

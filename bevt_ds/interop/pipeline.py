@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bevt_ds.config.recipes import get_recipe
-from bevt_ds.config.schema import FinetuneConfig, LabelledDataConfig
+from bevt_ds.config.samples import LabelledDataConfig
+from bevt_ds.config.schema import FinetuneConfig
 from bevt_ds.data.files import centred, is_image, read_frames, read_image
 from bevt_ds.data.plan import CHOICES
 from bevt_ds.errors import UserError

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bevt_ds.config.deepspeed import shipped_jsons
 from bevt_ds.config.recipes import joint_swin_b
-from bevt_ds.config.schema import BackboneConfig, Config, DataConfig, TrainingConfig
+from bevt_ds.config.samples import DataConfig
+from bevt_ds.config.schema import BackboneConfig, Config, TrainingConfig
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import SIZES
 from bevt_ds.model.tokenizers.dalle import DalleTokenizer

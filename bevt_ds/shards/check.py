@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.decoding.pool import DecodePool, Reply
 from bevt_ds.data.decoding.video import fits_gpu
 from bevt_ds.data.limits import BadSample, Limits

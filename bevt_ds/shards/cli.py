@@ -14,7 +14,8 @@ from pathlib import Path
 
 from bevt_ds.config.parse import apply_overrides, get_value, parse_overrides
 from bevt_ds.config.recipes import PRETRAINING, get_recipe
-from bevt_ds.config.schema import Config, DataConfig
+from bevt_ds.config.samples import DataConfig
+from bevt_ds.config.schema import Config
 from bevt_ds.config.validate import check_fields
 from bevt_ds.data.decoding.transcode import Profile
 from bevt_ds.data.reading.deadline import Deadline, DeadlineExecutor

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.reading.deadline import Deadline, DeadlineExecutor, heartbeat
 from bevt_ds.data.reading.remote import is_remote
 from bevt_ds.progress import progress_bar

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.decoding.images import describe_image
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.transcode import Profile

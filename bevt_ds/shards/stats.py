@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt  # noqa: E402 - the backend comes first
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
-from bevt_ds.config.schema import DataConfig  # noqa: E402
+from bevt_ds.config.samples import DataConfig  # noqa: E402
 from bevt_ds.data.decoding.pool import DecodePool  # noqa: E402
 from bevt_ds.data.limits import BadSample, Limits  # noqa: E402
 from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan  # noqa: E402

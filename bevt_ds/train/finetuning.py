@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bevt_ds.batch import LabelledBatch
-from bevt_ds.config.schema import FinetuneConfig, ViewsConfig
+from bevt_ds.config.samples import ViewsConfig
+from bevt_ds.config.schema import FinetuneConfig
 from bevt_ds.data.labelled_loader import LabelledLoader
 from bevt_ds.data.labels import Classes
 from bevt_ds.eval.metrics import Scores

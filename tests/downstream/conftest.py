@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bevt_ds.config.schema import LabelledDataConfig
+from bevt_ds.config.samples import LabelledDataConfig
 from bevt_ds.rng import Use, generator
 from bevt_ds.shards.pack import pack
 from bevt_ds.shards.synthetic.draw_worker import encode_mp4

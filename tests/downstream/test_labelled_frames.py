@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bevt_ds.config.schema import LabelledDataConfig, ViewsConfig
+from bevt_ds.config.samples import LabelledDataConfig, ViewsConfig
 from bevt_ds.data.pixels.clip_pixels import Box, view_boxes
 from bevt_ds.data.plan import CHOICES, LabelledPlan, ViewPlan
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from bevt_ds.batch import LabelledBatch
-from bevt_ds.config.schema import FinetuneTrainConfig, LabelledDataConfig, ViewsConfig
+from bevt_ds.config.samples import LabelledDataConfig, ViewsConfig
+from bevt_ds.config.schema import FinetuneTrainConfig
 from bevt_ds.data import labelled_loader
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import opened

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from bevt_ds.config.schema import LabelledDataConfig
+from bevt_ds.config.samples import LabelledDataConfig
 from bevt_ds.data.pixels import clip_pixels as px
 from bevt_ds.data.pixels.randaugment import OPERATIONS, randaugment
 from bevt_ds.data.plan import LabelledPlan

@@ -12,16 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bevt_ds.config.schema import (
-    Config,
-    DataConfig,
-    FinetuneTrainConfig,
-    LabelledDataConfig,
-    OnlineProbeConfig,
-    ProbeRunConfig,
-    TrainConfig,
-    ViewsConfig,
-)
+from bevt_ds.config.samples import DataConfig, LabelledDataConfig, ViewsConfig
+from bevt_ds.config.schema import Config, FinetuneTrainConfig, OnlineProbeConfig, ProbeRunConfig, TrainConfig
 from bevt_ds.data.labelled_loader import TRIED, LabelledLoader
 from bevt_ds.errors import UserError
 from bevt_ds.eval import probe_run as probing

@@ -9,7 +9,7 @@ from PIL.Image import Exif
 
 import bevt_ds
 from bevt_ds import UserError, VideoClassifier, VideoSwin, create_model
-from bevt_ds.config.schema import ViewsConfig
+from bevt_ds.config.samples import ViewsConfig
 from bevt_ds.data.labelled_loader import test_batches as view_batches
 from bevt_ds.data.labels import Classes
 from bevt_ds.eval.features import features_of

@@ -11,7 +11,8 @@ import torch
 
 from bevt_ds.batch import Batch
 from bevt_ds.config.recipes import demo
-from bevt_ds.config.schema import Config, DataConfig, OnlineProbeConfig, TrainConfig
+from bevt_ds.config.samples import DataConfig
+from bevt_ds.config.schema import Config, OnlineProbeConfig, TrainConfig
 from bevt_ds.config.validate import validate
 from bevt_ds.errors import UserError
 from bevt_ds.eval.online_probe import OnlineProbe, codebook_use

@@ -15,7 +15,8 @@ import torch
 
 from bevt_ds.config.parse import config_fields, to_dict
 from bevt_ds.config.recipes import demo, finetune_demo
-from bevt_ds.config.schema import ProbeRunConfig, ReadingConfig
+from bevt_ds.config.samples import ReadingConfig
+from bevt_ds.config.schema import ProbeRunConfig
 from bevt_ds.errors import UserError
 from bevt_ds.eval import probe_run as probing
 from bevt_ds.model.presets import create_model

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bevt_ds.config.schema import Config, DataConfig, MaskConfig, TrainConfig
+from bevt_ds.config.samples import DataConfig, MaskConfig
+from bevt_ds.config.schema import Config, TrainConfig
 from bevt_ds.data.plan import PlanEntry
 from bevt_ds.data.reading.cache import ShardCache
 from bevt_ds.rng import Use, generator

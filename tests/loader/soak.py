@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.pages_data import slope
-from bevt_ds.config.schema import Config, DataConfig, MaskConfig, TrainConfig
+from bevt_ds.config.samples import DataConfig, MaskConfig
+from bevt_ds.config.schema import Config, TrainConfig
 from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import BadSample

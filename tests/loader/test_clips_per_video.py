@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from bevt_ds.config.schema import Config, DataConfig
+from bevt_ds.config.samples import DataConfig
+from bevt_ds.config.schema import Config
 from bevt_ds.config.validate import validate
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import BadSample

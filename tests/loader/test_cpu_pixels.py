@@ -16,7 +16,7 @@ import pytest
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.decoding.geometry import Crop, cut
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels, ReusedMemory, compute_on_one_core
 from bevt_ds.data.pixels.pipeline import STD, PixelPipeline

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.decoding.geometry import Box, Crop, source_box
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.video import RgbWriter, opened

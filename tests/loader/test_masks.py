@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bevt_ds.config.recipes import PRETRAINING, get_recipe
-from bevt_ds.config.schema import Config, MaskConfig
+from bevt_ds.config.samples import MaskConfig
+from bevt_ds.config.schema import Config
 from bevt_ds.data.loader import Loader, eval_batches
 from bevt_ds.data.masks import block_mask, check_empty_masks, empty_share, masked_frames, row_index, tube_mask
 from bevt_ds.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.plan import SampleOrder, StreamId, StreamPlan, clip_frames, slots_of
 from bevt_ds.rng import Use, generator, sample_key
 

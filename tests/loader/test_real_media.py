@@ -6,7 +6,8 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from bevt_ds.config.schema import Config, DataConfig, MaskConfig, TrainConfig
+from bevt_ds.config.samples import DataConfig, MaskConfig
+from bevt_ds.config.schema import Config, TrainConfig
 from bevt_ds.data.loader import Loader
 from bevt_ds.shards.pack import pack
 

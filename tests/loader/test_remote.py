@@ -16,7 +16,8 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from bevt_ds.config.schema import Config, DataConfig
+from bevt_ds.config.samples import DataConfig
+from bevt_ds.config.schema import Config
 from bevt_ds.data.loader import ALONE, BatchReader, Loader
 from bevt_ds.data.open_stream import Source
 from bevt_ds.data.plan import StreamId

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.plan import StreamId, StreamPlan, slots_of
 
 RUNS, RESUMES = 400, 25

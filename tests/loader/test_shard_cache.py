@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.reading import cache as cache_module
 from bevt_ds.data.reading.cache import ShardCache

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from bevt_ds import cli
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.reading import index as index_module
 from bevt_ds.data.reading.index import SUFFIX, load_shard

@@ -19,7 +19,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.decoding import subprocess_env
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import Loader
@@ -82,7 +82,7 @@ def test_run_on_a_stalled_shard_ends(shards: Path, tmp_path: Path, stall, with_d
 
 ENDS = """
 import sys, threading
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.reading.members import Member
 from bevt_ds.data.reading.storage import Storage
 storage = Storage(DataConfig(read_seconds=0.3))

@@ -8,7 +8,8 @@ import torch
 from benchmarks.step_batch import resident_batch
 from bevt_ds.batch import Batch
 from bevt_ds.config.recipes import finetune_k400, joint_swin_b
-from bevt_ds.config.schema import Config, DataConfig, MaskConfig
+from bevt_ds.config.samples import DataConfig, MaskConfig
+from bevt_ds.config.schema import Config
 from bevt_ds.kernels import torch_ops
 from bevt_ds.model.bevt import BEVT
 from bevt_ds.model.presets import SIZES

@@ -10,7 +10,8 @@ import pytest
 
 from bevt_ds.config.parse import apply_overrides
 from bevt_ds.config.recipes import demo, recipe_for
-from bevt_ds.config.schema import Config, DataConfig, FinetuneConfig
+from bevt_ds.config.samples import DataConfig
+from bevt_ds.config.schema import Config, FinetuneConfig
 from bevt_ds.config.validate import validate
 from bevt_ds.data.holdout import split
 from bevt_ds.data.loader import Source, _samples

@@ -8,7 +8,7 @@ from itertools import cycle
 import av
 import numpy as np
 
-from bevt_ds.config.schema import DataConfig
+from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.decoding.geometry import Box
 from bevt_ds.data.decoding.video import RgbWriter, VideoInfo, full_decode, opened
 from bevt_ds.data.limits import BadSample, Limits

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bevt_ds.config.schema import ReadingConfig
+from bevt_ds.config.samples import ReadingConfig
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.reading.cache import ShardCache
 from bevt_ds.data.reading.deadline import Deadline, DeadlineExecutor, heartbeat
