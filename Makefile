@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
+# Two processes that take whole files: half of the tests are one thread, or wait for a launcher.
+SPREAD := -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
 BASE   ?= HEAD^
 
 .PHONY: help env demo test test-all test-gpu test-matrix lint format golden fuzz kernels-check bench-smoke soak study docs lock clean
@@ -29,10 +31,10 @@ demo: env  ## draw shards, pretrain on them, and see it learn (under 3 minutes o
 test test-all test-matrix golden: export CUDA_VISIBLE_DEVICES =  # on any machine what a CPU computes
 
 test: env  ## every test that needs no GPU
-	$(PYTEST) -m "not gpu and not slow"
+	$(PYTEST) $(SPREAD) -m "not gpu and not slow"
 
 test-all: env  ## the long ones too
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) $(SPREAD) -m "not gpu"
 
 test-gpu: env  ## those that need a GPU, and the kernels' tests on it
 	$(PYTEST) -m gpu

@@ -30,6 +30,18 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
         _deselected[REASONS[mark] if mark else "were deselected on the command line"] += 1
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes: each deselects the same
+        session.config.workeroutput["deselected"] = dict(_deselected)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """One of several processes has ended."""
+    global _deselected
+    _deselected |= Counter(getattr(node, "workeroutput", {}).get("deselected"))  # none if it crashed
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(_deselected)
     for report in terminalreporter.stats.get("skipped", []):

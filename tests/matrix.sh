@@ -10,4 +10,4 @@ $uv pip install --quiet --python $venv/bin/python "torch==2.11.*" "triton==3.6.*
 $uv pip uninstall --quiet --python $venv/bin/python bevt_ds
 $uv pip install --quiet --python $venv/bin/python --no-deps --no-build-isolation -e .
 $venv/bin/python -c 'import sys, torch, triton, deepspeed; print(sys.version.split()[0], torch.__version__, triton.__version__, deepspeed.__version__)'
-CI=true $venv/bin/python -m pytest -m "not gpu and not slow" "$@"
+CI=true $venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow" "$@"

@@ -23,7 +23,7 @@ from tests.training.processes import ROOT, SECONDS, environment, start_python, w
 
 TESTS = "tests/training"
 BIN = Path(sys.executable).parent
-CODES = (FINISHED, NOT_LEARNED, USER_ERROR, NON_FINITE, DISK, RANK_LOST, STOPPED, -signal.SIGKILL)
+KILLED = -signal.SIGKILL
 
 
 def free_port() -> str:
@@ -62,11 +62,17 @@ def as_a_shell_sees_it(code: int) -> int:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("code", [FINISHED, NOT_LEARNED, USER_ERROR, NON_FINITE, DISK, RANK_LOST, STOPPED, KILLED])
+def test_exit_code_of_ranks_started_by_themselves(code):
+    assert by_themselves(code) == code
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("code", [FINISHED, NOT_LEARNED, STOPPED, KILLED])  # each passes on any code as these
 @pytest.mark.parametrize(
     ("through", "arrives"),
-    [(by_themselves, int), (through_deepspeed, as_a_shell_sees_it), (through_torchrun, bool)],
-    ids=["python", "deepspeed", "torchrun"],
+    [(through_deepspeed, as_a_shell_sees_it), (through_torchrun, bool)],
+    ids=["deepspeed", "torchrun"],
 )
 def test_exit_code_through_each_launcher(through, arrives, code):
     assert through(code) == arrives(code)
