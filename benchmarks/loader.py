@@ -92,12 +92,12 @@ def measure(folder: Path, row: str, sampling: str, seconds: float) -> dict[str, 
     next(batches)
     first = time.perf_counter() - began
     counts = [list(islice(batches, 8))[-1]]  # what was prepared ahead must not count as fast
-    began, cpu, decoders_cpu = time.perf_counter(), cpu_seconds(_family()), cpu_seconds(counts[0].decoders)
+    began, cpu, decoders_cpu = time.perf_counter(), cpu_seconds(family()), cpu_seconds(counts[0].decoders)
     while time.perf_counter() - began < seconds:
         counts.append(next(batches))
     if backend.device == "cuda":
         torch.cuda.synchronize()
-    elapsed, cpu = time.perf_counter() - began, cpu_seconds(_family()) - cpu
+    elapsed, cpu = time.perf_counter() - began, cpu_seconds(family()) - cpu
     decoders_cpu = cpu_seconds(counts[-1].decoders) - decoders_cpu
     clips, decoded = MICRO * (len(counts) - 1), counts[-1].frames - counts[0].frames
     return {
@@ -150,7 +150,7 @@ def _batches(config: Config, backend: Backend) -> Iterator[Decoded]:
                 yield Decoded(loader.decoded_frames, loader.worker_pids)
 
 
-def _family() -> list[int]:
+def family() -> list[int]:
     """This process and all that it has started."""
     process = psutil.Process()
     return [process.pid, *(child.pid for child in process.children(recursive=True))]
@@ -163,7 +163,7 @@ def cpu_seconds(pids: list[int]) -> float:
 
 def memory(field: str) -> int:
     """Bytes of all processes, VmRSS (now) or VmHWM (at most); what processes share is counted for each."""
-    status = [Path(f"/proc/{pid}/status").read_text() for pid in _family()]
+    status = [Path(f"/proc/{pid}/status").read_text() for pid in family()]
     return sum(int(text.partition(f"{field}:")[2].split()[0]) * 1024 for text in status)
 
 

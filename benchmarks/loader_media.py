@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from itertools import islice
@@ -27,6 +27,7 @@ from bevt_ds.shards.synthetic.scene import Extent, render
 FPS, FRAMES = 30, 300
 SIZES = {"340x256": (256, 340), "1280x720": (720, 1280)}  # height, width
 STRIDES = {"16x8": (16, 8), "32x2": (32, 2)}  # frames, stride
+X264 = {"preset": "medium", "crf": "23"}  # the library's defaults
 COMPARED = 8  # videos of a set whose PSNR is taken
 
 
@@ -60,8 +61,8 @@ def profiles() -> dict[str, Profile]:
     return {"packed": Profile(), **sparse}
 
 
-def draw_clip(number: int, size: str) -> bytes:
-    """A camera that pans over a drawn scene, with a sensor's noise: H.264 with x264's defaults, as the web has it."""
+def draw_clip(number: int, size: str, encoder: str = "libx264", options: Mapping[str, str] = X264) -> bytes:
+    """A camera that pans over a drawn scene, with a sensor's noise; by default H.264 as the web has it."""
     height, width = SIZES[size]
     rng = generator(0, Use.SYNTHETIC, 2, number)
     scene = render(rng, Extent(height=height + 128, width=width + 128, frames=1))[0].astype(np.int16)
@@ -69,10 +70,10 @@ def draw_clip(number: int, size: str) -> bytes:
     angle = rng.uniform(0, 2 * np.pi)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(FPS))
+        stream = container.add_stream(encoder, rate=Fraction(FPS))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = 1
-        stream.options = {"preset": "medium", "crf": "23"}
+        stream.options = dict(options)
         for i in range(FRAMES):
             y, x = (int(64 + 63 * f(angle + i / 40)) for f in (np.sin, np.cos))
             dy, dx = rng.integers(0, 16, 2)

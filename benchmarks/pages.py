@@ -7,6 +7,7 @@ from statistics import median_low
 from typing import Any
 
 from .pages_data import damaged_media, loader, reading, study, tokenizers
+from .pages_decode import decode
 from .pages_runs import commits, soak
 from .report import Columns, Page, Panel, Row, Rows, facts, fields, grouped, newest, number, source, table, timing
 from .step_parts import PARTS
@@ -318,6 +319,7 @@ PAGES: dict[str, Callable[[Rows], Page]] = {  # how the name of a file of rows b
     "attention-tiles": tiles,
     "checkpointing": checkpointing,
     "commits": commits,
+    "decode": decode,
     "kernels": kernels,
     "loader": loader,
     "loader_fuzz": damaged_media,

@@ -1,0 +1,172 @@
+"""A decoder alone: clips and images a second by who decodes, codec, batch, lanes, index, frame list and stream.
+
+`python -m benchmarks.decode` draws its files and appends a row for each way and setting to
+benchmarks/results/decode-DEVICE.jsonl; a way that cannot run here has a row that says why. A row's first batch is timed
+by itself, because that is when sessions, graphs and indexes are made. CPU seconds are those of this process and of all
+that it has started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from PIL import Image
+
+from benchmarks import report
+from benchmarks.common import RESULTS, append_row, machine, provenance, quantiles, reason, rows_of
+from benchmarks.decode_ways import IMAGE_WAYS, VIDEO_WAYS, Decode, Sample, Setting, Way, samples
+from benchmarks.loader import cpu_seconds, family
+from benchmarks.loader_media import draw_clip
+from bevt_ds.data.decoder_choice import cores
+from bevt_ds.data.decoding.transcode import Profile, transcode
+from bevt_ds.data.decoding.video import opened
+from bevt_ds.data.limits import Limits
+from bevt_ds.rng import Use, generator
+from bevt_ds.shards.synthetic.scene import Extent, render
+
+# name -> codec, encoder, its options; then what the packer makes of the first
+RAW = {
+    "h264": ("h264", "libx264", {"preset": "medium", "crf": "23"}),
+    "hevc": ("hevc", "libx265", {"preset": "ultrafast", "crf": "25", "x265-params": "log-level=none:pools=1"}),
+    "mpeg4": ("mpeg4", "mpeg4", {"g": "12", "bf": "2"}),
+    "vp9": ("vp9", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "32", "b": "0"}),
+}
+PACKED = {"packed": Profile(), "packed fps=3.75": Profile(fps=3.75)}
+IMAGE = (375, 500)  # height, width
+
+
+def media(name: str, files: int, size: str) -> tuple[str, list[bytes]]:
+    """The codec and the files of a kind: drawn videos of 10 s, or JPEGs, encoded as the web has them."""
+    if name == "jpeg":
+        return name, [drawn_jpeg(i) for i in range(files)]
+    codec, encoder, options = RAW.get(name, RAW["h264"])
+    with ProcessPoolExecutor(cores(), get_context("spawn")) as processes:
+        raw = list(processes.map(partial(draw_clip, size=size, encoder=encoder, options=options), range(files)))
+        if name in PACKED:
+            rewrite = partial(transcode, profile=PACKED[name], limits=Limits())
+            raw = [data for data, _ in processes.map(rewrite, raw)]
+    return codec, raw
+
+
+def drawn_jpeg(number: int) -> bytes:
+    """A drawn scene with a sensor's noise at quality 90."""
+    rng, (height, width) = generator(0, Use.SYNTHETIC, 3, number), IMAGE
+    image = render(rng, Extent(height=height, width=width, frames=1))[0]
+    noisy = (image + rng.normal(0, 2.0, image.shape)).clip(0, 255).astype("uint8")
+    buffer = io.BytesIO()
+    Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def totals(codec: str, files: Sequence[bytes]) -> list[int]:
+    """Frames of each file, 0 for images."""
+    if codec == "jpeg":
+        return [0] * len(files)
+    counts = []
+    for data in files:
+        with opened(data, Limits()) as video:
+            counts.append(video.total)
+    return counts
+
+
+def settings(way: Way, batches: Sequence[int], lanes: Sequence[int], stride: int) -> Iterator[tuple[Setting, bool]]:
+    """Setting and whether streams are fresh: batches and lanes, then, at the first of both, one change at a time."""
+    base = Setting(batches[0], lanes[0], stride=stride)
+    for batch in batches:
+        for count in lanes:
+            yield replace(base, batch=batch, lanes=count), True
+    yield base, False
+    for name in way.varies:
+        yield replace(base, **{name: False}), True
+
+
+def measure(
+    way: Way, files: Sequence[bytes], counts: Sequence[int], setting: Setting, fresh: bool, seconds: float
+) -> dict[str, Any]:
+    """Facts of one row; what a library raises, whatever it is, becomes the reason."""
+    try:
+        with way.open(setting) as decode:
+            batches = samples(files, counts, setting, fresh)
+            return timed(decode, batches, setting, seconds)
+    except Exception as error:  # libraries raise whatever they like
+        return {"not_measured": reason(error)}
+
+
+def timed(decode: Decode, batches: Iterator[list[Sample]], setting: Setting, seconds: float) -> dict[str, Any]:
+    """The first batch by itself; then as many as fit into `seconds`, three at least."""
+    began = time.perf_counter()
+    decode(next(batches))
+    first = time.perf_counter() - began
+    decode(next(batches))
+    times, frames, cpu, began = [], 0, cpu_seconds(family()), time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - began < seconds:
+        batch, start = next(batches), time.perf_counter()
+        frames += decode(batch)
+        times.append(1000 * (time.perf_counter() - start))
+    cpu, clips = cpu_seconds(family()) - cpu, setting.batch * len(times)
+    return {
+        "first_ms": round(1000 * first, 1),
+        **quantiles(times).in_ms(),
+        "samples_per_s": round(1000 * clips / sum(times), 2),
+        "wanted_frames_per_s": round(1000 * frames / sum(times), 1),
+        "cpu_s_per_sample": round(cpu / clips, 5),
+        "batches": len(times),
+    }
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The facts of every row, without provenance."""
+    for name in arguments.media:
+        codec, files = media(name, arguments.files, arguments.size)
+        counts, stride = totals(codec, files), 1 if "fps" in name else arguments.stride
+        size = f"{IMAGE[1]}x{IMAGE[0]}" if codec == "jpeg" else arguments.size
+        ways = IMAGE_WAYS if codec == "jpeg" else VIDEO_WAYS
+        for way_name in [w for w in ways if w in arguments.way]:
+            way = ways[way_name]
+            about = {"way": way_name, "media": name, "size": size}
+            if missing := way.reason(codec):
+                yield {**about, "not_measured": missing}
+                continue
+            for setting, fresh in settings(way, arguments.batch, arguments.lanes, stride):
+                facts = {**about, **asdict(setting), "fresh": fresh}
+                yield facts | measure(way, files, counts, setting, fresh, arguments.seconds)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds, ways = [*RAW, *PACKED, "jpeg"], [*VIDEO_WAYS, *IMAGE_WAYS]
+    parser.add_argument("--media", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--way", nargs="+", choices=ways, default=ways)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 32], help="default: %(default)s")
+    parser.add_argument(
+        "--lanes", type=int, nargs="+", default=[1, 8], help="that decode at a time; default: %(default)s"
+    )
+    parser.add_argument("--stride", type=int, default=8, help="of clips of 16 frames; 1 where packed with fps=")
+    parser.add_argument("--files", type=int, default=32, help="of each kind; default: %(default)s")
+    parser.add_argument("--size", default="340x256", help="of videos; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=2.0, help="a row; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
+    arguments = parser.parse_args(words)
+    av.logging.set_level(av.logging.PANIC)
+    origin = provenance("cuda" if torch.cuda.is_available() else "cpu")
+    path = rows_of("decode", origin["device"], arguments.out)
+    for row in rows(arguments):
+        append_row(path, {**row, **origin, **machine()})
+        print(json.dumps(row), flush=True)
+    report.write(path)
+
+
+if __name__ == "__main__":
+    main()

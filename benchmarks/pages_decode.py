@@ -1,0 +1,50 @@
+"""The page of the benchmark of decoders."""
+
+from __future__ import annotations
+
+from .report import Columns, Page, Panel, Row, Rows, facts, fields, grouped, newest, table
+
+DECODE = """\
+Made by `python -m benchmarks.decode`: a decoder alone, from a file's bytes in memory to RGB; no crop, no network. A
+video's sample is a clip of 16 frames, `stride` apart, from a drawn place in a drawn video of 10 s at 30 frames/s; an
+image's is the whole of a drawn JPEG. Milliseconds a batch: the first, in which sessions, graphs and indexes are made,
+and the median of those after the second, with the 20th and 80th percentile. CPU milliseconds are of all
+processes."""
+OPTIONS = {"index": "no index", "listed": "start and stride", "fresh": "the same clips again"}  # where they are False
+
+
+def decode(rows: Rows) -> Page:
+    """A table for each kind of media; the best rate of each way."""
+    rows = newest(rows)
+    parts, groups = [DECODE, facts(rows)], grouped(rows, "media", "size")
+    for (name, size), group in groups.items():
+        parts += [f"## {name}, {size}", table(group, COLUMNS)]
+    return Page("Decoding", parts, list(_panels(groups)))
+
+
+def _options(row: Row) -> str:
+    return ", ".join(text for name, text in OPTIONS.items() if not row[name])
+
+
+COLUMNS: Columns = {
+    **fields("decoder way s | batch batch d | at a time lanes d | stride stride d"),
+    "what differs": _options,
+    **fields("samples/s samples_per_s .1f | wanted frames/s wanted_frames_per_s .0f | first ms first_ms .0f"),
+    "ms": lambda row: f"{row['p50_ms']:.1f} ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})",
+    "CPU ms a sample": lambda row: f"{1000 * row['cpu_s_per_sample']:.2f}",
+}
+
+
+def _panels(groups: dict[tuple, Rows]):
+    """Videos and images apart."""
+    for is_image, title in ((False, "clips/s, best setting"), (True, "images/s, best setting")):
+        best: dict[str, dict[str, float]] = {}
+        for (name, _), group in groups.items():
+            for row in group:
+                if (name == "jpeg") == is_image and "samples_per_s" in row and row["fresh"]:
+                    rates = best.setdefault(name, {})
+                    rates[row["way"]] = max(rates.get(row["way"], 0.0), row["samples_per_s"])
+        if best:
+            names = list(dict.fromkeys(way for rates in best.values() for way in rates))
+            bars = {name: [rates.get(way) for way in names] for name, rates in best.items()}
+            yield Panel(title, names=names, bars=bars)
