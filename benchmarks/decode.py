@@ -140,8 +140,10 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {**about, "not_measured": missing}
                 continue
             for setting, fresh in settings(way, arguments.batch, arguments.lanes, stride):
-                facts = {**about, **asdict(setting), "fresh": fresh}
-                yield facts | measure(way, files, counts, setting, fresh, arguments.seconds)
+                facts = measure(way, files, counts, setting, fresh, arguments.seconds)
+                yield {**about, **asdict(setting), "fresh": fresh, **facts}
+                if "not_measured" in facts:  # nor will it be with another setting
+                    break
 
 
 def main(words: Sequence[str] | None = None) -> None:
