@@ -55,7 +55,7 @@ golden: env  ## write the golden loss curve again, where the losses are meant to
 fuzz: env  ## the loader on tens of thousands of broken files (hours)
 	$(BIN)/python -m tests.loader.fuzz --out benchmarks/results/loader_fuzz.jsonl
 
-soak: env  ## small runs that are killed, stopped and frozen 260 times and must end as if they had not been (hours)
+soak: env  ## small runs killed, stopped and frozen 260 times, which must end as if they had not been (hours; goes on with what is there)
 	$(BIN)/python -m tests.training.soak --out benchmarks/results/soak.jsonl
 
 kernels-check: env  ## compile every kernel for sm_80 and sm_90 and compare registers and spills with the table

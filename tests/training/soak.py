@@ -1,10 +1,12 @@
 """Real runs that are killed, asked to stop and frozen at random, until they end: `make soak`, hours.
 
-    python -m tests.training.soak --kills 200 --signals 40 --freezes 20 --out benchmarks/results/soak.jsonl
+    python -m tests.training.soak --kills 200 --signals 40 --freezes 20 --seed 3 --out benchmarks/results/soak.jsonl
+    python -m tests.training.soak --seed 3 --strikes 50 --out benchmarks/results/soak.jsonl    # the next 50 of them
 
 Each run is a small pretraining on gloo ranks, at one ZeRO stage and precision, on two ranks throughout or on one or two
 in turns. It is held against one that nothing happened to: losses, weights, and each sample's pixels and mask by step.
-After every strike no process of the run may be left.
+After every strike no process of the run may be left. Started again with the same seed and file, it goes on after the
+runs that the file has.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ from tests.training.processes import ROOT, SMALL, command, start_python
 CASES = [
     (stage, precision) for stage in range(4) for precision in ("fp32", "bf16") if (stage, precision) != (0, "bf16")
 ]
-STEPS, COMMIT_EVERY, DEADLINE = 48, 2, 20  # updates, between commits, seconds of train.rank_deadline
+STEPS, COMMIT_EVERY = 48, 2  # updates, and between commits
+BATCH = {"train.global_clips": 2, "train.micro_clips": 1, "train.global_images": 4, "train.micro_images": 2}
+DEADLINE, LONG_DEADLINE = 20, 300  # seconds of train.rank_deadline, where a rank is frozen and where none is
 MOST = 10  # strikes a run
-PATIENCE = 600  # seconds for anything, on a machine that may be busy
-LEAVE = 10  # seconds for processes of a run to be gone after its ranks
+PATIENCE = 1800  # seconds for anything, on a machine that may be busy
+LEAVE = 60  # seconds for processes of a run to be gone after its ranks; how long it took is in the row
 CLOSE = {"fp32": 2e-4, "bf16": 3e-2}  # relative, losses on other numbers of ranks, which add up in another order
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -52,6 +56,7 @@ class Tally:
     worlds: list[int] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     longest_s: float = 0.0  # from a strike to the end of every rank
+    leave_s: float = 0.0  # from there until no process of the run was left, the longest
 
 
 class Run:
@@ -61,15 +66,15 @@ class Run:
         self.folder, self.stage, self.attempts = folder, stage, 0
         own = {"train.steps": STEPS, "train.checkpoint_every": COMMIT_EVERY, "train.keep_checkpoints": 2}
         own |= {"train.precision": precision, "model.drop_path": 0.3, "output_dir": folder / "run"}
-        own |= {"train.rank_deadline": DEADLINE, "data.workers": 1, "data.threads": 1}
-        self.settings = {**SMALL, **data, **own}
+        own |= {"data.workers": 1, "data.threads": 1}
+        self.settings = {**SMALL, **BATCH, **data, **own}
         self.marker = f"{os.getpid()}-{folder.name}"
 
-    def start(self, world: int) -> list[Forked]:
-        """The next attempt."""
+    def start(self, world: int, deadline: int = LONG_DEADLINE) -> list[Forked]:
+        """The next attempt; deadline: train.rank_deadline."""
         ledger = self.folder / f"ledger-{self.attempts}"
         ledger.mkdir(parents=True)
-        settings = self.settings | ({"resume": "auto"} if self.attempts else {})
+        settings = self.settings | {"train.rank_deadline": deadline} | ({"resume": "auto"} if self.attempts else {})
         self.attempts += 1
         words = ["tests/training/soak_rank.py", *command(self.stage or 2, settings)[1:]]
         if self.stage == 0:
@@ -173,8 +178,15 @@ def strike(run: Run, ranks: Sequence[Forked], kind: str, rng: random.Random, tal
     codes = {rank.returncode for rank in ranks}
     if not codes <= expected:
         tally.faults.append(f"{kind}: exit codes {sorted(codes)}: {ranks[0].output.read_text()[-300:]!r}")
+    require_gone(run, ranks, kind, tally)
+
+
+def require_gone(run: Run, ranks: Sequence[Forked], what: str, tally: Tally) -> None:
+    """Wait until no process of the run is left, and note any that is."""
+    began = time.monotonic()
     if not until(lambda: not run.left(ranks), LEAVE):
-        tally.faults.append(f"{kind}: processes left: {run.left(ranks)}")
+        tally.faults.append(f"{what}: processes left: {run.left(ranks)}")
+    tally.leave_s = max(tally.leave_s, time.monotonic() - began)
 
 
 def finish(run: Run, world: int, tally: Tally) -> None:
@@ -188,8 +200,7 @@ def end(run: Run, ranks: Sequence[Forked], tally: Tally) -> None:
         tally.faults.append("the run did not end")
     if any(rank.returncode for rank in ranks):
         tally.faults.append(f"exit code {ranks[0].returncode}: {ranks[0].output.read_text()[-500:]!r}")
-    if not until(lambda: not run.left(ranks), LEAVE):
-        tally.faults.append(f"at the end: processes left: {run.left(ranks)}")
+    require_gone(run, ranks, "at the end", tally)
     for rank in ranks:
         rank.kill()
 
@@ -213,9 +224,9 @@ def compare(run: Run, whole: Run, is_exact: bool, close: float) -> tuple[list[st
     return faults, worst
 
 
-def soak(root: Path, kinds: list[str], seed: int) -> Iterator[dict[str, object]]:
-    """A row for each run, until no strikes are left in `kinds`, which are taken from its end."""
-    data, wholes, number = shards(root), {}, 0
+def soak(root: Path, kinds: list[str], seed: int, number: int = 0) -> Iterator[dict[str, object]]:
+    """A row for each run from that number on, until no strikes are left in `kinds`, which are taken from its end."""
+    data, wholes = shards(root), {}
     while kinds:
         began, case = time.monotonic(), CASES[number % len(CASES)]
         if case not in wholes:
@@ -223,7 +234,7 @@ def soak(root: Path, kinds: list[str], seed: int) -> Iterator[dict[str, object]]
             finish(wholes[case], 2, first := Tally())
             if first.faults:
                 raise RuntimeError("; ".join(first.faults))
-        run, is_exact = Run(root / f"{number}", *case, data), number // len(CASES) % 2 == 0
+        run, is_exact = Run(root / f"{number}", *case, data), number % 2 == 0
         tally = struck(run, kinds, is_exact, random.Random(seed + number))
         if not tally.faults:
             differs, worst = compare(run, wholes[case], is_exact, CLOSE[case[1]])
@@ -239,6 +250,7 @@ def soak(root: Path, kinds: list[str], seed: int) -> Iterator[dict[str, object]]
             "exact": is_exact,
             "worst": 1.0 if tally.faults else worst,
             "longest_end_s": round(tally.longest_s, 1),
+            "leave_s": round(tally.leave_s, 1),
             "wall_s": round(time.monotonic() - began, 1),
             "faults": tally.faults,
         }
@@ -253,7 +265,7 @@ def struck(run: Run, kinds: list[str], is_exact: bool, rng: random.Random) -> Ta
     while kinds and tally.strikes.total() < MOST and not tally.faults:
         kind = kinds.pop()
         tally.worlds.append(2 if is_exact or kind == "freeze" else rng.choice((1, 2)))
-        ranks = run.start(tally.worlds[-1])
+        ranks = run.start(tally.worlds[-1], DEADLINE if kind == "freeze" else LONG_DEADLINE)
         if not moment(run, ranks, kind, rng):
             kinds.append(kind)
             break
@@ -280,13 +292,22 @@ def mixed(kills: int, signals: int, freezes: int, seed: int) -> list[str]:
     return kinds
 
 
+def share(kinds: list[str], most: int | None, seed: int, out: Path | None) -> tuple[list[str], int]:
+    """The strikes of the plan that are now to be made, `most` or all that are left, and the number of the next run."""
+    rows = map(json.loads, out.read_text().splitlines()) if out and out.exists() else ()
+    done = [row for row in rows if row["seed"] == seed]
+    left = kinds[: len(kinds) - sum(sum(row["strikes"].values()) for row in done)]
+    return left[-most:] if most else left, len(done)
+
+
 def main() -> int:
     """Returns 1 if any fault was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--signals", type=int, default=40)
     parser.add_argument("--freezes", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strikes", type=int, help="make so many of these now; default: all that are left")
+    parser.add_argument("--seed", type=int, default=3, help="of the plan of all strikes")
     parser.add_argument("--out", type=Path, help="append a JSON row for each run to this file")
     parser.add_argument(
         "--folder", type=Path, help="of the runs; those with a fault are kept. Default: a temporary one"
@@ -295,7 +316,8 @@ def main() -> int:
     faults, root = 0, arguments.folder or Path(tempfile.mkdtemp())
     root.mkdir(parents=True, exist_ok=True)
     kinds = mixed(arguments.kills, arguments.signals, arguments.freezes, arguments.seed)
-    for row in soak(root, kinds, arguments.seed):
+    kinds, number = share(kinds, arguments.strikes, arguments.seed, arguments.out)
+    for row in soak(root, kinds, arguments.seed, number):
         print(json.dumps(row), flush=True)
         faults += len(row["faults"])
         if arguments.out:
