@@ -20,6 +20,7 @@ from bevt_ds.config.parse import apply_overrides, config_fields, get_value, pars
 from bevt_ds.config.recipes import FINETUNING, RECIPES, get_recipe, recipe_for
 from bevt_ds.config.schema import EvaluateConfig, InferenceT, RunConfig, TrainingConfig, TrainingT
 from bevt_ds.config.validate import micro_steps, problems, require_inputs, validate
+from bevt_ds.disk import refusal
 from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import CLOSED_PIPE, INTERRUPTED
 from bevt_ds.launcher import launchers
@@ -237,7 +238,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     """Call `main` and exit with its code; a `UserError` becomes one line and exit code 2, a closed pipe nothing.
 
     Most mistakes are every rank's mistake, so the others give rank 0 the time to say it first: the launcher then ends
-    them before they repeat it. Anything that is not a `UserError` keeps its traceback.
+    them before they repeat it. A disk that is full or read-only is one line too. Anything else keeps its traceback.
     """
     sys.exit(run_program(main, sys.argv[1:]))
 
@@ -267,6 +268,11 @@ def _exit_code(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int
             flush=True,
         )
         code = error.exit_code
+    except OSError as error:
+        if (refused := refusal(error, Path.cwd())) is None:
+            raise
+        print(f"error: {refused}", file=sys.stderr, flush=True)
+        code = refused.exit_code
     return code
 
 

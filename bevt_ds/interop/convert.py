@@ -32,6 +32,7 @@ from bevt_ds.model.containers import State, contained, read_file
 from bevt_ds.model.convert import Weights, from_state, listed
 from bevt_ds.model.layouts import BY_NAME, TIMM, VIDEO
 from bevt_ds.model.presets import SIZES, TIMM_SWINS
+from bevt_ds.model.tensor_file import require_finite
 from bevt_ds.model.timm_model import TimmVideoSwin
 from bevt_ds.model.weights import ENCODER, TENSORS, read_weights, stripped
 
@@ -74,6 +75,7 @@ def convert(source: str | Path, target: Path, to: str, check: bool = True) -> li
     require_new(target)
     weights = read_weights(Path(source))
     require_whole(weights)
+    require_finite(weights.state, Path(source))
     written = TARGETS[to](weights)
     lines = [f"{weights.source}: {weights.layout}, {len(weights.state)} tensors", *weights.notes]
     lines += by_reason("not read", weights.unused) + by_reason("not written", written.left_out)

@@ -7,7 +7,7 @@ neither the file nor the reason. Files are as it writes them: github.com/hugging
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bevt_ds.errors import UserError
+from bevt_ds.errors import NonFiniteError, UserError
 
+SHOWN = 4  # names in a message
 NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
@@ -46,6 +47,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def reason(error: Exception) -> str:
     """What an exception of a library says, in one line that is not too long."""
     return " ".join(str(error).split())[:200]
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors in which a number is infinite or NaN."""
+    return [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse to pass on weights that are of no use.
+
+    Raises:
+        NonFiniteError: a number of them is infinite or NaN.
+    """
+    if bad := not_finite(tensors):
+        raise NonFiniteError(f"{source}: {some(bad)} of the weights are not finite: nothing is written.")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more if names else "unknown"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -20,7 +20,7 @@ from bevt_ds.disk import in_words, writing
 from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import FINISHED, FOUND_FAULTS
 from bevt_ds.folders import CHECKPOINTS, MANIFEST, WEIGHTS, checkpoint_folders
-from bevt_ds.model.tensor_file import read_tensors, write_tensors
+from bevt_ds.model.tensor_file import read_tensors, require_finite, write_tensors
 from bevt_ds.report.compare import aligned
 from bevt_ds.report.run_files import flat
 from bevt_ds.runtime.checkpoint import RESHARDING, find_damage
@@ -170,12 +170,18 @@ def export_weights(arguments: argparse.Namespace) -> int:
         raise UserError(f"{folder} is damaged ({problem}): nothing is exported. `bevt checkpoint ls` lists the others.")
     if out.exists():
         raise UserError(f"{out} exists: name a folder that does not.")
-    with writing(out):
-        shutil.copytree(folder / WEIGHTS, out)
-        if arguments.raw:
-            _require_pieces(folder)
-            with SavedPieces(folder / STATE) as saved:
-                write_tensors(out / TENSORS, saved.weights(MASTERS), {"format": "pt"})
+    aside = out.with_name(f".{out.name}.partial")
+    with writing(out, kept=f"Kept: {folder}."):
+        try:
+            shutil.copytree(folder / WEIGHTS, aside)
+            if arguments.raw:
+                _require_pieces(folder)
+                with SavedPieces(folder / STATE) as saved:
+                    write_tensors(aside / TENSORS, saved.weights(MASTERS), {"format": "pt"})
+            require_finite(read_tensors(aside / TENSORS), folder)
+            aside.rename(out)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     size = (out / TENSORS).stat().st_size
     print(f"wrote {out}: the weights of {folder}, {in_words(size)}")
     return FINISHED

@@ -53,7 +53,7 @@ def save(
     """
     final = root / name_of(facts.step)
     aside = root / f"{ASIDE}{final.name}"
-    total, together = sum(ranks.gather(needed)), partial(_together, ranks, final, kept or _kept)
+    total, together = sum(ranks.gather(needed)), partial(_together, ranks, final, kept or what_is_kept)
     try:
         together(lambda: _begin(aside, total) if ranks.is_main else None)
         for stage in stages:
@@ -76,17 +76,17 @@ def _together(ranks: Ranks, final: Path, kept: Callable[[Path], str], work: Call
     try:
         result = work()
     except OSError as error:
-        problem = f"{cannot_write(final, error)} {kept(final.parent)}"
+        problem = cannot_write(final, error)
     except UserError as error:  # of what writes weights
-        problem = f"{error} {kept(final.parent)}"
+        problem = str(error)
     answers = ranks.gather((result, problem))
     for _, other in answers:
         if other:
-            raise DiskError(other)
+            raise DiskError(other, kept(final.parent))
     return [answer for answer, _ in answers]
 
 
-def _kept(root: Path) -> str:
+def what_is_kept(root: Path) -> str:
     """Which checkpoints there still are, and how to go on, in words."""
     commits = [folder.name for folder in checkpoints(root)]
     if not commits:

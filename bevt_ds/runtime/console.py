@@ -51,7 +51,11 @@ def keep_console(folder: Path) -> None:
 
     So a message that ends the run is in there too. Only what Python writes is: a crash of C code speaks past it.
     """
-    log = (folder / CONSOLE).open("ab", buffering=0)
+    path, log = folder / CONSOLE, None
+    try:
+        log = path.open("ab", buffering=0)
+    except OSError as error:
+        print(f"{cannot_write(path, error)} The run goes on without it.", flush=True)
     before = sys.stdout, sys.stderr
     plain = [stream.stream if isinstance(stream, Tee) else stream for stream in before]
     sys.stdout, sys.stderr = (Tee(stream, log) for stream in plain)

@@ -72,8 +72,8 @@ class Ranks:
         return self.sum_counts([int(holds)]) == [self.world]
 
     @contextmanager
-    def writing(self, path: Path) -> Iterator[None]:
-        """A block in which rank 0 writes `path`.
+    def writing(self, path: Path, needed: int = 0) -> Iterator[None]:
+        """A block in which rank 0 writes `path`, of so many bytes if that is known.
 
         Raises:
             DiskError: on all ranks, if rank 0 cannot.
@@ -82,7 +82,7 @@ class Ranks:
         try:
             yield
         except OSError as error:
-            problem = cannot_write(path, error)
+            problem = cannot_write(path, error, needed)
         except DiskError as error:
             problem = str(error)
         if problem := self.broadcast(problem):

@@ -337,14 +337,16 @@ class Engine:
         return [part for group in self.ds.optimizer.param_groups for part in group["params"]]
 
     def is_finite(self, **more: list[Tensor]) -> bool:
-        """Whether all weights and moments are finite numbers, on every rank. Collective.
+        """Whether all weights, buffers and moments are finite numbers, on every rank. Collective.
 
         more: further tensors like `masters`. What DeepSpeed pads its buffers with is left out: it is whatever was in
         the memory.
         """
         pieces = self._pieces()
         tensors = [piece.of(flats) for flats in (self._kinds() | more).values() for piece in pieces]
-        finite = [torch.isfinite(t.detach()).all() for t in [*tensors, *self.module.parameters()]]
+        finite = [
+            torch.isfinite(t.detach()).all() for t in [*tensors, *self.module.parameters(), *self.module.buffers()]
+        ]
         return self.ranks.all_hold(bool(torch.stack([f.to(self.ranks.device) for f in finite]).all()))
 
     def optimizer_bytes(self) -> int:

@@ -32,6 +32,7 @@ from typing import Any
 from bevt_ds.config.files import CONFIG, ENGINE, read_settings
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import Config, TrainingConfig, TrainingT
+from bevt_ds.data.reading.index import write_atomic
 from bevt_ds.disk import make_folder
 from bevt_ds.errors import UserError
 from bevt_ds.folders import CHECKPOINTS, LOG, WEIGHTS, checkpoints
@@ -195,8 +196,8 @@ def read_config(folder: Path, kind: type[TrainingT] = Config) -> TrainingT:
 
 
 def write_json(path: Path, values: object) -> None:
-    """A JSON file that people read too."""
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    """A JSON file that people read too; where it cannot be written, the one that is there stays as it is."""
+    write_atomic(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def publish_weights(folder: Path, checkpoint: Path) -> None:
@@ -205,9 +206,28 @@ def publish_weights(folder: Path, checkpoint: Path) -> None:
 
 
 def replace_folder(final: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a folder again, aside, and put it in the place of the one that is there."""
-    aside = final.with_name(f".tmp-{final.name}")
+    """Let `write` make a folder again, aside, and put it in the place of the one that is there.
+
+    What fails leaves the one that is there. A kill between the two renames leaves it under another name: see `restore`.
+    """
+    aside, before = (final.with_name(f".tmp-{which}{final.name}") for which in ("", "before-"))
+    restore(final)
     shutil.rmtree(aside, ignore_errors=True)
-    write(aside)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
+    try:
+        write(aside)
+        if final.exists():
+            final.rename(before)
+        aside.rename(final)
+    except (OSError, UserError):
+        shutil.rmtree(aside, ignore_errors=True)
+        restore(final)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def restore(final: Path) -> None:
+    """Put back the folder that `replace_folder` had moved away when the process was killed."""
+    before = final.with_name(f".tmp-before-{final.name}")
+    if before.exists() and not final.exists():
+        before.rename(final)
+    shutil.rmtree(before, ignore_errors=True)

@@ -45,17 +45,22 @@ class RunLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line for update number `step`, with the time in UTC (ISO 8601)."""
-        with self._ranks.writing(self._path):
+        line = json.dumps({"step": step, "time": now(), **values}).encode() + b"\n"
+        with self._ranks.writing(self._path, len(line)):
             if self._file:
-                write_all(self._file, json.dumps({"step": step, "time": now(), **values}).encode() + b"\n")
+                write_all(self._file, line)
                 require_there(self._path, self._file.fileno())
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self._give(lambda logger: logger.write(step, numbers))
 
     def has(self, step: int, name: str) -> bool:
         """Whether log.jsonl has such a field of that step. Collective."""
-        lines = map(json.loads, self._path.read_bytes().splitlines() if self._ranks.is_main else [])
-        return bool(self._ranks.broadcast(any(line["step"] == step and name in line for line in lines)))
+        found = False
+        with self._ranks.writing(self._path):
+            if self._ranks.is_main:
+                lines = map(json.loads, self._path.read_bytes().splitlines())
+                found = any(line["step"] == step and name in line for line in lines)
+        return bool(self._ranks.broadcast(found))
 
     def write_settings(self, config: TrainingConfig) -> None:
         """The configuration, to the loggers next to log.jsonl."""

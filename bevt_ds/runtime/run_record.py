@@ -85,6 +85,8 @@ def read_record(path: Path) -> list[dict[str, Any]]:
         return []
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): move it away.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): move it away.") from error
 
 
 def now() -> str:

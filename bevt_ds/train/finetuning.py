@@ -160,6 +160,8 @@ def record_validation(task: Finetuning, log: RunLog, step: int) -> None:
     main, run_folder = task.ranks.is_main, task.setup.folder
     with task.averaged():
         scores = validate(task)
+        if main:
+            run_dir.restore(run_folder / run_dir.BEST)
         best = read_scores(run_folder / run_dir.BEST) if main else None
         if task.ranks.broadcast(best is None or scores["top1"] > best["top1"]):
             best = {"step": step, **scores}

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -25,6 +26,7 @@ from bevt_ds.config.schema import TrainingConfig
 from bevt_ds.config.validate import micro_steps, zero_stage
 from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import LEDGER, BackgroundLoader
+from bevt_ds.disk import told
 from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import FINISHED, NOT_LEARNED, STOPPED
 from bevt_ds.folders import weights_of
@@ -36,7 +38,7 @@ from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.agreement import require_agreement
 from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.bundle import Held
-from bevt_ds.runtime.commit import save
+from bevt_ds.runtime.commit import save, what_is_kept
 from bevt_ds.runtime.console import keep_console
 from bevt_ds.runtime.continuing import Build, Start, begin_engine, find_start, go_on, print_changes, require_steps
 from bevt_ds.runtime.distributed import Ranks, describe_device, device_memory
@@ -401,7 +403,9 @@ def _run(
     config, changes, loader_state = go_on(config, given, folder, start)
     commits = Commits(ranks)
     setup = Setup(config, ds_values, folder, ranks, commits, start, changes, loader_state, stop)
-    with open_task(setup) as task, RunRecord(folder, ranks, setup.first_step, task.tokenizer_file), commits:
+    is_told = told(folder, lambda: what_is_kept(folder / run_dir.CHECKPOINTS))
+    record = partial(RunRecord, folder, ranks, setup.first_step)
+    with is_told, open_task(setup) as task, record(task.tokenizer_file), commits:
         require_steps(setup.first_step, task.steps)
         if start:
             task.load(start[0])

@@ -10,18 +10,17 @@ import json
 import math
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from bevt_ds.disk import DiskError
-from bevt_ds.errors import UserError
-from bevt_ds.exit_codes import NON_FINITE
+from bevt_ds.errors import NonFiniteError
 from bevt_ds.folders import CHECKPOINTS, checkpoints
+from bevt_ds.model.tensor_file import SHOWN, not_finite, some
 from bevt_ds.runtime import bundle
 from bevt_ds.runtime.bundle import FOLDER, REPORT, Held
 from bevt_ds.runtime.checkpoint import Facts, name_of
@@ -34,17 +33,10 @@ from bevt_ds.runtime.logging import StepSums
 if TYPE_CHECKING:
     from bevt_ds.train.loop import Task
 
-SHOWN = 4  # names in a message
 ADVICE = (
     "Continue from the last checkpoint: the same command with resume=auto and a lower optim.lr, with"
     " train.precision=bf16 or fp32 if it was fp16, or with train.skip_steps=N to pass over the samples of N more steps."
 )
-
-
-class NonFiniteError(UserError):
-    """Too much of a run is not finite for it to go on."""
-
-    exit_code = NON_FINITE
 
 
 def require_finite(loss: float, step: int) -> None:
@@ -79,7 +71,7 @@ def require_finite_export(weights: Mapping[str, Tensor], ranks: Ranks, step: int
     Raises:
         NonFiniteError: on all ranks, where a weight is not a finite number.
     """
-    bad = ranks.broadcast([name for name, value in weights.items() if not torch.isfinite(value).all()])
+    bad = ranks.broadcast(not_finite(weights))
     if bad:
         raise NonFiniteError(f"after step {step} {some(bad)} of the weights are not finite: not exported. {ADVICE}")
 
@@ -207,12 +199,6 @@ def describe(report: Mapping[str, Any]) -> str:
         )
         keys = [key for own in report["keys"] for micro in own for key in micro]
     return f"step {report['step']} is skipped: {what}; samples: {some(keys)}."
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more if names else "unknown"
 
 
 def kept(folder: Path) -> str:

@@ -26,6 +26,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import FINISHED, FOUND_FAULTS
 from bevt_ds.model.bevt import BEVT
 from bevt_ds.model.classifier import VideoClassifier
+from bevt_ds.model.tensor_file import some
 from bevt_ds.model.weights import CONFIG
 from bevt_ds.runtime.bundle import MODEL, Bundle, Place, read_bundle
 from bevt_ds.train.classification import classification_loss
@@ -33,7 +34,6 @@ from bevt_ds.train.narrowing import FORWARD, Layer, Outcome, culprits, is_finite
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = {"BEVT": (BEVT, Config), "VideoClassifier": (VideoClassifier, FinetuneConfig)}
-SHOWN = 4  # names in a line
 Sample = tuple[str, int]  # stream, and number within it
 Batches = Batch | LabelledBatch
 
@@ -241,7 +241,7 @@ def _what(finding: Finding) -> str:
         return f"loss ({finding.loss:.4g}) and gradient are finite"
     if finding.way == FORWARD:
         return f"the loss is {finding.loss}"
-    names, loss = listed(finding.parameters), f"the loss is finite ({finding.loss:.4g})"
+    names, loss = some(finding.parameters), f"the loss is finite ({finding.loss:.4g})"
     if not finding.layer:
         return f"{loss}, the norm of its gradient overflows, most of it in {names}"
     return f"{loss}, its gradient is not, in {names}"
@@ -250,7 +250,7 @@ def _what(finding: Finding) -> str:
 def _samples(finding: Finding) -> str:
     """Which samples it comes from, or that it is the weights."""
     if finding.weights:
-        named = listed([f"{name} ({count} of its numbers)" for name, count in finding.weights.items()])
+        named = some([f"{name} ({count} of its numbers)" for name, count in finding.weights.items()])
         return f"weights: not finite are {named}; no sample is to blame"
     if not finding.groups:
         return "samples: none alone, nor this micro-batch: only added to those before it"
@@ -259,7 +259,7 @@ def _samples(finding: Finding) -> str:
     first = [key for group in finding.groups for key in group]
     together = "only together" if any(len(group) > 1 for group in finding.groups) else "alone"
     pixels = "; its pixels are not finite" if finding.pixels else ""
-    return f"sample: {listed(first)}, {together}, of {finding.samples}{pixels}"
+    return f"sample: {some(first)}, {together}, of {finding.samples}{pixels}"
 
 
 def _layer(finding: Finding) -> str:
@@ -271,9 +271,3 @@ def _layer(finding: Finding) -> str:
     parent = layer.name.rpartition(".")[0] or "the network itself"
     where = "before" if forward else "after"
     return f"what {parent} does {where} {layer.name} ({layer.kind}) is the first whose {what} is not finite"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
