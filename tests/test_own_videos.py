@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from bevt_ds import cli
 from bevt_ds.shards.synthetic.draw_worker import encode_mp4
 from tests.training.processes import launch
 
-PAGE = (Path(__file__).parents[1] / "docs" / "own-videos.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "own-videos.md").read_text()
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BLOCKS = re.findall(r"```(python)?\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
@@ -32,6 +34,19 @@ def draw(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (128, 160, 3), np.uint8)
     path.write_bytes(encode_mp4(np.stack([np.roll(pixels, 4 * t, 1) for t in range(40)])))
+
+
+SHOWING = {
+    line: page
+    for page in ("quickstart.md", "watching.md")
+    for line in re.findall(r"^bevt (?:report|runs|view|compare) .*", (DOCS / page).read_text(), re.MULTILINE)
+}
+STAND_INS = {  # what those pages name, and what stands for it here
+    "runs/joint": "runs/mine",
+    "runs/demo": "runs/mine",
+    "demo-data/train-video-*.tar": "shards/mine-*.tar",
+    "clip-000003": "day-1/clip-3",
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +100,39 @@ def test_python_of_the_tutorial_gives_a_vector_for_each_file(done, monkeypatch, 
         (f"clip-{i}.mp4" for i in range(6)), key=lambda name: (int(name[5]) % 2, name)
     )
     assert capsys.readouterr().out.count("is like clip-") == 5
+
+
+def replaced(text: str) -> str:
+    for name, stand_in in STAND_INS.items():
+        text = text.replace(name, stand_in)
+    return text
+
+
+@pytest.mark.parametrize("command", SHOWING)
+def test_documented_command_shows_the_run_and_its_samples(done, command, tmp_path, monkeypatch, capsys):
+    folder, _ = done
+    monkeypatch.chdir(tmp_path)
+    Path("shards").symlink_to(folder / "shards")
+    for name in ("mine", "other"):
+        shutil.copytree(folder / "runs" / "mine", Path("runs", name))
+    bad = {"stream": "video", "shard": "mine-000000.tar", "key": "day-0/clip-0", "reason": "too dark"}
+    Path("runs/mine/bad_samples.jsonl").write_text(json.dumps(bad) + "\n")
+    words = shlex.split(replaced(command), comments=True)
+    assert cli.main(words[1:]) == 0
+    if words[1] in ("runs", "compare"):
+        assert "mine" in capsys.readouterr().out
+    else:
+        out = words[words.index("--out") + 1] if "--out" in words else "view.png"
+        assert Path("runs/mine/report.html" if words[1:] == ["report", "runs/mine"] else out).stat().st_size > 10_000
+
+
+def test_python_of_the_quickstart_gives_maps_of_a_clip(done, monkeypatch):
+    folder, _ = done
+    monkeypatch.chdir(folder)
+    text = re.search(r"```python\n(.*?)```", (DOCS / "quickstart.md").read_text(), re.DOTALL)[1]
+    names: dict = {}
+    exec(replaced(text).replace("clip.mp4", "VIDEOS/day-0/clip-0.mp4"), names)
+    assert names["maps"].shape == (1, 256, 4, 4, 4)
 
 
 def test_notebook_runs_from_its_first_cell_to_its_last(done, monkeypatch, capsys):
