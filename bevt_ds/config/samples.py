@@ -26,7 +26,14 @@ class MaskConfig:
 class ReadingConfig:
     """How shards are read and videos decoded, whatever the samples are for."""
 
-    decoder: A[Literal["auto", "cpu", "gpu"], F("where clips and images are decoded", resume="free")] = "auto"
+    decoder: A[
+        Literal["auto", "cpu", "gpu", "nvdec", "split"],
+        F(
+            "where clips and images are decoded; gpu: by DALI; nvdec: clips by NVDEC sessions that are kept; split: by"
+            " these and the CPU's workers",
+            resume="free",
+        ),
+    ] = "auto"
     workers: A[int, F("processes a rank that decode video on the CPU", least=1, resume="free")] = 2
     threads: A[int, F("threads a rank that prepare decoded clips and decode images", least=1, resume="free")] = 2
     readers: A[int, F("threads a rank that read files", least=1, resume="free")] = 4

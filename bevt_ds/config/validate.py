@@ -208,7 +208,8 @@ def _labelled(data: LabelledDataConfig) -> Iterator[str]:
         f"data.crop_aspect={data.crop_aspect}: must be two ratios, the smaller first.",
     )
     yield from unless(
-        data.decoder != "gpu", "data.decoder=gpu: labelled videos are decoded on the CPU; use data.decoder=auto."
+        data.decoder in ("auto", "cpu"),
+        f"data.decoder={data.decoder}: labelled videos are decoded on the CPU; use data.decoder=auto.",
     )
 
 

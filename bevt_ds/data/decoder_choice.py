@@ -1,4 +1,4 @@
-"""CPU or GPU decoding of videos: which is faster is measured once, on the run's own shards, and remembered."""
+"""Which decoder of videos is the fastest: measured once, on the run's own shards, and remembered."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from bevt_ds.data.reading.index import write_atomic
 
 log = logging.getLogger(__name__)
 
+PHRASES = {"nvdec": "by NVDEC", "split": "by NVDEC and workers"}  # what a choice means; the others are devices
 MEASURED = 6  # micro-batches, after one that is not counted
 
 
@@ -35,7 +36,8 @@ def choose(candidates: dict[str, Callable[[], float]], facts: tuple, folder: Pat
             rates = _rates(candidates)
             write_atomic(place, json.dumps(rates).encode())
     best = max(rates, key=rates.__getitem__)
-    log.info("videos are decoded on the %s: %s", best, ", ".join(f"{n} {r:.1f} clips/s" for n, r in rates.items()))
+    measured = ", ".join(f"{name} {rate:.1f} clips/s" for name, rate in rates.items())
+    log.info("videos are decoded %s: %s", PHRASES.get(best, f"on the {best}"), measured)
     return best
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.split import Split
 from bevt_ds.data.decoding.video import fits_gpu
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.pixels.pipeline import PixelPipeline
@@ -19,14 +20,22 @@ from bevt_ds.data.plan import PlanEntry, clip_frames
 from bevt_ds.data.stream import PendingBatch, StreamReader, sample_name
 
 log = logging.getLogger(__name__)
+NVDEC, WORKERS = "NVDEC", "workers"  # the lanes of a split
 
 
 class GraphReader(StreamReader):
     """A thread reads each sample, and the graph makes the pixels of the whole micro-batch."""
 
-    def __init__(self, *arguments: Any, pixels: PixelPipeline, **more: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        pixels: PixelPipeline,
+        split: Split | None = None,
+        **more: Any,
+    ) -> None:
+        """split: deals clips out to the GPU's decoder and the workers. What the first refuses a worker decodes."""
         super().__init__(*arguments, **more)
-        self.pixels = pixels
+        self.pixels, self.split = pixels, split
 
     def _sample(self, pending: PendingBatch, i: int, group: list[PlanEntry]) -> list:
         """What the graph takes for each clip, or for the image.
@@ -38,6 +47,9 @@ class GraphReader(StreamReader):
         if self.plan.kind == "image":
             check_image(data, self.limits)
             return [data]
+        if self.split:
+            works = {NVDEC: partial(self._gpu_frames, data, group), WORKERS: partial(self._frames, data, group)}
+            return self.split.run(works) or self._frames(data, group)
         if not self.pixels.dali_decoder:
             return self._frames(data, group)
         reply = self.shared.pool.describe(data)
@@ -48,13 +60,20 @@ class GraphReader(StreamReader):
         frames, stride = self.config.frames, self.config.stride
         return [(data, clip_frames(e.start, total, frames, stride, e.phase)) for e in group]
 
-    def _frames(self, data: bytes, group: list[PlanEntry]) -> list[np.ndarray]:
+    def _frames(self, data: bytes, group: list[PlanEntry]) -> list[np.ndarray | Tensor]:
         """The frames of each clip, decoded by a worker: uint8 (T,H,W,3)."""
         starts = [(entry.start, entry.phase) for entry in group]
         with self.shared.pool.clips(data, starts, self.config.frames, self.config.stride) as decoded:
-            clips = list(decoded.copied())
+            clips = list(map(self.pixels.placed, decoded.copied()))
         self._note(group[0], decoded.reply)
         return clips
+
+    def _gpu_frames(self, data: bytes, group: list[PlanEntry]) -> list[np.ndarray | Tensor]:
+        """The same, decoded on the GPU. GpuRefusal."""
+        starts = [(entry.start, entry.phase) for entry in group]
+        clips, reply = self.shared.gpu.clips(data, starts, self.config.frames, self.config.stride)
+        self._note(group[0], reply)
+        return list(map(self.pixels.placed, clips))
 
     def _pixels(self, pending: PendingBatch) -> tuple[Tensor, Tensor]:
         masked, clips = pending.masked, []

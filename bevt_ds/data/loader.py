@@ -27,7 +27,7 @@ from bevt_ds.config.validate import micro_steps
 from bevt_ds.data.decoder_choice import resumed_decoders
 from bevt_ds.data.holdout import split
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, StageTimes, bottleneck, require_few_bad
-from bevt_ds.data.open_stream import Source, decoder_of, open_reader, open_resources
+from bevt_ds.data.open_stream import LANES, Source, decoder_of, open_reader, open_resources
 from bevt_ds.data.plan import StreamId, slots_of
 from bevt_ds.data.reading.deadline import StorageStalled
 from bevt_ds.data.reading.members import Shard
@@ -119,7 +119,7 @@ class RankReader(ABC):
         self.decoder_choices: dict[str, str] = {}  # where streams are decoded, by names, if there was a choice
         with ExitStack() as resources:
             has_videos = any(stream.kind == "video" for stream in micro_sizes)
-            shared = open_resources(config, has_videos, self.times, resources)
+            shared = open_resources(config, has_videos, self.times, resources, self._device)
             self._pool, self._readers = shared.pool, self._open(shared)
             self._resources = resources.pop_all()
 
@@ -181,7 +181,9 @@ class BatchReader(RankReader):
         readers = {}
         for s in self._sources:
             samples = shards[s.stream]
-            decoder = known.get(s.stream.name) or decoder_of(s, samples, config, shared, device, self.fingerprint)
+            decoder = known.get(s.stream.name)
+            if decoder is None or (decoder in LANES and shared.gpu is None):
+                decoder = decoder_of(s, samples, config, shared, device, self.fingerprint)
             readers[s.stream] = open_reader(s, samples, config, shared, device, decoder, self.ledgers[s.stream])
             if self.is_on_gpu:
                 self.decoder_choices[s.stream.name] = decoder

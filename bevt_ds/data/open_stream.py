@@ -16,8 +16,10 @@ import torch
 from bevt_ds.config.samples import ReadingConfig
 from bevt_ds.config.schema import UnlabelledConfig
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
+from bevt_ds.data.decoding.nvdec import SESSIONS, nvdec, why_not
 from bevt_ds.data.decoding.pool import DecodePool
-from bevt_ds.data.graph_stream import GraphReader
+from bevt_ds.data.decoding.split import Split
+from bevt_ds.data.graph_stream import NVDEC, WORKERS, GraphReader
 from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, StageTimes
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels, compute_on_one_core
@@ -29,6 +31,7 @@ from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.stream import ClipReader, Resources, StreamReader
 from bevt_ds.errors import UserError
 
+LANES = {"nvdec": (NVDEC,), "split": (NVDEC, WORKERS)}  # data.decoder -> who decodes clips outside of DALI's graph
 NVDECS = 8  # DALI decodes as many videos at a time as it has threads; an H100 has seven decoders
 
 
@@ -43,18 +46,29 @@ class Source:
     held_out: bool = False  # whether it takes the samples that `data.holdout` holds out, or the others
 
 
-def open_resources(data: ReadingConfig, has_videos: bool, times: StageTimes, closing: ExitStack) -> Resources:
-    """Storage with its threads, and decode workers; `closing` ends them. As many samples are read at a time as
-    data.readers says, while others are decoded.
+def open_resources(
+    data: ReadingConfig,
+    has_videos: bool,
+    times: StageTimes,
+    closing: ExitStack,
+    device: torch.device | None = None,
+) -> Resources:
+    """Storage with its threads, and decoders; `closing` ends them. As many samples are read at a time as data.readers
+    says, while others are decoded. device: where NVDEC may decode, if it is a GPU and data.decoder lets it.
     """
-    storage = Storage(data, data.readers + (data.workers if has_videos else 0))
+    on_gpu = has_videos and device is not None and device.type == "cuda"
+    on_gpu = on_gpu and data.decoder in ("auto", *LANES) and not why_not()
+    storage = Storage(data, data.readers + (data.workers if has_videos else 0) + (SESSIONS if on_gpu else 0))
     closing.callback(storage.close)
-    pool = None
+    pool, gpu = None, None
     if has_videos:
         compute_on_one_core(storage.executor)
         pool = DecodePool(data.workers, data.decode_seconds, Limits.of(data))
         closing.callback(pool.close)
-    return Resources(storage, pool, times, threading.Semaphore(data.threads))
+    if on_gpu:
+        gpu = nvdec(pool, device)
+        closing.callback(gpu.sessions.close)
+    return Resources(storage, pool, times, threading.Semaphore(data.threads), gpu)
 
 
 def open_reader(
@@ -72,6 +86,10 @@ def open_reader(
     parts = (plan, shards, data, shared, ledger, data.stride)
     if kind == "video" and device.type != "cuda":
         return ClipReader(*parts, pixels=ClipPixels(data.size))
+    split = None
+    if kind == "video" and decoder in LANES:
+        places = {NVDEC: shared.gpu.lanes, WORKERS: data.workers}
+        split = Split({name: places[name] for name in LANES[decoder]})
     pixels = PixelPipeline(
         kind,
         source.micro_size,
@@ -81,8 +99,9 @@ def open_reader(
         device=(device.index or 0) if device.type == "cuda" else None,
         dali_decoder="mixed" if decoder == "gpu" else None,
         times=shared.times,
+        on_device=split is not None,
     )
-    return GraphReader(*parts, pixels=pixels)
+    return GraphReader(*parts, pixels=pixels, split=split)
 
 
 def decoder_of(
@@ -93,20 +112,27 @@ def decoder_of(
     device: torch.device,
     fingerprint: str,
 ) -> str:
-    """Where a stream is decoded, "cpu" or "gpu". On a GPU `auto` measures both for videos, on these very shards."""
+    """Where a stream is decoded: "cpu", "gpu" (DALI's decoder), or one of LANES.
+
+    On a GPU `auto` measures those that there are for videos, on these very shards.
+    """
     wanted = config.data.decoder
     if device.type != "cuda":
-        if wanted == "gpu":
-            raise UserError("data.decoder=gpu needs a CUDA device; use data.decoder=auto")
+        if wanted not in ("auto", "cpu"):
+            raise UserError(f"data.decoder={wanted} needs a CUDA device; use data.decoder=auto")
         return "cpu"
-    if wanted != "auto" or source.stream.kind == "image":
+    if source.stream.kind == "image":
         return "cpu" if wanted == "cpu" else "gpu"
-    candidates = {
-        name: partial(_clips_per_second, source, shards, config, shared, device, name) for name in ("gpu", "cpu")
-    }
+    if wanted in LANES and shared.gpu is None:
+        raise UserError(f"data.decoder={wanted}: {why_not()}")
+    if wanted != "auto":
+        return wanted
+    names = ("gpu", "cpu", *(LANES if shared.gpu else ()))
+    candidates = {name: partial(_clips_per_second, source, shards, config, shared, device, name) for name in names}
     data, machine = config.data, (torch.cuda.get_device_name(device), cores())
     clip = (data.frames, data.stride, data.size, data.clips_per_video, source.micro_size)
-    return choose(candidates, (fingerprint, machine, data.workers, data.threads, clip), cache_home() / "decoder")
+    facts = (fingerprint, machine, data.workers, data.threads, clip, *(LANES if shared.gpu else ()))
+    return choose(candidates, facts, cache_home() / "decoder")
 
 
 def _clips_per_second(

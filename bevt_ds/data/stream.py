@@ -21,6 +21,7 @@ from torch import Tensor
 from bevt_ds.batch import Stream
 from bevt_ds.config.samples import SamplingConfig
 from bevt_ds.data.decoding.geometry import Crop
+from bevt_ds.data.decoding.gpu_decoder import GpuDecoder
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.ledger import Ledger, StageTimes
 from bevt_ds.data.limits import BadSample, Limits
@@ -44,6 +45,7 @@ class Resources:
     pool: DecodePool | None  # decodes videos on the CPU, or looks at them before the GPU does
     times: StageTimes
     cores: threading.Semaphore  # as many samples are augmented at a time: data.threads
+    gpu: GpuDecoder | None = None  # decodes videos where data.decoder lets it
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch
 from bevt_ds.config.schema import Config
 from bevt_ds.data import open_stream
 from bevt_ds.data.decoder_choice import choose, clips_per_second, resumed_decoders
+from bevt_ds.data.decoding import nvdec
 from bevt_ds.data.graph_stream import GraphReader
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
@@ -24,7 +25,10 @@ from bevt_ds.data.open_stream import Source
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.plan import StreamId
+from bevt_ds.errors import UserError
 from tests.loader.media import decode_clip, images_of, in_threads
+
+NO_GPU_DECODER = SimpleNamespace(gpu=None)  # what streams share, as far as it matters here
 
 
 def test_faster_decoder_is_measured_once_and_remembered(tmp_path: Path) -> None:
@@ -91,9 +95,11 @@ def test_decoder_is_measured_again_for_other_data_settings(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(open_stream, "choose", lambda candidates, facts, folder: asked.append(facts) or "gpu")
     source = Source(StreamId.VIDEO, config.data.videos, 4, 2)
+    before = config.data
     for more in (0, 0, 2):
-        data = replace(config.data, decoder="auto", **{changed: getattr(config.data, changed) + more})
-        open_stream.decoder_of(source, [], replace(config, data=data), None, torch.device("cuda"), "the same shards")
+        data = replace(before, decoder="auto", **{changed: getattr(before, changed) + more})
+        config = replace(config, data=data)
+        open_stream.decoder_of(source, [], config, NO_GPU_DECODER, torch.device("cuda"), "the same shards")
     assert asked[0] == asked[1] != asked[2]
 
 
@@ -186,9 +192,9 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(open_stream, "choose", lambda candidates, facts, folder: (tuple(candidates), facts))
 
-    def ask(config: Config, stream: StreamId = StreamId.VIDEO, fingerprint: str = "these shards"):
+    def ask(config: Config, stream: StreamId = StreamId.VIDEO, device: str = "cuda", shared=NO_GPU_DECODER):
         source = open_stream.Source(stream, "s.tar", 4, 2)
-        return open_stream.decoder_of(source, [], config, None, torch.device("cuda"), fingerprint)
+        return open_stream.decoder_of(source, [], config, shared, torch.device(device), "these shards")
 
     return ask
 
@@ -197,6 +203,28 @@ def test_decoder_auto_measures_videos_on_a_gpu_only(with_data: Callable[..., Con
     assert chosen(with_data())[0] == ("gpu", "cpu")
     assert chosen(with_data(), StreamId.IMAGE) == "gpu"
     assert [chosen(with_data(decoder=name)) for name in ("gpu", "cpu")] == ["gpu", "cpu"]
+
+
+def test_decoder_auto_measures_nvdec_and_the_split_where_their_library_is(
+    with_data: Callable[..., Config], chosen: Callable
+) -> None:
+    """They are asked for by installing it; what was measured without it is not taken for an answer."""
+    candidates, facts = chosen(with_data(), shared=SimpleNamespace(gpu="a decoder"))
+    assert candidates == ("gpu", "cpu", "nvdec", "split") and facts != chosen(with_data())[1]
+    for name in ("nvdec", "split"):
+        assert chosen(with_data(decoder=name), shared=SimpleNamespace(gpu="a decoder")) == name
+        assert chosen(with_data(decoder=name), StreamId.IMAGE) == "gpu"
+
+
+@pytest.mark.parametrize("name", ["nvdec", "split"])
+def test_nvdec_needs_a_gpu_and_its_library(
+    with_data: Callable[..., Config], chosen: Callable, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with pytest.raises(UserError, match=f"data.decoder={name} needs a CUDA device"):
+        chosen(with_data(decoder=name), device="cpu")
+    monkeypatch.setattr(nvdec, "_LIBRARY", "no_such_library")
+    with pytest.raises(UserError, match=rf"data.decoder={name}: no_such_library is not installed \(pip install"):
+        chosen(with_data(decoder=name))
 
 
 def test_resumed_run_keeps_its_decoder(config: Config) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from bevt_ds.config.schema import Config
+from bevt_ds.data.decoding import nvdec
+from bevt_ds.data.decoding.gpu_decoder import GpuDecoder
+from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.shards.synthetic.draw_worker import encode_jpeg, encode_mp4
-from tests.loader.media import decode_clip, images_of
+from tests.loader.media import decode_clip, images_of, numbers_of, pooled_clips, shades
 
 S, V = 96, 48
 LEVEL = 2 / 255  # what decoders of one file may differ by on average
@@ -59,7 +62,7 @@ def test_gpu_decoding_is_close_to_cpu_decoding(kind: str, make: SimpleNamespace,
     assert difference(on_cpu[1], on_gpu[1]).mean() < (DRAWN if kind == "video" else LEVEL)
 
 
-@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
+@pytest.mark.parametrize("decoder", ["cpu", "gpu", "nvdec", "split"])
 def test_loader_delivers_batches_on_the_gpu(config: Config, decoder: str) -> None:
     config = replace(config, data=replace(config.data, decoder=decoder))
     with Loader(config, device="cuda:0") as loader:
@@ -84,3 +87,36 @@ def test_gpu_decoding_of_real_clips_is_close_to_cpu(name: str, media_folder: Pat
     graph = PixelPipeline("video", 1, 224, 112, threads=2, device=0, dali_decoder="mixed")
     _, on_gpu = images_of(graph, [(data, numbers)], [e])
     assert difference(on_cpu, on_gpu).mean() < LEVEL
+
+
+@pytest.fixture
+def nvdecs() -> Iterator[tuple[GpuDecoder, DecodePool]]:
+    """NVDEC by kept sessions, and the workers that it is compared with."""
+    assert not nvdec.why_not(), "pip install 'bevt_ds[gpu]'"
+    pool = DecodePool(2, 60.0, Limits())
+    decoder = nvdec.nvdec(pool, torch.device("cuda"))
+    yield decoder, pool
+    decoder.sessions.close()
+    pool.close()
+
+
+def test_nvdec_frames_have_the_workers_numbers(nvdecs: tuple, make: SimpleNamespace) -> None:
+    """Plain frames, each brighter than the one before; sessions are used again for other files and clips."""
+    decoder, pool = nvdecs
+    for codec, options in (("libx264", {"bf": "3", "g": "12"}), ("libx265", {"x265-params": "log-level=none"})):
+        data = make.clip(shades(40, 96, 160), "mp4", codec, **options)
+        for start in (0.0, 0.3, 0.7, 0.999):
+            clips, _ = decoder.clips(data, [(start, 0.5)], 8, 3)
+            expected = pooled_clips(pool, data, [(start, 0.5)], 8, 3)
+            assert numbers_of(clips[0].cpu().numpy()) == numbers_of(expected[0])
+    assert decoder.sessions.opened == 2
+
+
+@pytest.mark.parametrize("name", ["arm_wrestling", "part_0"])
+def test_nvdec_pixels_of_real_clips_are_the_workers(name: str, media_folder: Path, nvdecs: tuple) -> None:
+    """H.264 is decoded to the same bits by whoever decodes it, and rgb.py converts as the workers do."""
+    decoder, pool = nvdecs
+    data, starts = (media_folder / f"{name}.mp4").read_bytes(), [(0.0, 0.0), (0.5, 0.5)]
+    clips, _ = decoder.clips(data, starts, 16, 2)
+    difference = np.abs(torch.stack(clips).cpu().numpy().astype(int) - pooled_clips(pool, data, starts, 16, 2))
+    assert difference.mean() < 255 * LEVEL and difference.mean((0, 2, 3, 4)).max() < 255 * LEVEL

@@ -43,20 +43,26 @@ def h264_frames(extradata: bytes, packets: Sequence[memoryview], keys: Sequence[
     return frames
 
 
-def _read_header(sets: Sets, extradata: bytes) -> int:
-    """Read the stream's parameter sets; returns the bytes of the length before a unit, 0 for Annex B."""
+def header_units(extradata: bytes) -> tuple[list[bytes], int]:
+    """The parameter sets of the stream's header, and the bytes of the length before a unit, 0 for Annex B."""
     if extradata[:1] != b"\1":
-        for unit in units(extradata, 0):
-            _read_set(sets, unit)
-        return 0
-    at = 5  # ISO/IEC 14496-15, 5.3.3.1
+        return list(units(extradata, 0)), 0
+    sets, at = [], 5  # ISO/IEC 14496-15, 5.3.3.1
     for mask in (0x1F, 0xFF):
         count, at = (extradata[at] & mask if at < len(extradata) else 0), at + 1
         for _ in range(count):
             size = int.from_bytes(extradata[at : at + 2], "big")
-            _read_set(sets, extradata[at + 2 : at + 2 + size])
+            sets.append(extradata[at + 2 : at + 2 + size])
             at += 2 + size
-    return (extradata[4] & 3) + 1
+    return sets, (extradata[4] & 3) + 1
+
+
+def _read_header(sets: Sets, extradata: bytes) -> int:
+    """Read the stream's parameter sets; returns the bytes of the length before a unit, 0 for Annex B."""
+    found, length = header_units(extradata)
+    for unit in found:
+        _read_set(sets, unit)
+    return length
 
 
 def _read_set(sets: Sets, unit: Buffer) -> None:

@@ -50,20 +50,26 @@ def hevc_frames(extradata: bytes, packets: Sequence[memoryview], keys: Sequence[
     return frames
 
 
-def _read_header(sets: Sets, extradata: bytes) -> int:
-    """Read the stream's parameter sets; returns the bytes of the length before a unit, 0 for Annex B."""
+def header_units(extradata: bytes) -> tuple[list[bytes], int]:
+    """The parameter sets of the stream's header, and the bytes of the length before a unit, 0 for Annex B."""
     if extradata[:1] != b"\1":
-        for unit in units(extradata, 0):
-            _read_set(sets, unit)
-        return 0
-    at = 23  # ISO/IEC 14496-15, 8.3.3.1
+        return list(units(extradata, 0)), 0
+    sets, at = [], 23  # ISO/IEC 14496-15, 8.3.3.1
     for _ in range(extradata[22]):
         count, at = int.from_bytes(extradata[at + 1 : at + 3], "big"), at + 3
         for _ in range(count):
             size = int.from_bytes(extradata[at : at + 2], "big")
-            _read_set(sets, extradata[at + 2 : at + 2 + size])
+            sets.append(extradata[at + 2 : at + 2 + size])
             at += 2 + size
-    return (extradata[21] & 3) + 1
+    return sets, (extradata[21] & 3) + 1
+
+
+def _read_header(sets: Sets, extradata: bytes) -> int:
+    """Read the stream's parameter sets; returns the bytes of the length before a unit, 0 for Annex B."""
+    found, length = header_units(extradata)
+    for unit in found:
+        _read_set(sets, unit)
+    return length
 
 
 def _read_set(sets: Sets, unit: Buffer) -> None:

@@ -117,6 +117,15 @@ class Video:
         self.size = turn.size(*source.size)
 
     @property
+    def codec(self) -> Codec:
+        return self._source.codec
+
+    @property
+    def packets(self) -> list:
+        """PyAV's packets of the whole stream, in order of coding."""
+        return self._source.packets
+
+    @property
     def info(self) -> VideoInfo:
         stream, index = self.stream, self.index
         return VideoInfo(

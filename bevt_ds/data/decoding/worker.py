@@ -23,6 +23,7 @@ import numpy as np
 
 from bevt_ds.data.decoding.geometry import Box, Crop, source_box
 from bevt_ds.data.decoding.images import decode_image, describe_image
+from bevt_ds.data.decoding.packets import packets
 from bevt_ds.data.decoding.pool import LENGTH, READY, SharedMemory
 from bevt_ds.data.decoding.transcode import Profile, transcode
 from bevt_ds.data.decoding.verify import verify_video
@@ -141,7 +142,7 @@ def rewrite(data: bytes, limits: Limits, request: dict[str, Any]) -> Answer:
     return facts, video
 
 
-WORKS: dict[str, Work] = {"describe": describe, "check": check, "rewrite": rewrite}
+WORKS: dict[str, Work] = {"describe": describe, "check": check, "packets": packets, "rewrite": rewrite}
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ class PixelPipeline:
 
     kind: "video" or "image". size: S. token_size: v = S/2. device: None for the CPU, else the CUDA ordinal.
     dali_decoder: "mixed" (GPU) or "cpu": DALI decodes the files; None: images "cpu", and clips arrive as frames,
-    because DALI's CPU decoder knows VP8 and VP9 only. times: where the seconds are counted.
+    because DALI's CPU decoder knows VP8 and VP9 only. times: where the seconds are counted. on_device: frames arrive
+    as tensors on the GPU.
     """
 
     def __init__(
@@ -78,12 +79,14 @@ class PixelPipeline:
         device: int | None = None,
         dali_decoder: str | None = None,
         times: StageTimes | None = None,
+        on_device: bool = False,
     ) -> None:
         if 2 * token_size != size:
             raise ValueError(f"token_size must be half of size, got {token_size} and {size}")
         self.kind, self.times = kind, times or StageTimes()
         self.dali_decoder = dali_decoder or ("cpu" if kind == "image" else None)
         self._settings = (batch_size, size, threads, device)
+        self._place = f"cuda:{device}" if on_device and device is not None else ""
         self._replaced = 0
         self.rebuild()
 
@@ -104,7 +107,7 @@ class PixelPipeline:
         )
         with self.graph:
             frames = self._decoded()
-            if device is not None and self.dali_decoder != "mixed":
+            if device is not None and self.dali_decoder != "mixed" and not self._place:
                 frames = frames.gpu()
             crop = _crop(frames, size)
             if self.kind == "image":
@@ -113,10 +116,15 @@ class PixelPipeline:
         self.graph.build()
         self._stream = None if device is None else torch.cuda.Stream(device)
 
+    def placed(self, clip: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """Frames where the graph takes them: uint8 (T,H,W,3)."""
+        return torch.as_tensor(clip).to(self._place) if self._place else np.asarray(clip)
+
     def run(self, payloads: Sequence, entries: Sequence[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
         """Images of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
 
-        payloads: images: file bytes; clips: uint8 (T,H,W,3), or (file bytes, frame numbers) for a dali_decoder.
+        payloads: images: file bytes; clips: uint8 (T,H,W,3), as `placed` gives them, or (file bytes, frame numbers) for
+        a dali_decoder.
         masked: bool (B,T), of images (B,): where the view is wanted.
         BadSample: DALI cannot decode one of them; it does not say which.
         """
@@ -166,7 +174,8 @@ class PixelPipeline:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8)
             numbers = fn.external_source(name="frame_numbers", dtype=types.INT32)
             return fn.decoders.video(encoded, device=self.dali_decoder, frames=numbers)
-        return fn.external_source(name="frames", dtype=types.UINT8, layout="FHWC")
+        where = "gpu" if self._place else "cpu"
+        return fn.external_source(name="frames", dtype=types.UINT8, layout="FHWC", device=where)
 
     def _inputs(self, payloads: Sequence, entries: Sequence[PlanEntry]) -> dict[str, list]:
         inputs = {

@@ -1,0 +1,198 @@
+"""Clips by decoders of a GPU that are kept and used again: sessions by codec and size, packets from a worker.
+
+A worker opens the container, numbers the frames and hands over the packets that a clip needs (packets.py); a session
+takes them, each with its frame's number, and gives frames with the same numbers; only those that are wanted become RGB
+(rgb.py). Nothing here knows which library decodes: nvdec.py has the real one, tests a stand-in.
+
+Shape letters: F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bevt_ds.data.decoding.pool import DecodePool, Reply
+from bevt_ds.data.decoding.rgb import rgb_of_nv12
+
+_CLOSE = 2.0  # levels of 255 in the mean: how far a codec's first frames may be from a worker's
+
+
+class GpuRefusal(Exception):
+    """A clip that a worker must decode. is_fault: the decoder failed; else such files are not given to it."""
+
+    def __init__(self, reason: str, is_fault: bool = True) -> None:
+        super().__init__(reason)
+        self.is_fault = is_fault
+
+
+class StreamKind(NamedTuple):
+    """What a session can go on with without being made again."""
+
+    codec: str  # by FFmpeg's name
+    width: int
+    height: int
+
+
+Frames = Iterable[tuple[int, Tensor]]  # number, and uint8 (H+H/2,W), valid until the session is asked again
+
+
+class Session(Protocol):
+    """A decoder of one kind of stream. Raises GpuRefusal where it cannot go on; it is closed then."""
+
+    def decode(self, packet: memoryview, number: int) -> Frames:
+        """Take a packet whose frame has that number; the frames that are ready."""
+
+    def flush(self) -> Frames:
+        """The frames that are left. The next packet begins another clip."""
+
+    def context(self) -> AbstractContextManager:
+        """What the thread that uses its frames enters, such as a CUDA stream; at its end all has been done."""
+
+    def close(self) -> None: ...
+
+
+class Sessions:
+    """At most `most` sessions, each for one thread at a time; others wait. Those that rest are kept for their kind."""
+
+    def __init__(self, open_session: Callable[[StreamKind], Session], most: int) -> None:
+        self._open, self._most, self._count = open_session, most, 0
+        self._idle: list[tuple[StreamKind, Session]] = []  # the one that has rested longest comes first
+        self._changed, self._is_closed = threading.Condition(), False
+        self.opened = 0  # since the start
+
+    @contextmanager
+    def session(self, kind: StreamKind) -> Iterator[Session]:
+        """A session that is in no other's hands; where the block raises, it is closed."""
+        session = self._taken(kind)
+        try:
+            yield session
+        except BaseException:
+            self._drop(session)
+            raise
+        with self._changed:
+            if not self._is_closed:
+                self._idle.append((kind, session))
+                self._changed.notify()
+                return
+        self._drop(session)
+
+    def close(self) -> None:
+        """Close those that rest, and the others once they would."""
+        with self._changed:
+            resting, self._idle, self._is_closed = self._idle, [], True
+        for _, session in resting:
+            self._drop(session)
+
+    def _taken(self, kind: StreamKind) -> Session:
+        with self._changed:
+            while True:
+                if (at := next((i for i, (of, _) in enumerate(self._idle) if of == kind), None)) is not None:
+                    return self._idle.pop(at)[1]
+                if self._count < self._most or self._idle:
+                    break
+                self._changed.wait()
+            old = self._idle.pop(0)[1] if self._count == self._most else None
+            self._count += old is None
+            self.opened += 1
+        try:
+            if old:
+                old.close()
+            return self._open(kind)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _drop(self, session: Session) -> None:
+        try:
+            session.close()
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify()
+
+
+class GpuDecoder:
+    """Decodes clips of H.264 and HEVC videos; threads may share it.
+
+    pool: workers that open the files. sessions: how many at a time. The first clip of each codec is decoded by a worker
+    too: where the two are not alike, the codec is refused from then on.
+    """
+
+    def __init__(self, pool: DecodePool, open_session: Callable[[StreamKind], Session], sessions: int) -> None:
+        self._pool = pool
+        self.sessions = Sessions(open_session, sessions)
+        self.lanes = sessions
+        self._lock, self._proved = threading.Lock(), {}  # codec -> why it is refused, or ""
+
+    def clips(
+        self, data: bytes, positions: Sequence[Sequence[float]], frames: int, stride: int
+    ) -> tuple[list[Tensor], Reply]:
+        """The frames of each clip, uint8 (F,H,W,3) on the device, and what `packets` says.
+
+        The arguments are those of DecodePool.clips. GpuRefusal: a worker must decode them. BadSample.
+        """
+        clip = {"choice": "clip", "positions": positions, "frames": frames, "stride": stride}
+        reply, payload = self._pool.ask(data, {"work": "packets", **clip})
+        if "refused" in reply:
+            raise GpuRefusal(reply["refused"], is_fault=False)
+        if why := self._proved.get(reply["codec"]):
+            raise GpuRefusal(why, is_fault=False)
+        clips = list(self._clips(reply, payload))
+        if reply["codec"] not in self._proved:
+            self._prove(reply["codec"], clips, data, clip)
+        return clips, reply
+
+    def _clips(self, reply: dict[str, Any], payload: np.ndarray) -> Tensor:
+        """uint8 (k,F,H,W,3)."""
+        kind = StreamKind(reply["codec"], reply["width"], reply["height"])
+        with self.sessions.session(kind) as session, session.context():
+            stored = wanted_frames(session, kind, reply, payload)
+            images = rgb_of_nv12(stored, reply["full_range"])
+            return images[torch.tensor(reply["places"], device=images.device)]
+
+    def _prove(self, codec: str, clips: Sequence[Tensor], data: bytes, clip: dict[str, Any]) -> None:
+        """Compare with a worker's frames, once for each codec."""
+        with self._pool.clips(data, clip["positions"], clip["frames"], clip["stride"]) as decoded:
+            ours = torch.stack(list(clips)).cpu().numpy().astype(np.int16)
+            most = float(np.abs(ours - decoded.copied()).mean((0, 2, 3, 4)).max())  # of any of its frames
+        why = f"its {codec} frames are {most:.1f} levels from a worker's" if most > _CLOSE else ""
+        with self._lock:
+            self._proved[codec] = why
+        if why:
+            raise GpuRefusal(why)
+
+
+def wanted_frames(session: Session, kind: StreamKind, reply: dict[str, Any], payload: np.ndarray) -> Tensor:
+    """The frames that are wanted, as they are stored: uint8 (n,H+H/2,W). GpuRefusal: not all of them come out."""
+    rows = {number: row for row, number in enumerate(reply["wanted"])}
+    stored, shape = None, (kind.height * 3 // 2, kind.width)
+    for number, frame in decoded(session, reply["numbers"], reply["sizes"], payload):
+        if (row := rows.pop(number, None)) is None:
+            continue
+        if frame.shape != shape:
+            raise GpuRefusal(f"its frames are {tuple(frame.shape)}, not {shape}")
+        if stored is None:
+            stored = frame.new_empty((len(reply["wanted"]), *shape))
+        stored[row] = frame
+    if rows or stored is None:
+        raise GpuRefusal(f"{len(rows)} of its frames do not come out of the decoder")
+    return stored
+
+
+def decoded(session: Session, numbers: Sequence[int], sizes: Sequence[int], payload: np.ndarray) -> Frames:
+    """All frames of a clip's packets, which lie one behind the other in `payload`."""
+    data = memoryview(payload)
+    for number, (begin, end) in zip(numbers, pairwise(accumulate(sizes, initial=0)), strict=True):
+        yield from session.decode(data[begin:end], number)
+    yield from session.flush()

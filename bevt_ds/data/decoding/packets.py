@@ -1,0 +1,85 @@
+"""The packets of a clip as a GPU's decoder takes them: no container, and none that its frames do not need. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bevt_ds.data.decoding import h264, hevc
+from bevt_ds.data.decoding.bitstream import Buffer, units
+from bevt_ds.data.decoding.frame_index import FrameIndex
+from bevt_ds.data.decoding.video import Video, fits_gpu, opened
+from bevt_ds.data.limits import Limits
+from bevt_ds.data.plan import CHOICES
+
+# Codecs whose frames are the same bits whoever decodes them, and their headers. MPEG-4's are not, by its standard.
+_HEADERS = {"h264": h264.header_units, "hevc": hevc.header_units}
+_START = b"\0\0\0\1"
+
+
+def packets(data: bytes, limits: Limits, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """{"choice", "positions", "frames", "stride"} -> {"sizes"} of packets (Annex B), and the packets one by one.
+
+    "numbers": of each packet's frame. "wanted": those that clips need, ascending. "places": for each clip, which of
+    them each of its frames is, (k,F). "codec", "width", "height", "full_range". "total": frames of the video.
+    "refused" alone, with "total": it is not for a GPU. The first frame is decoded, so that what cannot be decoded at
+    all gets no further. BadSample.
+    """
+    began = time.perf_counter()
+    with opened(data, limits) as video:
+        demuxed = time.perf_counter()
+        video.decode_first()
+        info, frames = video.info, request["frames"]
+        times = {"demux": demuxed - began, "decode": time.perf_counter() - demuxed, "decoded": 1}
+        reply = {"total": video.total, **times}
+        if (refusal := refused(vars(info))) or video.index.numbers is None:
+            return {**reply, "refused": refusal or "its frames are not numbered"}, b""
+        choose = CHOICES[request["choice"]]
+        chosen = [choose(video.total, frames, request["stride"], position) for position in request["positions"]]
+        wanted, places = np.unique(chosen, return_inverse=True)
+        limits.check_clip(len(wanted), *video.size)
+        numbers, parts = coded(video, wanted)
+    reply |= {
+        "codec": info.codec,
+        "width": video.size[0],
+        "height": video.size[1],
+        "full_range": info.pixel_format == "yuvj420p",
+        "wanted": wanted.tolist(),
+        "places": places.reshape(len(chosen), frames).tolist(),
+        "numbers": numbers,
+        "sizes": [len(part) for part in parts],
+    }
+    return reply, b"".join(parts)
+
+
+def refused(facts: Mapping[str, Any]) -> str:
+    """Why a video is not given to NVDEC; "": it is. facts: the fields of its VideoInfo."""
+    if facts["codec"] not in _HEADERS:
+        return f"{facts['codec']} is decoded by workers"
+    return "" if fits_gpu(facts) else "its container, size, format or order of frames is not for a GPU"
+
+
+def coded(video: Video, wanted: np.ndarray) -> tuple[list[int], list[bytes]]:
+    """Packets that the frames `wanted` need, in order of coding, and the number of each one's frame."""
+    codec = video.codec
+    sets, length = _HEADERS[codec.name](codec.extradata)
+    chosen = needed(video.index, wanted.tolist())
+    parts = [annex_b(units(memoryview(video.packets[i]), length)) for i in chosen]
+    parts[0] = annex_b(sets) + parts[0]
+    return [video.index.numbers[i] for i in chosen], parts
+
+
+def needed(index: FrameIndex, wanted: Sequence[int]) -> list[int]:
+    """The packets from the last entry in front of the first frame on, less what no other frame refers to."""
+    frames, numbers = frozenset(wanted), index.numbers
+    first = index.beginnings(wanted[0])[0]
+    last = max(i for i, number in enumerate(numbers) if number in frames)
+    return [i for i in range(first, last + 1) if numbers[i] in frames or not index.spare[i]]
+
+
+def annex_b(parts: Collection[Buffer]) -> bytes:
+    """NAL units with a start code before each (H.264 and HEVC, Annex B)."""
+    return b"".join(part for unit in parts for part in (_START, unit))
