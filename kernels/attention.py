@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .attention_backward import launch_backward, launch_fold
 from .configs import PREPARE, forward_tiles
+from .dispatch import custom_op, with_gradient
 from .geometry import Windows
 from .launches import launch, launch_regions
 from .tiles import (
@@ -139,22 +140,31 @@ def window_attention_fwd_kernel(
 def launch_prepare(bias_table: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     """The table as the kernels read it, (h, rows) in fp32, and the codes, int32 (shapes, padded N)."""
     rows, heads = bias_table.shape
-    padded = triton.cdiv(windows.tokens, CODES) * CODES
-    table = bias_table.new_empty((heads, rows), dtype=torch.float32)
-    codes = bias_table.new_empty((windows.shapes, padded), dtype=torch.int32)
+    table, codes = empty_tables(bias_table, windows)
     sizes = (heads, rows, *windows.window, *windows.mask_shift, *windows.bias_box, *windows.table_strides)
-    grid = (heads * triton.cdiv(rows, PREPARE) + windows.shapes * triton.cdiv(padded, PREPARE),)
+    grid = (heads * triton.cdiv(rows, PREPARE) + windows.shapes * triton.cdiv(codes.shape[1], PREPARE),)
     launch(prepare_kernel, grid, bias_table, table, codes, *sizes, BLOCK=PREPARE)
     return table, codes
 
 
-def launch_forward(qkv: Tensor, bias_table: Tensor, windows: Windows, scale: float) -> tuple[Tensor, Tensor]:
-    """out (B, T, H, W, h * d) in qkv's dtype, and the base-2 log-sum-exp (B, h, T * H * W) in fp32."""
+def empty_tables(bias_table: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Memory for the two results of `prepare_kernel`."""
+    padded = triton.cdiv(windows.tokens, CODES) * CODES
+    table = bias_table.new_empty((bias_table.shape[1], bias_table.shape[0]), dtype=torch.float32)
+    return table, bias_table.new_empty((windows.shapes, padded), dtype=torch.int32)
+
+
+def launch_forward(
+    qkv: Tensor, bias_table: Tensor, windows: Windows, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (B, T, H, W, h * d) in qkv's dtype, the base-2 log-sum-exp (B, h, T * H * W) in fp32, and `launch_prepare`'s
+    two, which the backward pass reads again."""
     out, lse = empty_outputs(qkv)
-    tensors = (qkv, *launch_prepare(bias_table, windows), out, lse)
+    tables = launch_prepare(bias_table, windows)
+    tensors = (qkv, *tables, out, lse)
     tiles = forward_tiles(windows.tokens, qkv.dtype)
     launch_regions(window_attention_fwd_kernel, tensors, tiles, windows, scale)
-    return out, lse
+    return out, lse, *tables
 
 
 def empty_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,78 +174,78 @@ def empty_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return out, qkv.new_empty((b, heads, t * h * w), dtype=torch.float32)
 
 
-@torch.library.custom_op("bevt_ds::window_attention", mutates_args=())
-def forward_op(
-    qkv: Tensor,
-    bias_table: Tensor,
-    settings: Sequence[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """out and log-sum-exp, for `Windows.settings`; opaque to the compiler."""
-    windows = Windows.of(tuple(qkv.shape[1:4]), settings)
+def run_forward(
+    qkv: Tensor, bias_table: Tensor, settings: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, log-sum-exp, and what `prepare_kernel` makes, for `Windows.settings`; opaque to the compiler."""
+    windows = Windows.of(tuple(qkv.shape[1:4]), tuple(settings))
     return launch_forward(qkv.contiguous(), bias_table.contiguous(), windows, scale)
 
 
-@torch.library.custom_op("bevt_ds::window_attention_backward", mutates_args=())
-def backward_op(
+def run_backward(
     dout: Tensor,
     qkv: Tensor,
     bias_table: Tensor,
     out: Tensor,
     lse: Tensor,
+    table: Tensor,
+    codes: Tensor,
     settings: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """dqkv and dtable."""
-    windows = Windows.of(tuple(qkv.shape[1:4]), settings)
-    bias_table = bias_table.contiguous()
-    tables = launch_prepare(bias_table, windows)
-    tensors = (dout.contiguous(), qkv.contiguous(), *tables, out, lse)
-    dqkv, pairs = launch_backward(*tensors, windows, scale)
-    return dqkv, launch_fold(pairs, bias_table, windows)
+    windows = Windows.of(tuple(qkv.shape[1:4]), tuple(settings))
+    dqkv, pairs = launch_backward(dout.contiguous(), qkv.contiguous(), table, codes, out, lse, windows, scale)
+    return dqkv, launch_fold(pairs, bias_table.contiguous(), windows)
+
+
+forward_op = custom_op("window_attention", run_forward)
+backward_op = custom_op("window_attention_backward", run_backward)
 
 
 @forward_op.register_fake
 def _(qkv, bias_table, settings, scale):
-    return empty_outputs(qkv)
+    windows = Windows.of(tuple(qkv.shape[1:4]), tuple(settings))
+    return *empty_outputs(qkv), *empty_tables(bias_table, windows)
 
 
 @backward_op.register_fake
-def _(dout, qkv, bias_table, out, lse, settings, scale):
+def _(dout, qkv, bias_table, out, lse, table, codes, settings, scale):
     return (
         torch.empty_like(qkv, memory_format=torch.contiguous_format),
         torch.empty_like(bias_table, memory_format=torch.contiguous_format),
     )
 
 
-def save_for_backward(ctx, inputs, output) -> None:
-    """Keeps what the linear layers around the op keep anyway, plus the log-sum-exp."""
+def save_for_backward(ctx, inputs, output) -> tuple[Tensor, ...]:
+    """Keeps what the linear layers around the op keep anyway, plus the log-sum-exp and the small tables."""
     qkv, bias_table, ctx.settings, ctx.scale = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, bias_table, *output)
+    return qkv, bias_table, *output
 
 
-def backward(ctx, dout: Tensor, _dlse: None) -> tuple:
-    """Gradients of forward_op's arguments; the log-sum-exp is not differentiable."""
-    return *backward_op(dout, *ctx.saved_tensors, ctx.settings, ctx.scale), None, None
+def differentiate(run, ctx, saved, dout: Tensor, *_: None) -> tuple:
+    """Gradients of the op's arguments; of its results only the first is differentiable."""
+    return *run(dout, *saved, ctx.settings, ctx.scale), None, None
 
 
-forward_op.register_autograd(backward, setup_context=save_for_backward)
+attend_once = with_gradient(
+    "window_attention", forward_op, run_forward, backward_op, run_backward, save_for_backward, differentiate
+)
 
 
 @register_flop_formula(torch.ops.bevt_ds.window_attention)
 def forward_flops(qkv, bias_table, settings, *_, **__) -> int:
     """Dense convention: two products over every pair of every window, masked or not."""
     batch, *grid, _, heads, d = qkv
-    return 4 * batch * Windows.of(tuple(grid), settings).dense_pairs * heads * d
+    return 4 * batch * Windows.of(tuple(grid), tuple(settings)).dense_pairs * heads * d
 
 
 @register_flop_formula(torch.ops.bevt_ds.window_attention_backward)
-def backward_flops(dout, qkv, bias_table, out, lse, settings, *_, **__) -> int:
+def backward_flops(dout, qkv, bias_table, out, lse, table, codes, settings, *_, **__) -> int:
     """Five products, the recomputed one included: 2.5 times the forward pass."""
     return forward_flops(qkv, bias_table, settings) * 5 // 2
 
 
 def window_attention(qkv: Tensor, bias_table: Tensor, windows: Windows, scale: float) -> Tensor:
     """`reference.window_attention` by the kernels; d is 16 or 32, the dtype fp32, fp16 or bf16."""
-    return forward_op(qkv, bias_table, windows.settings(), scale)[0]
+    return attend_once(qkv, bias_table, windows.settings(), scale)[0]

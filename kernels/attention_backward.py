@@ -326,7 +326,7 @@ def launch_small(
     dqkv = torch.empty_like(qkv)
     pairs = table.new_empty((groups, heads, windows.tokens, windows.tokens))
     tensors = (qkv, table, codes, out, lse, dout, dqkv, pairs)
-    sizes = (scale, heads, batch, groups, *windows.scalars())
+    sizes = (scale, heads, batch, groups, *windows.scalars)
     tile = small_tiles(windows.tokens, qkv.dtype)
     launch(window_attention_bwd_small_kernel, (groups * heads,), *tensors, *sizes, D=d, **tile)
     return dqkv, pairs
@@ -355,7 +355,7 @@ def launch_pairs(
     groups = pair_groups(batch * windows.whole, heads * squares)
     pairs = table.new_empty((groups, heads, windows.tokens, windows.tokens))
     tensors = (qkv, table, codes, lse, dout, delta, pairs)
-    sizes = (scale, heads, batch, groups, *windows.scalars())
+    sizes = (scale, heads, batch, groups, *windows.scalars)
     launch(window_attention_bwd_pairs_kernel, (groups * heads * squares,), *tensors, *sizes, D=d, **tile)
     return pairs
 

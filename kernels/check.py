@@ -70,7 +70,7 @@ def record_attention(windows: Windows, dtype: torch.dtype, width: int) -> None:
     """Forward and backward of one geometry and width of heads; the kernels do not depend on batch or heads."""
     qkv = torch.empty((1, *windows.grid, 3, 4, width), dtype=dtype, device="meta")
     table = torch.empty((windows.table_rows, 4), dtype=torch.float32, device="meta")
-    out, lse = attention.launch_forward(qkv, table, windows, width**-0.5)
+    out, lse, *_ = attention.launch_forward(qkv, table, windows, width**-0.5)
     for table_dtype in DTYPES:
         bias_table = table.to(table_dtype)
         tables = attention.launch_prepare(bias_table, windows)

@@ -6,8 +6,8 @@ is a grid of boxes, the *regions*, and attention runs in each of them with no ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Self
 
@@ -57,12 +57,12 @@ class Windows:
             if not 0 <= getattr(self, name)[axis] < size:
                 raise ValueError(f"{name} {getattr(self, name)} must be within [0, {self.window})")
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens of a whole window, N."""
         return prod(self.window)
 
-    @property
+    @cached_property
     def bias_box(self) -> Size3:
         """The box of tokens in which a token's number in the window gives its place for the bias."""
         if not self.bias_by_number:
@@ -70,27 +70,27 @@ class Windows:
         _, height, width = self.table_window
         return -(-self.tokens // (height * width)), height, width
 
-    @property
+    @cached_property
     def counts(self) -> Size3:
         """Windows along each axis."""
         return tuple(e // w for e, w in zip(self.grid, self.window, strict=True))
 
-    @property
+    @cached_property
     def whole(self) -> int:
         """Windows of one sample."""
         return prod(self.counts)
 
-    @property
+    @cached_property
     def regions(self) -> int:
         """Boxes of tokens that attend to each other, in one sample."""
         return prod(n + (m > 0) for n, m in zip(self.counts, self.mask_shift, strict=True))
 
-    @property
+    @cached_property
     def shapes(self) -> int:
         """Rows of the kernels' table of codes: 3 parts for each axis from the first one that is cut."""
         return next((3 ** (3 - axis) for axis in range(3) if self.mask_shift[axis]), 1)
 
-    @property
+    @cached_property
     def wraps(self) -> bool:
         """Whether a region can straddle the edge over which the shift rolls the map."""
         return any(s and s != m for s, m in zip(self.shift, self.mask_shift, strict=True))
@@ -124,11 +124,13 @@ class Windows:
         return [*self.window, *self.table_window, *self.shift, *self.mask_shift, int(self.bias_by_number)]
 
     @classmethod
-    def of(cls, grid: Size3, settings: Sequence[int]) -> Self:
-        """The inverse of `settings`."""
+    @lru_cache(maxsize=256)
+    def of(cls, grid: Size3, settings: tuple[int, ...]) -> Self:
+        """The inverse of `settings`; kept, as every call of an operator asks for it."""
         window, table_window, shift, mask_shift = (tuple(settings[i : i + 3]) for i in range(0, 12, 3))
         return cls(grid, window, table_window, shift, mask_shift, bool(settings[12]))
 
+    @cached_property
     def scalars(self) -> tuple[int, ...]:
         """The kernels' geometry arguments, in the order of `tiles.GEOMETRY`."""
         return (*self.grid, *self.window, *self.shift, *self.mask_shift, self.table_rows)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .configs import cross_entropy_tiles
+from .dispatch import custom_op, with_gradient
 from .launches import launch
 
 CHUNK_BYTES = 512 * 2**20  # of logits; BEVT's base step of 8 clips and 64 images needs 0.3 GB
@@ -100,8 +101,7 @@ def membership(h: Tensor, segments: Sequence[int]) -> Tensor:
     return member
 
 
-@torch.library.custom_op("bevt_ds::masked_cross_entropy", mutates_args=())
-def forward_op(
+def run_forward(
     h: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -131,8 +131,7 @@ def gradients(
     return dh, dweight, dloss @ (member.t() @ dlogits).float()
 
 
-@torch.library.custom_op("bevt_ds::masked_cross_entropy_backward", mutates_args=())
-def backward_op(
+def run_backward(
     dloss: Tensor,
     h: Tensor,
     weight: Tensor,
@@ -158,6 +157,10 @@ def backward_op(
     return dh, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
+forward_op = custom_op("masked_cross_entropy", run_forward)
+backward_op = custom_op("masked_cross_entropy_backward", run_backward)
+
+
 @forward_op.register_fake
 def _(h, weight, bias, target, segments, keep_grad):
     sums = h.new_empty(len(segments), dtype=torch.float32)
@@ -170,19 +173,20 @@ def _(dloss, h, weight, bias, target, dlogits, segments):
     return torch.empty_like(h), torch.empty_like(weight), torch.empty_like(bias)
 
 
-def save_for_backward(ctx, inputs, output) -> None:
+def save_for_backward(ctx, inputs, output) -> tuple[Tensor, ...]:
     """The inputs, and the logits' gradient where it exists."""
     *tensors, ctx.segments, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
+    return *tensors, output[2]
 
 
-def backward(ctx, dloss: Tensor | None, _dhits: None, _dlogits: None) -> tuple:
-    """Gradients of forward_op's arguments; only the loss sums are differentiable."""
-    return *backward_op(dloss, *ctx.saved_tensors, ctx.segments), None, None, None
+def differentiate(run, ctx, saved, dloss: Tensor, *_: None) -> tuple:
+    """Gradients of the op's arguments; only the loss sums are differentiable."""
+    return *run(dloss, *saved, ctx.segments), None, None, None
 
 
-forward_op.register_autograd(backward, setup_context=save_for_backward)
+loss_once = with_gradient(
+    "masked_cross_entropy", forward_op, run_forward, backward_op, run_backward, save_for_backward, differentiate
+)
 
 
 @register_flop_formula(torch.ops.bevt_ds.masked_cross_entropy)
@@ -206,5 +210,5 @@ def masked_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if casts else h.dtype
     h, weight, bias = (x.to(dtype) for x in (h, weight, bias))
     keep_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
-    loss_sums, hits, _ = forward_op(h.contiguous(), weight, bias, target.contiguous(), segments, keep_grad)
+    loss_sums, hits, _ = loss_once(h.contiguous(), weight, bias, target.contiguous(), segments, keep_grad)
     return loss_sums, hits

@@ -39,7 +39,7 @@ def launch_regions(kernel: Any, tensors: tuple[Tensor, ...], tiles: Tiles, windo
     batch, heads, d = tensors[0].shape[0], *tensors[0].shape[5:]
     programs = batch * windows.regions * heads
     splits = tiles.splits(programs, windows.tokens)
-    sizes = (scale, heads, splits, *windows.scalars())
+    sizes = (scale, heads, splits, *windows.scalars)
     options = {"D": d, "WRAP": windows.wraps, **tiles.options()}
     launch(kernel, (programs * splits,), *tensors, *sizes, **options)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .configs import PROGRAMS
+from .dispatch import custom_op, with_gradient
 from .launches import launch
 
 BLOCK_ROWS = 16
@@ -128,28 +129,30 @@ def launch_scatter(dout: Tensor, index: Tensor, count: int) -> Tensor:
     return dx
 
 
-@torch.library.custom_op("bevt_ds::insert_mask_tokens", mutates_args=())
-def insert_op(x: Tensor, mask_token: Tensor, mask: Tensor) -> Tensor:
+def run_insert(x: Tensor, mask_token: Tensor, mask: Tensor) -> Tensor:
     """`reference.insert_mask_tokens`."""
     return launch_insert(x.contiguous(), mask_token.contiguous(), mask.contiguous())
 
 
-@torch.library.custom_op("bevt_ds::insert_mask_tokens_backward", mutates_args=())
-def insert_backward_op(dout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def run_insert_backward(dout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """dx, and dtoken in fp32."""
     return launch_insert_backward(dout.contiguous(), mask.contiguous())
 
 
-@torch.library.custom_op("bevt_ds::gather_masked", mutates_args=())
-def gather_op(x: Tensor, index: Tensor) -> Tensor:
+def run_gather(x: Tensor, index: Tensor) -> Tensor:
     """`reference.gather_masked`."""
     return launch_gather(x.contiguous(), index.contiguous())
 
 
-@torch.library.custom_op("bevt_ds::scatter_masked", mutates_args=())
-def scatter_op(dout: Tensor, index: Tensor, count: int) -> Tensor:
+def run_scatter(dout: Tensor, index: Tensor, count: int) -> Tensor:
     """The gather's transpose."""
     return launch_scatter(dout.contiguous(), index.contiguous(), count)
+
+
+insert_op = custom_op("insert_mask_tokens", run_insert)
+insert_backward_op = custom_op("insert_mask_tokens_backward", run_insert_backward)
+gather_op = custom_op("gather_masked", run_gather)
+scatter_op = custom_op("scatter_masked", run_scatter)
 
 
 @insert_op.register_fake
@@ -173,33 +176,37 @@ def _(dout, index, count):
     return dout.new_empty((count, dout.shape[1]))
 
 
-def save_mask(ctx, inputs, output) -> None:
+def save_mask(ctx, inputs, output) -> tuple[Tensor]:
     """The mask, and the dtype of the token's gradient."""
     _, mask_token, mask = inputs
     ctx.token_dtype = mask_token.dtype
-    ctx.save_for_backward(mask)
+    return (mask,)
 
 
-def insert_backward(ctx, dout: Tensor) -> tuple:
+def insert_backward(run, ctx, saved, dout: Tensor) -> tuple:
     """Gradients of x, mask_token, mask."""
-    dx, dtoken = insert_backward_op(dout, *ctx.saved_tensors)
+    dx, dtoken = run(dout, *saved)
     return dx, dtoken.to(ctx.token_dtype), None
 
 
-def save_index(ctx, inputs, output) -> None:
+def save_index(ctx, inputs, output) -> tuple[Tensor]:
     """The index, and how many rows x has."""
     x, index = inputs
     ctx.count = x.shape[0]
-    ctx.save_for_backward(index)
+    return (index,)
 
 
-def gather_backward(ctx, dout: Tensor) -> tuple:
+def gather_backward(run, ctx, saved, dout: Tensor) -> tuple:
     """Gradients of x and index."""
-    return scatter_op(dout, *ctx.saved_tensors, ctx.count), None
+    return run(dout, *saved, ctx.count), None
 
 
-insert_op.register_autograd(insert_backward, setup_context=save_mask)
-gather_op.register_autograd(gather_backward, setup_context=save_index)
+insert_once = with_gradient(
+    "insert_mask_tokens", insert_op, run_insert, insert_backward_op, run_insert_backward, save_mask, insert_backward
+)
+gather_once = with_gradient(
+    "gather_masked", gather_op, run_gather, scatter_op, run_scatter, save_index, gather_backward
+)
 
 
 @register_flop_formula(
@@ -217,9 +224,9 @@ def no_flops(*_, **__) -> int:
 
 def insert_mask_tokens(x: Tensor, mask_token: Tensor, mask: Tensor) -> Tensor:
     """`reference.insert_mask_tokens` by the kernels."""
-    return insert_op(x, mask_token, mask)
+    return insert_once(x, mask_token, mask)[0]
 
 
 def gather_masked(x: Tensor, index: Tensor) -> Tensor:
     """`reference.gather_masked` by the kernels."""
-    return gather_op(x, index)
+    return gather_once(x, index)[0]

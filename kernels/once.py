@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ class _Refusal(torch.autograd.Function):
         )
 
 
+def refuse(op: str, link: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients that `op` returns under create_graph=True; `link` leads autograd to the op."""
+    return _Refusal.apply(op, link, *(None if grad is None else grad.detach() for grad in grads))
+
+
 class _Once(torch.autograd.Function):
     """Tensors as they are, and an empty one that leads autograd to them without keeping them in memory."""
 
@@ -37,7 +43,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _link: None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # under create_graph=True
-            grads = _Refusal.apply(ctx.op, *ctx.saved_tensors, *(None if g is None else g.detach() for g in grads))
+            grads = refuse(ctx.op, *ctx.saved_tensors, grads)
         return None, *grads
 
 

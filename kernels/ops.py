@@ -1,6 +1,6 @@
 """The public functions: resolve the provider, check what it needs, call it. Each can be differentiated once.
 
-Kernels load when first used: they need the package triton.
+Kernels load when first used: they need the package triton. They refuse a second derivative themselves, see dispatch.py.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def window_attention(
     if _runs_kernels(provider, qkv):
         _check_for_kernels(qkv)
         from .attention import window_attention as run
-    else:
-        run = torch_ops.window_attention
-    return run(*differentiable_once("window_attention", qkv, bias_table), windows, scale)
+
+        return run(qkv, bias_table, windows, scale)
+    return torch_ops.window_attention(*differentiable_once("window_attention", qkv, bias_table), windows, scale)
 
 
 def insert_mask_tokens(x: Tensor, mask_token: Tensor, mask: Tensor, provider: str = "auto") -> Tensor:
@@ -78,18 +78,18 @@ def insert_mask_tokens(x: Tensor, mask_token: Tensor, mask: Tensor, provider: st
         raise ValueError(f"mask {tuple(mask.shape)} does not divide the tokens {tuple(x.shape)}")
     if _runs_kernels(provider, x):
         from .mask_tokens import insert_mask_tokens as run
-    else:
-        run = torch_ops.insert_mask_tokens
-    return run(*differentiable_once("insert_mask_tokens", x, mask_token), mask)
+
+        return run(x, mask_token, mask)
+    return torch_ops.insert_mask_tokens(*differentiable_once("insert_mask_tokens", x, mask_token), mask)
 
 
 def gather_masked(x: Tensor, index: Tensor, provider: str = "auto") -> Tensor:
     """Rows of x (N, C) at index int64 (R,) -> (R, C). Index -1 pads and gives zeros; others are unique."""
     if _runs_kernels(provider, x):
         from .mask_tokens import gather_masked as run
-    else:
-        run = torch_ops.gather_masked
-    return run(*differentiable_once("gather_masked", x), index)
+
+        return run(x, index)
+    return torch_ops.gather_masked(*differentiable_once("gather_masked", x), index)
 
 
 def masked_cross_entropy(
@@ -112,6 +112,7 @@ def masked_cross_entropy(
         raise ValueError(f"segments {tuple(segments)} do not sum to the {h.shape[0]} rows")
     if _runs_kernels(provider, h):
         from .head_loss import masked_cross_entropy as run
-    else:
-        run = torch_ops.masked_cross_entropy
-    return run(*differentiable_once("masked_cross_entropy", h, weight, bias), target, tuple(segments))
+
+        return run(h, weight, bias, target, tuple(segments))
+    tensors = differentiable_once("masked_cross_entropy", h, weight, bias)
+    return torch_ops.masked_cross_entropy(*tensors, target, tuple(segments))
