@@ -18,7 +18,7 @@ from typing import TypeVar
 from bevt_ds.disk import DiskError, cannot_write, free_bytes, in_words
 from bevt_ds.errors import UserError
 from bevt_ds.folders import MANIFEST, checkpoints
-from bevt_ds.runtime.checkpoint import Facts, as_manifest, name_of
+from bevt_ds.runtime.checkpoint import Facts, as_manifest, find_damage, name_of
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.manifest import entry_of, read_manifest, sealed
 
@@ -66,6 +66,8 @@ def save(
         if ranks.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         raise
+    if ranks.broadcast(ranks.is_main and bool(_superseded(root, facts.step, keep))):
+        _require_as_written(final, ranks)
     together(lambda: _prune(root, facts.step, keep) if ranks.is_main else None)
     return final
 
@@ -128,15 +130,31 @@ def _publish(aside: Path, final: Path, manifest: str) -> None:
     sync(final.parent)
 
 
-def _prune(root: Path, step: int, keep: int) -> None:
-    """Remove old checkpoints. Later ones than `step` were passed over on resume, so they do not count. On rank 0."""
+def _require_as_written(final: Path, ranks: Ranks) -> None:
+    """Read a checkpoint again from the disk, before others are removed for it. Collective.
+
+    Raises:
+        DiskError: on all ranks, where it is not what was written.
+    """
+    for path in sorted(path for path in final.rglob("*") if path.is_file()):
+        forget(path)
+    if damage := find_damage(final, ranks):
+        others = ", ".join(folder.name for folder in checkpoints(final.parent) if folder != final)
+        kept = f"Kept: {others}; resume=auto continues there."
+        raise DiskError(f"{final} is not as it was written: {damage}.", kept)
+
+
+def _superseded(root: Path, step: int, keep: int) -> list[Path]:
+    """Old checkpoints. Later ones than `step` were passed over on resume, so they do not count. On rank 0."""
     commits = [folder for folder in checkpoints(root) if folder.name <= name_of(step)]
     best = lowest_loss(commits)
-    for old in commits[keep:]:
-        if old != best:
-            remove(old)
-    for replaced in root.glob(f"{ASIDE}before-*"):
-        remove(replaced)
+    return [old for old in commits[keep:] if old != best] + list(root.glob(f"{ASIDE}before-*"))
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    """Remove old checkpoints. On rank 0."""
+    for old in _superseded(root, step, keep):
+        remove(old)
 
 
 def lowest_loss(commits: Sequence[Path]) -> Path | None:
@@ -164,3 +182,13 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def forget(path: Path) -> None:
+    """Have the next read of a file come from the disk, not from this machine's memory, as far as that can be had."""
+    with suppress(OSError):  # one that cannot be opened is damaged, which is found next
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)

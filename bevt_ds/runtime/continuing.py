@@ -14,6 +14,7 @@ from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.pieces import AVERAGE
+from bevt_ds.runtime.run_record import RECORD, other_versions
 
 Start = tuple[Path, checkpoint.Facts]  # a checkpoint and what it says of its run
 Build = Callable[[Any], Engine]  # of a configuration
@@ -57,10 +58,15 @@ def go_on(
     return config, saved.changes + checkpoint.overrides(saved.config, config, saved.step), skips
 
 
-def print_changes(changes: Sequence[checkpoint.Change]) -> None:
-    """Say what the run overrides, and since when."""
+def print_changes(changes: Sequence[checkpoint.Change], start: Start | None = None) -> None:
+    """Say what the run overrides, and since when; and which packages are of other versions than where it goes on."""
     for change in changes:
         print(f"from step {change['step']} on, {change['key']}: {change['from']} -> {change['to']}", flush=True)
+    if not start:
+        return
+    folder, saved = start
+    if others := other_versions(folder.absolute().parents[1] / RECORD, saved.step):
+        print(f"warning: other versions than those that committed step {saved.step}: {', '.join(others)}", flush=True)
 
 
 def require_steps(first_step: int, steps: int) -> None:

@@ -89,6 +89,19 @@ def read_record(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} cannot be read ({error.strerror}): move it away.") from error
 
 
+def other_versions(path: Path, step: int) -> list[str]:
+    """What is of another version now than when `step` was committed, each as `torch 2.12.0 -> 2.13.0`.
+
+    path: run.json of the run that committed it. A record that is missing or damaged says nothing.
+    """
+    with suppress(UserError, KeyError, TypeError, AttributeError):
+        *_, then = ({}, *(entry["versions"] for entry in read_record(path) if entry["first_step"] < step))
+        here = versions()
+        both = sorted((then.keys() & here.keys()) - {"system"})
+        return [f"{name} {then[name]} -> {here[name]}" for name in both if then[name] != here[name]]
+    return []
+
+
 def now() -> str:
     """The time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -413,7 +413,7 @@ def _run(
             if ranks.is_main:
                 run_dir.write_config(folder, config, changes, ds_values)
         if ranks.is_main:
-            print_changes(changes)
+            print_changes(changes, start)
             print("\n".join([opening(task, provider), *filter(None, [task.describe()])]), flush=True)
         batches = iter(task.loader)
         with RunLog(folder, ranks, setup.first_step, config.log.names) as log:

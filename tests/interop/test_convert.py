@@ -25,6 +25,7 @@ from bevt_ds import BEVT, UserError, VideoClassifier, VideoSwin, cli
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.config.schema import FinetuneConfig
+from bevt_ds.errors import NonFiniteError
 from bevt_ds.interop import references
 from bevt_ds.interop.convert import convert, hints
 from bevt_ds.model.arch import SwinArch
@@ -207,6 +208,17 @@ def test_missing_tensor_is_named_and_nothing_written(name, cut, check, made, tmp
         save_file(state, folder / "model.safetensors")
     with pytest.raises(UserError, match=rf"lacks \S*{re.escape(cut)}: nothing was written"):
         convert(folder, tmp_path / "out", "bevt", check=check)
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_weights_that_are_not_finite_are_not_converted(check, made, tmp_path):
+    shutil.copytree(made[0] / "classifier", tmp_path / "part")
+    state = load_file(tmp_path / "part" / "model.safetensors")
+    state["head.bias"][1] = float("nan")
+    save_file(state, tmp_path / "part" / "model.safetensors")
+    with pytest.raises(NonFiniteError, match="part: head.bias of the weights are not finite: nothing is written"):
+        convert(tmp_path / "part", tmp_path / "out", "bevt", check=check)
     assert [path.name for path in tmp_path.iterdir()] == ["part"]
 
 

@@ -15,12 +15,14 @@ from torch import Tensor
 from bevt_ds import cli
 from bevt_ds.config.parse import set_value
 from bevt_ds.config.recipes import get_recipe
+from bevt_ds.exit_codes import DISK, NON_FINITE
 from bevt_ds.folders import MANIFEST
 from bevt_ds.model.tensor_file import write_tensors
 from bevt_ds.runtime.checkpoint import Facts
 from bevt_ds.runtime.commit import save
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.pieces import SavedPieces, Snapshot
+from tests.training.disk_runs import refusing
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 FACTS = Facts(step=1, world=1, stage=2, config=get_recipe("demo"), data="abc", skips={}, loss=2.5)
@@ -116,6 +118,25 @@ def test_weights_of_a_checkpoint_are_exported(tmp_path, capsys, options, value):
     assert {name: list(tensor.shape) for name, tensor in got.items()} == {**SHAPES, "frozen": [2]}
     assert torch.equal(got["a.weight"], torch.full((2, 3), value))
     assert (tmp_path / "out" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(("options", "kind"), [([], "average"), (["--raw"], "weights")])
+def test_checkpoint_that_is_not_finite_is_not_exported(tmp_path, capsys, options, kind):
+    """A run commits none, but an earlier version may have."""
+    commit(tmp_path / "run", **{f"{kind}__b": torch.tensor([1.0, float("inf"), 1.0, 1.0])})
+    out = tmp_path / "out"
+    assert cli.main(["checkpoint", "export", str(tmp_path / "run"), str(out), *options]) == NON_FINITE
+    assert "step-00000001: b of the weights are not finite: nothing is written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_export_on_a_full_disk_leaves_nothing(tmp_path, capsys):
+    folder, out = commit(tmp_path / "run"), tmp_path / "out"
+    with refusing("model.safetensors"):
+        assert cli.main(["checkpoint", "export", str(folder), str(out)]) == DISK
+    said = capsys.readouterr().err
+    assert f"cannot write {out}: " in said and f"Kept: {folder}." in said and said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_mistakes_of_the_checkpoint_command_are_named(tmp_path, capsys):

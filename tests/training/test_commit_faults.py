@@ -349,6 +349,32 @@ def test_damaged_commit_does_not_count_for_retention(tmp_path):
     assert [path.name[-1] for path in checkpoints(tmp_path)] == ["9"]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_nothing_is_removed_for_a_commit_that_the_disk_gives_back_otherwise(tmp_path, monkeypatch, world):
+    """All ranks say so, and the run would continue from the one before."""
+    commit_step(tmp_path, 1, keep=1)
+    publish = commit._publish
+
+    def publish_and_spoil(aside: Path, final: Path, text: str) -> None:
+        publish(aside, final, text)
+        (final / "state" / "counters.json").write_text("0")
+
+    monkeypatch.setattr(commit, "_publish", publish_and_spoil)
+
+    def work(ranks: Ranks) -> str:
+        with pytest.raises(DiskError) as caught:
+            commit_step(tmp_path, 2, keep=1, ranks=ranks)
+        return str(caught.value)
+
+    (said,) = set(on_ranks(world, work))
+    assert said.startswith(f"{tmp_path}/step-00000002 is not as it was written: state/counters.json has")
+    assert said.endswith("Kept: step-00000001; resume=auto continues there.")
+    monkeypatch.undo()
+    assert newest_valid(tmp_path, ALONE)[1].step == 1
+    commit_step(tmp_path, 2, keep=1)
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["2"]
+
+
 def test_file_times_and_pointers_do_not_choose_the_commit(tmp_path):
     for step in (2, 10, 7):
         commit_step(tmp_path, step, keep=3)

@@ -11,15 +11,17 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from bevt_ds.exit_codes import DISK, FINISHED, NON_FINITE, NOT_LEARNED, RANK_LOST, STOPPED, USER_ERROR
 from tests.training.preloaded import Forked
 from tests.training.processes import ROOT, SECONDS, environment, start_python, wait_for
+from tests.training.walking import DEADLINE
 
 TESTS = "tests/training"
 BIN = Path(sys.executable).parent
@@ -81,14 +83,14 @@ def test_exit_code_through_each_launcher(through, arrives, code):
 class Launched:
     """Walking ranks under a launcher; all processes that descend from it can be found."""
 
-    def __init__(self, folder: Path, launcher: list[str], world: int) -> None:
+    def __init__(self, folder: Path, launcher: list[str], world: int, extra: Mapping[str, str]) -> None:
         self.folder, self.world, self.mark = folder, world, uuid.uuid4().hex
         self.output = folder / "output"
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 [*launcher, f"{TESTS}/walking.py", str(folder)],
                 cwd=ROOT,
-                env=environment(MARK=self.mark),
+                env=environment(MARK=self.mark, **extra),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -131,8 +133,8 @@ class Launched:
 def launched(tmp_path) -> Iterator[Callable[[list[str], int], Launched]]:
     made = []
 
-    def launch(launcher: list[str], world: int) -> Launched:
-        made.append(Launched(tmp_path, launcher, world))
+    def launch(launcher: list[str], world: int, extra: Mapping[str, str] = MappingProxyType({})) -> Launched:
+        made.append(Launched(tmp_path, launcher, world, extra))
         return made[-1]
 
     yield launch
@@ -170,6 +172,31 @@ def test_signals_through_each_launcher(launched, launcher, number, to, arrives):
     assert run.process.wait(SECONDS) == arrives, run.output.read_text()
     run.until(lambda: not run.descendants())
     assert len(run.stopped()) == 1
+
+
+FROZEN_SECONDS = 15
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("launcher", "arrives"),
+    [(DEEPSPEED, {RANK_LOST, 256 - signal.SIGKILL}), (TORCHRUN, {1})],  # deepspeed: of the rank that it sees first
+    ids=["deepspeed", "torchrun"],
+)
+def test_lost_rank_under_each_launcher(launched, launcher, arrives, number):
+    """The other one ends and names a frozen one, which is gone too, as is all else of the launcher's.
+
+    That a killed one is named does not show here: its launcher may end the other one first.
+    """
+    port = ["--master_port", free_port()] if launcher is DEEPSPEED else []
+    run = launched([*launcher, *port], 2, {DEADLINE: str(FROZEN_SECONDS)})
+    run.wait_for_steps()
+    os.kill(run.pid(1), number)
+    assert run.process.wait(SECONDS) in arrives, run.output.read_text()
+    run.until(lambda: not run.descendants())
+    if number == signal.SIGSTOP:
+        assert "error: rank 1 has not answered" in run.output.read_text()
 
 
 def send(run: Launched, number: int, to: str) -> None:

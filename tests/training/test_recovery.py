@@ -79,8 +79,11 @@ def stub_engine(spoilt: str) -> Engine:
     optimizer = torch.optim.AdamW(module.parameters())
     module(torch.ones(1, 2)).sum().backward()
     optimizer.step()
+    module.register_buffer("codes", torch.ones(2))
     if spoilt == "weight":
         module.weight.data[0, 1] = float("nan")
+    elif spoilt == "buffer":
+        module.codes[1] = float("nan")
     elif spoilt:
         optimizer.state[module.weight][spoilt][0, 0] = float("inf")
     says = {"zero_optimization_stage": lambda self: 0, "zero_cpu_offload": lambda self: False}
@@ -88,7 +91,7 @@ def stub_engine(spoilt: str) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("spoilt", ["", "weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("spoilt", ["", "weight", "buffer", "exp_avg", "exp_avg_sq"])
 def test_non_finite_weights_are_not_saved(spoilt):
     engine = stub_engine(spoilt)
     with pytest.raises(UserError, match="the loss of step 3 is nan.*resume=auto.*optim.lr"):

@@ -17,11 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.errors import UserError
+from bevt_ds.runtime.checkpoint import Facts
 from bevt_ds.runtime.console import Tee
+from bevt_ds.runtime.continuing import print_changes
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.logging import peak_bytes
 from bevt_ds.runtime.run_log import RunLog
-from bevt_ds.runtime.run_record import RunRecord, commit_of, read_record
+from bevt_ds.runtime.run_record import RunRecord, commit_of, read_record, versions
 from tests.training.processes import environment
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -47,6 +49,26 @@ def test_run_json_appends_each_start(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(UserError, match="run.json is damaged"):
         RunRecord(tmp_path, ALONE, 4)
+
+
+def test_other_versions_than_those_of_a_checkpoint_are_told(tmp_path, capsys):
+    """Of its run's starts, the one that committed it counts: not one that began at its step or later."""
+    folder = tmp_path / "checkpoints" / "step-00000004"
+    here, start = versions(), (folder, Facts(4, 1, 2, get_recipe("demo"), "abc", {}))
+    old = here | {"torch": "1.0", "deepspeed": "0.1", "system": "another", "gone": "3"}
+    starts = [(0, here | {"torch": "0.9"}), (2, old), (4, here)]
+    record = {"starts": [{"first_step": step, "versions": of} for step, of in starts]}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    print_changes((), start)
+    torch_line = f"deepspeed 0.1 -> {here['deepspeed']}, torch 1.0 -> {here['torch']}"
+    assert capsys.readouterr().out == f"warning: other versions than those that committed step 4: {torch_line}\n"
+    for text in (json.dumps({"starts": [record["starts"][2]]}), "{", '{"starts": [1]}', '{"starts": [{}]}'):
+        (tmp_path / "run.json").write_text(text)
+        print_changes((), start)
+        assert capsys.readouterr().out == ""
+    (tmp_path / "run.json").unlink()
+    print_changes((), start)
+    assert capsys.readouterr().out == ""
 
 
 def test_other_ranks_write_no_run_record(tmp_path):

@@ -25,6 +25,7 @@ from bevt_ds.runtime.heartbeat import Heartbeat
 from bevt_ds.runtime.signals import Stopped, StopRequest
 
 PATIENCE = timedelta(seconds=240)
+DEADLINE = "WALKING_DEADLINE"  # in the environment: seconds until a silent rank is missed
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
         choose_rendezvous(os.environ)
         dist.init_process_group("gloo", timeout=PATIENCE)
         ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device("cpu"), dist.group.WORLD)
-        with Heartbeat(ranks, PATIENCE.total_seconds()) as heartbeat:
+        deadline = float(os.environ.get(DEADLINE, PATIENCE.total_seconds()))
+        with Heartbeat(ranks, deadline) as heartbeat:
             stop.before_end = partial(heartbeat.leave, STOPPED)
             try:
                 with stop.training():
