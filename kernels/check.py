@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import attention, attention_backward, head_loss, mask_tokens
+from . import attention, attention_backward, bias_gelu, head_loss, mask_tokens, norms
 from .geometry import Windows
 from .launches import Launch, record
 
@@ -45,6 +45,9 @@ WIDTHS = (
     192,
 )  # channels of stage 1 of the tiny and small, base, and large models; features have 8 times as many
 VOCABULARY = 8192
+PRE_NORM = (96, 128, 256, 512, 1024)  # channels of blocks of the tiny and base models
+POST_NORM = (512, 4096)  # of the giant one
+NORMS = (*PRE_NORM, 2048, 4096, 8192)  # and what their mergings normalise
 WORSE = {"registers": 16, "spills": 0, "shared": 2048}  # growth that the check lets pass
 
 
@@ -94,6 +97,27 @@ def record_masked(width: int, dtype: torch.dtype) -> None:
         head_loss.launch_cross_entropy(empty(1568, VOCABULARY), index, write_grad)
 
 
+def record_norms(channels: int, dtype: torch.dtype) -> None:
+    """Sums and norms of rows of one width; the widest are only normalised, in front of a merging."""
+    x, weight = (torch.empty(*n, channels, dtype=dtype, device="meta") for n in ((2, 8), ()))
+    scale, stats = torch.empty(2, device="meta"), torch.empty(2, 16, device="meta")
+    cases = [(None, None, False)]
+    cases += [(x, None, False), (x, scale, False)] if channels in PRE_NORM else []
+    cases += [(x, scale, True)] if channels in POST_NORM else []
+    for branch, factors, post in cases:
+        norms.launch_add_norm(x, branch, factors, weight, weight, 1e-5, post)
+        norms.launch_add_norm_backward(branch, None if post else x, x, factors, weight, stats)
+
+
+def record_elementwise(width: int, dtype: torch.dtype) -> None:
+    """The scaled sum at the end of a stage, and the GELU of its MLPs."""
+    x, hidden = (torch.empty(2, 8, channels, dtype=dtype, device="meta") for channels in (width, 4 * width))
+    scale, bias = torch.empty(2, device="meta"), hidden.new_empty(4 * width)
+    norms.launch_add_scaled(None, norms.launch_add_scaled(x, x, scale), scale)
+    bias_gelu.launch_bias_gelu(hidden, bias)
+    bias_gelu.launch_bias_gelu_backward(hidden, hidden, bias)
+
+
 def shipped_launches() -> list[Launch]:
     """Every launch that the models make, and those of wide heads, which only other models have."""
     with record() as launches:
@@ -104,6 +128,9 @@ def shipped_launches() -> list[Launch]:
                 record_attention(windows, dtype, 64)
             for width in WIDTHS:
                 record_masked(width, dtype)
+            for channels in NORMS if dtype == torch.bfloat16 else (PRE_NORM[1], POST_NORM[1]):
+                record_norms(channels, dtype)
+            record_elementwise(PRE_NORM[-1], dtype)
     return launches
 
 

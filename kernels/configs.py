@@ -96,3 +96,30 @@ def cross_entropy_tiles(vocabulary: int) -> dict[str, int]:
     """Columns of the logits that a program takes at a time; BEVT's 8192 are one block of 16 KB."""
     block = min(8192, 1 << (vocabulary - 1).bit_length())
     return {"BLOCK": block, "num_warps": 8 if block >= 4096 else 4, "num_stages": 1}
+
+
+SUM = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4}  # of a step of sum_partials_kernel
+NORM_CHANNELS = 16384  # up to which a program's registers hold a row
+ROWS_LEAST = 16  # of a program that sums over rows: fewer, and the partial sums move as much memory as the rows
+
+
+def norm_tiles(channels: int) -> dict[str, int]:
+    """Rows and channels of a step of the norm's kernels: 16 values a thread, 32 of the widest rows."""
+    block = max(16, 1 << (channels - 1).bit_length())
+    return {"ROWS": max(1, min(32, 2048 // block)), "BLOCK_C": block, "num_warps": max(4, min(16, block // 512))}
+
+
+def norm_programs(rows: int, step: int) -> int:
+    """Programs of the norm's backward kernel, `step` rows at a time."""
+    return min(PROGRAMS, -(-rows // max(step, ROWS_LEAST)))
+
+
+def gelu_tiles(channels: int) -> dict[str, int]:
+    """Rows and channels of a step of the GELU's kernels: 16 values a thread."""
+    block = max(16, min(512, 1 << (channels - 1).bit_length()))
+    return {"ROWS": min(32, 2048 // block), "BLOCK_C": block, "num_warps": 4}
+
+
+def gelu_programs(rows: int, across: int, step: int) -> int:
+    """Programs along the rows of the GELU's backward kernel, next to `across` along the channels."""
+    return min(max(1, PROGRAMS // across), -(-rows // max(step, ROWS_LEAST)))

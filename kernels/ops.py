@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import torch_ops
+from .configs import NORM_CHANNELS
 from .geometry import Windows
 from .once import differentiable_once
 from .providers import resolve
@@ -116,3 +117,99 @@ def masked_cross_entropy(
         return run(h, weight, bias, target, tuple(segments))
     tensors = differentiable_once("masked_cross_entropy", h, weight, bias)
     return torch_ops.masked_cross_entropy(*tensors, target, tuple(segments))
+
+
+def _norm_runs_kernels(provider: str, x: Tensor, weight: Tensor) -> bool:
+    """`_runs_kernels`. ValueError where rows and weight differ, or the kernels do not take rows that wide."""
+    if x.shape[-1:] != weight.shape:
+        raise ValueError(f"the weight has shape {tuple(weight.shape)}, the rows of {tuple(x.shape)} another")
+    runs = _runs_kernels(provider, x)
+    if runs and len(weight) > NORM_CHANNELS:
+        raise ValueError(f"kernels='triton' normalises up to {NORM_CHANNELS} channels: use kernels='torch'")
+    return runs
+
+
+def _same_type(x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both terms of a residual sum in the sum's dtype. ValueError where the shapes differ."""
+    if x.shape != branch.shape or (scale is not None and scale.shape != x.shape[:1]):
+        factors = None if scale is None else tuple(scale.shape)
+        raise ValueError(f"a sum of {tuple(x.shape)} and {tuple(branch.shape)}, scale {factors}")
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    return x.to(dtype), branch.to(dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, provider: str = "auto") -> Tensor:
+    """LayerNorm over the channels of x (..., C), with weight and bias (C,) of one dtype, in x's dtype."""
+    if _norm_runs_kernels(provider, x, weight):
+        from .norms import layer_norm as run
+
+        return run(x, weight, bias, eps)
+    return torch_ops.layer_norm(*differentiable_once("layer_norm", x, weight, bias), eps)
+
+
+def add_norm(
+    x: Tensor,
+    branch: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    provider: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A residual sum and its LayerNorm, for blocks with the norm in front of a branch.
+
+    Args:
+        x: (B, ..., C).
+        branch: (B, ..., C), what is added.
+        scale: (B,), a factor of each sample's branch (drop path), or None for 1. It gets no gradient.
+        weight: (C,).
+        bias: (C,), of the weight's dtype.
+
+    Returns:
+        x + scale branch, and its LayerNorm, both in the sum's dtype. Raises ValueError where the shapes do not fit.
+    """
+    x, branch = _same_type(x, branch, scale)
+    if _norm_runs_kernels(provider, x, weight):
+        from .norms import add_norm as run
+
+        return run(x, branch, scale, weight, bias, eps)
+    x, branch, weight, bias = differentiable_once("add_norm", x, branch, weight, bias)
+    return torch_ops.add_norm(x, branch, scale, weight, bias, eps)
+
+
+def norm_add(
+    x: Tensor,
+    branch: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    provider: str = "auto",
+) -> Tensor:
+    """x + scale LN(branch), for blocks with the norm behind a branch; arguments and errors as of `add_norm`."""
+    x, branch = _same_type(x, branch, scale)
+    if _norm_runs_kernels(provider, x, weight):
+        from .norms import norm_add as run
+
+        return run(x, branch, scale, weight, bias, eps)
+    x, branch, weight, bias = differentiable_once("norm_add", x, branch, weight, bias)
+    return torch_ops.norm_add(x, branch, scale, weight, bias, eps)
+
+
+def add_scaled(x: Tensor, branch: Tensor, scale: Tensor | None, provider: str = "auto") -> Tensor:
+    """The residual sum alone: x + scale branch, arguments and errors as of `add_norm`."""
+    x, branch = _same_type(x, branch, scale)
+    if scale is not None and _runs_kernels(provider, x):  # without a scale PyTorch's own sum is one kernel already
+        from .norms import add_scaled as run
+
+        return run(x, branch, scale)
+    return torch_ops.add_scaled(*differentiable_once("add_scaled", x, branch), scale)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, provider: str = "auto") -> Tensor:
+    """GELU (by the error function) of a linear layer: x (..., K), weight (C, K), bias (C,) -> (..., C)."""
+    if _runs_kernels(provider, x):
+        from .bias_gelu import linear_gelu as run
+
+        return run(x, weight, bias)
+    return torch_ops.linear_gelu(*differentiable_once("linear_gelu", x, weight, bias))

@@ -128,3 +128,37 @@ def masked_cross_entropy(
     hits = logits.argmax(-1) == target
     loss_sums = torch.stack([part.sum() for part in losses.split(segments)])
     return loss_sums, torch.stack([part.sum() for part in hits.split(segments)])
+
+
+def add_scaled(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """x + branch, both (B, ..., C), the branch times its sample's factor in scale (B,), which has no gradient."""
+    if scale is None:
+        return x + branch
+    factor = scale.detach().to(branch.dtype).reshape(-1, *[1] * (branch.ndim - 1))
+    return x + branch * factor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x (..., C) less its mean, over its standard deviation, times weight (C,) plus bias (C,)."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred / (variance + eps).sqrt() * weight + bias
+
+
+def add_norm(
+    x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual sum, and its LayerNorm."""
+    total = add_scaled(x, branch, scale)
+    return total, layer_norm(total, weight, bias, eps)
+
+
+def norm_add(x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The residual sum with the branch's LayerNorm in place of the branch."""
+    return add_scaled(x, layer_norm(branch, weight, bias, eps), scale)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """u Phi(u) of u = x W^T + b, with Phi the normal distribution: x (..., K), weight (C, K), bias (C,)."""
+    u = x @ weight.t() + bias
+    return u * (0.5 * (1 + torch.erf(u * 0.5**0.5)))

@@ -168,3 +168,33 @@ def masked_cross_entropy(
     hits = (logits.argmax(-1) == target) & known
     sums = torch.stack([part.sum() for part in losses.split(segments)])
     return sums, torch.stack([part.sum() for part in hits.split(segments)])
+
+
+def add_scaled(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """`reference.add_scaled`."""
+    if scale is not None:
+        branch = branch * scale.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
+    return x + branch
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`reference.layer_norm`."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_norm(
+    x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`reference.add_norm`."""
+    total = add_scaled(x, branch, scale)
+    return total, layer_norm(total, weight, bias, eps)
+
+
+def norm_add(x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`reference.norm_add`."""
+    return add_scaled(x, layer_norm(branch, weight, bias, eps), scale)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`reference.linear_gelu`."""
+    return F.gelu(F.linear(x, weight, bias))

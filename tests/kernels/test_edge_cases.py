@@ -31,7 +31,23 @@ def calls(provider, device, batch):
     index, target = torch.arange(rows, device=device), torch.arange(rows, device=device)
     mask = torch.eye(2, dtype=torch.bool, device=device).expand(batch, 1, 2, 2)
     head = kernels.masked_cross_entropy
+    scale = torch.ones(batch, device=device)
+    sums = {"scale": scale, "provider": provider}
     return {
+        "layer_norm": (partial(kernels.layer_norm, provider=provider), (leaf(batch, 4, 16), leaf(16), leaf(16))),
+        "add_norm": (
+            lambda x, branch, w, b: kernels.add_norm(x, branch, weight=w, bias=b, **sums)[1],
+            (leaf(batch, 4, 16), leaf(batch, 4, 16), leaf(16), leaf(16)),
+        ),
+        "norm_add": (
+            lambda x, branch, w, b: kernels.norm_add(x, branch, weight=w, bias=b, **sums),
+            (leaf(batch, 4, 16), leaf(batch, 4, 16), leaf(16), leaf(16)),
+        ),
+        "add_scaled": (partial(kernels.add_scaled, **sums), (leaf(batch, 4, 16), leaf(batch, 4, 16))),
+        "linear_gelu": (
+            partial(kernels.linear_gelu, provider=provider),
+            (leaf(batch, 4, 16), leaf(20, 16), leaf(20)),
+        ),
         "window_attention": (partial(attend, (1, 2, 2)), (leaf(batch, 1, 4, 4, 3, 2, 16), leaf(9, 2))),
         "window_attention, large": (partial(attend, (2, 6, 6)), (leaf(batch, 2, 6, 6, 3, 1, 16), leaf(363, 1))),
         "insert_mask_tokens": (

@@ -25,16 +25,20 @@ class Block(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.table = nn.Parameter(0.02 * torch.randn(7 * 7, width // 16))
         self.window, self.shift, self.mask_shift = window, shift, mask_shift
         self.provider = provider
 
     def forward(self, x):
-        qkv = self.qkv(self.norms[0](x)).unflatten(-1, (3, -1, 16))
+        first, second = ((norm.weight, norm.bias, norm.eps, self.provider) for norm in self.norms)
+        qkv = self.qkv(kernels.layer_norm(x, *first)).unflatten(-1, (3, -1, 16))
         windows = kernels.Windows(tuple(x.shape[1:4]), self.window, (1, 4, 4), self.shift, self.mask_shift)
-        x = x + self.proj(kernels.window_attention(qkv, self.table, windows, provider=self.provider))
-        return x + self.mlp(self.norms[1](x))
+        branch = self.proj(kernels.window_attention(qkv, self.table, windows, provider=self.provider))
+        scale = torch.full((len(x),), 1.25, device=x.device)
+        x, normed = kernels.add_norm(x, branch, scale, *second)
+        hidden = kernels.linear_gelu(normed, self.fc1.weight, self.fc1.bias, self.provider)
+        return kernels.add_scaled(x, self.fc2(hidden), scale, self.provider)
 
 
 class TwoStages(nn.Module):
