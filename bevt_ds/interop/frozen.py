@@ -27,7 +27,8 @@ class FrozenModel(nn.Module):
         self.arch, number = weights.arch, weights.arch.get("num_classes", 0)
         self.encoder = VideoSwin(**arch.arguments(), kernels=kernels)
         has_stem = any(name.startswith("image_embed.") for name in weights.state)
-        self.image_embed = PatchEmbed((1, *arch.patch[1:]), arch.embed_dim) if has_stem else None
+        stem = (1, *arch.patch[1:]), arch.embed_dim
+        self.image_embed = PatchEmbed(*stem, kernels=kernels) if has_stem else None
         self.head = nn.Linear(arch.width, number) if number else None
         self.classes = tuple(weights.arch.get("classes") or map(str, range(number)))
         self.requires_grad_(False).eval()

@@ -109,7 +109,7 @@ class BEVT(PretrainedMixin, nn.Module):
         self.arch = self.encoder.arch | {"vocab_size": vocab_size, "image_windows": image_windows}
         patch, embed_dim = self.arch["patch"], self.arch["embed_dim"]
         dim = self.encoder.norm.normalized_shape[0]
-        self.image_embed = PatchEmbed((1, *patch[1:]), embed_dim)
+        self.image_embed = PatchEmbed((1, *patch[1:]), embed_dim, kernels=kernels)
         self.mask_token = MaskToken(embed_dim, kernels)
         self.video_decoder = Decoder(dim, frames=patch[0], kernels=kernels)
         self.image_decoder = Decoder(dim, frames=1, kernels=kernels)

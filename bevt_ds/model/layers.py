@@ -34,23 +34,58 @@ def pad_end(x: Tensor, grid: Size3) -> Tensor:
     return F.pad(x, (0, 0, 0, w, 0, h, 0, t)) if t or h or w else x
 
 
-def add_residual(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    """x + branch, the branch scaled per sample: x, branch (B,T,H,W,C), scale (B,) or None for 1."""
-    if scale is not None:
-        branch = branch * scale.to(branch.dtype)[:, None, None, None, None]
-    return x + branch
+class Norm(nn.LayerNorm):
+    """LayerNorm over the channels."""
 
-
-class Mlp(nn.Module):
-    """Linear, GELU (by the error function), Linear."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+    def __init__(self, dim: int, kernels: str = "auto"):
+        super().__init__(dim)
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """(...,C) -> (...,C)."""
-        return self.fc2(self.act(self.fc1(x)))
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, self.kernels)
+
+
+class SumNorm(Norm):
+    """The norm in front of a branch, and the residual sum in front of the norm: one pass over memory."""
+
+    def forward(self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, branch (B,...,C), scale (B,) -> x + scale branch, or x without a branch; and its norm."""
+        if branch is None:
+            return x, super().forward(x)
+        return ops.add_norm(x, branch, scale, self.weight, self.bias, self.eps, self.kernels)
+
+
+class BranchNorm(Norm):
+    """The norm behind a residual branch, and the sum behind the norm. Its initialisation is its own too."""
+
+    def forward(self, x: Tensor, branch: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x, branch (B,...,C), scale (B,) -> x + scale norm(branch)."""
+        return ops.norm_add(x, branch, scale, self.weight, self.bias, self.eps, self.kernels)
+
+
+class LinearGelu(nn.Linear):
+    """Linear, then GELU (by the error function)."""
+
+    def __init__(self, dim: int, hidden: int, kernels: str):
+        super().__init__(dim, hidden)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...,C) -> (...,hidden)."""
+        return ops.linear_gelu(x, self.weight, self.bias, self.kernels)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, dim: int, hidden: int, kernels: str):
+        super().__init__()
+        self.fc1, self.fc2 = LinearGelu(dim, hidden, kernels), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...,C) -> (...,C)."""
+        return self.fc2(self.fc1(x))
 
 
 class PatchProjection(nn.Linear):
@@ -60,11 +95,11 @@ class PatchProjection(nn.Linear):
 class PatchEmbed(nn.Module):
     """Non-overlapping patches to tokens, then LayerNorm. Pixels that a whole patch lacks are zeros at the end."""
 
-    def __init__(self, patch: Size3, dim: int, channels: int = 3):
+    def __init__(self, patch: Size3, dim: int, channels: int = 3, kernels: str = "auto"):
         super().__init__()
         self.patch = patch
         self.proj = PatchProjection(channels * prod(patch), dim)  # columns: channel, time, row, column of the patch
-        self.norm = nn.LayerNorm(dim)
+        self.norm = Norm(dim, kernels)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B,3,T,H,W) pixels -> (B,T',H',W',C) tokens in the parameters' dtype."""
@@ -85,9 +120,9 @@ class PatchEmbed(nn.Module):
 class PatchMerging(nn.Module):
     """Halve height and width, double the channels: 2x2 neighbours side by side, LayerNorm, Linear."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, kernels: str = "auto"):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = Norm(4 * dim, kernels)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,10 +201,6 @@ class WindowAttention(nn.Module):
         return self.proj(x[:, :t, :h, :w])
 
 
-class BranchNorm(nn.LayerNorm):
-    """The norm behind a residual branch: a class of its own because its initialisation is."""
-
-
 class Block(nn.Module):
     """Transformer block: windowed attention, then MLP, each on a residual branch with a LayerNorm.
 
@@ -182,24 +213,44 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.norm = norm
-        make_norm = BranchNorm if norm == "post" else nn.LayerNorm
-        self.norm1 = make_norm(dim)
+        make_norm = BranchNorm if norm == "post" else SumNorm
+        self.norm1 = make_norm(dim, kernels)
         self.attn = WindowAttention(dim, num_heads, window, kernels)
-        self.norm2 = make_norm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = make_norm(dim, kernels)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), kernels)
 
-    def forward(self, x: Tensor, windows: Windows, scales: Tensor | None = None, recompute: Recompute = "") -> Tensor:
-        """(B,T,H,W,C) -> the same shape; `scales` (2,B) multiplies the two branches per sample.
+    def forward(
+        self,
+        x: Tensor,
+        windows: Windows,
+        scales: Tensor | None = None,
+        recompute: Recompute = "",
+        pending: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B,T,H,W,C) -> the same shape and what is still to be added to it, of that shape too, or None.
+
+        A sum is made by the norm that follows: `pending` is what to add to x first, and its scale (B,). What is
+        returned is to be scaled by the second of `scales` (2,B), which multiply the two branches per sample.
 
         `recompute`: "attention" keeps nothing of that branch but its input; "block" is the caller's.
         """
         attn_scale, mlp_scale = (None, None) if scales is None else scales
         attend = again if recompute == "attention" else lambda run, *inputs: run(*inputs)
-        x = add_residual(x, attend(self._attention, x, windows), attn_scale)
-        return add_residual(x, self.norm2(self.mlp(x)) if self.norm == "post" else self.mlp(self.norm2(x)), mlp_scale)
+        if self.norm == "post":
+            x = attend(self._attention_and_norm, x, windows, attn_scale)
+            return self.norm2(x, self.mlp(x), mlp_scale), None
+        x, branch = attend(self._norm_and_attention, x, windows, *pending)
+        x, normed = self.norm2(x, branch, attn_scale)
+        return x, self.mlp(normed)
 
-    def _attention(self, x: Tensor, windows: Windows) -> Tensor:
-        return self.norm1(self.attn(x, windows)) if self.norm == "post" else self.attn(self.norm1(x), windows)
+    def _attention_and_norm(self, x: Tensor, windows: Windows, scale: Tensor | None) -> Tensor:
+        return self.norm1(x, self.attn(x, windows), scale)
+
+    def _norm_and_attention(
+        self, x: Tensor, windows: Windows, branch: Tensor | None, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        x, normed = self.norm1(x, branch, scale)
+        return x, self.attn(normed, windows)
 
 
 @torch.no_grad()

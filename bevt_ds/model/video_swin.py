@@ -6,16 +6,19 @@ Letters: B samples, T' H' W' tokens, C channels of the first stage, L blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+import bevt_ds.kernels as ops
+
 from .arch import SwinArch
 from .drop_path import residual_scales
 from .inputs import CLIPS, IMAGES, look_at_values, require_keys, require_pixels
-from .layers import Block, PatchEmbed, PatchMerging, Recompute, again
+from .layers import Block, Norm, PatchEmbed, PatchMerging, Recompute, again
 from .weights import PretrainedMixin
 from .windows import WindowPolicy, block_windows
 
@@ -25,12 +28,12 @@ class Stage(nn.Module):
 
     def __init__(self, arch: SwinArch, number: int, kernels: str):
         super().__init__()
-        self.window, self.small = arch.window, arch.small_windows
+        self.window, self.small, self.kernels = arch.window, arch.small_windows, kernels
         dim, heads = arch.embed_dim << number, arch.num_heads[number]
         self.blocks = nn.ModuleList(
             Block(dim, heads, arch.window, arch.mlp_ratio, kernels, arch.norm) for _ in range(arch.depths[number])
         )
-        self.downsample = nn.Identity() if number + 1 == len(arch.depths) else PatchMerging(dim)
+        self.downsample = nn.Identity() if number + 1 == len(arch.depths) else PatchMerging(dim, kernels)
 
     def forward(
         self,
@@ -42,14 +45,20 @@ class Stage(nn.Module):
     ) -> Tensor:
         """(B,T',H',W',C) -> the same shape, before merging; `scales` holds a (2,B) per block.
 
-        The backward pass computes `recompute` again, of each `every`-th block.
+        The backward pass computes `recompute` again, of each `every`-th block. What such a block keeps is one map, so
+        the sum in front of it is made here; else the block's first norm makes it.
         """
+        branch = branch_scale = None
         for index, (block, scale) in enumerate(zip(self.blocks, scales, strict=True)):
             shifted = index % 2 == 1
             windows = block_windows(tuple(x.shape[1:4]), self.window, shifted=shifted, policy=policy, small=self.small)
             part = "" if index % every else recompute
-            x = again(block, x, windows, scale) if part == "block" else block(x, windows, scale, part)
-        return x
+            if part and branch is not None:
+                x, branch = ops.add_scaled(x, branch, branch_scale, self.kernels), None
+            run = partial(again, block) if part == "block" else block
+            x, branch = run(x, windows, scale, part, (branch, branch_scale))
+            branch_scale = None if scale is None else scale[1]
+        return x if branch is None else ops.add_scaled(x, branch, branch_scale, self.kernels)
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
@@ -88,9 +97,9 @@ class VideoSwin(PretrainedMixin, nn.Module):
         self.arch = arch.arguments()
         self.depths, self.drop_path = arch.depths, arch.drop_path
         self.checkpointing, self.recompute, self.recompute_every = checkpointing, recompute, recompute_every
-        self.patch_embed = PatchEmbed(arch.patch, arch.embed_dim)
+        self.patch_embed = PatchEmbed(arch.patch, arch.embed_dim, kernels=kernels)
         self.layers = nn.ModuleList(Stage(arch, number, kernels) for number in range(len(arch.depths)))
-        self.norm = nn.LayerNorm(arch.width)
+        self.norm = Norm(arch.width, kernels)
         self.init_weights()
         if compile:
             compile_blocks(self)
