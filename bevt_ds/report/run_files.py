@@ -19,6 +19,9 @@ from bevt_ds.runtime.lock import owner_of
 from bevt_ds.runtime.run_dir import CHANGES, PANELS, SAMPLES, SUMMARY
 from bevt_ds.runtime.run_record import RECORD, read_record
 
+CHANGE = {"step": int, "key": str}  # what entries must hold, and of which kind
+START = {"first_step": int, "devices": list, "versions": dict, "commit": str, "command": str, "outcome": str}
+PNG_END = b"IEND\xaeB`\x82"
 OF_ONE_RUN = {"output_dir", "resume", "dry_run"}  # settings that say nothing of what is trained
 Row = dict[str, Any]
 
@@ -114,12 +117,12 @@ def read_run(folder: Path) -> Run:
         settings=flat(settings),
         recipe_settings=flat(recipe_settings(settings.get("recipe", ""))),
         rows=part(lambda: read_rows(folder / LOG, damage), []),
-        starts=part(lambda: read_record(folder / RECORD), []),
-        changes=part(lambda: read_json(folder / CHANGES, list), []),
-        summary=part(lambda: read_json(folder / SUMMARY, dict), {}),
+        starts=part(lambda: entries(folder / RECORD, read_record(folder / RECORD), START, damage), []),
+        changes=part(lambda: read_changes(folder / CHANGES, damage), []),
+        summary=part(lambda: read_summary(folder / SUMMARY), {}),
         bad=part(lambda: bad_samples(folder / LEDGER), Counter()),
         commits=[part(lambda c=c: read_commit(c), Commit(c.name, -1, 0.0, None)) for c in commits_of(folder)],
-        panels=list(panels_of(folder)),
+        panels=part(lambda: list(panels_of(folder, damage)), []),
         running=part(lambda: owner_of(folder), None),
         damage=damage,
     )
@@ -147,6 +150,36 @@ def read_json(path: Path, kind: type) -> Any:
     return value
 
 
+def entries(path: Path, found: list[Any], kinds: Mapping[str, type], damage: list[str]) -> list[Row]:
+    """Those of a file's entries whose fields, as far as they are there, are of these kinds; the others are damage."""
+    good = [
+        entry
+        for entry in found
+        if isinstance(entry, dict)
+        and all(isinstance(entry[name], kind) for name, kind in kinds.items() if entry.get(name) is not None)
+    ]
+    if len(good) < len(found):
+        damage.append(f"{path}: {len(found) - len(good)} entries cannot be read and are left out")
+    return good
+
+
+def read_changes(path: Path, damage: list[str]) -> list[Row]:
+    """What was overridden on resume; a field that is missing is shown as unknown."""
+    unknown = dict.fromkeys((*CHANGE, "from", "to"), "?")
+    return [unknown | entry for entry in entries(path, read_json(path, list), CHANGE, damage)]
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The closing summary. UserError: it is damaged."""
+    summary = read_json(path, dict)
+    for name, values in summary.items():
+        counts = values.get("id_counts", []) if isinstance(values, dict) else []
+        entropy = values.get("unigram_entropy", 0) if isinstance(values, dict) else 0
+        if not isinstance(counts, list) or not all(map(_is_number, [*counts, entropy])):
+            raise UserError(f"{path} is damaged: {name} has no numbers where they must be")
+    return summary
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted keys, as `key=value` writes them."""
     found: dict[str, Any] = {}
@@ -165,7 +198,7 @@ def read_rows(path: Path, damage: list[str]) -> list[Row]:
     """The lines of log.jsonl by step; no file: none. A torn last line is normal in a run that goes on."""
     if not path.exists():
         return []
-    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows, torn = [], 0
     for line in lines:
         row = _row(line)
@@ -182,16 +215,17 @@ def _row(line: str) -> Row | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    good = isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("waits_for", ""), str)
+    return row if good else None
 
 
 def bad_samples(path: Path) -> Counter[tuple[str, str]]:
     """How often each reason stands in bad_samples.jsonl, by stream; each sample once."""
     places: dict[tuple, tuple[str, str]] = {}
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
         try:
             event = json.loads(line)
-            places[event["stream"], event["shard"], event["key"]] = (event["stream"], event["reason"])
+            places[event["stream"], event["shard"], event["key"]] = (event["stream"], str(event["reason"]))
         except (ValueError, KeyError, TypeError):
             continue  # a line that a kill cut short
     return Counter(places.values())
@@ -204,16 +238,20 @@ def commits_of(folder: Path) -> list[Path]:
 def read_commit(folder: Path) -> Commit:
     """What a checkpoint says of itself; its bytes are not verified here. UserError: its manifest is damaged."""
     manifest = read_json(folder / MANIFEST, dict)
+    if manifest.get("loss") is not None and not _is_number(manifest["loss"]):
+        raise UserError(f"{folder / MANIFEST} is damaged: its loss is no number")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Commit(folder.name, int(folder.name.partition("-")[2]), size / 1e6, manifest.get("loss"))
 
 
-def panels_of(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Images of masked predictions by step, and at last that of the end."""
-    for path in sorted((folder / PANELS).glob("step-*.png")):
-        yield int(path.stem.partition("-")[2]), path
-    if (folder / SAMPLES).exists():
-        yield -1, folder / SAMPLES
+def panels_of(folder: Path, damage: list[str]) -> Iterator[tuple[int, Path]]:
+    """Images of masked predictions by step, and at last that of the end; one that was cut short is damage."""
+    found = [(step, path) for path in (folder / PANELS).glob("step-*.png") if (step := path.stem[5:]).isdecimal()]
+    for step, path in [*sorted((int(step), path) for step, path in found), (-1, folder / SAMPLES)]:
+        if path.exists() and not path.read_bytes().endswith(PNG_END):
+            damage.append(f"{path} is cut short and left out")
+        elif path.exists():
+            yield step, path
 
 
 def _is_number(value: Any) -> bool:

@@ -121,6 +121,12 @@ def test_report_of_several_runs_shows_differing_settings_first(folder, tmp_path)
         ("changes.json", "3", "changes.json is damaged"),
         ("log.jsonl", '{"step": 1}\nx\n[]\n{"st', "log.jsonl: 2 lines cannot be read"),
         ("checkpoints/step-00000020/manifest.json", "", "manifest.json is damaged"),
+        ("checkpoints/step-00000020/manifest.json", '{"loss": []}', "manifest.json is damaged: its loss is no number"),
+        ("summary.json", '{"video": {"id_counts": 3}}', "summary.json is damaged: video has no numbers"),
+        ("changes.json", '[3, {"step": "x"}, {"step": 1}]', "changes.json: 2 entries cannot be read"),
+        ("run.json", '{"starts": [7, {"devices": 1}, {"commit": null}]}', "run.json: 2 entries cannot be read"),
+        ("panels/step-00000010.png", "half of it", "step-00000010.png is cut short and left out"),
+        ("samples.png", "", "samples.png is cut short and left out"),
     ],
 )
 def test_report_names_damage_and_shows_the_rest(folder, name, content, said):
@@ -129,6 +135,24 @@ def test_report_names_damage_and_shows_the_rest(folder, name, content, said):
     assert [problem for problem in run.damage if said in problem] == run.damage != []
     html = render([run])
     assert said in html and "Starts" in html or name == "run.json"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "log.jsonl", "run.json", "summary.json", "changes.json", "samples.png"]
+)
+@pytest.mark.parametrize("part", [0, 0.3, 0.5, 0.95])
+def test_report_of_a_run_with_a_file_that_was_cut_anywhere(folder, name, part):
+    """As a full disk or a lost machine leaves it; a line of the log that is being written is no damage."""
+    content = (folder / name).read_bytes()
+    content = content[: int(part * len(content))]
+    (folder / name).write_bytes(content)
+    (folder / "checkpoints" / "step-00000030").mkdir()  # a commit that has only begun
+    run = read_run(folder)
+    assert all(name in problem for problem in run.damage)
+    assert run.damage or name == "log.jsonl"
+    assert [commit.step for commit in run.commits] == [20]
+    assert name != "log.jsonl" or run.rows == [json.loads(line) for line in content.splitlines() if line[-1:] == b"}"]
+    assert "<h2>Curves</h2>" in render([run])
 
 
 @pytest.mark.parametrize("kept", ["config.json", "log.jsonl", "run.json"])
