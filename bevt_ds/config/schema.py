@@ -154,6 +154,15 @@ class LoopConfig:
         tuple[int, int],
         F("steps skipped as not finite, in a row and in all, after which one more stops the run", resume="free"),
     ] = (5, 50)
+    max_spike: A[
+        float,
+        F(
+            "standard deviations by which a micro-batch's loss may be over those of the last steps, else the step is"
+            " skipped; 0: any; 6 is usual",
+            least=0,
+            resume="override",
+        ),
+    ] = 0.0
     rank_deadline: A[
         float,
         F(

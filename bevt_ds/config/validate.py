@@ -61,6 +61,8 @@ def _rules(config: RunConfig, values: Mapping[str, Any] | None) -> Iterator[str]
         yield from _masters(config, values)
     if isinstance(config, TrainingConfig):
         yield from _loggers(config.log)
+        spikes = "train.max_spike with train.precision=fp16: a step that is left out lowers its loss scale; use bf16."
+        yield from unless(not config.train.max_spike or config.train.precision != "fp16", spikes)
     if isinstance(config, UnlabelledConfig):
         yield from _samples(config.data)
         yield from _unlabelled(config)

@@ -51,6 +51,7 @@ class Held:
     losses: list[Tensor] = field(default_factory=list)
     batches: list[Any] = field(default_factory=list)
     size: int = 0
+    limit: Tensor | None = None  # over which a micro-batch's loss was a spike
 
     def add(self, batch: Any, loss: Tensor) -> None:
         """Hold a micro-step. Nothing waits for the device."""

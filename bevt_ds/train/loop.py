@@ -219,7 +219,7 @@ def train_step(
         PLACE.enter("step", step)
         batch = task.prepare(batch, step, micro_step)
         loss, metrics = task.forward(batch, step, micro_step)
-        task.engine.backward(loss)
+        task.engine.backward(watch.mark(loss) if watch else loss)
         verdict = task.engine.step(step)
         sums.add(metrics)
         held.add(batch, loss)
@@ -273,7 +273,7 @@ def save_step(task: Task, sums: StepSums, step: int, watch: Watch) -> None:
     """Begin to commit what the run is after `step`, whose metrics `sums` are. Collective; see `save_checkpoint`."""
     PLACE.enter("save", step)
     loss = None if watch.was_skipped(step) else task.metrics(sums.totals(task.ranks), step)["loss"]
-    save_checkpoint(task, step + 1, loss)
+    save_checkpoint(task, step + 1, loss, watch.saved())
 
 
 def write_line(task: Task, log: RunLog, speed: SpeedMeter, sums: StepSums, step: int, skipped: bool = False) -> str:
@@ -312,10 +312,12 @@ def report_wait(step: int, share: float, loader: BackgroundLoader, shown: bool =
     return {"waits_for": cause}
 
 
-def save_checkpoint(task: Task, steps_done: int, loss: float | None) -> None:
+def save_checkpoint(
+    task: Task, steps_done: int, loss: float | None, write_more: Callable[[Path], object] = lambda folder: None
+) -> None:
     """Begin to commit a checkpoint: each rank's pieces, the task's own part, and the weights on their own. Collective.
 
-    loss: of the last step; None: it was skipped.
+    loss: of the last step; None: it was skipped. write_more: writes what else belongs to it, on rank 0.
 
     Raises:
         UserError: the loss, or something that would be saved, is not a finite number. Nothing is saved then.
@@ -333,6 +335,7 @@ def save_checkpoint(task: Task, steps_done: int, loss: float | None) -> None:
 
     def write_weights(folder: Path) -> None:
         if rank == 0:
+            write_more(folder)
             with SavedPieces(folder / TAG) as saved:
                 task.engine.module.save_pretrained(folder / run_dir.WEIGHTS, saved.weights(), task.trained_streams)
 

@@ -10,25 +10,27 @@ import json
 import math
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from bevt_ds.config.validate import micro_steps
 from bevt_ds.disk import DiskError
 from bevt_ds.errors import NonFiniteError
 from bevt_ds.folders import CHECKPOINTS, checkpoints
 from bevt_ds.model.tensor_file import SHOWN, not_finite, some
 from bevt_ds.runtime import bundle
-from bevt_ds.runtime.bundle import FOLDER, REPORT, Held
+from bevt_ds.runtime.bundle import FOLDER, REPORT, Held, Place
 from bevt_ds.runtime.checkpoint import Facts, name_of
 from bevt_ds.runtime.commit import save
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.guard import Verdict
 from bevt_ds.runtime.logging import StepSums
+from bevt_ds.train.spikes import Spikes
 
 if TYPE_CHECKING:
     from bevt_ds.train.loop import Task
@@ -84,11 +86,23 @@ class Watch:
         self._folder = task.setup.folder / FOLDER
         earlier = [p for p in self._folder.glob("step-*") if p.name < name_of(task.setup.first_step)]
         whole = sum((folder / bundle.MODEL).is_dir() for folder in earlier)
+        self._spikes = spikes_of(task)
         self._row, (self._all, self._whole) = 0, task.ranks.broadcast((len(earlier), whole))
         self._last: int | None = None  # the step that was skipped last
 
+    def mark(self, loss: Tensor) -> Tensor:
+        """A micro-batch's share of the loss, NaN where it is a spike."""
+        return self._spikes.mark(loss) if self._spikes else loss
+
+    def saved(self) -> Callable[[Path], None]:
+        """What writes what is known of earlier losses into a checkpoint."""
+        return self._spikes.saved() if self._spikes else lambda folder: None
+
     def note(self, held: Held, verdict: Verdict, sums: StepSums) -> None:
         """A step is done, or on its way, with these sums of its metrics."""
+        if self._spikes:
+            held.limit = self._spikes.limit
+            self._spikes.after_step()
         self._pending.append((held, verdict, sums))
         while len(self._pending) > (verdict.ready is not None):
             self._judge(*self._pending.popleft())
@@ -157,13 +171,16 @@ class Watch:
     def _report(self, held: Held, losses: list[list[float]]) -> dict[str, Any]:
         """What is known of a step that was skipped; numbers that are not finite as text. Collective."""
         setup, engine, ranks = self._task.setup, self._task.engine, self._task.ranks
-        full = self._whole >= bundle.WHOLE
-        batches = [] if full else bundle.choose(losses, ranks.gather(held.sizes()))
+        limit = math.inf if held.limit is None else float(held.limit)
+        why = f"the run has {bundle.WHOLE} bundles with them" if self._whole >= bundle.WHOLE else ""
+        why = why or ("its numbers are finite, its loss is a spike" if spiked(losses, limit) else "")
+        batches = [] if why else bundle.choose(losses, ranks.gather(held.sizes()))
         return {
             "step": held.step,
             "plan_step": held.step + setup.config.train.skip_steps,
             "precision": setup.config.train.precision,
             "stage": engine.stage,
+            "limit": plain(limit),  # over which a micro-batch's share of the loss, times their number, is a spike
             "losses": [[plain(loss) for loss in own] for own in losses],  # by rank and micro-step
             "keys": ranks.gather(held.keys),
             "norms": {name: plain(norm) for name, norm in engine.guard.norms().items()},
@@ -171,7 +188,7 @@ class Watch:
             "device": ranks.device.type,
             "loss_scale": engine.guard.loss_scale,
             "batches": batches,  # the micro-batches that are kept, each [rank, micro-step]
-            "why_no_batch": f"the run has {bundle.WHOLE} bundles with them" if full else "they are too large",
+            "why_no_batch": why or "they are too large",
         }
 
 
@@ -180,8 +197,23 @@ def plain(number: float) -> float | str:
     return number if math.isfinite(number) else str(number)
 
 
+def spikes_of(task: Task) -> Spikes | None:
+    """What judges a run's losses; None: nothing does."""
+    deviations, ranks = task.config.train.max_spike, task.ranks
+    if not deviations:
+        return None
+    parts, start = micro_steps(task.config, ranks.world) * ranks.world, task.setup.start
+    return Spikes(deviations, parts, ranks, start[0] if start else None)
+
+
+def spiked(losses: Sequence[Sequence[float]], limit: float) -> list[Place]:
+    """The micro-batches, each (rank, micro-step), whose share of the loss, times their number, is over the limit."""
+    parts = sum(map(len, losses))
+    return [(rank, i) for rank, own in enumerate(losses) for i, loss in enumerate(own) if loss * parts > limit]
+
+
 def describe(report: Mapping[str, Any]) -> str:
-    """One line: what of a step is not finite, and its samples."""
+    """One line: what of a step is not finite, or which of its losses is a spike, and its samples."""
     bad = [
         (rank, micro, loss)
         for rank, own in enumerate(report["losses"])
@@ -192,6 +224,12 @@ def describe(report: Mapping[str, Any]) -> str:
         places = ", ".join(f"{loss} on rank {rank} in micro-step {micro}" for rank, micro, loss in bad[:SHOWN])
         what = f"its loss is {places}"
         keys = [key for rank, micro, _ in bad for key in report["keys"][rank][micro]]
+    elif spikes := spiked(report["losses"], limit := float(report.get("limit", "inf"))):
+        parts = sum(map(len, report["losses"]))
+        shown = [(rank, i, report["losses"][rank][i] * parts) for rank, i in spikes[:SHOWN]]
+        places = [f"{loss:.4g} on rank {rank} in micro-step {i}" for rank, i, loss in shown]
+        what = f"its loss is a spike, {', '.join(places)}, over {limit:.4g}"
+        keys = [key for rank, micro in spikes for key in report["keys"][rank][micro]]
     else:
         norms = [name for name, norm in report["norms"].items() if isinstance(norm, str)]
         what = (

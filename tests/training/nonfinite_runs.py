@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -29,27 +30,33 @@ class NamedPoints(Points):
 
 
 class SpoiltLoader(PointsLoader):
-    """NaN among the points of the `bad` steps; the steps of `removed` are not there at all."""
+    """`wrong`, NaN say, among the points of the `bad` steps; the steps of `removed` are not there at all."""
 
-    def __init__(self, first_step: int, bad: Collection[int], removed: Collection[int]) -> None:
+    def __init__(self, first_step: int, bad: Collection[int], removed: Collection[int], wrong: float) -> None:
         super().__init__(first_step, 10 * STEPS, Path())  # never killed
-        self.bad, self.removed = bad, removed
+        self.bad, self.removed, self.wrong = bad, removed, wrong
 
     def __iter__(self) -> Iterator[NamedPoints]:
         for step, points in zip(range(self.step, self.last), super().__iter__(), strict=False):
             if step in self.removed:
                 continue
             if step in self.bad:
-                points.inputs[3, 1] = math.nan
+                points.inputs[3, 1] = self.wrong
             yield NamedPoints(points.inputs, (f"points/{step}",))
 
 
-def run(config: Config, bad: Collection[int] = (), removed: Collection[int] = (), stage: int = 2) -> tuple[int, str]:
+def run(
+    config: Config,
+    bad: Collection[int] = (),
+    removed: Collection[int] = (),
+    stage: int = 2,
+    wrong: float = math.nan,
+) -> tuple[int, str]:
     """Exit code and error of one run."""
 
     @contextmanager
     def open_task(setup: Setup[Config]) -> Iterator[Regression]:
-        loader = SpoiltLoader(setup.first_step, bad, removed)
+        loader = SpoiltLoader(setup.first_step, bad, removed, wrong)
         engine, _ = setup.begin_engine(partial(make_engine, setup), loader.fingerprint)
         yield Regression(setup, loader, engine, config.train.steps, 0.0)
 
@@ -63,6 +70,13 @@ def with_train(config: Config, **changes: object) -> Config:
     return replace(config, train=replace(config.train, **changes))
 
 
+def go_back(run_folder: Path, new: Path) -> None:
+    """A run's folder as if it had been killed after the commit of step 32."""
+    shutil.copytree(run_folder / "checkpoints" / "step-00000032", new / "checkpoints" / "step-00000032")
+    for name in ("config.json", "log.jsonl"):
+        shutil.copy(run_folder / name, new / name)
+
+
 def main(folder: Path) -> None:
     some = (5, 6, 7, 15)
     ends = {"some": run(with_train(toy(folder / "some"), keep_checkpoints=9), some)}
@@ -72,6 +86,12 @@ def main(folder: Path) -> None:
     short = with_train(toy(folder / "resumed"), steps=16, max_skipped=(5, 1))
     run(short, (3,))
     ends["resumed"] = run(replace(with_train(short, steps=32), resume="auto"), (20,))
+    for name, deviations in (("spike", 6.0), ("spike kept", 0.0)):
+        config = with_train(toy(folder / name), max_spike=deviations)
+        ends[name] = run(config, (40,), stage=3, wrong=1e4)
+    go_back(folder / "spike", folder / "spike resumed")
+    resumed = replace(with_train(toy(folder / "spike resumed"), max_spike=6.0), resume="auto")
+    ends["spike resumed"] = run(resumed, (40,), stage=3, wrong=1e4)
     (folder / "ends.json").write_text(json.dumps(ends))
 
 

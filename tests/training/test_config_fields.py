@@ -35,7 +35,7 @@ MAY_CHANGE = {  # the right answers
     # these a user may want to change after a failure
     "override": """
         optim.lr optim.warmup_steps optim.warmup_epochs optim.warmup_ratio optim.clip_grad
-        train.precision train.seed train.steps train.epochs train.skip_steps
+        train.precision train.seed train.steps train.epochs train.skip_steps train.max_spike
     """,
     # these decide what is computed
     "never": """

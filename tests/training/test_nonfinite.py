@@ -53,7 +53,10 @@ def test_non_finite_message_names_what_is_known():
     report["losses"][1][1] = 4.0
     line = "step 7 is skipped: the loss is finite, its gradient is not, in w; samples: a/1, a/2, a/3, a/4 and 1 more."
     assert describe(report) == line
-    report |= {"norms": {"w": 1e30}, "keys": [[[]]]}
+    report["limit"] = 15.5
+    spike = "step 7 is skipped: its loss is a spike, 16 on rank 1 in micro-step 1, over 15.5; samples: a/4, a/5."
+    assert describe(report) == spike
+    report |= {"norms": {"w": 1e30}, "keys": [[[]]], "limit": "inf"}
     assert describe(report) == "step 7 is skipped: its gradient's norm overflows; samples: unknown."
 
 
@@ -114,6 +117,22 @@ def test_too_many_non_finite_steps_stop_the_run(runs, name, last, reason):
     assert "step-00000016. Continue from the last checkpoint: the same command with resume=auto" in error
     assert commits(folder / name) == ["step-00000016"]
     assert not (folder / name / "weights").exists()
+
+
+def test_spike_is_skipped_and_named_and_a_resumed_run_judges_the_same(runs):
+    """Also where it goes on from the checkpoint of step 32; a run without the rule trains on the spike."""
+    folder, ends = runs
+    spike, kept, resumed = (log(folder / name) for name in ("spike", "spike kept", "spike resumed"))
+    assert ends["spike"][0] == ends["spike resumed"][0] == FINISHED, ends["output"]
+    assert [step for step, line in spike.items() if line["skipped_steps"]] == list(range(40, 48))
+    assert all(line["skipped_steps"] == 0 for line in kept.values())
+    assert spike[40]["loss"] == kept[40]["loss"] > 1e3 and spike[40]["grad_norm"] is None
+    assert spike[41]["loss"] != kept[41]["loss"]
+    assert [line["loss"] for line in spike.values()] == [line["loss"] for line in resumed.values()]
+    assert ends["output"].count("step 40 is skipped: its loss is a spike, ") == 2
+    report = json.loads((folder / "spike" / "nonfinite" / "step-00000040" / "report.json").read_text())
+    assert report["losses"][0][0] == spike[40]["loss"] > report["limit"] > spike[39]["loss"]
+    assert report["keys"] == [[["points/40"]]] and "is a spike" in report["why_no_batch"]
 
 
 def test_count_of_non_finite_steps_survives_a_resume(runs):
