@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.step_batch import resident_batch
-from benchmarks.step_parts import count_operators
+from benchmarks.step_parts import Operators, count_operators
 from bevt_ds import kernels
 from bevt_ds.batch import Batch, Stream
 from bevt_ds.model.bevt import BEVT
@@ -96,7 +96,7 @@ def kept_bytes(provider: str) -> int:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with Operators(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         total, normed = norm(x, branch, scale)
         out = total + mlp(normed)
     assert out.requires_grad
