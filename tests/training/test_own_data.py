@@ -123,7 +123,7 @@ def test_small_recipe_trains_on_given_streams():
 
 
 def test_epochs_replace_the_steps_of_a_recipe():
-    assert (configured("demo", train__epochs="3").train.steps, configured("demo").train.steps) == (0, 280)
+    assert (configured("demo", train__epochs="3").train.steps, configured("demo").train.steps) == (0, 220)
     assert configured("demo", train__epochs="3", train__steps="5").train.steps == 5
     assert recipe_for("finetune_demo", FinetuneConfig, {"train.epochs": "3"}).train.steps == 0
 
