@@ -39,6 +39,7 @@ FORCED = (  # always written: `merge` has already reconciled the JSON and the co
     "fp16.enabled",
 )
 ACCUMULATION = "data_types.grad_accum_dtype"
+TIMER = "timers.throughput.enabled"
 NUMBERS = {
     "train_batch_size": int,
     "train_micro_batch_size_per_gpu": int,
@@ -49,7 +50,17 @@ NUMBERS = {
     "optimizer.params.weight_decay": float,
     "zero_optimization.stage": int,
 }
-OBJECTS = ("optimizer", "optimizer.params", "zero_optimization", "bf16", "fp16", "data_types", "checkpoint")
+OBJECTS = (
+    "optimizer",
+    "optimizer.params",
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "data_types",
+    "checkpoint",
+    "timers",
+    "timers.throughput",
+)
 TAG_VALIDATION = ("ignore", "warn", "fail")
 GUARDS = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")  # without them NaN gets into the weights
 
@@ -186,6 +197,8 @@ def resolve(
         _assign(result, path, known[path])
     for path in FORCED:
         _assign(result, path, known[path])
+    if _lookup(result, TIMER) is None:
+        _assign(result, TIMER, False)  # it makes the host wait for the device in front of every forward pass
     if train.precision == "bf16" and _lookup(result, ACCUMULATION) is None:
         _assign(result, ACCUMULATION, "fp32")  # DeepSpeed's default would add micro-steps up in bf16
     return result

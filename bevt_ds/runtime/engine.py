@@ -223,7 +223,8 @@ class Engine:
 
     def grad_norm(self) -> float:
         """The gradient's global L2 norm before clipping, of the last step."""
-        return float(self.guard.total if self.stage == 0 else self.ds.get_global_grad_norm())
+        total = self.guard.total
+        return float(self.ds.get_global_grad_norm() if total is None else total)
 
     @property
     def skipped_steps(self) -> int:
@@ -232,7 +233,7 @@ class Engine:
 
     def count_skipped(self) -> None:
         """Count the last step as left out; DeepSpeed itself does so where it decides."""
-        if self.stage == 0:
+        if self.guard.on_device:
             self.ds.skipped_steps += 1
 
     @contextmanager

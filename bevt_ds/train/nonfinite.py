@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite: counted, named, written down; too many of them end the run.
 
-runtime/guard.py leaves such a step out. Here is what the loop makes of it. On a GPU at ZeRO stage 0 the host learns a
-step later that one was left out, so what is needed to name it is held for as long.
+runtime/guard.py leaves such a step out. Here is what the loop makes of it. On a GPU at ZeRO stages 0 to 2 the host
+learns a step later that one was left out, so what is needed to name it is held for as long.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Watch:
         if verdict.scaling and all(math.isfinite(loss) for own in losses for loss in own):
             return  # fp16 finds its loss scale
         self._row, self._all = self._row + 1, self._all + 1
-        report = self._report(held, losses)
+        report = self._report(held, verdict, losses)
         said = self._write(held, report)
         if task.ranks.is_main:
             tqdm.write(f"{describe(report)} {said}")
@@ -168,7 +168,7 @@ class Watch:
         self._whole += bool(report["batches"])
         return f"Run `bevt replay {folder}`" if report["batches"] else f"See {folder}"
 
-    def _report(self, held: Held, losses: list[list[float]]) -> dict[str, Any]:
+    def _report(self, held: Held, verdict: Verdict, losses: list[list[float]]) -> dict[str, Any]:
         """What is known of a step that was skipped; numbers that are not finite as text. Collective."""
         setup, engine, ranks = self._task.setup, self._task.engine, self._task.ranks
         limit = math.inf if held.limit is None else float(held.limit)
@@ -183,7 +183,7 @@ class Watch:
             "limit": plain(limit),  # over which a micro-batch's share of the loss, times their number, is a spike
             "losses": [[plain(loss) for loss in own] for own in losses],  # by rank and micro-step
             "keys": ranks.gather(held.keys),
-            "norms": {name: plain(norm) for name, norm in engine.guard.norms().items()},
+            "norms": {name: plain(norm) for name, norm in verdict.norms().items()},
             "world": ranks.world,
             "device": ranks.device.type,
             "loss_scale": engine.guard.loss_scale,

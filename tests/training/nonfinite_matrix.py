@@ -85,7 +85,7 @@ def measure(stage: int, precision: str) -> list[dict[str, Any]]:
     for i, site in enumerate(SITES):
         engine = build()
         verdicts = [step(engine, 0), step(engine, 1, site, ((i + 1) % ranks.world, i % ACCUMULATION))]
-        norms, grad_norm = engine.guard.norms(), engine.grad_norm()
+        norms, grad_norm = verdicts[1].norms(), engine.grad_norm()
         engine.count_skipped()
         verdicts.append(step(engine, 2))
         got = state(engine)

@@ -118,7 +118,7 @@ def test_loss_scale_at_its_lowest_is_a_fault_that_names_step_and_tensor(monkeypa
         scales.append(guard.loss_scale)
         assert verdict.is_skipped()
     assert scales == [8, 4, 2, 1, 1, 1] and scaling == [True] * 3 + [False] * 3
-    norms = {name: plain(norm) for name, norm in guard.norms().items()}
+    norms = {name: plain(norm) for name, norm in verdict.norms().items()}
     report = {"step": 5, "losses": [[1.0]], "keys": [[["a/1"]]], "norms": norms}
     assert describe_step(report) == (
         "step 5 is skipped: the loss is finite, its gradient is not, in weight; samples: a/1."
