@@ -153,13 +153,15 @@ class Eager:
 
 
 class Ours:
-    """`bevt_ds.train.loop.train_step` under ZeRO-2, some levers taken back or switches set."""
+    """`bevt_ds.train.loop.train_step`, under ZeRO-2 if not told otherwise, some levers taken back or switches set."""
 
-    def __init__(self, setting: Setting, levers: Levers, **switches: bool):
-        precision = {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]
+    def __init__(self, setting: Setting, levers: Levers, stage: int = 2, precision: str = "", **switches: bool):
+        precision = precision or {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]
         model = replace(setting.config.model, kernels="auto" if levers.kernels else "torch", **switches)
         config = replace(setting.config, model=model, train=replace(setting.config.train, precision=precision))
-        setup = Setup(config, read_json("zero2"), Path(), setting.ranks, Commits(setting.ranks))
+        values = read_json(f"zero{max(stage, 1)}")
+        values["zero_optimization"]["stage"] = stage
+        setup = Setup(config, values, Path(), setting.ranks, Commits(setting.ranks))
         tokenizer = setting.make_tokenizer(model.compile)
         engine = make_engine(config, setup, tokenizer.vocab_size, config.train.steps)
         levers.take_back(engine)

@@ -19,6 +19,7 @@ from torch import Tensor
 from bevt_ds.runtime.engine import Engine, start_ranks
 from bevt_ds.runtime.guard import Verdict
 from tests.training.engine_matrix import SAMPLES, TYPES, make_config, make_engine, sample_batch
+from tests.training.host_reads import HostReads
 
 SITES = ("pixels", "loss", "gradient")
 ACCUMULATION = 2
@@ -79,8 +80,9 @@ def measure(stage: int, precision: str) -> list[dict[str, Any]]:
     ranks = start_ranks()
     build = lambda: make_engine(stage, False, ranks, make_config(precision, ACCUMULATION, ranks))  # noqa: E731
     plain, rows = build(), []
-    for number in (0, 2):
-        step(plain, number)
+    step(plain, 0)
+    with HostReads() as reads:
+        step(plain, 2)
     expected = state(plain)
     for i, site in enumerate(SITES):
         engine = build()
@@ -94,6 +96,7 @@ def measure(stage: int, precision: str) -> list[dict[str, Any]]:
             "stage": stage,
             "precision": precision,
             "site": site,
+            "reads": sorted(reads.places),
             "skipped": [verdict.is_skipped() for verdict in verdicts],
             "equal": ranks.all_hold(equal),
             "tensors": len(got),

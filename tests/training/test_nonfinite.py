@@ -15,6 +15,12 @@ from tests.training.processes import launch
 
 SLOW_SECONDS = 900  # 28 engines, on a machine that may be busy
 
+# Who reads a number from the device in a step, by stage and precision. On a GPU `after_step` copies its flag without
+# waiting; the others wait, once or twice a step.
+FLAG, NORM = ["after_step"], ["is_invalid_grad_norm"]
+READS = {(0, "fp32"): FLAG, (1, "fp32"): FLAG, (1, "bf16"): ["clip_tensors_by_global_norm", *NORM], (2, "fp32"): FLAG}
+READS |= {(2, "bf16"): FLAG, (3, "fp32"): NORM, (3, "bf16"): NORM}
+
 PARAMETERS = [f"{layer}.{part}" for layer in ("first", "last", "norm") for part in ("bias", "weight")]
 
 
@@ -29,6 +35,7 @@ def test_non_finite_step_is_left_out_to_the_last_bit(tmp_path, world):
         assert row["skipped"] == [False, True, False] and row["counted"] == 1, row
         assert row["equal"] and row["tensors"] > 9 and row["finite"], row
         assert not row["grad_norm"] and row["later"] and row["norms"] == PARAMETERS, row
+        assert row["reads"] == READS[row["stage"], row["precision"]], row
         assert row["may save spoilt"] == [False, False, False], row
 
 
