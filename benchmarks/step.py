@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                        # Swin-B, 8 clips and 64 images on a GPU; small on a CPU
     python -m benchmarks.step --model swin_t --providers eager ours
+    python -m benchmarks.step --profile              # host and device by part, launches, idle share, a trace
     python -m benchmarks.step --cases shards --videos 'k400/*.tar' --image-shards 'in1k/*.tar'
 
 A step is tokenizer, forward, backward, clipping and update. Three cases: a batch of noise that stays on the device; the
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -41,6 +43,7 @@ from . import report
 from .common import RESULTS, append_row, ceilings, provenance, quantiles, reason, rows_of
 from .step_batch import resident_batch
 from .step_parts import profile_step
+from .step_profile import write_profile
 from .step_providers import CPU_PROVIDERS, PROVIDERS, RIVALS, Setting, Step, configuration
 
 CASES = ("resident", "no tokenizer", "shards")
@@ -148,6 +151,14 @@ class Benchmark:
         for entry in entries:
             self.write(case, entry, setting, batch, repeat(batch))
 
+    def profile(self, provider: str, tokenizer: str, folder: Path) -> dict[str, Any]:
+        """Write what host and device do in a step of one provider, on a batch that stays on the device."""
+        setting, data, train = Setting(self.config, tokenizer, self.ranks), self.config.data, self.config.train
+        batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, 0, data.mask)
+        batches = repeat(batch.to(self.ranks.device))
+        entry = self.build(provider, setting, batches)
+        return write_profile(lambda: entry.step(batches), entry.step.marks, self.device, folder)
+
     def shards(self, providers: Sequence[str], tokenizer: str) -> None:
         """Each provider on a loader of its own, its wait for data included."""
         setting = Setting(self.config, tokenizer, self.ranks)
@@ -225,6 +236,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--seconds", type=float, default=40.0 if gpu else 20.0, help="of timed rounds a case")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--profile", action="store_true", help="profile each provider (default: ours), write no rows")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if not gpu:
@@ -236,6 +248,11 @@ def main() -> None:
     config = with_shards(config, arguments.videos, arguments.image_shards)
     path = rows_of("step", provenance("cuda" if gpu else "cpu")["device"], arguments.out)
     benchmark = Benchmark(path, config, arguments.seconds)
+    if arguments.profile:
+        for name in arguments.providers if arguments.providers != parser.get_default("providers") else ["ours"]:
+            folder = path.with_name(f"{path.stem}-profile") / re.sub(r"\W+", "-", name)
+            print(f"{folder}: {benchmark.profile(name, arguments.tokenizer, folder)}")
+        return
     for case in arguments.cases:
         benchmark.run(case, arguments.providers, arguments.tokenizer)
     report.write(path)

@@ -17,6 +17,7 @@ from typing import Annotated as A
 from typing import ClassVar, Literal, TypeVar
 
 from bevt_ds.config.fields import Field as F
+from bevt_ds.config.graphs import Graphs
 from bevt_ds.config.loggers import LogConfig
 from bevt_ds.config.samples import DataConfig, LabelledDataConfig, SamplingConfig, ViewsConfig
 from bevt_ds.config.targets import TokenizerConfig
@@ -204,6 +205,13 @@ class StreamsTrainConfig(LoopConfig):
 class TrainConfig(StreamsTrainConfig):
     """Length and batch of pretraining."""
 
+    graphs: A[
+        Graphs,
+        F(
+            "replay the encoder as CUDA graphs: auto (on one GPU, where it can) | on | off",
+            resume="free",
+        ),
+    ] = "auto"
     min_gain: A[
         float,
         F("exit 1 unless both losses end this many nats below the unigram entropy; 0: no check", resume="free"),

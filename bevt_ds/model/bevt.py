@@ -8,8 +8,9 @@ mmaction/models/heads/bevt_multisource_head.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 from einops import rearrange
@@ -57,6 +58,14 @@ class Rows:
     features: Tensor  # (R,C)
     targets: Tensor  # int64 (R,)
     count: int  # the loss's denominator, as in Stream
+
+
+class Replay(Protocol):
+    """Runs function(*inputs), whose parameters are those of `module`, in another way with the same results."""
+
+    def __call__(
+        self, name: str, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], module: nn.Module
+    ) -> Sequence[Tensor]: ...
 
 
 class Decoder(nn.Module):
@@ -114,6 +123,7 @@ class BEVT(PretrainedMixin, nn.Module):
         self.video_decoder = Decoder(dim, frames=patch[0], kernels=kernels)
         self.image_decoder = Decoder(dim, frames=1, kernels=kernels)
         self.lm_head = LMHead(dim, vocab_size, kernels)
+        self.replay: Replay | None = None  # how training runs the encoder, if not as it is written
         self.init_weights()
 
     def forward_video(self, clip: Tensor, mask: Tensor, sample_keys: Tensor | None = None) -> Tensor:
@@ -184,11 +194,18 @@ class BEVT(PretrainedMixin, nn.Module):
 
     def _encode_video(self, clip: Tensor, mask: Tensor, keys: Tensor | None) -> list[Tensor]:
         tokens = self.mask_token(self.encoder.patch_embed(clip), mask)
-        return self.encoder.encode(tokens, "swin", keys)[-2:]
+        return self._encode(tokens, "swin", keys)
 
     def _encode_image(self, image: Tensor, mask: Tensor, keys: Tensor | None) -> list[Tensor]:
         tokens = self.mask_token(self.image_embed(image.unsqueeze(2)), mask.unsqueeze(1))
-        return self.encoder.encode(tokens, self.image_windows, keys)[-2:]
+        return self._encode(tokens, self.image_windows, keys)
+
+    def _encode(self, tokens: Tensor, policy: WindowPolicy, keys: Tensor | None) -> Sequence[Tensor]:
+        """The last two stages."""
+        if self.replay is None or keys is None or not self.training or not torch.is_grad_enabled():
+            return self.encoder.encode(tokens, policy, keys)[-2:]
+        encode = lambda tokens, keys: self.encoder.encode(tokens, policy, keys)[-2:]  # noqa: E731
+        return self.replay(f"the encoder ({policy} windows)", encode, (tokens, keys), self.encoder.layers)
 
     def _video_rows(self, stream: Stream) -> Rows:
         self._require_fit(stream.pixels, stream.mask, stream.sample_keys)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
+from bevt_ds.config.graphs import why_without_graphs
 from bevt_ds.config.schema import Config
 from bevt_ds.data.loader import Loader, eval_batches
+from bevt_ds.errors import UserError
 from bevt_ds.eval.held_out import as_json, as_table, evaluate, shortfall
 from bevt_ds.eval.online_probe import OnlineProbe
 from bevt_ds.eval.visualize import draw
@@ -25,6 +27,7 @@ from bevt_ds.model.tokenizers import Tokenizer, require_vocabulary, tokenize
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
+from bevt_ds.runtime.graphs import CudaBackend, Graphs
 from bevt_ds.runtime.logging import expected_step_flops, require_known_targets, step_metrics
 from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
 from bevt_ds.runtime.run_log import RunLog
@@ -163,5 +166,23 @@ def make_engine(config: Config, setup: Setup[Config], vocab_size: int, steps: in
     freeze_unused(model, trained_streams(config))
     groups = parameter_groups(model, config.optim.weight_decay)
     schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=config.optim.warmup_steps)
-    modules = setup.begin_model(model, head=config.init_head)
-    return Engine(model, config, setup.ds_values, setup.ranks, SwinArch.of(model.arch).width, groups, schedule, modules)
+    modules, width = setup.begin_model(model, head=config.init_head), SwinArch.of(model.arch).width
+    engine = Engine(model, config, setup.ds_values, setup.ranks, width, groups, schedule, modules)
+    engine.module.replay = make_graphs(config, engine)
+    return engine
+
+
+def make_graphs(config: Config, engine: Engine) -> Graphs | None:
+    """CUDA graphs of the encoder, if the run has them; says so where it was to choose.
+
+    Raises:
+        UserError: train.graphs=on, and the run cannot have them.
+    """
+    switch, ranks = config.train.graphs, engine.ranks
+    reason = why_without_graphs(switch, config.model, engine.stage, ranks.device.type, ranks.world)
+    if reason and switch == "on":
+        raise UserError(f"train.graphs=on: {reason}. Use train.graphs=auto or off.")
+    say = partial(print, flush=True) if ranks.is_main else lambda line: None
+    if switch != "off" and ranks.device.type == "cuda":
+        say(f"graphs: {'off, ' + reason if reason else 'the encoder, after a comparison'} (train.graphs={switch})")
+    return None if reason else Graphs(switch, CudaBackend(), ranks.all_hold, say)

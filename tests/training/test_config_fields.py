@@ -27,7 +27,7 @@ MAY_CHANGE = {  # the right answers
         data.verify data.max_bad_fraction data.cache_dir data.cache_bytes data.remote_seconds data.allow_pipe
         data.videos data.images data.eval_videos data.eval_images data.train data.val data.classes data.expected_val
         train.log_every train.checkpoint_every train.keep_checkpoints train.max_skipped train.grace_seconds
-        train.rank_deadline train.offload_dir
+        train.rank_deadline train.offload_dir train.graphs
         train.eval_batches train.min_gain train.val_every train.micro_clips train.micro_images
         tokenizer.decoder probe.every probe.train probe.val log.to
         views.clips views.crops views.short_side views.micro_videos
