@@ -8,7 +8,7 @@ from typing import Any
 
 from .pages_data import damaged_media, loader, reading, study, tokenizers
 from .pages_decode import decode
-from .pages_runs import commits, soak
+from .pages_runs import commits, guard, soak
 from .report import Columns, Page, Panel, Row, Rows, facts, fields, grouped, newest, number, source, table, timing
 from .step_parts import PARTS
 
@@ -320,6 +320,7 @@ PAGES: dict[str, Callable[[Rows], Page]] = {  # how the name of a file of rows b
     "checkpointing": checkpointing,
     "commits": commits,
     "decode": decode,
+    "guard": guard,
     "kernels": kernels,
     "loader": loader,
     "loader_fuzz": damaged_media,
