@@ -71,6 +71,7 @@ def test_bash_that_does_not_break_words_at_equals_gets_whole_words(scripts):
 def test_zsh_gets_the_same_words(scripts):
     tables = scripts["bash"].partition("_bevt() {")[0]
     assert scripts["zsh"].startswith("#compdef bevt\n" + tables) and "compdef _bevt bevt" in scripts["zsh"]
+    assert 'then _bevt "$@"' in scripts["zsh"], "a file of $fpath is run as its function at the first tab"
 
 
 def test_other_shells_are_refused(capsys):

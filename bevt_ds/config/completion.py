@@ -79,7 +79,8 @@ _bevt() {
     _files
   fi
 }
-compdef _bevt bevt"""
+# As a file of $fpath this is the function's first call; sourced, it is not.
+if [[ "${funcstack[1]}" == _bevt ]]; then _bevt "$@"; else compdef _bevt bevt; fi"""
 
 
 def main(argv: Sequence[str], modules: Mapping[str, str]) -> int:
