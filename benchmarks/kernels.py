@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import kernels_masked, kernels_providers, report
+from . import kernels_fused, kernels_masked, kernels_providers, report
 from .common import RESULTS, append_row, ceilings, measure, peak_megabytes, provenance, read_rows, reason, rows_of
 from .kernels_cases import Case, default_cases, further_cases, small_cases, soak_cases
 from .kernels_providers import Job
@@ -111,6 +111,15 @@ class Run:
                 for direction, result in results.items():
                     self.write(op, case.name, name, direction, result, {})
 
+    def fused(self) -> None:
+        """Residual sums with norms, linear layers with GELU."""
+        kernels_fused.check_fused(self.device, self.dtype)
+        for op, case, name, make in kernels_fused.fused_jobs(self.device):
+            if name in self.names and (op, case.name, name) not in self.done:
+                results = time_job(make, self.device, self.dtype, name == "bevt_ds", case)
+                for direction, result in results.items():
+                    self.write(op, case.name, name, direction, result, {})
+
 
 def soak_jobs(device: str) -> Iterator[tuple[str, Job]]:
     """Every kernel that the models launch: each window in each type, and the masked ops in each type."""
@@ -120,7 +129,7 @@ def soak_jobs(device: str) -> Iterator[tuple[str, Job]]:
     for dtype in dtypes:
         for case in cases:
             yield f"{case.name} {dtype}", kernels_providers.ours(case, device, dtype, provider)
-        for op, case, name, make in kernels_masked.masked_jobs(device):
+        for op, case, name, make in (*kernels_masked.masked_jobs(device), *kernels_fused.fused_jobs(device)):
             if name == "bevt_ds":
                 yield f"{op} {case.name} {dtype}", make(case, device, dtype)
 
@@ -172,6 +181,7 @@ def main() -> None:
         run.attention(case)
     if not arguments.part and not arguments.only:
         run.masked()
+        run.fused()
     report.write(run.path)
     print(f"rows, page and plot: {run.path}")
 

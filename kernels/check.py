@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import attention, attention_backward, bias_gelu, head_loss, mask_tokens, norms
+from . import attention, attention_backward, bias_gelu, conv_epilogues, head_loss, mask_tokens, norms
 from .geometry import Windows
 from .launches import Launch, record
 
@@ -118,9 +118,20 @@ def record_elementwise(width: int, dtype: torch.dtype) -> None:
     bias_gelu.launch_bias_gelu_backward(hidden, hidden, bias)
 
 
+def record_epilogues() -> None:
+    """What lies between the convolutions of DALL-E's encoder."""
+    conv_epilogues.launch_scale_pixels(torch.empty(1, 3, 16, 16, device="meta"), 0.8, 0.1, 8, True)
+    for channels in (64, 256, 2048):
+        x, bias = (torch.empty(*n, dtype=torch.float16, device="meta") for n in ((1, channels, 4, 4), (channels,)))
+        conv_epilogues.launch_bias_relu(x, bias)
+        for x_bias, pool in ((None, 1), (bias, 1), (None, 2)) if channels > 64 else ():
+            conv_epilogues.launch_residual_relu(x, x_bias, x, bias, 1 / 64, pool)
+
+
 def shipped_launches() -> list[Launch]:
     """Every launch that the models make, and those of wide heads, which only other models have."""
     with record() as launches:
+        record_epilogues()
         for dtype in DTYPES:
             for windows in shipped_windows():
                 record_attention(windows, dtype, 32)
@@ -136,7 +147,7 @@ def shipped_launches() -> list[Launch]:
 
 def source_of(launch: Launch) -> tuple[str, ASTSource, dict[str, int]]:
     """A launch's readable key, its source for the compiler, and the compiler's options."""
-    options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages")}
+    options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
     constants = {k: v for k, v in launch.options.items() if k not in options}
     values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | constants
     signature, attributes = {}, {}

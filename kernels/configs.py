@@ -123,3 +123,12 @@ def gelu_tiles(channels: int) -> dict[str, int]:
 def gelu_programs(rows: int, across: int, step: int) -> int:
     """Programs along the rows of the GELU's backward kernel, next to `across` along the channels."""
     return min(max(1, PROGRAMS // across), -(-rows // max(step, ROWS_LEAST)))
+
+
+EPILOGUE_PIXELS = 256  # of a program of scale_pixels_kernel
+
+
+def epilogue_tiles(channels: int) -> dict[str, int]:
+    """Rows and channels of a program around a convolution: 16 values a thread, which move at most 4 maps."""
+    block = max(16, min(256, 1 << (channels - 1).bit_length()))
+    return {"ROWS": 2048 // block, "BLOCK_C": block, "num_warps": 4}

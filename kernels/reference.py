@@ -162,3 +162,27 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """u Phi(u) of u = x W^T + b, with Phi the normal distribution: x (..., K), weight (C, K), bias (C,)."""
     u = x @ weight.t() + bias
     return u * (0.5 * (1 + torch.erf(u * 0.5**0.5)))
+
+
+def scale_pixels(frames: Tensor, scale: float, shift: float, channels: int, half: bool) -> Tensor:
+    """scale frames + shift, frames (N, 3, H, W) fp32, with channels of zeros behind: (N, channels, H, W)."""
+    scaled = F.pad(scale * frames + shift, (0, 0, 0, 0, 0, channels - 3))
+    return scaled.half() if half else scaled
+
+
+def bias_relu(h: Tensor, bias: Tensor) -> Tensor:
+    """relu(h + bias), h (N, C, H, W), bias (C,)."""
+    return (h + bias[:, None, None]).relu()
+
+
+def residual_relu(
+    x: Tensor, x_bias: Tensor | None, branch: Tensor, bias: Tensor, gain: float, pool: int
+) -> tuple[Tensor, Tensor]:
+    """(x + x_bias) + gain (branch + bias), the largest of each pool x pool pixels, and the ReLU of that.
+
+    x, branch (N, C, H, W), biases (C,) or for x None; H and W are multiples of `pool`.
+    """
+    path = x if x_bias is None else x + x_bias[:, None, None]
+    total = path + gain * (branch + bias[:, None, None])
+    total = F.max_pool2d(total, pool) if pool > 1 else total
+    return total, total.relu()

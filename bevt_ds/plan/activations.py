@@ -125,7 +125,7 @@ def trace(model: nn.Module, *inputs: Batch | Tensor) -> Activations:
 def trace_tokenizer(frames: int, side: int) -> tuple[int, int]:
     """Bytes of the dVAE encoder's weights, in half precision as on a GPU, and the most that it works on at once."""
     with torch.device("meta"):
-        tokenizer, view = DalleTokenizer(), torch.empty(frames, 3, side, side)
+        tokenizer, view = DalleTokenizer(kernels="torch"), torch.empty(frames, 3, side, side)
     tokenizer.settle(torch.float16)
     with Alive(tokenizer.parameters()) as alive, torch.no_grad():
         alive.add(view.untyped_storage())

@@ -153,6 +153,8 @@ def trained_streams(config: Config) -> list[str]:
 def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
     """The frozen tokenizer of a run, on its device, compiled if the model is."""
     tokenizer = open_tokenizer(config.tokenizer, ranks.device)
+    if hasattr(tokenizer, "kernels"):
+        tokenizer.kernels = config.model.kernels
     if config.model.compile and isinstance(tokenizer, nn.Module):
         tokenizer.compile()
     return tokenizer

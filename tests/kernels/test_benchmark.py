@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import kernels as kernels_benchmark
-from benchmarks import kernels_cases, kernels_masked, kernels_providers, pages
+from benchmarks import kernels_cases, kernels_fused, kernels_masked, kernels_providers, pages
 from benchmarks.common import Timing, commit, read_rows
 from bevt_ds import kernels
 from bevt_ds.kernels.reference import partition
@@ -145,6 +145,12 @@ def test_masked_jobs_run():
     for _, _, _, make in kernels_masked.masked_jobs("cpu"):
         job = make(case, "cpu", torch.float32)
         assert all(grad.isfinite().all() for grad in job.backward(job.forward()))
+
+
+def test_fused_jobs_run_and_agree():
+    kernels_fused.check_fused("cpu", torch.float32)
+    names = {(op, name) for op, _, name, _ in kernels_fused.fused_jobs("cpu")}
+    assert names == {(op, name) for op in ("add_norm", "linear_gelu") for name in ("eager", "bevt_ds")}
 
 
 def test_kernel_soak_finds_a_difference(capsys, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bevt_ds import BEVT, Batch, UserError, load_tokenizer
+from bevt_ds.kernels import launch_counts, reset_launch_counts
 from bevt_ds.model.tokenizers import tokenize
 from bevt_ds.model.tokenizers.dalle import DalleTokenizer
 from bevt_ds.model.tokenizers.dalle_pickle import LEGACY_MAGIC, LEGACY_PROTOCOL, _Unpickler
@@ -200,3 +201,20 @@ def test_tokenizer_weights_are_converted_once():
     tokenizer.settle(torch.float16)
     wide = {name for name, p in tokenizer.named_parameters() if p.dtype == torch.float32}
     assert wide == {"blocks.output.conv.w", "blocks.output.conv.b"}
+
+
+def test_dalle_kernels_give_the_golden_ids(golden):
+    """Wherever fp32 decides them; in half precision the bits are those of PyTorch's operators, see tests/kernels."""
+    tokenizer = load_tokenizer("dalle", weights=golden / "encoder_small.pkl")
+    io = load_file(golden / "dvae_encoder_small_io.safetensors")
+    frames = io["in.image_u8"][:1, :, :32, :32].float() / 255
+    expected = tokenizer.logits(frames)
+    tokenizer.kernels = "triton"
+    reset_launch_counts()
+    actual = tokenizer.logits(frames)
+    assert launch_counts() == {"scale_pixels_kernel": 1, "bias_relu_kernel": 25, "residual_relu_kernel": 8}
+    torch.testing.assert_close(actual, expected, rtol=0, atol=LOGITS)
+    top = expected.topk(2, 1).values
+    decided = top[:, 0] - top[:, 1] > MARGIN
+    assert decided.float().mean() > 0.9
+    assert torch.equal(actual.argmax(1)[decided], expected.argmax(1)[decided])

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bevt_ds.errors import UserError
+from bevt_ds.kernels import resolve
 
 from ..inputs import require_frames
 from .dalle_pickle import read_pickled_module
 
 GROUPS, BLOCKS = 4, 2
 GAIN = 1 / (GROUPS * BLOCKS) ** 2  # of a block's residual path
+PADDED = 8  # channels of the first convolution's input, zeros from the fourth on
 MARGIN = 0.1  # of the range of pixels, left free at both ends
 OUTPUT = "blocks.output.conv"
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -37,6 +39,13 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N,I,H,W) -> (N,O,H,W), all of one dtype."""
         return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+    def product(self, x: Tensor) -> Tensor:
+        """`forward` without the bias; x may have more channels than the weight, which are ignored."""
+        weight = (
+            F.pad(self.w, (0, 0, 0, 0, 0, x.shape[1] - self.w.shape[1])) if x.shape[1] > self.w.shape[1] else self.w
+        )
+        return F.conv2d(x, weight, padding=self.w.shape[-1] // 2)
 
 
 SIDES = (3, 3, 3, 1)  # of the convolutions of an encoder's block
@@ -59,17 +68,29 @@ class Block(nn.Module):
             residual = conv(residual.relu())
         return self.id_path(x) + GAIN * residual
 
+    def fused(self, x: Tensor, x_bias: Tensor | None, active: Tensor, pool: int) -> tuple[Tensor, Tensor]:
+        """`forward` of x + x_bias, whose ReLU is `active`, pooled, and the ReLU of that; by kernels."""
+        from bevt_ds.kernels.conv_epilogues import bias_relu, residual_relu
+
+        *convs, last = self.res_path.values()
+        for conv in convs:
+            active = bias_relu(conv.product(active), conv.b)
+        if isinstance(self.id_path, Conv):
+            x, x_bias = self.id_path.product(x), self.id_path.b
+        return residual_relu(x, x_bias, last.product(active), last.b, GAIN, pool)
+
 
 class DalleTokenizer(nn.Module):
     """Frozen dVAE encoder. The ids are the arguments of the largest logits.
 
     As in the original, convolutions but the last run in half precision on a GPU; everything is fp32 on a CPU. The first
     call puts the weights into that precision and into channels-last layout for good, instead of casting them each time.
+    `kernels` is auto, triton or torch: with triton one kernel does what lies between two convolutions.
     """
 
-    def __init__(self, n_hid: int = 256, vocab_size: int = 8192):
+    def __init__(self, n_hid: int = 256, vocab_size: int = 8192, kernels: str = "auto"):
         super().__init__()
-        self.vocab_size = vocab_size
+        self.vocab_size, self.kernels = vocab_size, kernels
         widths = [n_hid, *(n_hid << g for g in range(GROUPS))]
         blocks = {"input": Conv(3, n_hid, 7)}
         for g in range(1, GROUPS + 1):
@@ -104,6 +125,8 @@ class DalleTokenizer(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """`logits` with the weights as `settle` leaves them: the part that `compile` compiles."""
+        if resolve(self.kernels, frames.device) == "triton":
+            return self._fused(frames)
         x = map_pixels(frames).to(self.blocks["input"].w.dtype, memory_format=torch.channels_last)
         x = self.blocks["input"](x)
         for g in range(1, GROUPS + 1):
@@ -112,6 +135,21 @@ class DalleTokenizer(nn.Module):
             if g < GROUPS:
                 x = F.max_pool2d(x, 2)
         return self.blocks["output"]["conv"](x.relu().float())
+
+    def _fused(self, frames: Tensor) -> Tensor:
+        """`forward` by kernels, rounded at the same places. The first convolution gets channels of zeros, with which
+        it runs on tensor cores; its bias is added where the first block reads it."""
+        from bevt_ds.kernels.conv_epilogues import bias_relu, scale_pixels
+
+        first, bias = self.blocks["input"], self.blocks["input"].b
+        x = first.product(scale_pixels(frames, 1 - 2 * MARGIN, MARGIN, PADDED, first.w.dtype == torch.float16))
+        active = bias_relu(x, bias)
+        for g in range(1, GROUPS + 1):
+            pair = self.blocks[f"group_{g}"]
+            x, active = pair["block_1"].fused(x, bias, active, 1)
+            x, active = pair["block_2"].fused(x, None, active, 2 if g < GROUPS else 1)
+            bias = None
+        return self.blocks["output"]["conv"](active.float())
 
     def settle(self, dtype: torch.dtype) -> None:
         """Weights in `dtype`, those of the last convolution in fp32, all channels last."""
