@@ -39,7 +39,7 @@ def soak(rows: Rows) -> Page:
     for row in rows:
         strikes.update(row["strikes"])
     faults, total = sum(len(row["faults"]) for row in rows), strikes.total()
-    verdict = FOUND.format(n=faults) if faults else BOUND.format(n=total, bound=3 / total)
+    verdict = FOUND.format(n=faults) if faults else BOUND.format(n=total, bound=3 / max(total, 1))
     kinds = table([{"kind": kind, "n": n} for kind, n in sorted(strikes.items())], fields("strike kind s | number n d"))
     text = SOAK.format(close="a relative 2e-4 (fp32) and 3e-2 (bf16)")
     return Page("Runs that are killed, stopped and frozen", [text, verdict, facts(rows), kinds, table(rows, RUNS)])

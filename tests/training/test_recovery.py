@@ -18,6 +18,7 @@ from bevt_ds.runtime.checkpoint import Facts, read_facts
 from bevt_ds.runtime.continuing import go_on, require_steps
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
+from bevt_ds.runtime.optim import learning_rate
 from bevt_ds.runtime.run_dir import CHECKPOINTS, read_config, write_config
 from bevt_ds.train.nonfinite import require_good
 from tests.training.processes import run_ranks
@@ -126,6 +127,9 @@ def test_advice_after_a_nan_works_as_written(tmp_path, small):
     assert recorded.items() >= advice.items()
     assert json.loads((run.folder / "changes.json").read_text()) == list(facts.changes)
     assert read_config(run.folder).train.seed == 5
+    optim = facts.config.optim  # the schedule of more steps is as if there had been so many from the start
+    expected = learning_rate(5, optim=optim, steps=6, warmup=optim.warmup_steps)
+    assert run.log()[-1]["lr"] == pytest.approx(expected) != learning_rate(5, optim, 12, optim.warmup_steps)
     assert [line["step"] for line in run.log()] == list(range(6))
 
 
