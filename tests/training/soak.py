@@ -40,7 +40,10 @@ CASES = [
 ]
 STEPS, COMMIT_EVERY = 48, 2  # updates, and between commits
 BATCH = {"train.global_clips": 2, "train.micro_clips": 1, "train.global_images": 4, "train.micro_images": 2}
-DEADLINE, LONG_DEADLINE = 20, 300  # seconds of train.rank_deadline, where a rank is frozen and where none is
+DEADLINE, LONG_DEADLINE = (
+    20,
+    300,
+)  # seconds of train.rank_deadline, where a rank is frozen or killed in the start, and else
 MOST = 10  # strikes a run
 PATIENCE = 1800  # seconds for anything, on a machine that may be busy
 LEAVE = 60  # seconds for processes of a run to be gone after its ranks; how long it took is in the row
@@ -142,7 +145,7 @@ def until(holds: Callable[[], object], seconds: float = PATIENCE) -> bool:
 def moment(run: Run, ranks: Sequence[Forked], kind: str, rng: random.Random) -> bool:
     """Wait until it is time to strike; False: the run has ended before."""
     ended, wanted = lambda: any(rank.poll() is not None for rank in ranks), run.steps_done() + rng.randint(0, 4)
-    if kind == "kill in start":
+    if kind == "kill in start":  # before or after the ranks have met
         time.sleep(rng.uniform(0, 8))
     else:
         until(lambda: ended() or run.steps_done() > wanted)
@@ -265,7 +268,7 @@ def struck(run: Run, kinds: list[str], is_exact: bool, rng: random.Random) -> Ta
     while kinds and tally.strikes.total() < MOST and not tally.faults:
         kind = kinds.pop()
         tally.worlds.append(2 if is_exact or kind == "freeze" else rng.choice((1, 2)))
-        ranks = run.start(tally.worlds[-1], DEADLINE if kind == "freeze" else LONG_DEADLINE)
+        ranks = run.start(tally.worlds[-1], DEADLINE if kind in ("freeze", "kill in start") else LONG_DEADLINE)
         if not moment(run, ranks, kind, rng):
             kinds.append(kind)
             break
