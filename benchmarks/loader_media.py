@@ -91,10 +91,10 @@ def quality(place: Path) -> dict[str, dict[str, float]]:
     """
     videos, real = (len(list((place / "media").glob(f"{prefix}*.mp4"))) for prefix in ("", "real-"))
     facts = {"raw": {"megabytes": _megabytes(place, "raw"), "videos": videos, "real_videos": real}}
-    for name, profile in profiles().items():
+    for name in profiles():
         raw, packed = _samples(place, "raw"), _samples(place, name)
         pairs = islice(zip(raw, packed, strict=True), COMPARED)
-        decibels = [_psnr(source["mp4"], copy["mp4"], json.loads(copy["json"]), profile) for source, copy in pairs]
+        decibels = [psnr(source["mp4"], copy["mp4"], json.loads(copy["json"])) for source, copy in pairs]
         facts[name] = {"megabytes": _megabytes(place, name), "psnr_db": round(float(np.mean(decibels)), 2)}
     return facts
 
@@ -109,8 +109,8 @@ def _samples(place: Path, name: str) -> Iterator[dict]:
     return iter(webdataset.WebDataset(urls, shardshuffle=False))
 
 
-def _psnr(source: bytes, copy: bytes, facts: dict, profile: Profile) -> float:
-    """Over every 15th frame of the copy."""
+def psnr(source: bytes, copy: bytes, facts: dict) -> float:
+    """In dB, over some 20 frames of the copy; facts: what `transcode` says of it."""
     size = facts["width"], facts["height"]
     with opened(source, Limits()) as video:
         numbers = nearest(video.times(), np.arange(facts["frames"]) / facts["fps"])

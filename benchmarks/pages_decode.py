@@ -48,3 +48,27 @@ def _panels(groups: dict[tuple, Rows]):
             names = list(dict.fromkeys(way for rates in best.values() for way in rates))
             bars = {name: [rates.get(way) for way in names] for name, rates in best.items()}
             yield Panel(title, names=names, bars=bars)
+
+
+PACKING = """\
+Made by `python -m benchmarks.packing`: each video rewritten by the profile `train`, then clips of 16 frames decoded
+from the copy, all in one thread, in milliseconds of CPU time. A clip lasts as long at either frame rate: stride 8 at
+the source's, 1 at 3.75 frames/s. PSNR of 8-bit RGB against the source scaled to the same size. Packets a clip are what
+a decoder must decode for it, from the keyframe in front of it on; how fast NVDEC does that is not measured."""
+
+
+def packing(rows: Rows) -> Page:
+    """Size against the cost of decoding."""
+    rows = newest(rows)
+    parts = [PACKING, facts(rows)]
+    for (media, fps), group in grouped(rows, "media", "fps").items():
+        rate = f"{fps:g} frames/s" if fps else "the source's frame rate"
+        parts += [f"## {group[0]['videos']} {media} videos, {rate}", table(group, PACKED, names=2)]
+    return Page("Packing", parts)
+
+
+PACKED: Columns = {
+    **fields("codec codec s | keyframe every keyframe_every d | crf crf d | bytes/frame bytes_per_frame .0f"),
+    **fields("of the source of_source .2f | PSNR dB psnr_db .1f | packing, ms/frame pack_frame_ms .2f"),
+    **fields("decoding, CPU ms/clip decode_clip_ms .1f | packets/clip packets_per_clip .1f"),
+}

@@ -17,7 +17,7 @@ from bevt_ds.config.recipes import PRETRAINING, get_recipe
 from bevt_ds.config.samples import DataConfig
 from bevt_ds.config.schema import Config
 from bevt_ds.config.validate import check_fields
-from bevt_ds.data.decoding.transcode import Profile
+from bevt_ds.data.decoding.transcode import CRF, Profile
 from bevt_ds.data.reading.deadline import Deadline, DeadlineExecutor
 from bevt_ds.data.reading.index import SUFFIX, is_packed, load_shard, write_atomic
 from bevt_ds.data.reading.members import EXTENSIONS
@@ -128,7 +128,7 @@ def _add_profile(verb: argparse.ArgumentParser) -> None:
         "--profile",
         choices=("copy", "train"),
         default="copy",
-        help="copy: bytes as they are; train: H.264 that decodes cheaply, without sound",
+        help="copy: bytes as they are; train: H.264 or HEVC that decodes cheaply, without sound",
     )
     group = verb.add_argument_group("with --profile train")
     group.add_argument(
@@ -138,10 +138,16 @@ def _add_profile(verb: argparse.ArgumentParser) -> None:
         "--keyframe-every", type=_whole(1), default=profile.keyframe_every, help="frames; default: %(default)s"
     )
     group.add_argument(
+        "--codec",
+        choices=sorted(CRF),
+        default=profile.codec,
+        help="hevc: smaller files, dearer on a CPU, for GPUs that decode; default: %(default)s",
+    )
+    group.add_argument(
         "--crf",
         type=_whole(0, 51),
-        default=profile.crf,
-        help="x264's quality, lower is better and larger; default: %(default)s",
+        help="x264's or x265's quality, lower is better and larger; default: "
+        + ", ".join(f"{crf} for {codec}" for codec, crf in CRF.items()),
     )
     group.add_argument(
         "--fps",
@@ -214,10 +220,11 @@ def _draw(arguments: argparse.Namespace) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    profile = Profile(arguments.short_side, arguments.keyframe_every, arguments.crf, arguments.fps)
+    crf = CRF[arguments.codec] if arguments.crf is None else arguments.crf
+    profile = Profile(arguments.short_side, arguments.keyframe_every, crf, arguments.fps, arguments.codec)
     if arguments.profile == "copy":
         if profile != Profile():
-            raise UserError("--short-side, --keyframe-every, --crf and --fps need --profile train")
+            raise UserError("--short-side, --keyframe-every, --codec, --crf and --fps need --profile train")
         profile = None
     try:
         packed = pack(

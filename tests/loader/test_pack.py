@@ -369,6 +369,7 @@ def test_shards_usage_errors(argv: list[str], code: int, capsys: pytest.CaptureF
         ("pack . out --fps nan", "'nan' is not a positive number"),
         ("pack . out --fps 0.0001", "'0.0001' is not a rate from 0.01 to 1000 frames a second"),
         ("pack . out --fps 5", "--fps need --profile train"),
+        ("pack . out --codec hevc", "--codec, --crf and --fps need --profile train"),
         ("pack . out --split a/b", "'a/b' is not a name"),
         ("pack . file/out", "cannot make the folder"),
         ("pack nothing out", "is no folder, no list, and no glob"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import signal
@@ -15,11 +16,12 @@ import numpy as np
 import pytest
 
 from bevt_ds.data.decoding import subprocess_env
-from bevt_ds.data.decoding.transcode import Profile, nearest, transcode
-from bevt_ds.data.decoding.video import opened, probe
+from bevt_ds.data.decoding.transcode import CRF, Profile, nearest, transcode
+from bevt_ds.data.decoding.video import fits_gpu, opened, probe
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.errors import UserError
-from bevt_ds.shards.pack import pack
+from bevt_ds.shards.pack import _digest, pack
+from bevt_ds.shards.writer import ShardLimits
 from tests.loader.media import decode_clip, encode_clip, shades
 
 LIMITS = Limits()
@@ -45,6 +47,29 @@ def test_training_profile_properties(clip: bytes) -> None:
     info = probe(data, LIMITS)
     assert (info.width, info.height, info.frames, info.fps) == (96, 64, 60, 25.0)
     assert facts["original"]["fps"] == 25.0 and facts["times"][25] == 1.0 and facts["duration"] == 2.4
+
+
+def test_hevc_profile_has_the_same_properties_and_the_same_bytes_each_time(clip: bytes) -> None:
+    profile = Profile(short_side=64, codec="hevc", crf=CRF["hevc"], keyframe_every=8)
+    data, facts = transcode(clip, profile, LIMITS)
+    assert data == transcode(clip, profile, LIMITS)[0] and facts["codec"] == "hevc"
+    with opened(data, LIMITS) as video:
+        info, index = video.info, video.index
+        assert [entry.frame for entry in index.entries] == list(range(0, 60, 8))
+        assert index.numbers == tuple(range(60)), "no B-frames"
+        brightness = [frame.mean() for frame in video.frames(np.arange(60))]
+    assert (info.codec, info.pixel_format, info.width, info.height) == ("hevc", "yuv420p", 96, 64)
+    assert info.is_plain and fits_gpu(vars(info))
+    np.testing.assert_allclose(brightness, 40 + 3 * np.arange(60), atol=3)
+
+
+def test_packings_of_before_there_was_hevc_are_known_again() -> None:
+    """What a finished packing is known by: of H.264 it does not name the codec."""
+    full, limits = ShardLimits(1 << 30, 100), Limits()
+    old = "Profile(short_side=256, keyframe_every=16, crf=20, fps=0.0)"
+    expected = hashlib.sha256(f"('video', {old}, {full!r}, {limits!r})".encode()).hexdigest()
+    of = {codec: _digest([], "video", Profile(codec=codec), full, limits) for codec in ("h264", "hevc")}
+    assert of["h264"] == expected != of["hevc"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +150,8 @@ def test_transcoding_is_the_same_for_any_number_of_processes(clip: bytes, tmp_pa
 PACK = """
 import os, signal, sys
 from pathlib import Path
-from bevt_ds.shards.pack import pack
+from bevt_ds.shards.pack import _digest, pack
+from bevt_ds.shards.writer import ShardLimits
 from bevt_ds.shards.writer import ShardWriter
 note, written = ShardWriter.note, []
 def dying(self, event):
