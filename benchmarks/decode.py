@@ -81,9 +81,11 @@ def totals(codec: str, files: Sequence[bytes]) -> list[int]:
     return counts
 
 
-def settings(way: Way, batches: Sequence[int], lanes: Sequence[int], stride: int) -> Iterator[tuple[Setting, bool]]:
+def settings(
+    way: Way, batches: Sequence[int], lanes: Sequence[int], frames: int, stride: int
+) -> Iterator[tuple[Setting, bool]]:
     """Setting and whether streams are fresh: batches and lanes, then, at the first of both, one change at a time."""
-    base = Setting(batches[0], lanes[0], stride=stride)
+    base = Setting(batches[0], lanes[0], frames, stride)
     for batch in batches:
         for count in lanes:
             yield replace(base, batch=batch, lanes=count), True
@@ -139,7 +141,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if missing := way.reason(codec):
                 yield {**about, "not_measured": missing}
                 continue
-            for setting, fresh in settings(way, arguments.batch, arguments.lanes, stride):
+            for setting, fresh in settings(way, arguments.batch, arguments.lanes, arguments.frames, stride):
                 facts = measure(way, files, counts, setting, fresh, arguments.seconds)
                 yield {**about, **asdict(setting), "fresh": fresh, **facts}
                 if "not_measured" in facts:  # nor will it be with another setting
@@ -155,7 +157,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--lanes", type=int, nargs="+", default=[1, 8], help="that decode at a time; default: %(default)s"
     )
-    parser.add_argument("--stride", type=int, default=8, help="of clips of 16 frames; 1 where packed with fps=")
+    parser.add_argument("--frames", type=int, default=16, help="of a clip; default: %(default)s")
+    parser.add_argument("--stride", type=int, default=8, help="of clips; 1 where packed with fps=")
     parser.add_argument("--files", type=int, default=32, help="of each kind; default: %(default)s")
     parser.add_argument("--size", default="340x256", help="of videos; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=2.0, help="a row; default: %(default)s")

@@ -20,6 +20,10 @@ from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.plan import clip_frames
 
+PART = (
+    (0.15, 0.2),
+    (0.7, 0.55),
+)  # of an image, from where and how much: a crop of 224 of 500x375 at the short side 288
 DEADLINE = 120.0  # seconds for a sample of a worker
 
 
@@ -85,8 +89,30 @@ def workers(setting: Setting) -> Iterator[Decode]:
         yield lambda samples: sum(threads.map(one, samples))
 
 
+@contextmanager
+def nvdec_sessions(setting: Setting) -> Iterator[Decode]:
+    """data.decoder=nvdec: `lanes` sessions that are kept, and as many workers that open the files."""
+    from bevt_ds.data.decoding.gpu_decoder import GpuDecoder
+    from bevt_ds.data.decoding.nvdec import NvdecSession
+
+    library, device = import_module("PyNvVideoCodec"), torch.device("cuda", 0)
+    with ExitStack() as closing:
+        pool = DecodePool(setting.lanes, DEADLINE, Limits())
+        closing.callback(pool.close)
+        decoder = GpuDecoder(pool, lambda kind: NvdecSession(library, kind, device), setting.lanes)
+        closing.callback(decoder.sessions.close)
+        threads = closing.enter_context(ThreadPoolExecutor(setting.lanes))
+
+        def one(sample: Sample) -> int:
+            clips, _ = decoder.clips(sample.data, [(sample.start, 0.0)], setting.frames, setting.stride)
+            return sum(map(len, clips))
+
+        yield lambda samples: sum(threads.map(one, samples))
+
+
 def dali(device: str, kind: str) -> Callable[[Setting], AbstractContextManager[Decode]]:
-    """DALI's operator on files in memory. device: "cpu" or "mixed". kind: "video" or "image"."""
+    """DALI's operator on files in memory. device: "cpu" or "mixed". kind: "video", "image", or
+    "part" of an image."""
 
     @contextmanager
     def opened(setting: Setting) -> Iterator[Decode]:
@@ -99,6 +125,11 @@ def dali(device: str, kind: str) -> Callable[[Setting], AbstractContextManager[D
             encoded = fn.external_source(name="encoded", dtype=types.UINT8)
             if kind == "image":
                 graph.set_outputs(decoded_images(encoded, device))
+            elif kind == "part":
+                options = {"output_type": types.RGB, "jpeg_fancy_upsampling": True, "axes": [0, 1]}
+                start, shape = PART
+                part = fn.decoders.image_slice(encoded, device=device, rel_start=start, rel_shape=shape, **options)
+                graph.set_outputs(part)
             elif setting.listed:
                 numbers = fn.external_source(name="numbers", dtype=types.INT32)
                 graph.set_outputs(fn.decoders.video(encoded, device=device, frames=numbers, build_index=setting.index))
@@ -189,6 +220,7 @@ def in_threads(one: Callable[[Setting, Sample], int]) -> Callable[[Setting], Abs
 OF_DALI = ("index", "listed")
 VIDEO_WAYS = {
     "our workers": Way(workers),
+    "our NVDEC sessions": Way(nvdec_sessions, "cuda", ("PyNvVideoCodec",), codecs=frozenset({"h264", "hevc"})),
     "DALI decoders.video, CPU": Way(dali("cpu", "video"), codecs=frozenset({"vp9"}), varies=OF_DALI),
     "DALI decoders.video, NVDEC": Way(dali("mixed", "video"), "cuda", varies=OF_DALI),
     "DALI readers.video, NVDEC": Way(dali_reader, "cuda"),
@@ -199,7 +231,9 @@ VIDEO_WAYS = {
 }
 IMAGE_WAYS = {
     "DALI decoders.image, CPU": Way(dali("cpu", "image")),
+    "DALI decoders.image_slice, CPU": Way(dali("cpu", "part")),
     "DALI decoders.image, nvJPEG": Way(dali("mixed", "image"), "cuda"),
+    "DALI decoders.image_slice, nvJPEG": Way(dali("mixed", "part"), "cuda"),
 }
 
 

@@ -7,7 +7,7 @@ from statistics import median_low
 from typing import Any
 
 from .pages_data import damaged_media, loader, reading, study, tokenizers
-from .pages_decode import decode, packing
+from .pages_decode import decode, host, packing
 from .pages_runs import commits, guard, soak
 from .report import Columns, Page, Panel, Row, Rows, facts, fields, grouped, newest, number, source, table, timing
 from .step_parts import PARTS
@@ -321,6 +321,7 @@ PAGES: dict[str, Callable[[Rows], Page]] = {  # how the name of a file of rows b
     "commits": commits,
     "decode": decode,
     "guard": guard,
+    "host": host,
     "kernels": kernels,
     "loader": loader,
     "loader_fuzz": damaged_media,

@@ -72,3 +72,22 @@ PACKED: Columns = {
     **fields("of the source of_source .2f | PSNR dB psnr_db .1f | packing, ms/frame pack_frame_ms .2f"),
     **fields("decoding, CPU ms/clip decode_clip_ms .1f | packets/clip packets_per_clip .1f"),
 }
+
+
+HOST = """\
+Made by `python -m benchmarks.host`: a thread of the loader's process does small operators one after the other, as one
+that launches kernels does, while the loader rests and while batches are taken, in turns. Held up: time in which it
+neither ran nor waited for a core, by the system's count, so by Python's lock; of a sample, what the loader at work
+adds, median of the rounds. On a CPU the loader's threads also make pixels, which on a GPU DALI does."""
+
+
+def host(rows: Rows) -> Page:
+    """What the loader costs a thread next to it."""
+    rows = newest(rows)
+    columns: Columns = {
+        **fields("samples stream s | samples/s samples_per_s .1f | held up, loader at rest held_up_idle .2%"),
+        **fields("held up, loader at work held_up_busy .2% | ms a sample held_up_per_sample_ms .3f"),
+        "lowest to highest": lambda row: f"{row['lowest_ms']:.3f} to {row['highest_ms']:.3f}",
+        **fields("rounds rounds d"),
+    }
+    return Page("The loader next to a launching thread", [HOST, facts(rows), table(rows, columns)])
