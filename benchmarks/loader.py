@@ -42,6 +42,7 @@ class Backend:
     clips_per_video: int = 1
     decoder: str = ""  # of a DataLoader; empty: this project's loader
     device: str = "cpu"
+    ours: str = "gpu"  # data.decoder of this project's loader on a GPU
 
 
 BACKENDS = {
@@ -56,6 +57,10 @@ BACKENDS = {
     "DataLoader + torchcodec, raw": Backend("raw", decoder="torchcodec"),
     "DataLoader + torchcodec, packed, fps=": Backend("fps", decoder="torchcodec"),
     "ours, DALI mixed, raw": Backend("raw", device="cuda"),
+    "ours, NVDEC, raw": Backend("raw", device="cuda", ours="nvdec"),
+    "ours, NVDEC, packed": Backend("packed", device="cuda", ours="nvdec"),
+    "ours, NVDEC, packed, fps=": Backend("fps", device="cuda", ours="nvdec"),
+    "ours, split, raw": Backend("raw", device="cuda", ours="split"),
     "DataLoader + torchcodec CUDA, raw": Backend("raw", decoder="torchcodec", device="cuda"),
 }
 
@@ -74,7 +79,7 @@ def configuration(folder: Path, backend: Backend, sampling: str) -> Config:
         frames=frames,
         stride=1 if backend.shards == "fps" else stride,
         clips_per_video=backend.clips_per_video,
-        decoder="gpu" if backend.device == "cuda" else "cpu",
+        decoder=backend.ours if backend.device == "cuda" else "cpu",
         workers=cores if backend.decoder else cores + 1,
         threads=cores,
     )
