@@ -40,10 +40,7 @@ CASES = [
 ]
 STEPS, COMMIT_EVERY = 48, 2  # updates, and between commits
 BATCH = {"train.global_clips": 2, "train.micro_clips": 1, "train.global_images": 4, "train.micro_images": 2}
-DEADLINE, LONG_DEADLINE = (
-    20,
-    300,
-)  # seconds of train.rank_deadline, where a rank is frozen or killed in the start, and else
+DEADLINE, LONG_DEADLINE = 20, 300  # seconds of train.rank_deadline: where it must run out, and where it must not
 MOST = 10  # strikes a run
 PATIENCE = 1800  # seconds for anything, on a machine that may be busy
 LEAVE = 60  # seconds for processes of a run to be gone after its ranks; how long it took is in the row
