@@ -20,7 +20,8 @@ from bevt_ds.plan.traffic import expected_bytes, sent_bytes
 from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.engine import start_ranks
 from bevt_ds.train.loop import Setup, train_step
-from bevt_ds.train.pretraining import Pretraining, make_engine, make_tokenizer
+from bevt_ds.train.pretraining import Pretraining, make_engine
+from bevt_ds.train.targets import open_targets
 
 from .common import provenance, quantiles
 from .scaling_traffic import Traffic
@@ -47,11 +48,11 @@ def set_up(job: Job) -> tuple[Pretraining, Batch]:
     samples, ranks = job.ranks * job.micro_steps, start_ranks()
     config = validate(base_configuration(job.model, job.micro_clips, job.micro_images, samples))
     setup = Setup(config, read_json(f"zero{job.zero}"), Path(), ranks, Commits(ranks))
-    tokenizer = make_tokenizer(config, ranks)
-    engine = make_engine(config, setup, tokenizer.vocab_size, config.train.steps)
+    targets = open_targets(config, ranks.device, torch.float32)
+    engine = make_engine(config, setup, targets.head, config.train.steps)
     data, train = config.data, config.train
     batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, ranks.rank, data.mask)
-    return Pretraining(setup, None, engine, job.steps, 0.0, tokenizer, probe=None), batch.to(ranks.device)
+    return Pretraining(setup, None, engine, job.steps, 0.0, targets, probe=None), batch.to(ranks.device)
 
 
 def timed_steps(task: Pretraining, batch: Batch, job: Job) -> list[tuple[float, float]]:

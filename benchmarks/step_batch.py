@@ -10,7 +10,8 @@ from torch import Tensor
 from bevt_ds.batch import Batch, Stream
 from bevt_ds.config.recipes import demo, joint_swin_b
 from bevt_ds.config.samples import DataConfig, MaskConfig
-from bevt_ds.config.schema import Config, TokenizerConfig
+from bevt_ds.config.schema import Config
+from bevt_ds.config.targets import TokenizerConfig
 from bevt_ds.data.masks import masked_frames, row_index
 from bevt_ds.data.plan import StreamId, StreamPlan
 from bevt_ds.rng import sample_key

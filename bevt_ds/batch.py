@@ -39,7 +39,9 @@ class Stream:
     token_rows: Tensor  # int64 (R,): where each row's id lies in the flattened ids (F,h,w); 0 for padding
     sample_keys: Tensor  # int64 (B,): bevt_ds.rng.sample_key of each sample
     count: int  # masked cells of this modality in the GLOBAL batch: the loss's denominator
-    targets: Tensor | None = None  # int64 (R,): token ids, IGNORE for padding; filled by the tokenizer
+    targets: Tensor | None = (
+        None  # int64 (R,): token ids, IGNORE for padding; or float (R,D): features. Filled in later
+    )
     keys: tuple[str, ...] = ()  # "shard/key" of each sample
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class Stream:
         kept = (self.cells >= 0) & (moved[owner] >= 0)
         shift = (moved[owner] - owner)[kept]  # in samples
         cells, frames = self.cells[kept] + shift * cells_each, len(self.rows) // max(len(self.cells), 1)
-        by_cell = lambda rows: rows.view(-1, frames)[kept] if len(self.cells) else rows[:, None]  # noqa: E731
+        by_cell = lambda rows: rows.unflatten(0, (-1, frames))[kept] if len(self.cells) else rows[:, None]  # noqa: E731
         rows = by_cell(self.rows) + shift[:, None] * cells_each * frames
         chosen = {"pixels": self.pixels, "mask": self.mask, "sample_keys": self.sample_keys}
         return replace(
@@ -79,7 +81,7 @@ class Stream:
             rows=rows.flatten(),
             cells=cells,
             token_rows=by_cell(self.token_rows).flatten(),
-            targets=None if self.targets is None else by_cell(self.targets).flatten(),
+            targets=None if self.targets is None else by_cell(self.targets).flatten(0, 1),
             keys=tuple(self.keys[i] for i in samples) if self.keys else (),
         )
 

@@ -19,10 +19,10 @@ from bevt_ds.config.schema import (
     RunConfig,
     RunT,
     StreamsTrainConfig,
-    TokenizerConfig,
     TrainConfig,
     UnlabelledConfig,
 )
+from bevt_ds.config.targets import TokenizerConfig
 from bevt_ds.config.tokenizing import PerceptualConfig, TokenizerTrainingConfig, VQConfig
 from bevt_ds.errors import UserError
 

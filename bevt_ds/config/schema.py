@@ -20,7 +20,7 @@ from bevt_ds.config.fields import Field as F
 from bevt_ds.config.graphs import Graphs
 from bevt_ds.config.loggers import LogConfig
 from bevt_ds.config.samples import DataConfig, LabelledDataConfig, SamplingConfig, ViewsConfig
-from bevt_ds.config.targets import TokenizerConfig
+from bevt_ds.config.targets import TargetsConfig
 
 Kernels = Literal["auto", "triton", "torch"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -214,7 +214,10 @@ class TrainConfig(StreamsTrainConfig):
     ] = "auto"
     min_gain: A[
         float,
-        F("exit 1 unless both losses end this many nats below the unigram entropy; 0: no check", resume="free"),
+        F(
+            "exit 1 unless both losses end so far below a blind guess: nats, of features a share; 0: no check",
+            resume="free",
+        ),
     ] = 0.0
 
 
@@ -292,17 +295,16 @@ class UnlabelledConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class Config(UnlabelledConfig):
+class Config(TargetsConfig, UnlabelledConfig):
     """A pretraining run."""
 
     program: ClassVar[str] = "bevt_ds/pretrain.py"
 
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     init_head: A[
         bool,
-        F("take the head of init_from; false: it starts fresh, for a tokenizer of another vocabulary", resume="free"),
+        F("take the head of init_from; false: it starts fresh, for another vocabulary or target", resume="free"),
     ] = True
     probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
 

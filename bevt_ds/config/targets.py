@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated as A
+from typing import Literal
 
 from bevt_ds.config.fields import Field as F
 
@@ -26,3 +27,26 @@ class TokenizerConfig:
     vocab_size: A[int, F("random_projection and torchscript: how many ids there are", least=1)] = 8192
     seed: A[int, F("random_projection: seed of projection and codebook")] = 0
     side: A[int, F("huggingface and torchscript: frames are resized to this side first; 0: the view's own")] = 0
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """target=features: the frozen network whose features are predicted. A name is of timm's, without one it is ours."""
+
+    name: A[str, "a network in timm, such as vit_base_patch16_224; empty: weights are of a Video Swin"] = ""
+    weights: A[
+        str,
+        "a file of its weights; empty: random ones. Without a name: a run, or any file of a Video Swin or Swin",
+    ] = ""
+    seed: A[int, F("of random weights")] = 0
+
+
+@dataclass(frozen=True)
+class TargetsConfig:
+    """What pretraining predicts, and where it comes from."""
+
+    target: A[
+        Literal["ids", "features"], "of masked positions: a tokenizer's ids, or features of a frozen network (teacher)"
+    ] = "ids"
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)

@@ -21,10 +21,10 @@ from bevt_ds.config.schema import (
     ProbeRunConfig,
     RunConfig,
     RunT,
-    TokenizerConfig,
     TrainingConfig,
     UnlabelledConfig,
 )
+from bevt_ds.config.targets import TokenizerConfig
 from bevt_ds.config.tokenizing import TokenizerTrainingConfig, levels_problems
 from bevt_ds.errors import UserError
 from bevt_ds.tokenizer_names import unknown_name
@@ -70,7 +70,7 @@ def _rules(config: RunConfig, values: Mapping[str, Any] | None) -> Iterator[str]
         yield from levels_problems(config.model.levels)
     if isinstance(config, Config):
         yield from _pretraining(config)
-        yield from unknown_name(config.tokenizer.name)
+        yield from _targets(config)
     elif isinstance(config, FinetuneConfig):
         yield from _finetuning(config)
     if isinstance(config, FinetuneConfig | InferenceConfig):
@@ -246,7 +246,7 @@ def missing_inputs(config: RunConfig) -> Iterator[str]:
     if isinstance(config, UnlabelledConfig):
         yield from _streams(config)
     if isinstance(config, Config):
-        yield from tokenizer_files(config.tokenizer)
+        yield from target_files(config)
     if isinstance(config, TokenizerTrainingConfig):
         path = config.perceptual.weights
         yield from unless(not path or Path(path).is_file(), f"perceptual.weights={path}: no such file.")
@@ -277,6 +277,29 @@ def _streams(config: UnlabelledConfig) -> Iterator[str]:
         bool(data.images) or not train.global_images,
         "data.images is empty: name the shards, or train.global_images=0.",
     )
+
+
+def _targets(config: Config) -> Iterator[str]:
+    teacher, features = config.teacher, config.target == "features"
+    given = next((f"teacher.{name}={value}" for name, value in vars(teacher).items() if value), "")
+    yield from unknown_name(config.tokenizer.name)
+    yield from unless(
+        bool(teacher.name or teacher.weights) or not features,
+        "target=features needs a frozen network: teacher.name, one of timm's, or teacher.weights, a run of ours.",
+    )
+    yield from unless(
+        features or not given, f"{given}: a teacher makes no ids: say target=features, or leave teacher.* out."
+    )
+
+
+def target_files(config: Config) -> Iterator[str]:
+    """What is missing of the files that a run's targets are made with."""
+    if config.target == "ids":
+        yield from tokenizer_files(config.tokenizer)
+        return
+    teacher, path = config.teacher, Path(config.teacher.weights)
+    there = not teacher.weights or (path.is_file() if teacher.name else path.exists())
+    yield from unless(there, f"teacher.weights={teacher.weights}: no such file{'' if teacher.name else ' or folder'}.")
 
 
 def tokenizer_files(tokenizer: TokenizerConfig) -> Iterator[str]:

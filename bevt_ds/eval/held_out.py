@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,9 +17,35 @@ from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.logging import STREAMS, require_known_targets
 
 
+class Summary(ABC):
+    """Held-out figures of one stream, a dataclass.
+
+    baseline: what its loss is compared with. columns: the heads of `row`.
+    """
+
+    baseline: ClassVar[str]
+    columns: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def gain(self) -> float:
+        """How far the loss is below the baseline."""
+
+    @abstractmethod
+    def extent(self) -> str:
+        """The gain without its sign, in a sentence."""
+
+    @abstractmethod
+    def row(self) -> str:
+        """Its figures, for a table."""
+
+
 @dataclass(frozen=True)
-class StreamSummary:
-    """Held-out figures of one stream; losses and entropies in nats per masked cell."""
+class StreamSummary(Summary):
+    """Held-out figures of ids; losses and entropies in nats per masked cell."""
+
+    baseline: ClassVar[str] = "the unigram entropy, the loss of a guess that ignores the input"
+    columns: ClassVar[str] = "loss   unigram entropy     gain   masked accuracy   commonest id   perplexity"
 
     loss: float
     accuracy: float
@@ -31,6 +58,15 @@ class StreamSummary:
     def gain(self) -> float:
         """Nats below the unigram entropy."""
         return self.unigram_entropy - self.loss
+
+    def extent(self) -> str:
+        return f"{abs(self.gain):.3f} nats"
+
+    def row(self) -> str:
+        return (
+            f"{self.loss:10.3f}{self.unigram_entropy:18.3f}{self.gain:9.3f}{self.accuracy:18.1%}"
+            f"{self.commonest_rate:15.1%}{math.exp(self.loss):13.1f}"
+        )
 
 
 def unigram(counts: Tensor) -> tuple[float, float]:
@@ -80,43 +116,34 @@ def evaluate(engine: Engine, tokenizer: Tokenizer, batches: Iterable[Batch]) -> 
     }
 
 
-def as_table(summaries: dict[str, StreamSummary], data: Mapping[str, str]) -> str:
-    """The summary as people read it. data: what each stream's figures are of."""
-    lines = [
-        "held-out        loss   unigram entropy     gain   masked accuracy   commonest id   perplexity",
-    ]
-    for name, s in summaries.items():
-        lines.append(
-            f"{name:<10}{s.loss:10.3f}{s.unigram_entropy:18.3f}{s.gain:9.3f}{s.accuracy:18.1%}{s.commonest_rate:15.1%}"
-            f"{math.exp(s.loss):13.1f}"
-        )
+def as_table(summaries: Mapping[str, Summary], data: Mapping[str, str]) -> str:
+    """The summary as people read it; empty without a stream. data: what each stream's figures are of."""
+    lines = [f"held-out        {s.columns}" for s in summaries.values()][:1]
+    lines += [f"{name:<10}{s.row()}" for name, s in summaries.items()]
     return "\n".join([*lines, *(f"{name} figures are of {data[name]}" for name in summaries)])
 
 
-def as_json(summaries: dict[str, StreamSummary]) -> dict[str, Any]:
+def as_json(summaries: Mapping[str, Summary]) -> dict[str, Any]:
     """The summary as summary.json holds it."""
     return {name: {**asdict(s), "gain": s.gain} for name, s in summaries.items()}
 
 
-def shortfall(summaries: dict[str, StreamSummary], min_gain: float, data: Mapping[str, str]) -> str | None:
+def shortfall(summaries: Mapping[str, Summary], min_gain: float, data: Mapping[str, str]) -> str | None:
     """Why the run did not learn enough, or None. A gain that is not a number falls short. data: as in `as_table`."""
     if min_gain > 0 and not summaries:
-        return f"the loss must end {min_gain} nats below the unigram entropy, and no masked position was held out"
-    low = [
-        f"the {name} loss on {data[name]} {_standing(s.gain)}"
-        for name, s in summaries.items()
-        if not s.gain >= min_gain
-    ]
+        return f"the loss must end {min_gain} below that of a guess, and no masked position was held out"
+    low = [f"the {name} loss on {data[name]} {_standing(s)}" for name, s in summaries.items() if not s.gain >= min_gain]
     if min_gain <= 0 or not low:
         return None
+    baseline = next(iter(summaries.values())).baseline
     return (
-        f"{'; '.join(low)} the unigram entropy, the loss of a guess that ignores the input, and must end"
-        f" {min_gain} below (train.min_gain). Train longer (train.steps, train.epochs), look at samples.png and at the"
-        " loss in log.jsonl; train.min_gain=0 leaves the check out."
+        f"{'; '.join(low)} {baseline}, and must end {min_gain} below (train.min_gain). Train longer"
+        " (train.steps, train.epochs), look at samples.png and at the loss in log.jsonl; train.min_gain=0 leaves the"
+        " check out."
     )
 
 
-def _standing(gain: float) -> str:
-    if not math.isfinite(gain):
+def _standing(summary: Summary) -> str:
+    if not math.isfinite(summary.gain):
         return "is not a number, against"
-    return f"ended {abs(gain):.3f} nats {'below' if gain >= 0 else 'above'}"
+    return f"ended {summary.extent()} {'below' if summary.gain >= 0 else 'above'}"

@@ -30,7 +30,10 @@ class OnlineProbe:
     """The labelled videos of a run's `probe` section, and the visual tokens counted since the last measurement."""
 
     def __init__(self, config: Config, vocab_size: int, ranks: Ranks, steps: int) -> None:
-        """Read the labels and try a few videos. steps: of the whole run; the last is followed by a measurement.
+        """Read the labels and try a few videos.
+
+        vocab_size: of the ids that are counted; 0: the targets are none. steps: of the whole run; the last is followed
+        by a measurement.
 
         Raises:
             UserError: shards or labels that cannot be used, or a set without a video that can be decoded.
@@ -52,7 +55,7 @@ class OnlineProbe:
     def count(self, batch: Batch) -> None:
         """Count the target ids of a micro-batch of a step that is due."""
         for stream in (batch.video, batch.image):
-            if stream is not None and stream.targets is not None:
+            if len(self.counts) and stream is not None and stream.targets is not None:
                 self.counts += count_ids(stream.targets, len(self.counts))
 
     def measure(self, engine: Engine) -> dict[str, float]:
@@ -74,7 +77,7 @@ class OnlineProbe:
             "probe_top1": result["top1"],
             "probe_videos": result["videos"],
             "feature_rank": feature_rank(torch.cat([train.values, val.values])),
-            **codebook_use(counts),
+            **(codebook_use(counts) if len(counts) else {}),
         }
 
     def _features(self, engine: Engine, shards: list[Shard]) -> Features:

@@ -7,11 +7,13 @@ hold decoded guesses, and the guesses of the other cells, which the network saw,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -25,6 +27,7 @@ HIDDEN = 0.5
 SAMPLES = {"video": 2, "image": 8}
 FRAMES_SHOWN, COLUMNS = 4, 8
 SEEN, HIDDEN_CELLS, VERDICT = "input", "hidden cells", "green: right\nred: wrong"
+NEARER = "green: nearer than\nthe mean feature"
 GUESS, CEILING = "guess, decoded", "tokenizer's\nreconstruction"
 
 
@@ -37,16 +40,33 @@ class Panel:
 
 
 def draw(engine: Engine, batch: Batch, path: Path, tokenizer: Tokenizer) -> None:
-    """Write the image for the first samples of a batch that already has targets. Collective."""
+    """Write the image for the first samples of a batch that already has ids as targets. Collective."""
+
+    def panels(name: str, stream: Stream) -> list[Panel]:
+        predicted = predict(engine, stream, tokenizer.vocab_size)
+        return stream_panels(name, stream, predicted, SAMPLES[name], tokenizer) if engine.ranks.is_main else []
+
+    _draw(engine, batch, path, panels)
+
+
+def draw_features(engine: Engine, batch: Batch, path: Path) -> None:
+    """The same of a batch whose targets are features: where a prediction is nearer than the mean of these targets."""
+
+    def panels(name: str, stream: Stream) -> list[Panel]:
+        features = engine.module.feature_head(hidden(engine, stream)).flatten(0, 1)
+        marks = marked(stream, nearer(stream, features[stream.rows.clamp(min=0)]))
+        return frame_panels(name, stream, marks, SAMPLES[name], NEARER) if engine.ranks.is_main else []
+
+    _draw(engine, batch, path, panels)
+
+
+def _draw(engine: Engine, batch: Batch, path: Path, panels_of: Callable[[str, Stream], list[Panel]]) -> None:
     batch = batch.cast(engine.dtype)
     panels: list[Panel] = []
     with engine.evaluating():
         for name in ("video", "image"):
-            stream = getattr(batch, name)
-            if stream is not None:
-                predicted = predict(engine, stream, tokenizer.vocab_size)
-                if engine.ranks.is_main:
-                    panels += stream_panels(name, stream, predicted, SAMPLES[name], tokenizer)
+            if (stream := getattr(batch, name)) is not None:
+                panels += panels_of(name, stream)
     if engine.ranks.is_main:
         path.parent.mkdir(exist_ok=True)
         save_grid(panels, path)
@@ -54,46 +74,88 @@ def draw(engine: Engine, batch: Batch, path: Path, tokenizer: Tokenizer) -> None
 
 def predict(engine: Engine, stream: Stream, vocab_size: int) -> Tensor:
     """The likeliest token id below `vocab_size` at every output position, flat (B*T*h*w,) or (B*h*w,)."""
-    model = engine.module
-    forward = model.forward_video if stream.pixels.ndim == 5 else model.forward_image
-    return model.lm_head(forward(stream.pixels, stream.mask))[..., :vocab_size].argmax(-1).flatten()
+    return engine.module.lm_head(hidden(engine, stream))[..., :vocab_size].argmax(-1).flatten()
+
+
+def hidden(engine: Engine, stream: Stream) -> Tensor:
+    """What the head is given at every output position: (B,T*h*w,C) or (B,h*w,C)."""
+    forward = engine.module.forward_video if stream.pixels.ndim == 5 else engine.module.forward_image
+    return forward(stream.pixels, stream.mask)
+
+
+def nearer(stream: Stream, predicted: Tensor) -> Tensor:
+    """Which rows of `predicted` (R,D) are nearer to their targets than the mean of all targets is: bool (R,)."""
+    targets = stream.targets
+    mean = targets[stream.rows >= 0].mean(0)
+    distances = [
+        F.smooth_l1_loss(x, targets, reduction="none").mean(1) for x in (predicted.float(), mean.expand_as(targets))
+    ]
+    return distances[0] < distances[1]
 
 
 def stream_panels(name: str, stream: Stream, predicted: Tensor, samples: int, tokenizer: Tokenizer) -> list[Panel]:
-    """Panels of the first samples: a few frames of each clip, or one for each image."""
-    count, frames = len(stream.pixels), stream.pixels[0, 0].shape[:-2].numel()
-    grid = (count, frames, *stream.mask.shape[-2:])
-    marks, guesses, places = verdicts(stream, predicted).reshape(grid), predicted.view(grid), stream.view_places
+    """Panels of the first samples, and what was guessed where the tokenizer decodes; see `frame_panels`."""
+    marks, places = verdicts(stream, predicted), stream.view_places
+    guesses = predicted.view(marks.shape)
+
+    def decoded(b: int, t: int, image: np.ndarray) -> dict[str, np.ndarray]:
+        view = stream.view[int(places[b, t]) :][:1]
+        return decoded_views(image, marks[b, t], guesses[b, t], view, tokenizer)
+
+    return frame_panels(
+        name, stream, marks, samples, VERDICT, decoded if isinstance(tokenizer, DecodingTokenizer) else None
+    )
+
+
+def frame_panels(
+    name: str,
+    stream: Stream,
+    marks: np.ndarray,
+    samples: int,
+    verdict: str,
+    more: Callable[[int, int, np.ndarray], dict[str, np.ndarray]] | None = None,
+) -> list[Panel]:
+    """Panels of the first samples: a few frames of each clip, or one for each image.
+
+    marks (B,T,h,w), of images (B,1,h,w): see `marked`. verdict: what its colours say. more: of sample, frame number and
+    frame, its further views.
+    """
+    count, frames = marks.shape[:2]
     shown = np.unique(np.linspace(0, frames - 1, FRAMES_SHOWN).round().astype(int))
     panels = []
     for b in range(min(samples, count)):
         frames_seen = denormalised(stream.pixels[b])
         for t in shown:
             title = f"{name} {b}" + (f", frame {t}" if frames > 1 else "")
-            views = make_views(frames_seen[t], marks[b, t])
-            if isinstance(tokenizer, DecodingTokenizer):
-                place = int(places[b, t])
-                views |= decoded_views(views[SEEN], marks[b, t], guesses[b, t], stream.view[place:][:1], tokenizer)
-            panels.append(Panel(title, views))
+            views = make_views(frames_seen[t], marks[b, t], verdict)
+            panels.append(Panel(title, views | (more(b, t, views[SEEN]) if more else {})))
     return panels
 
 
 def verdicts(stream: Stream, predicted: Tensor) -> np.ndarray:
-    """Per output position: -1 not masked, 0 guessed wrong, 1 guessed right; flat."""
-    marks = torch.full((predicted.numel(),), -1, dtype=torch.int8, device=predicted.device)
-    valid = stream.rows >= 0
-    rows = stream.rows[valid]
-    marks[rows] = (predicted[rows] == stream.targets[valid]).to(torch.int8)
+    """Marks of predicted ids, flat as of `predict`: a right id is right."""
+    return marked(stream, predicted[stream.rows.clamp(min=0)] == stream.targets)
+
+
+def marked(stream: Stream, right: Tensor) -> np.ndarray:
+    """Of every output position: -1 not masked, 0 guessed wrong, 1 guessed right. right: bool (R,) of the rows.
+
+    -> int8 (B,T,h,w), of images (B,1,h,w).
+    """
+    count, frames = len(stream.pixels), stream.pixels[0, 0].shape[:-2].numel()
+    grid, valid = (count, frames, *stream.mask.shape[-2:]), stream.rows >= 0
+    marks = torch.full(grid, -1, dtype=torch.int8, device=right.device)
+    marks.view(-1)[stream.rows[valid]] = right[valid].to(torch.int8)
     return marks.cpu().numpy()
 
 
-def make_views(image: np.ndarray, marks: np.ndarray) -> dict[str, np.ndarray]:
-    """A frame (H,W,3), the frame with its hidden cells, and its verdicts (h,w)."""
+def make_views(image: np.ndarray, marks: np.ndarray, title: str = VERDICT) -> dict[str, np.ndarray]:
+    """A frame (H,W,3), the frame with its hidden cells, and, as `title`, its verdicts (h,w)."""
     cells = enlarged(marks[..., None], image.shape[0])
     hidden = np.where(cells >= 0, HIDDEN, image)
     colour = np.where(cells == 1, RIGHT, WRONG)
     verdict = np.where(cells >= 0, 0.35 * image + 0.65 * colour, 0.5 * image + 0.5)
-    return {SEEN: image, HIDDEN_CELLS: hidden, VERDICT: verdict}
+    return {SEEN: image, HIDDEN_CELLS: hidden, title: verdict}
 
 
 def decoded_views(

@@ -38,7 +38,7 @@ from bevt_ds.interop.feature_files import (
     require_same_manifest,
     write_chunk,
 )
-from bevt_ds.interop.frozen import FrozenModel, load_frozen
+from bevt_ds.model.frozen_swin import FrozenModel, load_frozen
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import DTYPES

@@ -31,7 +31,7 @@ from bevt_ds.disk import writing
 from bevt_ds.errors import UserError
 from bevt_ds.eval.results import run_of
 from bevt_ds.folders import weights_of
-from bevt_ds.interop.frozen import FrozenModel
+from bevt_ds.model.frozen_swin import FrozenModel
 from bevt_ds.model.tensor_file import write_tensors
 from bevt_ds.model.weights import TENSORS
 

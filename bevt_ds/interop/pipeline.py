@@ -17,7 +17,7 @@ from bevt_ds.data.files import centred, is_image, read_frames, read_image
 from bevt_ds.data.plan import CHOICES
 from bevt_ds.errors import UserError
 from bevt_ds.eval.results import run_of, sampling_of, without_classifier
-from bevt_ds.interop.frozen import FrozenModel, load_frozen
+from bevt_ds.model.frozen_swin import FrozenModel, load_frozen
 
 Task = Literal["auto", "features", "classes"]
 TASKS = ("auto", "features", "classes")

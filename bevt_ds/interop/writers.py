@@ -154,7 +154,11 @@ def config_of(weights: Weights, written: Written) -> dict[str, Any]:
 def _of_heads(parts: set[str]) -> set[str]:
     """Arguments that say nothing without their part."""
     absent = set() if HEAD in parts else {"num_classes", "classes", "dropout"}
-    return absent | (set() if "lm_head." in parts else {"vocab_size"})
+    return (
+        absent
+        | (set() if "lm_head." in parts else {"vocab_size"})
+        | (set() if "feature_head." in parts else {"target_dim"})
+    )
 
 
 def save_folder(folder: Path, state: State, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

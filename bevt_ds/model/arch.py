@@ -51,8 +51,8 @@ class SwinArch:
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 raise UserError(
                     f"unknown argument {name}{hint}: sizes of a model are {', '.join(known)}; how it runs:"
-                    " checkpointing, recompute, recompute_every, compile, kernels; BEVT has vocab_size and"
-                    " image_windows, VideoClassifier num_classes, classes and dropout"
+                    " checkpointing, recompute, recompute_every, compile, kernels; BEVT has vocab_size,"
+                    " target_dim and image_windows, VideoClassifier num_classes, classes and dropout"
                 )
         return cls(**sizes)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -42,9 +43,9 @@ class BEVTOutput(NamedTuple):
     """What `BEVT.forward` returns.
 
     `metrics` are sums over the micro-batch's masked rows, as device scalars that add up over ranks and micro-steps:
-    loss_STREAM (cross-entropy, fp32), hits_STREAM (right predictions) and rows_STREAM (rows), for each STREAM of
-    `video` and `image` that the batch holds; and unknown_targets, the rows whose target is no id of the head's
-    vocabulary, whose loss is NaN and whose gradient is none.
+    loss_STREAM (cross-entropy, or smooth L1 of features; fp32), hits_STREAM (right predictions of ids) and rows_STREAM
+    (rows), for each STREAM of `video` and `image` that the batch holds; and of ids unknown_targets, the rows whose
+    target is no id of the head's vocabulary, whose loss is NaN and whose gradient is none.
     """
 
     loss: Tensor
@@ -56,7 +57,8 @@ class Rows:
     """Masked rows of one stream, ready for the shared norm and head."""
 
     features: Tensor  # (R,C)
-    targets: Tensor  # int64 (R,)
+    targets: Tensor  # int64 (R,), or float (R,D)
+    real: Tensor  # bool (R,): False where a row pads
     count: int  # the loss's denominator, as in Stream
 
 
@@ -99,13 +101,15 @@ class BEVT(PretrainedMixin, nn.Module):
 
     `encoder.patch_embed` is the clips' stem and `encoder.norm` follows the decoders. Height and width of the images
     are multiples of 32, frames of 2. `image_windows="official"` masks images as the released weights expect it,
-    "swin" as the Swin paper does. `options` are VideoSwin's arguments, `kernels` too.
+    "swin" as the Swin paper does. `target_dim` is the length of the vectors that it predicts in place of ids; 0: ids.
+    `options` are VideoSwin's arguments, `kernels` too.
     """
 
     def __init__(
         self,
         *,
         vocab_size: int = 8192,
+        target_dim: int = 0,
         image_windows: WindowPolicy = "official",
         kernels: str = "auto",
         **options: Any,
@@ -115,14 +119,18 @@ class BEVT(PretrainedMixin, nn.Module):
             raise UserError(f"image_windows={image_windows!r}: choose one of {', '.join(POLICIES)}")
         self.image_windows: WindowPolicy = image_windows
         self.encoder = VideoSwin(kernels=kernels, **options)
-        self.arch = self.encoder.arch | {"vocab_size": vocab_size, "image_windows": image_windows}
+        head = {"target_dim": target_dim} if target_dim else {"vocab_size": vocab_size}
+        self.arch = self.encoder.arch | head | {"image_windows": image_windows}
         patch, embed_dim = self.arch["patch"], self.arch["embed_dim"]
         dim = self.encoder.norm.normalized_shape[0]
         self.image_embed = PatchEmbed((1, *patch[1:]), embed_dim, kernels=kernels)
         self.mask_token = MaskToken(embed_dim, kernels)
         self.video_decoder = Decoder(dim, frames=patch[0], kernels=kernels)
         self.image_decoder = Decoder(dim, frames=1, kernels=kernels)
-        self.lm_head = LMHead(dim, vocab_size, kernels)
+        if target_dim:
+            self.feature_head = nn.Linear(dim, target_dim)
+        else:
+            self.lm_head = LMHead(dim, vocab_size, kernels)
         self.replay: Replay | None = None  # how training runs the encoder, if not as it is written
         self.init_weights()
 
@@ -158,13 +166,13 @@ class BEVT(PretrainedMixin, nn.Module):
     def forward(self, batch: Batch) -> BEVTOutput:
         """Loss and metrics of one micro-batch whose targets are filled in.
 
-        The loss is the sum over streams of cross-entropy at masked positions, each divided by the stream's `count`: the
-        masked positions of the global batch. Micro-batches of a step therefore add up to the step's loss. A stream
-        without a masked position adds 0.
+        The loss is the sum over streams of cross-entropy, or the smooth L1 distance of features, at masked positions,
+        each divided by the stream's `count`: the masked positions of the global batch. Micro-batches of a step
+        therefore add up to the step's loss. A stream without a masked position adds 0.
 
         Raises UserError for a batch without targets, and for streams of other shapes or types: see `inputs`.
         """
-        require_batch(batch)
+        require_batch(batch, self.arch.get("target_dim", 0))
         streams: dict[str, Rows] = {}
         if batch.video is not None:
             streams["video"] = self._video_rows(batch.video)
@@ -173,13 +181,18 @@ class BEVT(PretrainedMixin, nn.Module):
         features = self.encoder.norm(torch.cat([rows.features for rows in streams.values()]))
         targets = torch.cat([rows.targets for rows in streams.values()])
         segments = tuple(len(rows.targets) for rows in streams.values())
-        losses, hits = self.lm_head(features, targets, segments)
-        outside = (targets < 0) | (targets >= self.lm_head.out_features)
-        metrics = {"unknown_targets": (outside & (targets != IGNORE)).sum()}
+        metrics: dict[str, Tensor] = {}
+        if "target_dim" in self.arch:
+            real = torch.cat([rows.real for rows in streams.values()])
+            losses = smooth_l1_sums(self.feature_head(features), targets, real, segments)
+        else:
+            losses, hits = self.lm_head(features, targets, segments)
+            outside = (targets < 0) | (targets >= self.lm_head.out_features)
+            metrics["unknown_targets"] = (outside & (targets != IGNORE)).sum()
+            metrics |= {f"hits_{name}": hits[i] for i, name in enumerate(streams)}
         for i, (name, rows) in enumerate(streams.items()):
             metrics[f"loss_{name}"] = losses[i].detach()
-            metrics[f"hits_{name}"] = hits[i]
-            metrics[f"rows_{name}"] = (rows.targets != IGNORE).sum()
+            metrics[f"rows_{name}"] = rows.real.sum()
         return BEVTOutput(sum(losses[i] / max(rows.count, 1) for i, rows in enumerate(streams.values())), metrics)
 
     def _require_fit(self, pixels: Tensor, mask: Tensor, keys: Tensor | None) -> None:
@@ -210,9 +223,27 @@ class BEVT(PretrainedMixin, nn.Module):
     def _video_rows(self, stream: Stream) -> Rows:
         self._require_fit(stream.pixels, stream.mask, stream.sample_keys)
         fine, coarse = self._encode_video(stream.pixels, stream.mask, stream.sample_keys)
-        return Rows(self.video_decoder(fine, coarse, stream.cells).flatten(0, 1), stream.targets, stream.count)
+        return self._rows(stream, self.video_decoder(fine, coarse, stream.cells))
 
     def _image_rows(self, stream: Stream) -> Rows:
         self._require_fit(stream.pixels, stream.mask, stream.sample_keys)
         fine, coarse = self._encode_image(stream.pixels, stream.mask, stream.sample_keys)
-        return Rows(self.image_decoder(fine, coarse, stream.cells).flatten(0, 1), stream.targets, stream.count)
+        return self._rows(stream, self.image_decoder(fine, coarse, stream.cells))
+
+    def _rows(self, stream: Stream, decoded: Tensor) -> Rows:
+        real = stream.rows >= 0 if "target_dim" in self.arch else stream.targets != IGNORE
+        return Rows(decoded.flatten(0, 1), stream.targets, real, stream.count)
+
+
+def smooth_l1_sums(predicted: Tensor, targets: Tensor, real: Tensor, segments: tuple[int, ...]) -> Tensor:
+    """The smooth L1 distance of vectors, summed over the rows of each segment: fp32 (S,).
+
+    Of a row: the mean over its D numbers of d^2 / 2 where |d| < 1, else |d| - 1/2 (Girshick 2015, "Fast R-CNN").
+
+    Args:
+        predicted, targets: (R,D), float.
+        real: bool (R,); other rows count nothing and have no gradient.
+        segments: row counts that sum to R.
+    """
+    each = F.smooth_l1_loss(predicted.float(), targets.float(), reduction="none").mean(-1).masked_fill(~real, 0.0)
+    return torch.stack([part.sum() for part in each.split(segments)])

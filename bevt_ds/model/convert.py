@@ -69,6 +69,7 @@ FRESH_AFTER_2D = (  # our prefixes that an image-stream checkpoint may lack
     "video_decoder.",
     "image_decoder.",
     "lm_head.",
+    "feature_head.",
 )
 
 

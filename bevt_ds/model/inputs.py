@@ -88,8 +88,11 @@ def require_keys(keys: Any, size: int) -> None:
         raise UserError(f"sample_keys is {given}: it must be an int64 tensor ({size},), or None.")
 
 
-def require_batch(batch: Any) -> None:
-    """Refuse what is no Batch with a stream, or has one without targets or with pixels of another shape."""
+def require_batch(batch: Any, dim: int = 0) -> None:
+    """Refuse what is no Batch with a stream, or has one without targets or with pixels of another shape.
+
+    dim: numbers of a target that is a vector; 0: targets are ids.
+    """
     if not isinstance(batch, Batch):
         raise UserError(f"batch is {_named(batch)}: it must be a bevt_ds.Batch; forward_video takes tensors.")
     if batch.video is None and batch.image is None:
@@ -97,6 +100,7 @@ def require_batch(batch: Any) -> None:
     for stream, kind in ((batch.video, CLIPS), (batch.image, IMAGES)):
         if stream is not None:
             _require_stream(stream, kind)
+            _require_targets(stream, dim)
 
 
 def look_at_values(pixels: Tensor, kind: Kind, module: nn.Module) -> None:
@@ -134,6 +138,16 @@ def _require_stream(stream: Any, kind: Kind) -> None:
     require_pixels(stream.pixels, kind)
     if stream.targets is None:
         raise UserError("batch has no targets yet: fill them with bevt_ds.model.tokenizers.tokenize(tokenizer, batch).")
+
+
+def _require_targets(stream: Stream, dim: int) -> None:
+    targets, wanted = stream.targets, (len(stream.rows), dim) if dim else (len(stream.rows),)
+    if tuple(targets.shape) != wanted or targets.is_floating_point() != bool(dim):
+        how = "with_features(teacher, batch)" if dim else "tokenize(tokenizer, batch)"
+        raise UserError(
+            f"targets are {_dtype(targets)} {tuple(targets.shape)}: this BEVT predicts {'features' if dim else 'ids'},"
+            f" {wanted}; {how} fills them in."
+        )
 
 
 def _remedy(shape: torch.Size, kind: Kind) -> str:

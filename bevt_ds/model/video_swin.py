@@ -145,15 +145,24 @@ class VideoSwin(PretrainedMixin, nn.Module):
     def features_of(self, pixels: Tensor, stem: PatchEmbed | None = None, policy: WindowPolicy = "swin") -> Tensor:
         """Clips (B,3,T,H,W) -> (B,C,T',H',W') as `forward_features`; images (B,3,H,W) -> (B,C,1,H',W').
 
-        Images go through the `stem` of their own, with `policy` as windows, where there is one; else as still clips.
+        Images: see `stages_of`.
         """
-        if pixels.ndim != 4:
-            return self.forward_features(pixels)
-        if stem is None:
-            return self.forward_features(repeat(pixels, "b c h w -> b c t h w", t=self.arch["patch"][0]))
-        require_pixels(pixels, IMAGES)
-        features = self.norm(self.encode(stem(pixels.unsqueeze(2)), policy)[-1])
-        return rearrange(features, "b t h w c -> b c t h w")
+        return rearrange(self.norm(self.stages_of(pixels, stem, policy)[-1]), "b t h w c -> b c t h w")
+
+    def stages_of(self, pixels: Tensor, stem: PatchEmbed | None = None, policy: WindowPolicy = "swin") -> list[Tensor]:
+        """Clips (B,3,T,H,W) or images (B,3,H,W) -> every stage's output before merging and norm, (B,T',H',W',C_i).
+
+        Images, whose T' is 1, go through the `stem` of their own, with `policy` as windows, where there is one; else as
+        still clips. Raises UserError as `forward_intermediates`.
+        """
+        if pixels.ndim == 4 and stem is not None:
+            require_pixels(pixels, IMAGES)
+            return self.encode(stem(pixels.unsqueeze(2)), policy)
+        if pixels.ndim == 4:
+            pixels = repeat(pixels, "b c h w -> b c t h w", t=self.arch["patch"][0])
+        require_pixels(pixels, CLIPS)
+        look_at_values(pixels, CLIPS, self)
+        return self.encode(self.patch_embed(pixels))
 
     def _residual_scales(self, tokens: Tensor, keys: Tensor | None) -> Sequence[Tensor | None]:
         blocks = sum(self.depths)

@@ -32,16 +32,18 @@ CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT = "bevt_ds"
 ENCODER = "encoder."
 HEAD = "head."  # of a classifier
-TOKEN_HEAD = "lm_head."
+TARGET_HEADS = ("lm_head.", "feature_head.")  # of token ids, or of features: a BEVT has one of them
 # Constructor arguments that not every model has, and those that may differ between a file and the model it starts.
-NOT_EVERYWHERE = {"vocab_size", "image_windows", "num_classes", "classes", "dropout"}
+NOT_EVERYWHERE = {"vocab_size", "target_dim", "image_windows", "num_classes", "classes", "dropout"}
+HEAD_SIZES = {"vocab_size": "token ids", "target_dim": "features"}  # of a BEVT, which has one -> what it predicts
 MAY_DIFFER = {"window", "drop_path", "num_classes", "classes", "dropout"}
 PARTS = {  # what a file may hold next to the encoder -> why a model without it does not load it
     "mask_token.": "not part of the model: masking",
     "image_embed.": "not part of the model: the images' stem",
     "video_decoder.": "not part of the model: decoder",
     "image_decoder.": "not part of the model: decoder",
-    TOKEN_HEAD: "not part of the model: classifier of visual tokens",
+    "lm_head.": "not part of the model: classifier of visual tokens",
+    "feature_head.": "not part of the model: regression of features",
     HEAD: "not part of the model: classifier of clips",
 }
 
@@ -163,7 +165,7 @@ def load_init(model: PretrainedMixin, path: str | Path, head: bool = True) -> Lo
 def fit_init(model: PretrainedMixin, path: str | Path, head: bool = True) -> tuple[State, LoadReport]:
     """What `load_init` would copy, by parameter name, and its report. The model may be on the meta device."""
     weights = read_weights(Path(path))
-    return _fit(model, weights if head else _without_token_head(weights))
+    return _fit(model, weights if head else _without_target_head(weights))
 
 
 def load_tensors(model: nn.Module, tensors: State) -> LoadReport:
@@ -294,12 +296,12 @@ def _without_other_parts(model: nn.Module, weights: Weights) -> Weights:
     return replace(weights, state=state, unused=weights.unused | unused, may_be_fresh=fresh)
 
 
-def _without_token_head(weights: Weights) -> Weights:
-    """`weights` without the classifier of visual tokens, and without the size of its vocabulary."""
-    unused = {name: "init_head=false: the head starts fresh" for name in weights.state if name.startswith(TOKEN_HEAD)}
+def _without_target_head(weights: Weights) -> Weights:
+    """`weights` without the head of pretraining, and without its size."""
+    unused = {name: "init_head=false: the head starts fresh" for name in weights.state if name.startswith(TARGET_HEADS)}
     state = {name: value for name, value in weights.state.items() if name not in unused}
-    arch = {key: value for key, value in weights.arch.items() if key != "vocab_size"}
-    fresh = (*weights.may_be_fresh, TOKEN_HEAD)
+    arch = {key: value for key, value in weights.arch.items() if key not in HEAD_SIZES}
+    fresh = (*weights.may_be_fresh, *TARGET_HEADS)
     return replace(weights, state=state, arch=arch, unused=weights.unused | unused, may_be_fresh=fresh)
 
 
@@ -316,11 +318,18 @@ def _other_classes(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
 def _check_arch(arch: dict[str, Any], weights: Weights) -> None:
     plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731
     wanted, given = ({"norm": "pre", **sizes} for sizes in (arch, weights.arch))  # only those that differ name it
+    predicted = [[what for key, what in HEAD_SIZES.items() if key in sizes] for sizes in (wanted, given)]
+    if all(predicted) and predicted[0] != predicted[1]:
+        (now,), (before,) = predicted
+        raise UserError(
+            f"{weights.source} was trained to predict {before}, this model predicts {now}: start the head fresh with"
+            " init_head=false"
+        )
     for key, theirs in given.items():
         ours = wanted.get(key)
         if key not in wanted or key in MAY_DIFFER or plain(ours) == plain(theirs):
             continue
-        fresh_head = ", or start the head fresh with init_head=false" if key == "vocab_size" else ""
+        fresh_head = ", or start the head fresh with init_head=false" if key in HEAD_SIZES else ""
         raise UserError(
             f"{weights.source} has {key}={plain(theirs)}, this model {key}={plain(ours)}: make them agree{fresh_head}"
         )

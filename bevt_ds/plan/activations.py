@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from torch.utils._pytree import tree_iter
 from bevt_ds.batch import Batch, Stream
 from bevt_ds.config.schema import Config, TrainingConfig
 from bevt_ds.data.masks import ROW_BUCKET
-from bevt_ds.model.tokenizers.dalle import DalleTokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -104,7 +102,7 @@ def part_of(name: str) -> str:
         return f"stage {int(found[1]) + 1}"
     names = {"encoder.patch_embed": "stems", "image_embed": "stems", "mask_token": "stems"}
     names |= {"video_decoder": "decoders", "image_decoder": "decoders"}
-    return (names | dict.fromkeys(("lm_head", "head"), "logits")).get(name, "")
+    return (names | dict.fromkeys(("lm_head", "feature_head", "head"), "logits")).get(name, "")
 
 
 def trace(model: nn.Module, *inputs: Batch | Tensor) -> Activations:
@@ -121,18 +119,6 @@ def trace(model: nn.Module, *inputs: Batch | Tensor) -> Activations:
     return Activations(dict(kept), alive.peak)
 
 
-@lru_cache(maxsize=64)
-def trace_tokenizer(frames: int, side: int) -> tuple[int, int]:
-    """Bytes of the dVAE encoder's weights, in half precision as on a GPU, and the most that it works on at once."""
-    with torch.device("meta"):
-        tokenizer, view = DalleTokenizer(kernels="torch"), torch.empty(frames, 3, side, side)
-    tokenizer.settle(torch.float16)
-    with Alive(tokenizer.parameters()) as alive, torch.no_grad():
-        alive.add(view.untyped_storage())
-        tokenizer(view)
-    return sum(p.nbytes for p in tokenizer.parameters()), alive.peak
-
-
 def tensors_of(inputs: Sequence[Batch | Tensor]) -> Iterator[Tensor]:
     """Every tensor of a micro-batch."""
     streams = [s for x in inputs if isinstance(x, Batch) for s in (x.video, x.image) if s is not None]
@@ -140,10 +126,11 @@ def tensors_of(inputs: Sequence[Batch | Tensor]) -> Iterator[Tensor]:
     return (value for value in values if isinstance(value, Tensor))
 
 
-def micro_batch(config: TrainingConfig, clips: int, images: int) -> tuple[Batch | Tensor, ...]:
+def micro_batch(config: TrainingConfig, clips: int, images: int, dim: int = 0) -> tuple[Batch | Tensor, ...]:
     """What the model takes of a run, on the meta device: pixels in the compute dtype, expected numbers of masked cells.
 
-    The tokenizer's view is not in it: it is gone when the network runs.
+    dim: numbers of a target that is a vector; 0: targets are ids. The tokenizer's view is not in it: it is gone when
+    the network runs.
     """
     data, dtype = config.data, DTYPES[config.train.precision]
     with torch.device("meta"):
@@ -152,11 +139,12 @@ def micro_batch(config: TrainingConfig, clips: int, images: int) -> tuple[Batch 
             return torch.empty(clips, 3, data.frames, data.size, data.size, dtype=dtype), keys
         cells = config.data.mask.ratio * (data.size // 16) ** 2
         tube = cells * data.frames / 2 * sum(config.data.mask.tube) / 2
-        video = _stream(clips, (data.frames,), data.size, int(clips * tube), dtype) if clips else None
-        return (Batch(video, _stream(images, (), data.size, int(images * cells), dtype) if images else None),)
+        video = _stream(clips, (data.frames,), data.size, int(clips * tube), dtype, dim) if clips else None
+        image = _stream(images, (), data.size, int(images * cells), dtype, dim) if images else None
+        return (Batch(video, image),)
 
 
-def _stream(count: int, frames: tuple[int, ...], size: int, cells: int, dtype: torch.dtype) -> Stream:
+def _stream(count: int, frames: tuple[int, ...], size: int, cells: int, dtype: torch.dtype, dim: int) -> Stream:
     """Of clips whose frames go in pairs, or of images, without `frames`. Rows are padded as the loader pads them."""
     grid, time, pair = size // 16, tuple(f // 2 for f in frames), 2 if frames else 1
     rows = torch.empty(-(-cells * pair // ROW_BUCKET) * ROW_BUCKET, dtype=torch.int64)
@@ -169,5 +157,5 @@ def _stream(count: int, frames: tuple[int, ...], size: int, cells: int, dtype: t
         token_rows=rows,
         sample_keys=torch.empty(count, dtype=torch.int64),
         count=len(rows),
-        targets=rows,
+        targets=torch.empty(len(rows), dim) if dim else rows,
     )

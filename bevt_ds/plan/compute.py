@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from bevt_ds.config.deepspeed import shipped_jsons
 from bevt_ds.config.recipes import joint_swin_b
@@ -19,10 +15,10 @@ from bevt_ds.config.samples import DataConfig
 from bevt_ds.config.schema import BackboneConfig, Config, TrainingConfig
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import SIZES
-from bevt_ds.model.tokenizers.dalle import DalleTokenizer
 from bevt_ds.runtime.flops import block_macs, clip_parts, encoder_macs, image_parts, peak_flops
 from bevt_ds.runtime.gpus import Gpu
-from bevt_ds.runtime.tokenizer import vocabulary_of as ids_of
+
+from .targets import cost_of, maker
 
 NAMES = dict.fromkeys(("qkv", "proj", "mlp", "merging", "decoder"), "linears") | {"stem": "stems"}
 MFU = 0.17  # where no row is at hand: about what an H200 reaches on 32 clips and 256 images, tokenizer included
@@ -33,11 +29,6 @@ def arch_of(model: BackboneConfig) -> SwinArch:
     return SwinArch(**SIZES[model.name].arguments() | {"window": model.window})
 
 
-def vocabulary_of(config: Config) -> int:
-    """Ids that the head predicts."""
-    return ids_of(config.tokenizer)
-
-
 def masked_share(data: DataConfig) -> tuple[float, float]:
     """Masked cells of an image, and frames of a clip with a masked cell, as expected from the masks' settings."""
     return data.mask.ratio * (data.size // 16) ** 2, data.frames * sum(data.mask.tube) / 2
@@ -45,7 +36,7 @@ def masked_share(data: DataConfig) -> tuple[float, float]:
 
 def flops(config: TrainingConfig, clips: int, images: int = 0) -> dict[str, float]:
     """FLOPs of forward and backward pass over so many samples, by part: attention, linears, stems, head, recomputed
-    (under checkpointing) and tokenizer, whose forward pass is all.
+    (under checkpointing), and tokenizer or teacher, whose forward pass is all.
 
     The stems' inputs have no gradient: their backward pass costs what the forward pass does.
     """
@@ -54,16 +45,17 @@ def flops(config: TrainingConfig, clips: int, images: int = 0) -> dict[str, floa
     samples = [(clips, pixels, False), (images, (1, data.size, data.size), True)]
     if isinstance(config, Config):
         cells, frames = masked_share(data)
-        parts = clip_parts(arch, vocabulary_of(config), data.frames, data.size, cells * frames)
-        of_image = image_parts(arch, vocabulary_of(config), data.size, cells)
-        tokenizer = 2 * tokenizer_macs(config.tokenizer.name, data.token_size) * (clips * frames + images)
+        cost = cost_of(config)
+        parts = clip_parts(arch, cost.head[1], data.frames, data.size, cells * frames)
+        of_image = image_parts(arch, cost.head[1], data.size, cells)
+        targets = 2 * (clips * cost.clip + images * cost.image)
     else:
-        parts, of_image, tokenizer = encoder_macs(arch, pixels), Counter(), 0.0
+        parts, of_image, targets = encoder_macs(arch, pixels), Counter(), 0.0
     for count, sample in ((clips, parts), (images, of_image)):
         for name, number in sample.items():
             macs[NAMES.get(name, name)] += count * number * (4 if name == "stem" else 6)
     again = sum(count * recomputed_macs(config.model, arch, *of) for count, *of in samples)
-    return dict(macs) | {"recomputed": 2.0 * again, "tokenizer": tokenizer}
+    return dict(macs) | {"recomputed": 2.0 * again, maker(config): targets}
 
 
 def recomputed_macs(model: BackboneConfig, arch: SwinArch, pixels: tuple[int, int, int], image: bool) -> int:
@@ -80,17 +72,6 @@ def recomputed_macs(model: BackboneConfig, arch: SwinArch, pixels: tuple[int, in
     parts = ("attention", "qkv", "proj", "mlp") if whole else ("attention", "qkv", "proj")
     last = (lambda block: block["mlp"] // 2) if whole else (lambda block: block["proj"])
     return sum(block[part] for block in chosen for part in parts) - stops * sum(map(last, chosen))
-
-
-@cache
-def tokenizer_macs(name: str, side: int) -> int:
-    """Multiply-accumulates of the dVAE encoder for one frame, counted by torch; those of a random projection are few
-    and pass for none."""
-    if name != "dalle":
-        return 0
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        DalleTokenizer(kernels="torch")(torch.empty(1, 3, side, side))
-    return counter.get_total_flops() // 2
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from bevt_ds.errors import UserError
 from bevt_ds.model.presets import SIZES, create_classifier, create_model
 from bevt_ds.runtime.gpus import Gpu, gpu_named, gpu_of
 
-from .activations import DTYPES, Activations, micro_batch, trace, trace_tokenizer
-from .compute import Rates, arch_of, flops, masked_share, rates, vocabulary_of
+from .activations import DTYPES, Activations, micro_batch, trace
+from .compute import Rates, arch_of, flops, rates
 from .memory import USABLE, WIDTHS, bucket_bytes, checkpoint_bytes, input_bytes, state_bytes, surface_bytes
 from .supply import Machines, Supply, supply
+from .targets import cost_of, maker
 from .traffic import sent
 
 LINK_SHARE = 0.75  # of a link's stated rate that collectives reach
@@ -153,7 +154,8 @@ def steps_of(config: TrainingConfig, samples: int | None) -> int | None:
 
 def network(config: TrainingConfig) -> TrainingConfig:
     """What of a run decides its network; the rest by default, so that results are found again."""
-    kept = {name: getattr(config, name) for name in ("model", "data", "tokenizer") if hasattr(config, name)}
+    names = ("model", "data", "target", "tokenizer", "teacher")
+    kept = {name: getattr(config, name) for name in names if hasattr(config, name)}
     return type(config)(**kept)
 
 
@@ -170,7 +172,7 @@ def meta_model(config: TrainingConfig) -> nn.Module:
     with torch.device("meta"):
         if isinstance(config, FinetuneConfig):
             return create_classifier(name, CLASSES, **options)
-        return create_model(name, vocab_size=vocabulary_of(config), **options)
+        return create_model(name, **dict([cost_of(config).head]), **options)
 
 
 @lru_cache(maxsize=64)
@@ -185,7 +187,7 @@ def activations(config: TrainingConfig) -> Activations:
     """Of one micro-batch; `config` as `canonical` makes it."""
     clips, images = micro_of(config)
     model = meta_model(config).train().to(DTYPES[config.train.precision])
-    return trace(model, *micro_batch(config, clips, images))
+    return trace(model, *micro_batch(config, clips, images, model.arch.get("target_dim", 0)))
 
 
 # --- memory ----------------------------------------------------------------------------------------
@@ -202,9 +204,8 @@ def memory_of(config: TrainingConfig, settings: Mapping[str, Any], world: int, p
     parts["buckets"] = bucket_bytes(settings, precision)
     parts["input"] = input_bytes(config, clips, images)
     parts["decoder surfaces"] = surface_bytes(config)
-    if isinstance(config, Config) and config.tokenizer.name == "dalle":
-        frames = int(clips * masked_share(config.data)[1]) + images
-        parts["tokenizer"], passing = trace_tokenizer(frames, config.data.token_size)
+    if isinstance(config, Config):
+        parts[maker(config)], passing = cost_of(config).memory(clips, images)
     if getattr(config.optim, "ema", 0):
         parts["average"] = 4.0 * parameters / (world if zero.get("stage", 0) else 1)
     gradients = parts["gradients"]

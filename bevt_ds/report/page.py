@@ -134,7 +134,7 @@ def chart_series(
     if not fields:
         return []
     if len(runs) == 1:
-        levels = {f"unigram, {label}": value for key, label in fields.items() if (value := unigram(runs[0], key))}
+        levels = {f"{name}, {label}": loss for key, label in fields.items() for name, loss in blind_loss(runs[0], key)}
         return [("", {label: runs[0].series(key) for key, label in fields.items()}, levels)]
     return [
         (label, {name: run.series(key) for name, run in zip(names, runs, strict=True) if run.series(key)[0]}, {})
@@ -147,10 +147,11 @@ def _worth_drawing(run: Run, key: str) -> bool:
     return any(values) if key in FAULTS else bool(values)
 
 
-def unigram(run: Run, key: str) -> float | None:
-    """The held-out loss of the best guess that ignores the input, for the loss of a stream."""
+def blind_loss(run: Run, key: str) -> list[tuple[str, float]]:
+    """What a guess is that ignores the input, and its held-out loss, for the loss of a stream; else nothing."""
     stream = run.summary.get(key.removeprefix("loss_"), {}) if key.startswith("loss_") else {}
-    return stream.get("unigram_entropy") if isinstance(stream, dict) else None
+    guesses = {"unigram_entropy": "unigram", "mean_loss": "mean feature"}
+    return [(guesses[key], stream[key]) for key in guesses if isinstance(stream, dict) and key in stream]
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -47,14 +47,15 @@ class StepSums:
 
 
 def step_metrics(totals: Mapping[str, float]) -> dict[str, float]:
-    """loss, and per stream its loss and masked accuracy, from sums over the global batch.
+    """loss, and per stream its loss and, of ids, masked accuracy, from sums over the global batch.
 
     A stream without a masked position adds nothing to the loss and has no metrics.
     """
     result = {"loss": 0.0}
     for stream in (s for s in STREAMS if totals.get(f"rows_{s}")):
         result[f"loss_{stream}"] = totals[f"loss_{stream}"] / totals[f"rows_{stream}"]
-        result[f"acc_{stream}"] = totals[f"hits_{stream}"] / totals[f"rows_{stream}"]
+        if f"hits_{stream}" in totals:
+            result[f"acc_{stream}"] = totals[f"hits_{stream}"] / totals[f"rows_{stream}"]
         result["loss"] += result[f"loss_{stream}"]
     return result
 
@@ -108,11 +109,16 @@ def expected_step_flops(config: Config, arch: Mapping[str, Any]) -> float:
 
     arch: that of the BEVT.
     """
-    data, train, swin, vocabulary = config.data, config.train, SwinArch.of(arch), arch["vocab_size"]
+    data, train, swin, width = (
+        config.data,
+        config.train,
+        SwinArch.of(arch),
+        arch.get("target_dim") or arch["vocab_size"],
+    )
     cells = (data.size // 16) ** 2 * data.mask.ratio
     tube = sum(data.mask.tube) / 2
-    macs = train.global_clips * clip_macs(swin, vocabulary, data.frames, data.size, cells * data.frames * tube)
-    macs += train.global_images * image_macs(swin, vocabulary, data.size, cells)
+    macs = train.global_clips * clip_macs(swin, width, data.frames, data.size, cells * data.frames * tube)
+    macs += train.global_images * image_macs(swin, width, data.size, cells)
     return float(training_flops(macs))
 
 

@@ -11,6 +11,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -34,8 +35,8 @@ class RunRecord:
     An entry without "ended" is of a run that goes on, or that was killed.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, first_step: int, tokenizer: str = "") -> None:
-        """tokenizer: its file of weights, if it has one.
+    def __init__(self, folder: Path, ranks: Ranks, first_step: int, files: Mapping[str, str] | None = None) -> None:
+        """files: of frozen weights that the run reads, by what they are; "": there is none.
 
         UserError: run.json is damaged.
         """
@@ -57,8 +58,9 @@ class RunRecord:
                 "devices": [device for _, device in machines],
             }
         )
-        if tokenizer:
-            self._entries[-1]["tokenizer"] = {"file": tokenizer, "sha256": sha256_of(Path(tokenizer))}
+        for name, file in (files or {}).items():
+            if file:
+                self._entries[-1][name] = {"file": file, "sha256": sha256_of(Path(file))}
 
     def __enter__(self) -> RunRecord:
         self._write()

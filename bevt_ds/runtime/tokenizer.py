@@ -1,4 +1,4 @@
-"""The tokenizer that a configuration names."""
+"""The tokenizer, or the teacher, that a configuration names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from bevt_ds.config.schema import TokenizerConfig
+from bevt_ds.config.schema import Config
+from bevt_ds.config.targets import TeacherConfig, TokenizerConfig
 from bevt_ds.folders import weights_of
+from bevt_ds.model.teacher import ImageTeacher, SwinTeacher, load_teacher
 from bevt_ds.model.tokenizers import Tokenizer, load_tokenizer
 from bevt_ds.model.weights import TENSORS
 
@@ -28,8 +30,14 @@ def open_tokenizer(config: TokenizerConfig, device: torch.device | str = "cpu") 
     return tokenizer.to(device) if hasattr(tokenizer, "to") else tokenizer
 
 
-def tokenizer_file(config: TokenizerConfig) -> str:
-    """The file of its weights, if it has one."""
+def open_teacher(config: Config) -> ImageTeacher | SwinTeacher:
+    """Read or make the teacher of a run. UserError: see load_teacher."""
+    of = config.teacher
+    return load_teacher(of.name, of.weights, config.data.size, of.seed, config.model.kernels)
+
+
+def file_of(config: TokenizerConfig | TeacherConfig) -> str:
+    """The file of a tokenizer's or a teacher's weights, if it has one."""
     if not config.weights or not Path(config.weights).exists():
         return ""
     path = weights_of(config.weights)

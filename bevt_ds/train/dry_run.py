@@ -19,7 +19,7 @@ from bevt_ds.config.engines import ranks_a_node, room_problems
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import Config, FinetuneConfig, StreamsTrainConfig, TrainingConfig, UnlabelledConfig
 from bevt_ds.config.tokenizing import TokenizerTrainingConfig
-from bevt_ds.config.validate import micro_steps, missing_inputs, tokenizer_files, zero_stage
+from bevt_ds.config.validate import micro_steps, missing_inputs, target_files, zero_stage
 from bevt_ds.data.reading.index import index_places, read_index, tar_identity
 from bevt_ds.data.reading.remote import is_remote
 from bevt_ds.data.reading.shards import expand
@@ -32,6 +32,7 @@ from bevt_ds.plan.compute import rates
 from bevt_ds.plan.planning import GIB, make_plan, meta_model
 from bevt_ds.plan.report import cost_text
 from bevt_ds.plan.supply import Machines
+from bevt_ds.plan.targets import maker
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.continuing import find_start
 from bevt_ds.runtime.distributed import Ranks
@@ -39,7 +40,7 @@ from bevt_ds.runtime.engine import require_supported
 from bevt_ds.runtime.flops import backbone_macs, training_flops
 from bevt_ds.runtime.gpus import gpu_named, gpu_of
 from bevt_ds.runtime.logging import expected_step_flops
-from bevt_ds.runtime.tokenizer import open_tokenizer
+from bevt_ds.runtime.tokenizer import open_teacher, open_tokenizer
 from bevt_ds.train.loop import kernel_provider
 from bevt_ds.train.tokenizing import load_start, make_perceptual, make_tokenizer
 from bevt_ds.train.tokenizing import step_flops as tokenizing_flops
@@ -83,9 +84,9 @@ def report_pretraining(
     train, found = config.train, []
     wanted = {} if drawn else pretraining_shards(config)
     shards = {key: survey(key, patterns, kind, config, found) for key, (patterns, kind) in wanted.items()}
-    tokenizer = list(_tokenizer_faults(config)) if sound else []
-    stops = [*missing_inputs(config), *_batch_faults(config, world), *found, *tokenizer]
-    if not sound or tokenizer:
+    unopened = list(_target_faults(config)) if sound else []
+    stops = [*missing_inputs(config), *_batch_faults(config, world), *found, *unopened]
+    if not sound or unopened:
         return _settings(config, notes), [*stops, *common_faults(config, values, world)]
     model, steps = meta_model(config), train.steps or _steps_of_epochs(config, shards)
     plan = Plan(
@@ -94,7 +95,7 @@ def report_pretraining(
         _batch(train, 0),
         _batch(train, 1),
         expected_step_flops(config, model.arch),
-        "masked head, no recompute, no tokenizer",
+        f"masked head, no recompute, no {maker(config)}",
     )
     reads = {"data.videos": train.global_clips / config.data.clips_per_video, "data.images": train.global_images}
     supply = ["shards         drawn by the run itself"] if drawn else _supply(shards, reads, steps)
@@ -259,10 +260,11 @@ def _batch_faults(config: TrainingConfig, world: int) -> list[str]:
     return _fault(lambda: micro_steps(config, world)) if any(n for n, _ in config.train.streams.values()) else []
 
 
-def _tokenizer_faults(config: Config) -> Iterator[str]:
-    """What keeps the tokenizer from being opened, but for files that are not there, which are said elsewhere."""
-    if not list(tokenizer_files(config.tokenizer)):
-        yield from _fault(lambda: open_tokenizer(config.tokenizer))
+def _target_faults(config: Config) -> Iterator[str]:
+    """What keeps tokenizer or teacher from being opened, but for files that are not there, which are said elsewhere."""
+    if not list(target_files(config)):
+        ids = config.target == "ids"
+        yield from _fault(lambda: open_tokenizer(config.tokenizer) if ids else open_teacher(config))
 
 
 def _fault(check: Callable[[], object]) -> list[str]:

@@ -181,9 +181,9 @@ class Task(ABC, Generic[ConfigT, BatchT]):
         return ["video"]
 
     @property
-    def tokenizer_file(self) -> str:
-        """The file of the tokenizer's weights, if the task has one."""
-        return ""
+    def frozen_files(self) -> Mapping[str, str]:
+        """The files of frozen weights that the task reads, by what they are, such as a tokenizer."""
+        return {}
 
     def averages(self) -> dict[str, list[Tensor]]:
         """Further tensors like the engine's masters that a checkpoint holds, by what they are."""
@@ -408,7 +408,7 @@ def _run(
     setup = Setup(config, ds_values, folder, ranks, commits, start, changes, loader_state, stop)
     is_told = told(folder, lambda: what_is_kept(folder / run_dir.CHECKPOINTS))
     record = partial(RunRecord, folder, ranks, setup.first_step)
-    with is_told, open_task(setup) as task, record(task.tokenizer_file), commits:
+    with is_told, open_task(setup) as task, record(task.frozen_files), commits:
         require_steps(setup.first_step, task.steps)
         if start:
             task.load(start[0])

@@ -11,28 +11,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bevt_ds.batch import Batch
 from bevt_ds.config.graphs import why_without_graphs
 from bevt_ds.config.schema import Config
 from bevt_ds.data.loader import Loader, eval_batches
 from bevt_ds.errors import UserError
-from bevt_ds.eval.held_out import as_json, as_table, evaluate, shortfall
+from bevt_ds.eval.held_out import as_json, as_table, shortfall
 from bevt_ds.eval.online_probe import OnlineProbe
-from bevt_ds.eval.visualize import draw
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_model, require_same_sizes
-from bevt_ds.model.tokenizers import Tokenizer, require_vocabulary, tokenize
 from bevt_ds.runtime import checkpoint, run_dir
-from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import Engine
+from bevt_ds.runtime.engine import DTYPES, Engine
 from bevt_ds.runtime.graphs import CudaBackend, Graphs
-from bevt_ds.runtime.logging import expected_step_flops, require_known_targets, step_metrics
+from bevt_ds.runtime.logging import expected_step_flops, step_metrics
 from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
 from bevt_ds.runtime.run_log import RunLog
-from bevt_ds.runtime.tokenizer import open_tokenizer, tokenizer_file
 from bevt_ds.train.loop import Setup, Task, run_training
+from bevt_ds.train.targets import Targets, open_targets
 
 
 def pretrain(config: Config, ds_values: Mapping[str, Any], notes: Sequence[str], given: Collection[str]) -> int:
@@ -49,14 +46,14 @@ class Pretraining(Task[Config, Batch]):
     """
 
     loader: Loader
-    tokenizer: Tokenizer
+    targets: Targets
     probe: OnlineProbe | None
     shown_batch: Batch | None = None
     shown: ClassVar[Mapping[str, str]] = dict.fromkeys(("loss_video", "loss_image", "probe_top1"), ".3f")
 
     def prepare(self, batch: Batch, step: int, micro_step: int) -> Batch:
-        """With the tokenizer's ids."""
-        return tokenize(self.tokenizer, batch)
+        """With its targets."""
+        return self.targets.fill(batch)
 
     def forward(self, batch: Batch, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         if self.is_due(step):
@@ -66,7 +63,7 @@ class Pretraining(Task[Config, Batch]):
 
     def metrics(self, totals: Mapping[str, float], step: int) -> dict[str, float]:
         """UserError: targets outside the head's vocabulary since the last line."""
-        require_known_targets(totals, self.tokenizer.vocab_size, f"since the last log line (now step {step})")
+        self.targets.require(totals, f"since the last log line (now step {step})")
         return step_metrics(totals) | {"epoch": (step + 1) / self.loader.steps_an_epoch}
 
     def is_due(self, step: int) -> bool:
@@ -83,22 +80,23 @@ class Pretraining(Task[Config, Batch]):
 
     def draw(self, batch: Batch, path: Path) -> None:
         """Write what the network predicts for the first samples of a batch. Collective."""
-        tokens = tokenize(self.tokenizer, batch.to(self.ranks.device))
+        filled = self.targets.fill(batch.to(self.ranks.device))
         with self.ranks.writing(path):
-            draw(self.engine, tokens, path, self.tokenizer)
+            self.targets.draw(self.engine, filled, path)
 
     @property
     def trained_streams(self) -> list[str]:
         return trained_streams(self.config)
 
     @property
-    def tokenizer_file(self) -> str:
-        return tokenizer_file(self.config.tokenizer)
+    def frozen_files(self) -> Mapping[str, str]:
+        return self.targets.files
 
     def describe(self) -> str:
         trained = " and ".join(f"{n:,} {kind}s" for kind, n in self.loader.samples.items())
         epoch = self.loader.steps_an_epoch
-        return f"{trained} to train on; {self.steps:,} steps, {epoch:,.1f} an epoch: {self.steps / epoch:,.2f} epochs"
+        length = f"{trained} to train on; {self.steps:,} steps, {epoch:,.1f} an epoch: {self.steps / epoch:,.2f} epochs"
+        return "\n".join(filter(None, [length, self.targets.describe()]))
 
     def finish(self, batches: Iterator[Batch]) -> str | None:
         """Write samples.png, measure the held-out losses, and print them with their baselines."""
@@ -106,7 +104,7 @@ class Pretraining(Task[Config, Batch]):
         held_out = list(eval_batches(self.config, device=ranks.device, folder=folder if ranks.is_main else None))
         shown = held_out[0] if held_out else next(batches)
         self.draw(shown, folder / run_dir.SAMPLES)
-        summaries = evaluate(self.engine, self.tokenizer, held_out)
+        summaries = self.targets.evaluate(self.engine, held_out)
         with ranks.writing(folder / run_dir.SUMMARY):
             if ranks.is_main and summaries:
                 run_dir.write_json(folder / run_dir.SUMMARY, as_json(summaries))
@@ -117,22 +115,22 @@ class Pretraining(Task[Config, Batch]):
 
 @contextmanager
 def open_pretraining(setup: Setup[Config]) -> Iterator[Pretraining]:
-    """Tokenizer, probe, loader and engine of a run. Shards that cannot be evaluated are found before the first step."""
+    """Targets, probe, loader and engine of a run. Shards that cannot be evaluated are found before the first step."""
     config, ranks = setup.config, setup.ranks
     ledger = setup.folder if ranks.is_main else None
     if config.init_from and setup.start is None:
         require_same_sizes(config.model.name, config.init_from)
-    tokenizer = make_tokenizer(config, ranks)
+    targets = open_targets(config, ranks.device, DTYPES[config.train.precision])
     with closing(eval_batches(config, folder=ledger)) as held_out:
         shown = next(held_out, None)
     with Loader(config, **setup.loading) as loader:
         steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_an_epoch)
-        probe = OnlineProbe(config, tokenizer.vocab_size, ranks, steps) if config.probe.every else None
-        build = partial(make_engine, setup=setup, vocab_size=tokenizer.vocab_size, steps=steps)
+        probe = OnlineProbe(config, targets.vocabulary, ranks, steps) if config.probe.every else None
+        build = partial(make_engine, setup=setup, head=targets.head, steps=steps)
         engine, _ = setup.begin_engine(build, loader.fingerprint)
-        require_vocabulary(tokenizer, engine.module.arch["vocab_size"])
+        targets.require_head(engine.module.arch)
         flops = expected_step_flops(config, engine.module.arch)
-        yield Pretraining(setup, loader, engine, steps, flops, tokenizer, probe, shown)
+        yield Pretraining(setup, loader, engine, steps, flops, targets, probe, shown)
 
 
 def judged_on(config: Config) -> dict[str, str]:
@@ -150,21 +148,11 @@ def trained_streams(config: Config) -> list[str]:
     return [name for name, size in sizes.items() if size]
 
 
-def make_tokenizer(config: Config, ranks: Ranks) -> Tokenizer:
-    """The frozen tokenizer of a run, on its device, compiled if the model is."""
-    tokenizer = open_tokenizer(config.tokenizer, ranks.device)
-    if hasattr(tokenizer, "kernels"):
-        tokenizer.kernels = config.model.kernels
-    if config.model.compile and isinstance(tokenizer, nn.Module):
-        tokenizer.compile()
-    return tokenizer
-
-
-def make_engine(config: Config, setup: Setup[Config], vocab_size: int, steps: int) -> Engine:
-    """The model under DeepSpeed, as a new run begins."""
+def make_engine(config: Config, setup: Setup[Config], head: Mapping[str, int], steps: int) -> Engine:
+    """The model under DeepSpeed, as a new run begins. head: BEVT's arguments for it."""
     options = asdict(config.model)
     with torch.device("meta"):
-        model = create_model(options.pop("name"), vocab_size=vocab_size, **options)
+        model = create_model(options.pop("name"), **head, **options)
     freeze_unused(model, trained_streams(config))
     groups = parameter_groups(model, config.optim.weight_decay)
     schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=config.optim.warmup_steps)

@@ -9,9 +9,10 @@ import torch
 
 from bevt_ds import UserError, load_tokenizer
 from bevt_ds.config.recipes import get_recipe
-from bevt_ds.config.schema import Config, TokenizerConfig
+from bevt_ds.config.schema import Config
+from bevt_ds.config.targets import TokenizerConfig
 from bevt_ds.config.validate import validate
-from bevt_ds.runtime.tokenizer import open_tokenizer, tokenizer_file, vocabulary_of
+from bevt_ds.runtime.tokenizer import file_of, open_tokenizer, vocabulary_of
 
 TOY = """
 import torch
@@ -61,7 +62,7 @@ def test_package_adds_a_tokenizer_without_touching_ours(package, tmp_path):
     config = validate(with_tokenizer(name="brightness", weights=str(weights))).tokenizer
     tokenizer = open_tokenizer(config)
     assert tokenizer.encode(frames).tolist() == [[[0, 0], [0, 0]], [[3, 3], [3, 3]]]
-    assert tokenizer.weights == str(weights) == tokenizer_file(config)
+    assert tokenizer.weights == str(weights) == file_of(config)
     assert vocabulary_of(config) == 4
     assert load_tokenizer("brightness").weights == "none"
 

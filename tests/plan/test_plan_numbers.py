@@ -16,7 +16,7 @@ from bevt_ds.kernels import torch_ops
 from bevt_ds.model.presets import SIZES, create_model
 from bevt_ds.plan import planning
 from bevt_ds.plan.activations import micro_batch
-from bevt_ds.plan.compute import MFU, Rates, flops, rates, tokenizer_macs
+from bevt_ds.plan.compute import MFU, Rates, flops, rates
 from bevt_ds.plan.memory import checkpoint_bytes, state_bytes, surface_bytes
 from bevt_ds.plan.planning import (
     STAGES,
@@ -28,6 +28,7 @@ from bevt_ds.plan.planning import (
     with_micro,
 )
 from bevt_ds.plan.supply import Machines, supply
+from bevt_ds.plan.targets import cost_of
 from bevt_ds.plan.traffic import sent
 from bevt_ds.runtime.flops import encoder_macs
 from bevt_ds.runtime.gpus import GPUS, gpu_named
@@ -75,15 +76,14 @@ def test_flops_are_those_that_torch_counts(name, size, how, monkeypatch):
 def test_known_figures():
     arch = SIZES["swin_b"]
     assert encoder_macs(arch, (16, 224, 224)).total() / 1e9 == pytest.approx(140.7, abs=0.1)
-    assert tokenizer_macs("dalle", 112) / 1e9 == pytest.approx(26.06, abs=0.01)
-    assert tokenizer_macs("random_projection", 112) == 0
+    assert cost_of(joint_swin_b()).image / 1e9 == pytest.approx(26.06, abs=0.01)
 
 
 def test_parts_of_a_step():
     """Twice the samples are twice the work; the tokenizer sees three quarters of a clip's frames."""
     one, two = flops(joint_swin_b(), 1, 0), flops(joint_swin_b(), 2, 0)
     assert all(two[part] == pytest.approx(2 * one[part]) for part in one)
-    assert one["tokenizer"] == 2 * tokenizer_macs("dalle", 112) * 12
+    assert one["tokenizer"] == 2 * cost_of(joint_swin_b()).image * 12
     assert one["recomputed"] == 0 < flops(of("swin_b", checkpointing=True), 1)["recomputed"]
 
 

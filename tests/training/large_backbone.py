@@ -15,14 +15,16 @@ import torch
 from benchmarks.step_batch import resident_batch
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.recipes import PRETRAINING
-from bevt_ds.config.schema import Config, TokenizerConfig
+from bevt_ds.config.schema import Config
+from bevt_ds.config.targets import TokenizerConfig
 from bevt_ds.config.validate import validate
 from bevt_ds.model.presets import SIZES
 from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.engine import start_ranks
 from bevt_ds.runtime.logging import step_metrics
 from bevt_ds.train.loop import Setup, train_step
-from bevt_ds.train.pretraining import Pretraining, make_engine, make_tokenizer
+from bevt_ds.train.pretraining import Pretraining, make_engine
+from bevt_ds.train.targets import open_targets
 
 STEPS = 2
 
@@ -51,10 +53,8 @@ def main() -> None:
     ranks = start_ranks()
     config = validate(small(name, ranks.world))
     setup = Setup(config, read_json("zero3"), Path(), ranks, Commits(ranks))
-    tokenizer = make_tokenizer(config, ranks)
-    task = Pretraining(
-        setup, None, make_engine(config, setup, tokenizer.vocab_size, STEPS), STEPS, 0.0, tokenizer, probe=None
-    )
+    targets = open_targets(config, ranks.device, torch.float32)
+    task = Pretraining(setup, None, make_engine(config, setup, targets.head, STEPS), STEPS, 0.0, targets, probe=None)
     data, module = config.data, task.engine.module
     batch = resident_batch(1, 2, data.frames, data.size, ranks.rank, data.mask).to(ranks.device)
     held = {key: p.ds_tensor.detach().clone() for key, p in module.named_parameters()}

@@ -40,6 +40,7 @@ MAY_CHANGE = {  # the right answers
     # these decide what is computed
     "never": """
         recipe model.name model.window model.small_windows model.drop_path model.dropout model.image_windows
+        target teacher.name teacher.weights teacher.seed
         tokenizer.name tokenizer.weights tokenizer.vocab_size tokenizer.seed tokenizer.side
         data.shuffle_window data.max_pixels data.max_frames data.max_file_bytes data.max_clip_bytes
         data.frames data.stride data.clips_per_video data.size data.short_side data.flip data.image_jitter

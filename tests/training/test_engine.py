@@ -15,7 +15,7 @@ from bevt_ds.config.recipes import demo
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine, load_shard
-from bevt_ds.train.pretraining import make_tokenizer
+from bevt_ds.train.targets import open_targets
 from tests.hostile import Canary
 
 
@@ -40,7 +40,7 @@ def test_compiled_blocks_are_refused_under_zero_3():
 @pytest.mark.parametrize("compile", [True, False])
 def test_compile_switch_compiles_the_tokenizer(compile):
     config = replace(demo(), model=replace(demo().model, compile=compile))
-    tokenizer = make_tokenizer(config, Ranks(0, 1, torch.device("cpu")))
+    tokenizer = open_targets(config, torch.device("cpu"), torch.float32).tokenizer
     assert (tokenizer._compiled_call_impl is not None) == compile
 
 

@@ -32,7 +32,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 def test_run_json_appends_each_start(tmp_path):
     weights = tmp_path / "encoder.pkl"
     weights.write_bytes(b"weights")
-    with pytest.raises(KeyboardInterrupt), RunRecord(tmp_path, ALONE, 0, str(weights)):
+    with pytest.raises(KeyboardInterrupt), RunRecord(tmp_path, ALONE, 0, {"tokenizer": str(weights), "teacher": ""}):
         (going,) = read_record(tmp_path / "run.json")
         assert "ended" not in going
         raise KeyboardInterrupt

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from bevt_ds.folders import weights_of
-from bevt_ds.model.arch import SwinArch
-from bevt_ds.model.convert import Weights
-from bevt_ds.model.layers import PatchEmbed
-from bevt_ds.model.video_swin import VideoSwin
-from bevt_ds.model.weights import load_weights, read_weights
+
+from .arch import SwinArch
+from .convert import Weights
+from .layers import PatchEmbed
+from .video_swin import VideoSwin
+from .weights import load_weights, read_weights
 
 
 class FrozenModel(nn.Module):
@@ -43,8 +44,12 @@ class FrozenModel(nn.Module):
 
         Images go through their own stem and windows where the weights have them, else as still clips.
         """
+        return self.encoder.norm(self.stages(pixels)[-1])
+
+    def stages(self, pixels: Tensor) -> list[Tensor]:
+        """As `tokens`, of every stage, before merging and norm."""
         policy = self.arch.get("image_windows", "swin")
-        return self.encoder.features_of(pixels.to(self.weight), self.image_embed, policy).movedim(1, -1)
+        return self.encoder.stages_of(pixels.to(self.weight), self.image_embed, policy)
 
     def pooled(self, pixels: Tensor) -> Tensor:
         """Clips or images -> the mean over tokens, float32 (B,C)."""
