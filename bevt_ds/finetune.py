@@ -30,12 +30,6 @@ Fine-tune a classifier of clips on labelled shards, from pretrained weights or f
       'data.train=k400-train-{000000..000099}.tar' 'data.val=k400-val-*.tar' init_from=runs/joint
   deepspeed bevt_ds/finetune.py --deepspeed_config ds_configs/zero2.json recipe=finetune_ssv2 \\
       'data.train=ssv2-train-*.tar' 'data.val=ssv2-val-*.tar' init_from=swin_base_image_stream_pretrain.pth
-
-  recipe=RUN                the settings of a run, by its folder or config.json, for a new one
-  config=FILE               a JSON or YAML file of settings; key=value wins
-  resume=auto output_dir=RUN   continues a run with its own settings
-  --deepspeed_config FILE   engine knobs (default: ZeRO-2 as ds_configs/zero2.json); "auto" is filled in from the recipe
-  --help                    this text; with recipe=NAME the defaults shown are that recipe's
 """
 
 

@@ -38,12 +38,6 @@ Pretrain BEVT: masked image modelling, or joint masked image and video modelling
       'data.videos=k400-{000000..000099}.tar' 'data.images=in1k-{000000..000127}.tar' \\
       tokenizer.weights=encoder.pkl init_from=runs/stage1 output_dir=runs/joint
       stage 2, both streams
-
-  recipe=RUN                the settings of a run, by its folder or config.json, for a new one
-  config=FILE               a JSON or YAML file of settings; key=value wins
-  resume=auto output_dir=RUN   continues a run with its own settings
-  --deepspeed_config FILE   engine knobs (default: ZeRO-2 as ds_configs/zero2.json); "auto" is filled in from the recipe
-  --help                    this text; with recipe=NAME the defaults shown are that recipe's
 """
 
 

@@ -16,7 +16,6 @@ require_own_package(__file__)
 from collections.abc import Sequence  # noqa: E402
 
 from bevt_ds.config.command_line import run, start_inference  # noqa: E402
-from bevt_ds.config.samples import ViewsConfig  # noqa: E402
 from bevt_ds.config.schema import ProbeRunConfig  # noqa: E402
 from bevt_ds.errors import UserError  # noqa: E402
 
@@ -51,19 +50,11 @@ def starting_point(weights: str, recipe: str = "") -> ProbeRunConfig:
     Raises:
         UserError: a recipe is named, or another version of this project wrote the run.
     """
-    from bevt_ds.eval.results import sampling_of
+    from bevt_ds.eval.results import one_view
 
     if recipe:
         raise UserError("a probe has no recipe: sampling is the probed run's, the rest is probe.* and data.*.")
-    run, data = sampling_of(weights)
-    return ProbeRunConfig(
-        recipe=run.recipe,
-        weights=weights,
-        data=data,
-        views=ViewsConfig(clips=1, crops=1, short_side=data.short_side),
-        precision=run.train.precision,
-        kernels=run.model.kernels,
-    )
+    return one_view(ProbeRunConfig, weights)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,6 @@ Train a tokenizer: frames to ids and back, judged by a frozen network of timm's 
   deepspeed bevt_ds/train_tokenizer.py recipe=vq_in1k 'data.images=in1k-{000000..000127}.tar' \\
       perceptual.network=vgg16 perceptual.weights=vgg16.safetensors
       8192 ids on a 14x14 grid, as BEVT's
-
-  recipe=RUN                the settings of a run, by its folder or config.json, for a new one
-  config=FILE               a JSON or YAML file of settings; key=value wins
-  resume=auto output_dir=RUN   continues a run with its own settings
-  --deepspeed_config FILE   engine knobs (default: ZeRO-2 as ds_configs/zero2.json); "auto" is filled in from the recipe
-  --help                    this text; with recipe=NAME the defaults shown are that recipe's
 """
 
 

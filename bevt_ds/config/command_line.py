@@ -26,6 +26,13 @@ from bevt_ds.exit_codes import CLOSED_PIPE, INTERRUPTED
 from bevt_ds.launcher import launchers
 
 OTHERS_WAIT = 5.0  # seconds
+OF_TRAININGS = """\
+  recipe=RUN                the settings of a run, by its folder or config.json, for a new one
+  config=FILE               a JSON or YAML file of settings; key=value wins
+  resume=auto output_dir=RUN   continues a run with its own settings
+  --deepspeed_config FILE   engine knobs (default: ZeRO-2 as ds_configs/zero2.json); "auto" is filled in from the recipe
+  --help                    this text; with recipe=NAME the defaults shown are that recipe's
+"""
 # From a configuration, the JSON, notes, ranks, and whether the settings are sound: what is printed, what stops the run.
 Report = Callable[[Any, dict[str, Any], list[str], int, bool], tuple[str, list[str]]]
 
@@ -123,7 +130,7 @@ def start_training(
     """
     arguments = parse_arguments(argv, default_recipe, default_json="zero2")
     if arguments.wants_help:
-        print(page(usage, RECIPES[kind], get_recipe(arguments.recipe or shown_recipe, kind)))
+        print(page(f"{usage}\n{OF_TRAININGS}", RECIPES[kind], get_recipe(arguments.recipe or shown_recipe, kind)))
         return 0
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if apply_overrides(get_recipe(arguments.recipe, kind), arguments.given(kind)).dry_run:

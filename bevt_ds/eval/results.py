@@ -18,8 +18,8 @@ import torch
 
 import bevt_ds
 from bevt_ds.config.recipes import joint_swin_b
-from bevt_ds.config.samples import LabelledDataConfig, labelled_as
-from bevt_ds.config.schema import Config, FinetuneConfig
+from bevt_ds.config.samples import LabelledDataConfig, ViewsConfig, labelled_as
+from bevt_ds.config.schema import Config, FinetuneConfig, InferenceT
 from bevt_ds.disk import make_folder
 from bevt_ds.errors import UserError
 from bevt_ds.eval.confusion import draw_confusion
@@ -59,6 +59,25 @@ def sampling_of(weights: str) -> tuple[FinetuneConfig | Config, LabelledDataConf
     """
     run = (run_config(weights) if weights else None) or joint_swin_b()
     return run, labelled_as(run.data) if isinstance(run, Config) else run.data
+
+
+def one_view(kind: type[InferenceT], weights: str, **views: int) -> InferenceT:
+    """A measurement of one view of each sample, sampled as by the run that the weights are from, else the original's.
+
+    views: further fields of ViewsConfig.
+
+    Raises:
+        UserError: another version of this project wrote the run.
+    """
+    run, data = sampling_of(weights)
+    return kind(
+        recipe=run.recipe,
+        weights=weights,
+        data=data,
+        views=ViewsConfig(clips=1, crops=1, short_side=data.short_side, **views),
+        precision=run.train.precision,
+        kernels=run.model.kernels,
+    )
 
 
 def without_classifier(weights: str) -> UserError:

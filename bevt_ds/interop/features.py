@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from bevt_ds.config.command_line import run, start_inference
 from bevt_ds.config.features import FeaturesRunConfig
-from bevt_ds.config.samples import ViewsConfig
 from bevt_ds.errors import UserError
 
 USAGE = """\
@@ -69,19 +68,11 @@ def starting_point(weights: str, recipe: str = "") -> FeaturesRunConfig:
     Raises:
         UserError: a recipe is named, or another version of this project wrote the run.
     """
-    from bevt_ds.eval.results import sampling_of
+    from bevt_ds.eval.results import one_view
 
     if recipe:
         raise UserError("features have no recipe: sampling is the weights' run's, the rest is features.* and data.*.")
-    run, data = sampling_of(weights)
-    return FeaturesRunConfig(
-        recipe=run.recipe,
-        weights=weights,
-        data=data,
-        views=ViewsConfig(clips=1, crops=1, short_side=data.short_side, micro_videos=8),
-        precision=run.train.precision,
-        kernels=run.model.kernels,
-    )
+    return one_view(FeaturesRunConfig, weights, micro_videos=8)
 
 
 if __name__ == "__main__":

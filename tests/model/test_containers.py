@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bevt_ds import UserError
-from bevt_ds.model.containers import contained, deepspeed_folder, read_deepspeed, read_file, unwrap
+from bevt_ds.model.containers import contained, deepspeed_folder, read_deepspeed, read_file, strip, unwrap
 from tests.hostile import Canary
 
 
@@ -72,6 +72,25 @@ def test_running_averages_go_first_and_are_noted():
     assert note == "state_dict_ema is taken of state_dict_ema, state_dict"
     assert contained({"state_dict": one, "state_dict_ema": None})[0] == ""
     assert unwrap({"ema": 1, "model": {"module": {"module.w": torch.ones(1)}}}).keys() == {"w"}
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "module.{}",
+        "_orig_mod.{}",
+        "backbone.{}",
+        "encoder.{}",
+        "model.{}",
+        "module._orig_mod.model.backbone.{}",
+        "_fsdp_wrapped_module.{}",
+        "layers.0._fsdp_wrapped_module.blocks.0._checkpoint_wrapped_module.attn.qkv.weight",
+        "layers.0._orig_mod.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.attn.qkv.weight",
+    ],
+)
+def test_names_are_read_without_what_was_wrapped_around_the_network(wrapped):
+    name = "layers.0.blocks.0.attn.qkv.weight"
+    assert strip(wrapped.format(name)) == name
 
 
 def test_torchscript_program_is_refused(tmp_path):

@@ -12,16 +12,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bevt_ds import UserError, load_tokenizer
+from bevt_ds import UserError, load_tokenizer, train_tokenizer
 from bevt_ds.config.recipes import get_recipe, recipe_for
 from bevt_ds.config.schema import Config
 from bevt_ds.config.tokenizing import TokenizerTrainingConfig
 from bevt_ds.config.validate import missing_inputs, validate
+from bevt_ds.data.reading.index import load_shard
 from bevt_ds.eval.reconstruction import quality, sums_of
 from bevt_ds.model.tokenizers.vq import VQOutput
+from bevt_ds.shards.synthetic.draw import ensure_demo_shards
 from bevt_ds.train.tokenizing import frames_a_step, make_tokenizer, reconstruction_loss, step_flops
-from tests.training.processes import SMALL, Finished, run_ranks, start_python, wait_for
+from tests.training.processes import SMALL, Finished, launch, run_ranks, start_python, wait_for
 
+EVERY_SHARD = ("videos", "images", "eval_videos", "eval_images")
+HOUR = 3600.0
 TINY = {
     "data.size": 64,
     "data.token_size": 32,
@@ -57,6 +61,7 @@ def run(tmp_path_factory, shards) -> Finished:
 
 def test_tokenizer_run_says_what_it_has_learned(run):
     line = run.log()[-1]
+    assert line["loss_pixels"] < run.log()[0]["loss_pixels"]
     assert {"loss", "loss_pixels", "loss_perceptual", "loss_commitment", "psnr", "explained", "epoch"} <= set(line)
     assert 0 < line["codebook_use"] <= 1 and 1 <= line["codebook_perplexity"] <= 16
     assert line["loss"] == pytest.approx(
@@ -124,6 +129,49 @@ def test_recipes_of_tokenizers():
     lacking = replace(demo, perceptual=replace(demo.perceptual, weights="none.pth"))
     assert list(missing_inputs(lacking)) == ["perceptual.weights=none.pth: no such file."]
     assert step_flops(demo) > 0
+
+
+def test_dry_run_of_vq_in1k(shards, tmp_path, capsys):
+    """8192 ids and 50 epochs of the images that the shards hold; what is missing is named."""
+    samples = len(load_shard(str(shards["data.images"])).only("image"))  # indexes it, so that it can be counted
+    settings = {
+        "recipe": "vq_in1k",
+        "data.images": shards["data.images"],
+        "perceptual.network": "resnet10t",
+        "output_dir": tmp_path / "run",
+        "dry_run": "true",
+    }
+    words = [f"{key}={value}" for key, value in settings.items()]
+    assert train_tokenizer.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    config = get_recipe("vq_in1k", TokenizerTrainingConfig)
+    parameters = sum(p.numel() for p in make_tokenizer(config.model).parameters())
+    assert f"parameters     {parameters:,}" in lines
+    assert f"steps          {-(-50 * samples // 256)}, each of 256 images" in lines
+    assert any(line.startswith("arithmetic") and "no perceptual network" in line for line in lines)
+    assert train_tokenizer.main([*words, "perceptual.weights=none.pth"]) == 2
+    assert "perceptual.weights=none.pth: no such file." in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * HOUR)
+def test_demo_tokenizer_learns_and_so_does_the_joint_demo_with_it(tmp_path):
+    """`recipe=vq_demo` as it is, and `recipe=demo` with its ids, which fails below a gain of 0.2 nats."""
+    shards = tmp_path / "shards"
+    data = {f"data.{key}": getattr(get_recipe("demo").data, key) for key in EVERY_SHARD}
+    ensure_demo_shards(shards)
+    own = {key: str(shards / Path(value).name) for key, value in data.items()}
+    images = {key: own[key] for key in ("data.images", "data.eval_images")}
+    words = [f"{key}={value}" for key, value in {**images, "output_dir": tmp_path / "vq"}.items()]
+    output = launch(["bevt_ds/train_tokenizer.py", "recipe=vq_demo", *words], 1, HOUR)
+    found = json.loads((tmp_path / "vq" / "summary.json").read_text())["image"]
+    assert found["psnr"] > 16 and found["explained"] > 0.55 and found["codebook_use"] > 0.9, output
+    words = [f"{key}={value}" for key, value in {**own, "output_dir": tmp_path / "joint"}.items()]
+    words += ["tokenizer.name=vq", f"tokenizer.weights={tmp_path / 'vq'}"]
+    output = launch(["bevt_ds/pretrain.py", "recipe=demo", *words], 1, HOUR)
+    summary = json.loads((tmp_path / "joint" / "summary.json").read_text())
+    assert all(summary[stream]["gain"] > 0.4 for stream in ("video", "image")), output
 
 
 @pytest.mark.parametrize("quantiser", ["ema", "fsq"])
