@@ -61,13 +61,12 @@ def flops(config: TrainingConfig, clips: int, images: int = 0) -> dict[str, floa
 def recomputed_macs(model: BackboneConfig, arch: SwinArch, pixels: tuple[int, int, int], image: bool) -> int:
     """Multiply-accumulates that checkpointing adds for one sample.
 
-    torch stops where nothing more is needed: at the last linear, unless something behind it keeps its input, which is
-    a norm there or a drop-path.
+    torch stops where nothing more is needed: at the last linear, unless a norm behind it keeps its input.
     """
     if not model.checkpointing:
         return 0
     whole = model.recompute == "block"
-    stops = arch.norm == "pre" and not (whole and model.drop_path)
+    stops = arch.norm == "pre"
     chosen = [block for stage in block_macs(arch, pixels, image) for block in stage[:: model.recompute_every]]
     parts = ("attention", "qkv", "proj", "mlp") if whole else ("attention", "qkv", "proj")
     last = (lambda block: block["mlp"] // 2) if whole else (lambda block: block["proj"])
