@@ -53,7 +53,7 @@ def small():
     [
         ("encoder.layers.1.blocks.0.attn", "attention"),
         ("encoder.layers.1.blocks.0.mlp.fc1", "linears"),
-        ("encoder.layers.2.blocks.0.norm1", "norm, activation, residual"),
+        ("encoder.layers.1.downsample.norm", "norm, activation, residual"),
         ("image_embed", "stems"),
         ("video_decoder.reduce", "head and loss"),
     ],
