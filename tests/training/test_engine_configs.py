@@ -80,7 +80,7 @@ def test_zeropp_on_one_node_is_one_line_before_anything_is_made(tmp_path, monkey
         "--deepspeed_config",
         "zeropp",
         "train.micro_clips=2",
-        "train.micro_images=8",
+        "train.micro_images=6",
         f"output_dir={tmp_path / 'run'}",
     ]
     with pytest.raises(UserError, match="on one node"):
