@@ -7,7 +7,7 @@ import pytest
 from bevt_ds.cli import main
 
 SMALL = ["recipe=demo", "data.size=64", "data.token_size=32", "data.short_side=64,80", "model.window=2,2,2"]
-SMALL += ["train.micro_clips=2", "train.micro_images=8"]
+SMALL += ["train.micro_clips=2", "train.micro_images=6"]
 
 
 def run(capsys, *words: str) -> tuple[int, str, str]:
@@ -22,7 +22,7 @@ def test_a_plan_says_all_of_it(capsys):
     assert [line.split()[0] for line in text.split("\n\n")[0].splitlines() if line[0] != " "] == [
         name for part in names.split() for name in [part] * (2 if part == "input" else 1)
     ]
-    assert "1 micro-step of 2 clips + 8 images a GPU" in text
+    assert "1 micro-step of 2 clips + 6 images a GPU" in text
     assert "|     1 |    1+ |" in text and "activations, stage 4" in text
 
 
