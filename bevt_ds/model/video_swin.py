@@ -64,8 +64,9 @@ class Stage(nn.Module):
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """torch.compile each block of `model` in place, one graph a shape; `options` are torch.compile's.
 
-    Blocks are the unit because they repeat: those of one stage share their graphs. A model needs one for every stage,
-    stream and kind of window, in training and in evaluation, which is more than torch's limit of 8.
+    Blocks are the unit because they repeat: those of one stage share their graphs, but the first, which no sum waits
+    for. A model needs one for every stage, stream and kind of window, in training and in evaluation, which is more than
+    torch's limit of 8.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in model.modules():
