@@ -1,11 +1,10 @@
-"""Linear layer and cross-entropy over masked rows, without a second copy of the logits.
+"""Linear layer and cross-entropy over masked rows, with the logits of a part of the rows in memory at a time.
 
 Letters as in reference.py. The products are the library's; the kernel turns a block of logits (R, V) into
-losses, top-1 hits and, in place, gradients softmax - onehot. The incoming gradient is one number per
-segment, so it scales rows of R x C matrices afterwards, never of R x V ones.
+losses, top-1 hits and, in place, gradients softmax - onehot.
 
-Below `CHUNK_BYTES` of logits the forward pass leaves their gradient behind. Above, both passes go through
-the rows in chunks and the backward pass computes each chunk's logits again.
+The incoming gradient is one number per segment. So the forward pass makes the gradients of each segment's loss, chunk
+of rows by chunk, and the backward pass only weights them: logits are made once and never kept.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .configs import cross_entropy_tiles
 from .dispatch import custom_op, with_gradient
 from .launches import launch
 
-CHUNK_BYTES = 512 * 2**20  # of logits; BEVT's base step of 8 clips and 64 images needs 0.3 GB
+CHUNK_BYTES = 64 * 2**20  # of logits: 4,096 rows of a vocabulary of 8,192 in 16 bits, enough for a matrix product
 IGNORE = tl.constexpr(-100)
 
 
@@ -77,15 +76,14 @@ def launch_cross_entropy(logits: Tensor, target: Tensor, write_grad: bool) -> tu
     return losses, hits
 
 
-def chunks(h: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Slices of rows whose logits take at most CHUNK_BYTES."""
-    rows = max(1, CHUNK_BYTES // (weight.shape[0] * h.element_size()))
-    return (slice(first, first + rows) for first in range(0, h.shape[0], rows))
-
-
-def fits(h: Tensor, weight: Tensor) -> bool:
-    """Whether all logits fit one chunk."""
-    return h.shape[0] * weight.shape[0] * h.element_size() <= CHUNK_BYTES
+def chunks(h: Tensor, weight: Tensor, segments: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """(segment, rows of it), in equal parts of a segment whose logits take at most CHUNK_BYTES."""
+    most = max(1, CHUNK_BYTES // (weight.shape[0] * h.element_size()))
+    end = 0
+    for segment, count in enumerate(segments):
+        first, end = end, end + count
+        rows = triton.cdiv(count, triton.cdiv(count, most)) if count else 1
+        yield from ((segment, slice(n, min(n + rows, end))) for n in range(first, end, rows))
 
 
 def segment_sums(values: Tensor, segments: Sequence[int]) -> Tensor:
@@ -93,12 +91,19 @@ def segment_sums(values: Tensor, segments: Sequence[int]) -> Tensor:
     return torch.stack([part.sum() for part in values.split(list(segments))])
 
 
-def membership(h: Tensor, segments: Sequence[int]) -> Tensor:
-    """(R, S) in h's dtype: 1 where the row belongs to the segment; built without a host sync."""
-    member = h.new_zeros((h.shape[0], len(segments)))
-    for column, rows in enumerate(member.split(list(segments))):
-        rows[:, column] = 1
-    return member
+def run_chunk(
+    h: Tensor, weight: Tensor, bias: Tensor, target: Tensor, results: tuple[Tensor, Tensor], grads: tuple[Tensor, ...]
+) -> None:
+    """Fills losses and hits of a chunk of rows; `grads`, if there are any: fills dh, adds to dweight and dbias."""
+    logits = torch.addmm(bias, h, weight.t())
+    losses, hits = launch_cross_entropy(logits, target, bool(grads))
+    results[0].copy_(losses)
+    results[1].copy_(hits)
+    if grads:
+        dh, dweight, dbias = grads
+        torch.mm(logits, weight, out=dh)
+        dweight += logits.t() @ h
+        dbias += logits.sum(0, dtype=torch.float32)
 
 
 def run_forward(
@@ -108,53 +113,46 @@ def run_forward(
     target: Tensor,
     segments: Sequence[int],
     keep_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss sums, hits, and d(loss)/d(logits) if asked for and within one chunk, else an empty tensor."""
-    keep_grad = keep_grad and fits(h, weight)
-    losses = h.new_empty(h.shape[0], dtype=torch.float32)
-    hits = torch.empty_like(target)
-    dlogits = h.new_empty((0, weight.shape[0]))
-    for rows in chunks(h, weight):
-        logits = torch.addmm(bias, h[rows], weight.t())
-        losses[rows], hits[rows] = launch_cross_entropy(logits, target[rows], keep_grad)
-        dlogits = logits if keep_grad else dlogits
-    return segment_sums(losses, segments), segment_sums(hits, segments), dlogits
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss sums, hits, and if asked for the gradients of the segments' losses: dh (R, C), and in fp32 dweight (S, V, C)
+    and dbias (S, V); else empty tensors."""
+    results = (h.new_empty(h.shape[0], dtype=torch.float32), torch.empty_like(target))
+    dh, dweight, dbias = (x.zero_() for x in empty_gradients(h, weight, segments, keep_grad))
+    for segment, rows in chunks(h, weight, segments):
+        grads = (dh[rows], dweight[segment], dbias[segment]) if keep_grad else ()
+        run_chunk(h[rows], weight, bias, target[rows], tuple(x[rows] for x in results), grads)
+    return *(segment_sums(x, segments) for x in results), dh, dweight, dbias
 
 
-def gradients(
-    dlogits: Tensor, h: Tensor, weight: Tensor, member: Tensor, dloss: Tensor
+def empty_gradients(
+    h: Tensor, weight: Tensor, segments: Sequence[int], keep_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, dweight, dbias of a chunk of rows from its unscaled dlogits; dbias in fp32."""
-    scale = member.float() @ dloss[:, None]  # (R, 1)
-    dh = (dlogits @ weight).mul_(scale)
-    dweight = dlogits.t() @ (h * scale).to(h.dtype)
-    return dh, dweight, dloss @ (member.t() @ dlogits).float()
+    """Memory for what the forward pass keeps."""
+    (vocabulary, channels), parts = weight.shape, len(segments) if keep_grad else 0
+    dh = h.new_empty((h.shape[0] if keep_grad else 0, channels))
+    return dh, *(h.new_empty((parts, *n), dtype=torch.float32) for n in ((vocabulary, channels), (vocabulary,)))
 
 
 def run_backward(
     dloss: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    target: Tensor,
-    dlogits: Tensor,
+    dh: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
     segments: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, dweight, dbias; `dlogits` is empty where the forward pass could not keep it."""
-    member = membership(h, segments)
-    if fits(h, weight):
-        dh, dweight, dbias = gradients(dlogits, h, weight, member, dloss)
-        return dh, dweight, dbias.to(bias.dtype)
-    dh = torch.empty_like(h)
-    dweight = torch.zeros_like(weight, dtype=torch.float32)
-    dbias = torch.zeros_like(bias, dtype=torch.float32)
-    for rows in chunks(h, weight):
-        dlogits = torch.addmm(bias, h[rows], weight.t())
-        launch_cross_entropy(dlogits, target[rows], True)
-        dh[rows], part, bias_part = gradients(dlogits, h[rows], weight, member[rows], dloss)
-        dweight += part
-        dbias += bias_part
-    return dh, dweight.to(weight.dtype), dbias.to(bias.dtype)
+    """dh, dweight, dbias of the sum of losses weighted by dloss (S,), in dh's dtype."""
+    scaled = torch.empty_like(dh)
+    for weight, part, out in zip(dloss, dh.split(list(segments)), scaled.split(list(segments)), strict=True):
+        torch.mul(part, weight, out=out)
+    return scaled, *(weighted_sum(dloss, x).to(dh.dtype) for x in (dweight, dbias))
+
+
+def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """Sum of values (S, ...) over S. Not a matrix product, which may round to TF32."""
+    total = values[0] * weights[0]
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        total.addcmul_(value, weight)
+    return total
 
 
 forward_op = custom_op("masked_cross_entropy", run_forward)
@@ -164,19 +162,18 @@ backward_op = custom_op("masked_cross_entropy_backward", run_backward)
 @forward_op.register_fake
 def _(h, weight, bias, target, segments, keep_grad):
     sums = h.new_empty(len(segments), dtype=torch.float32)
-    rows = h.shape[0] if keep_grad and fits(h, weight) else 0
-    return sums, target.new_empty(len(segments)), h.new_empty((rows, weight.shape[0]))
+    return sums, target.new_empty(len(segments)), *empty_gradients(h, weight, segments, keep_grad)
 
 
 @backward_op.register_fake
-def _(dloss, h, weight, bias, target, dlogits, segments):
-    return torch.empty_like(h), torch.empty_like(weight), torch.empty_like(bias)
+def _(dloss, dh, dweight, dbias, segments):
+    return torch.empty_like(dh), *(x.new_empty(x.shape[1:], dtype=dh.dtype) for x in (dweight, dbias))
 
 
 def save_for_backward(ctx, inputs, output) -> tuple[Tensor, ...]:
-    """The inputs, and the logits' gradient where it exists."""
-    *tensors, ctx.segments, _ = inputs
-    return *tensors, output[2]
+    """The segments' gradients; of the inputs nothing."""
+    ctx.segments = inputs[4]
+    return output[2:]
 
 
 def differentiate(run, ctx, saved, dloss: Tensor, *_: None) -> tuple:
@@ -190,15 +187,15 @@ loss_once = with_gradient(
 
 
 @register_flop_formula(torch.ops.bevt_ds.masked_cross_entropy)
-def forward_flops(h, weight, *_, **__) -> int:
-    """One product."""
-    return 2 * h[0] * h[1] * weight[0]
+def forward_flops(h, weight, bias, target, segments, keep_grad, **_) -> int:
+    """One product, and two more for the gradients."""
+    return (6 if keep_grad else 2) * h[0] * h[1] * weight[0]
 
 
 @register_flop_formula(torch.ops.bevt_ds.masked_cross_entropy_backward)
-def backward_flops(dloss, h, weight, *_, **__) -> int:
-    """Two products; a recomputed one does not count."""
-    return 4 * h[0] * h[1] * weight[0]
+def backward_flops(*_, **__) -> int:
+    """No product."""
+    return 0
 
 
 def masked_cross_entropy(
@@ -210,5 +207,5 @@ def masked_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if casts else h.dtype
     h, weight, bias = (x.to(dtype) for x in (h, weight, bias))
     keep_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
-    loss_sums, hits, _ = loss_once(h.contiguous(), weight, bias, target.contiguous(), segments, keep_grad)
+    loss_sums, hits, *_ = loss_once(h.contiguous(), weight, bias, target.contiguous(), segments, keep_grad)
     return loss_sums, hits
