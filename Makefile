@@ -58,7 +58,7 @@ fuzz: env  ## the loader on tens of thousands of broken files (hours)
 soak: env  ## small runs killed, stopped and frozen 260 times, which must end as if they had not been (hours; goes on with what is there)
 	$(BIN)/python -m tests.training.soak --out benchmarks/results/soak.jsonl
 
-kernels-check: env  ## compile every kernel for sm_80 and sm_90 and compare registers and spills with the table
+kernels-check: env  ## compile every kernel for sm_80, sm_90 and sm_100 and compare registers and spills with the table
 	$(BIN)/python -m bevt_ds.kernels.check
 
 bench-smoke: env  ## what this commit costs on a CPU next to its parent, as ratios (BASE=commit for another; 2 minutes)

@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .attention_backward import launch_backward, launch_fold
-from .configs import PREPARE, forward_tiles
+from .configs import PREPARE, forward_is_small, small_groups
 from .dispatch import custom_op, with_gradient
 from .geometry import Windows
-from .launches import launch, launch_regions
+from .launches import launch, launch_regions, launch_small_windows
 from .tiles import (
     CODES,
     GEOMETRY,
     LOG2E,
     base_two,
+    beyond_cuts,
     code_stride,
     coordinates,
     dot,
@@ -33,7 +34,9 @@ from .tiles import (
     part_size,
     part_start,
     region,
+    small_bias,
     store_rows,
+    window_origin,
 )
 
 
@@ -137,6 +140,47 @@ def window_attention_fwd_kernel(
         tl.store(lse + place, high + tl.log2(total), mask=rows < tokens)
 
 
+@triton.jit(do_not_specialize=(*GEOMETRY, "heads", "batch", "groups"))
+def window_attention_fwd_small_kernel(
+    qkv, table, codes, out, lse, scale, heads, batch, groups,
+    T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, ROWS,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `window_attention_fwd_kernel`, for windows of at most BLOCK tokens.
+
+    A program walks over windows, not over regions: the parts of a cut window fill one tile together, and the bias stays
+    in registers.
+    """
+    grid, window, shift, mask_shift = (T, H, W), (WT, WH, WW), (ST, SH, SW), (MT, MH, MW)
+    tokens = WT * WH * WW
+    head = tl.program_id(0) % heads
+    group = tl.program_id(0) // heads
+    width = heads * D
+    n = tl.arange(0, BLOCK)
+    inside = n < tokens
+    code = tl.load(codes + n)
+    bias = small_bias(table + head * ROWS + ROWS // 2, code, inside)
+    windows = batch * ((T * H * W) // tokens)
+    for i in range(group, windows, groups):
+        sample, origin, cuts = window_origin(i, grid, window, shift, mask_shift)
+        at = sample * (T * H * W)
+        place = locate(n, origin, window, grid, True)
+        base = qkv + at * (3 * width) + head * D
+        q = load_rows(base, place, 3 * width, D)
+        k = load_rows(base + width, place, 3 * width, D)
+        v = load_rows(base + 2 * width, place, 3 * width, D)
+        s = dot(q, tl.trans(k)) * (scale * LOG2E) + bias
+        if cuts != 0:
+            part = beyond_cuts(n, window, mask_shift) & cuts
+            s = tl.where(part[:, None] == part[None, :], s, float("-inf"))
+        high = tl.max(s, 1)
+        p = tl.exp2(s - high[:, None])
+        total = tl.sum(p, 1)
+        acc = dot(p.to(v.dtype), v) / total[:, None]
+        store_rows(out + at * width + head * D, place, width, acc, inside, D)
+        tl.store(lse + (sample * heads + head) * (T * H * W) + place, high + tl.log2(total), mask=inside)
+
+
 def launch_prepare(bias_table: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     """The table as the kernels read it, (h, rows) in fp32, and the codes, int32 (shapes, padded N)."""
     rows, heads = bias_table.shape
@@ -162,8 +206,11 @@ def launch_forward(
     out, lse = empty_outputs(qkv)
     tables = launch_prepare(bias_table, windows)
     tensors = (qkv, *tables, out, lse)
-    tiles = forward_tiles(windows.tokens, qkv.dtype)
-    launch_regions(window_attention_fwd_kernel, tensors, tiles, windows, scale)
+    if forward_is_small(windows.tokens, qkv.shape[-1], qkv.dtype):
+        groups = small_groups(len(qkv) * windows.whole, qkv.shape[5])
+        launch_small_windows(window_attention_fwd_small_kernel, "fwd_small", tensors, windows, scale, groups)
+    else:
+        launch_regions(window_attention_fwd_kernel, "fwd", tensors, windows, scale)
     return out, lse, *tables
 
 

@@ -1,4 +1,4 @@
-"""Compiles every shipped kernel configuration for sm_80 and sm_90, with no GPU, and compares with a table.
+"""Compiles every shipped kernel configuration for sm_80, sm_90 and sm_100, with no GPU, and compares with a table.
 
     python -m bevt_ds.kernels.check            # fails where a kernel got worse
     python -m bevt_ds.kernels.check --update   # writes compiled_<triton version>.json
@@ -29,7 +29,7 @@ from . import attention, attention_backward, bias_gelu, conv_epilogues, head_los
 from .geometry import Windows
 from .launches import Launch, record
 
-TARGETS = (80, 90)
+TARGETS = (80, 90, 100)
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -128,9 +128,10 @@ def record_epilogues() -> None:
             conv_epilogues.launch_residual_relu(x, x_bias, x, bias, 1 / 64, pool)
 
 
-def shipped_launches() -> list[Launch]:
-    """Every launch that the models make, and those of wide heads, which only other models have."""
-    with record() as launches:
+def shipped_launches(capability: int) -> list[Launch]:
+    """Every launch that the models make, and those of wide heads, which only other models have, with the tiles of an
+    architecture."""
+    with record(f"sm_{capability}") as launches:
         record_epilogues()
         for dtype in DTYPES:
             for windows in shipped_windows():
@@ -179,7 +180,7 @@ def measure(source: ASTSource, options: dict[str, int], capability: int) -> dict
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, assembly = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", file.name)
-    products = [kind for kind in ("HGMMA", "HMMA") if re.search(rf"\b{kind}\b", assembly)]
+    products = [kind for kind in ("UTCHMMA", "HGMMA", "HMMA") if re.search(rf"\b{kind}\b", assembly)]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
@@ -191,9 +192,9 @@ def measure(source: ASTSource, options: dict[str, int], capability: int) -> dict
 def compile_all(only: str) -> dict[str, dict[str, int | str]]:
     """The measurements of every distinct launch whose key, 'sm_XX kernel types settings', contains `only`."""
     table = {}
-    for launch in shipped_launches():
-        key, source, options = source_of(launch)
-        for capability in TARGETS:
+    for capability in TARGETS:
+        for launch in shipped_launches(capability):
+            key, source, options = source_of(launch)
             name = f"sm_{capability} {key}"
             if only in name and name not in table:
                 table[name] = measure(source, options, capability)

@@ -1,98 +1,132 @@
-"""Tile sizes of the kernels: an explicit table, no autotuning at run time.
+"""Tile sizes of the kernels: tables by architecture, no autotuning at run time.
 
 An autotuner would make the first step slow, the results depend on timing noise, and the interpreter
-unusable. Change an entry only with a measurement, and run `python -m bevt_ds.kernels.check` after it.
+unusable. `python -m benchmarks.kernels --sweep` times the candidates on a GPU and prints the entry of its architecture.
+Change one only with a measurement, and run `python -m bevt_ds.kernels.check` after it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 PROGRAMS = 4 * 132  # enough to fill the largest GPU we know several times over; fixed, so results are too
 
 PREPARE = 512  # table rows or codes of a program of prepare_kernel
+STATS = 128  # tokens of a program that makes delta; codes are padded to a multiple
 SMALL_WINDOW = 64  # tokens up to which one tile holds a window
 WIDE = 64  # heads from this width on need smaller tiles or more warps, or they spill
 FOLD = {"BLOCK": 64, "ROWS": 16, "num_warps": 4}  # queries and neighbouring offsets of a step of fold_pairs
+SUM = {"BLOCK": 1024, "num_warps": 4}  # elements of dS of a step of sum_scores
+SCORES_BYTES = 128 * 2**20  # of dS in memory at one time: a batch that needs more goes through in parts
+
+Options = dict[str, int]  # of a launch: its tile's sizes, num_warps, num_stages
+Key = tuple[str, str]  # kernel, kind of its numbers
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Launch configuration of one attention kernel."""
-
-    block_m: int  # queries
-    block_n: int  # keys
-    tail: int  # width of the steps over what is left of the keys (or queries) after whole blocks
-    warps: int
-    stages: int
-
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "TAIL": self.tail,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
-
-    def splits(self, programs: int, tokens: int) -> int:
-        """Over how many programs to spread the outer tiles of a window, so that small maps fill a GPU."""
-        return max(1, min(-(-tokens // self.block_m), -(-PROGRAMS // max(programs, 1))))
+def tiles(m: int, n: int, tail: int, warps: int, stages: int) -> Options:
+    """A kernel's outer tile of m, walked over in steps of n, what is left of the window in steps of `tail`."""
+    return {"BLOCK_M": m, "BLOCK_N": n, "TAIL": tail, "num_warps": warps, "num_stages": stages}
 
 
-def forward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of the forward kernel; images, 49 tokens, take one step over their keys."""
-    if dtype == torch.float32:
-        return Tiles(32, 32, 16, 4, 1)
-    return Tiles(64, 64, 64 if tokens <= SMALL_WINDOW else 16, 4, 1)
+def warps(count: int, stages: int) -> Options:
+    """Of a kernel whose one tile holds a window."""
+    return {"num_warps": count, "num_stages": stages}
 
 
-def query_tiles(dtype: torch.dtype, width: int) -> Tiles:
-    """Tiles of the backward kernel for dq, of heads `width` wide.
+# Architectures that were not measured. No larger tiles, and no pipelining but of bwd_q, which is one plain product:
+# Triton 3.6 was seen to miscompile 64x128 tiles of 32-wide heads with two stages in a backward pass
+# (triton-lang/triton#10573).
+DEFAULT: dict[Key, Options] = {
+    ("fwd", "16 bit"): tiles(64, 64, 16, 4, 1),
+    ("fwd", "16 bit, wide"): tiles(64, 64, 16, 4, 1),
+    ("fwd", "fp32"): tiles(32, 32, 16, 4, 1),
+    ("fwd", "fp32, wide"): tiles(32, 32, 16, 4, 1),
+    ("fwd_small", "16 bit"): warps(4, 1),
+    ("fwd_small", "16 bit, wide"): warps(4, 1),
+    ("fwd_small", "fp32"): warps(8, 1),
+    ("fwd_small", "fp32, wide"): warps(8, 1),
+    ("bwd_kv", "16 bit"): tiles(64, 32, 16, 4, 1),
+    ("bwd_kv", "16 bit, wide"): tiles(64, 32, 16, 4, 1),
+    ("bwd_kv", "fp32"): tiles(32, 32, 16, 8, 1),
+    ("bwd_kv", "fp32, wide"): tiles(32, 16, 16, 8, 1),
+    ("bwd_q", "16 bit"): tiles(64, 64, 16, 4, 2),
+    ("bwd_q", "16 bit, wide"): tiles(64, 64, 16, 4, 2),
+    ("bwd_q", "fp32"): tiles(32, 32, 16, 4, 1),
+    ("bwd_q", "fp32, wide"): tiles(32, 32, 16, 4, 1),
+    ("bwd_small", "16 bit"): warps(4, 1),
+    ("bwd_small", "16 bit, wide"): warps(4, 1),
+    ("bwd_small", "fp32"): warps(8, 1),
+    ("bwd_small", "fp32, wide"): warps(4, 1),
+}
 
-    Here and below no larger and without pipelining: Triton 3.6 was seen to miscompile 64x128 tiles of
-    32-wide heads with two stages (triton-lang/triton#10573).
-    """
-    if dtype == torch.float32:
-        return Tiles(32, 32, 16, 4 if width < WIDE else 8, 1)
-    return Tiles(64, 64, 16, 4, 1)
+# What differs from DEFAULT where it was measured. sm_90: one H200, Triton 3.6.0, Swin-B in bf16, 2026-11-26, each tile
+# compared with that of DEFAULT (benchmarks/results/h200/attention-tiles-sweep.jsonl). fwd: first in the sum by depth.
+# bwd_kv: first of those that spill nothing, measured before the kernel wrote dS. bwd_small: 20 to 25 % less time;
+# fwd_small is not measured: as bwd_small.
+MEASURED: dict[str, dict[Key, Options]] = {
+    "sm_90": {
+        ("fwd", "16 bit"): tiles(128, 64, 16, 4, 3),
+        ("bwd_kv", "16 bit"): tiles(128, 32, 16, 4, 1),
+        ("bwd_small", "16 bit"): warps(4, 2),
+        ("fwd_small", "16 bit"): warps(4, 2),
+    },
+}
 
 
-def key_tiles(dtype: torch.dtype, width: int) -> Tiles:
-    """Tiles of the backward kernel for dk and dv: `block_m` keys, `block_n` queries."""
-    if dtype == torch.float32:
-        return Tiles(32, 32, 16, 4 if width < WIDE else 8, 1)
-    return Tiles(64, 32, 16, 4, 1)
+def kind(dtype: torch.dtype, width: int) -> str:
+    """Which entries are for heads `width` wide of that type."""
+    return ("fp32" if dtype == torch.float32 else "16 bit") + (", wide" if width >= WIDE else "")
 
 
-def pair_tiles(dtype: torch.dtype, width: int) -> dict[str, int]:
-    """Tile of the kernel that sums dS over windows."""
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 64 if width < WIDE else 32, "num_warps": 4, "num_stages": 1}
+def options(architecture: str, kernel: str, dtype: torch.dtype, width: int) -> Options:
+    """The launch options of an attention kernel; architecture: sm_90 for compute capability 9.0."""
+    key = (kernel, kind(dtype, width))
+    return MEASURED.get(architecture, {}).get(key) or DEFAULT[key]
 
 
-def is_small(tokens: int, width: int) -> bool:
+@contextmanager
+def replaced(architecture: str, key: Key, candidate: Options) -> Iterator[None]:
+    """While it lasts, `candidate` is what the table holds."""
+    rows = MEASURED.setdefault(architecture, {})
+    before = rows.get(key)
+    rows[key] = candidate
+    try:
+        yield
+    finally:
+        del rows[key]
+        if before is not None:
+            rows[key] = before
+
+
+def splits(programs: int, tokens: int, block: int) -> int:
+    """Over how many programs to spread the outer tiles of a window, so that small maps fill a GPU."""
+    return max(1, min(-(-tokens // block), -(-PROGRAMS // max(programs, 1))))
+
+
+def forward_is_small(tokens: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether a window fits one tile in the forward pass."""
+    return tokens <= (32 if kind(dtype, width) == "fp32, wide" else SMALL_WINDOW)
+
+
+def backward_is_small(tokens: int, width: int) -> bool:
     """Whether one kernel does all of the backward pass. Tiles of wide heads fit the registers up to 32 tokens."""
     return tokens <= (SMALL_WINDOW if width < WIDE else 32)
 
 
-def small_tiles(tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of the backward kernel for small windows."""
-    side = next(side for side in (16, 32, SMALL_WINDOW) if tokens <= side)
-    warps = 8 if side == SMALL_WINDOW and dtype == torch.float32 else 4
-    return {"BLOCK": side, "num_warps": warps, "num_stages": 1}
+def small_block(tokens: int) -> int:
+    """Side of the tile that holds a small window."""
+    return next(side for side in (16, 32, SMALL_WINDOW) if tokens <= side)
 
 
-def pair_groups(windows: int, programs: int) -> int:
-    """Over how many groups of windows to spread a sum that has `programs` independent parts."""
-    return max(1, min(windows, PROGRAMS // programs))
+def small_groups(windows: int, heads: int) -> int:
+    """Over how many programs a head's windows are spread, where a program walks over windows."""
+    return max(1, min(windows, PROGRAMS // heads))
 
 
-def cross_entropy_tiles(vocabulary: int) -> dict[str, int]:
+def cross_entropy_tiles(vocabulary: int) -> Options:
     """Columns of the logits that a program takes at a time; BEVT's 8192 are one block of 16 KB."""
     block = min(8192, 1 << (vocabulary - 1).bit_length())
     return {"BLOCK": block, "num_warps": 8 if block >= 4096 else 4, "num_stages": 1}

@@ -63,6 +63,11 @@ class Windows:
         return prod(self.window)
 
     @cached_property
+    def score_stride(self) -> int:
+        """Length of a row of dS in memory, as `tiles.score_stride`."""
+        return -(-self.tokens // 8) * 8
+
+    @cached_property
     def bias_box(self) -> Size3:
         """The box of tokens in which a token's number in the window gives its place for the bias."""
         if not self.bias_by_number:

@@ -134,6 +134,12 @@ def code_stride(tokens):
 
 
 @triton.jit
+def score_stride(tokens):
+    """Length of a row of dS in memory, for windows of that many tokens: whole reads and writes of 8 elements."""
+    return (tokens + 7) // 8 * 8
+
+
+@triton.jit
 def load_rows(base, place, stride, D: tl.constexpr):
     """The D-wide rows of the tokens at `place`, (tokens, D)."""
     return tl.load(base + place[:, None] * stride + tl.arange(0, D)[None, :])
@@ -170,3 +176,11 @@ def look_up(pointers):
 def base_two(product, bias, scale):
     """Base-2 scores from q k^T and pointers to their biases: one fused multiply-add per pair."""
     return product * (scale * LOG2E) + look_up(bias)
+
+
+@triton.jit
+def small_bias(table, code, inside):
+    """Biases of a window in one tile, times log2(e), from the middle of the table and the codes of its tokens; minus
+    infinity for keys past the window, so that loops over windows need no mask of keys."""
+    bias = look_up((table + code)[:, None] - code[None, :])
+    return tl.where(inside[None, :], bias, float("-inf"))

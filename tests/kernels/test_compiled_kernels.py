@@ -47,10 +47,11 @@ def test_compiled_tables_match_the_readme(path):
     """
     table = json.loads(path.read_text())
     attention = {key: row for key, row in table.items() if "window_attention" in key and "_kernel fp32" not in key}
+    attention = {key: row for key, row in attention.items() if "bwd_stats" not in key}  # which has no product
     assert len(attention) >= 24
     for key, row in attention.items():
-        hopper = key.startswith("sm_90") and "BLOCK=16" not in key
-        assert row["products"] == ("HGMMA" if hopper else "HMMA"), key
+        own = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(key.split()[0], "HMMA")
+        assert row["products"].startswith("HMMA" if "BLOCK=16" in key else own), key
     spills = {key: row["spills"] for key, row in table.items() if row["spills"]}
     assert all("_kernel fp32" in key and count <= 4 for key, count in spills.items()), spills
 
@@ -61,4 +62,4 @@ def test_kernel_compiles_without_a_gpu():
     command = [sys.executable, "-m", "bevt_ds.kernels.check", "--only", "sm_90 window_attention_fwd_kernel bf16"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 configurations, none worse" in done.stdout
+    assert "2 configurations, none worse" in done.stdout

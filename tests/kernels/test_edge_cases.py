@@ -1,5 +1,6 @@
 """Both providers at edge cases: empty batches, targets outside the vocabulary, second derivatives."""
 
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
@@ -107,3 +108,97 @@ def test_target_outside_the_vocabulary_makes_the_loss_nan(provider, device, wron
     for actual, expected in zip(changed[1:], ignored[1:], strict=True):
         assert torch.equal(actual, expected)
     assert not changed[2][1].any()
+
+
+def test_mask_without_a_masked_cell_changes_nothing(provider, device):
+    x, token = (torch.randn(*n, device=device, requires_grad=True) for n in ((1, 2, 4, 4, 16), (16,)))
+    mask = torch.zeros(1, 2, 2, 2, dtype=torch.bool, device=device)
+    out = kernels.insert_mask_tokens(x, token, mask, provider)
+    dx, dtoken = torch.autograd.grad(out.sum(), (x, token))
+    assert torch.equal(out, x) and torch.equal(dx, torch.ones_like(x)) and not dtoken.any()
+
+
+def test_arguments_that_are_not_contiguous_give_the_same(provider, device):
+    """Each argument as every second element of a larger tensor; libraries multiply such matrices in another order."""
+    for name, (op, leaves) in calls(provider, device, batch=1).items():
+        spread = [torch.stack([x, x], dim=-1).detach().requires_grad_() for x in leaves]
+        views = [x[..., 0] for x in spread]
+        assert not any(view.is_contiguous() for view in views), name
+        expected, out = op(*leaves), op(*views)
+        grad = torch.randn(*out.shape, 2, device=device)[..., 0]
+        found = (out, *torch.autograd.grad(out, views, grad))
+        for a, b in zip(found, (expected, *torch.autograd.grad(expected, leaves, grad)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_arguments_that_want_no_gradient(provider, device):
+    """A table, a token, a weight that is frozen: the other gradients are the same. And nothing is kept in no_grad."""
+    for name, (op, leaves) in calls(provider, device, batch=1).items():
+        expected = torch.autograd.grad(op(*leaves).sum(), leaves)
+        frozen = [leaves[0], *(x.detach() for x in leaves[1:])]
+        assert torch.equal(torch.autograd.grad(op(*frozen).sum(), frozen[0])[0], expected[0]), name
+        if len(leaves) > 1:
+            only = [leaves[0].detach(), *leaves[1:]]
+            found = torch.autograd.grad(op(*only).sum(), only[1:])
+            assert all(torch.equal(a, b) for a, b in zip(found, expected[1:], strict=True)), name
+        with torch.no_grad():
+            assert not op(*leaves).requires_grad, name
+
+
+def test_under_autocast_attention_follows_its_input_and_the_head_takes_autocasts_type(provider, device):
+    dtype = torch.float16
+    ops = calls(provider, device, batch=1)
+    with torch.autocast(device, dtype):
+        attend, (qkv, table) = ops["window_attention"]
+        out = attend(qkv.to(dtype), table)
+        assert out.dtype == dtype
+        dqkv, dtable = torch.autograd.grad(out.float().sum(), (qkv, table))
+        assert (dqkv.dtype, dtable.dtype) == (torch.float32, torch.float32)
+        head, leaves = ops["masked_cross_entropy"]
+        loss = head(*leaves)
+        assert loss.dtype == torch.float32
+        assert all(g.dtype == torch.float32 for g in torch.autograd.grad(loss.sum(), leaves))
+
+
+def test_vmap_over_a_kernel_is_an_error_that_says_so(device):
+    for name, (op, leaves) in calls("triton", device, batch=1).items():
+        stacked = [torch.stack([x.detach(), x.detach()]) for x in leaves]
+        with pytest.raises(RuntimeError, match="vmap"):
+            torch.func.vmap(op)(*stacked), name
+
+
+@pytest.mark.parametrize(("window", "batch"), [((8, 7, 7), 24), ((1, 7, 7), 160)], ids=["clips", "images"])
+def test_batches_of_more_than_2_31_values_launch_with_numbers_that_fit(window, batch):
+    """Kernels get 32-bit numbers, and number samples in 64 bits; one sample with so many values is refused."""
+    from bevt_ds.kernels import attention, attention_backward, launches
+
+    windows = kernels.Windows((window[0], 224, 224), window, window, (0, 3, 3), (0, 3, 3))
+    qkv = torch.empty(batch, *windows.grid, 3, 24, 32, dtype=torch.bfloat16, device="meta")
+    table = torch.empty(windows.table_rows, 24, device="meta")
+    assert qkv.numel() > 2**31
+    with launches.record("sm_90") as recorded:
+        out, lse, *tables = attention.launch_forward(qkv, table, windows, 1.0)
+        attention_backward.launch_backward(out, qkv, *tables, out, lse, windows, 1.0)
+    assert len(recorded) >= 3
+    for launch in recorded:
+        numbers = [n for n in (*launch.grid, *launch.args) if isinstance(n, int)]
+        assert min(numbers) >= 0 and max(numbers) < 2**31, launch.kernel
+    sample = torch.empty(1, window[0], 7 * 1200, 7 * 1200, 3, 1, 16, device="meta")
+    large = kernels.Windows(tuple(sample.shape[1:4]), window, window, STILL, STILL)
+    with pytest.raises(ValueError, match="more than 2\\^31 values"):
+        kernels.window_attention(sample, torch.empty(large.table_rows, 1, device="meta"), large, provider="triton")
+
+
+@pytest.mark.parametrize("window", [(1, 32, 32), (3, 11, 31)], ids=["1024 tokens", "1023 tokens"])
+def test_largest_windows(window, device, check_op, poisoned):
+    """In large tiles, which the interpreter takes less time for."""
+    from bevt_ds.kernels import configs, reference
+
+    windows = kernels.Windows(window, window, window, STILL, (0, window[1] // 2, 0))
+    qkv = torch.randn(1, *window, 3, 1, 16, device=device)
+    with ExitStack() as stack:
+        for kernel in ("fwd", "bwd_kv", "bwd_q") if device == "cpu" else ():
+            stack.enter_context(configs.replaced("interpreter", (kernel, "fp32"), configs.tiles(128, 128, 128, 4, 1)))
+        attend = partial(kernels.window_attention, provider="triton")
+        table = torch.randn(windows.table_rows, 1, device=device)
+        check_op(attend, reference.window_attention, (qkv, table), windows=windows)

@@ -48,17 +48,28 @@ def test_window_attention_with_a_float32_table(device, inputs):
 
 
 def test_public_attention_launches_the_kernels(device, inputs):
-    """Small windows take the fused backward kernel, large ones the three separate ones."""
-    common = {"prepare_kernel": 1, "window_attention_fwd_kernel": 1, "fold_pairs_kernel": 1}
+    """Small windows take one kernel forward and one backward; for large ones dS is left in memory and read twice."""
+    common = {"prepare_kernel": 1, "fold_pairs_kernel": 1}
     expected = {
-        "clip": {"window_attention_bwd_small_kernel": 1},
-        "large": {f"window_attention_bwd_{part}_kernel": 1 for part in ("q", "kv", "pairs")},
+        "clip": {f"window_attention_{direction}_small_kernel": 1 for direction in ("fwd", "bwd")},
+        "large": {f"window_attention_{part}_kernel": 1 for part in ("fwd", "bwd_stats", "bwd_kv", "bwd_q")}
+        | {"sum_scores_kernel": 1},
     }
-    for case, backward in expected.items():
+    for case, own in expected.items():
         kernels.reset_launch_counts()
         qkv, table, windows = inputs(case, torch.float32, device)
         attend(qkv.requires_grad_(), table, windows).sum().backward()
-        assert kernels.launch_counts() == common | backward
+        assert kernels.launch_counts() == common | own
+
+
+def test_backward_in_parts_of_the_batch(device, inputs, check_op, poisoned, monkeypatch):
+    """Where dS of all windows does not fit the memory set aside for it: three windows in parts of two and one."""
+    from bevt_ds.kernels import attention_backward
+
+    qkv, table, windows = inputs("large-cut-in-time", torch.float32, device, batch=3, heads=1)
+    monkeypatch.setattr(attention_backward, "SCORES_BYTES", 2 * 4 * windows.tokens * windows.score_stride)
+    check_op(attend, reference.window_attention, (qkv, table), windows=windows)
+    assert kernels.launch_counts()["window_attention_bwd_kv_kernel"] == 2
 
 
 @pytest.mark.parametrize("case", ["clip-shifted", "large-shifted"])
