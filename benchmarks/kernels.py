@@ -3,6 +3,7 @@
     python -m benchmarks.kernels               # Swin-B, 8 clips and 64 images; most of it is compiling
     python -m benchmarks.kernels --only "8 video" --providers eager sdpa bevt_ds    # the quick ones of its clips
     python -m benchmarks.kernels --part 1/6    # the first sixth of all other shapes; may be interrupted and resumed
+    python -m benchmarks.kernels --sweep       # each kernel over its candidates for the table of tiles
     python -m benchmarks.kernels --soak        # every configuration 1,000 times, results bitwise equal
 
 Rows go to benchmarks/results/kernels-<device>.jsonl as they are measured, and what is already there for the same
@@ -13,18 +14,30 @@ shapes over what runs on a CPU, and says so.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from . import kernels_fused, kernels_masked, kernels_providers, report
+from . import (
+    kernels_blocks,
+    kernels_fused,
+    kernels_heads,
+    kernels_masked,
+    kernels_providers,
+    kernels_sweep,
+    report,
+)
 from .common import RESULTS, append_row, ceilings, measure, peak_megabytes, provenance, read_rows, reason, rows_of
 from .kernels_cases import Case, default_cases, further_cases, small_cases, soak_cases
 from .kernels_providers import Job
 
 DIRECTIONS = ("forward", "backward", "both")
-NAMES = tuple(kernels_providers.GPU_PROVIDERS) + ("eager_gather_first",)  # the last is of the masked head alone
+NAMES = (
+    *kernels_providers.GPU_PROVIDERS,
+    "eager_gather_first",
+    *kernels_heads.LOSSES,
+)  # from there on: of the masked head
 
 
 def time_direction(job: Job, direction: str, device: str) -> dict:
@@ -102,11 +115,11 @@ class Run:
                     extra = attention_row(case, direction, self.limits, self.dtype)
                     self.write("window_attention", case.name, name, direction, result, extra)
 
-    def masked(self) -> None:
-        """Mask tokens and the masked head."""
-        for op, case, name, make in kernels_masked.masked_jobs(self.device):
+    def others(self, jobs: Iterable[tuple], check: Callable[..., None]) -> None:
+        """Jobs of other ops, as (op, case, provider, maker); `check` raises where ours is wrong."""
+        for op, case, name, make in jobs:
             if name in self.names and (op, case.name, name) not in self.done:
-                kernels_masked.check_masked(case, self.device, self.dtype, self.ours)
+                check(case, self.device, self.dtype, self.ours)
                 results = time_job(make, self.device, self.dtype, name == "bevt_ds", case)
                 for direction, result in results.items():
                     self.write(op, case.name, name, direction, result, {})
@@ -121,10 +134,9 @@ class Run:
                     self.write(op, case.name, name, direction, result, {})
 
 
-def soak_jobs(device: str) -> Iterator[tuple[str, Job]]:
+def soak_jobs(device: str, cases: list[Case]) -> Iterator[tuple[str, Job]]:
     """Every kernel that the models launch: each window in each type, and the masked ops in each type."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if device == "cuda" else (torch.float32,)
-    cases = soak_cases() if device == "cuda" else small_cases()
     provider = "triton" if device == "cuda" else "torch"
     for dtype in dtypes:
         for case in cases:
@@ -134,9 +146,9 @@ def soak_jobs(device: str) -> Iterator[tuple[str, Job]]:
                 yield f"{op} {case.name} {dtype}", make(case, device, dtype)
 
 
-def soak(device: str, launches: int) -> None:
+def soak(device: str, launches: int, cases: list[Case]) -> None:
     """Every job that many times forward and backward; a difference in one bit raises."""
-    for name, job in soak_jobs(device):
+    for name, job in soak_jobs(device, cases):
         first = job.backward(outputs := job.forward())
         for _ in range(launches):
             again = job.forward()
@@ -161,6 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--soak", nargs="?", type=int, const=1000, help="repeat, 1000 times or so many, instead of timing"
     )
+    parser.add_argument("--sweep", action="store_true", help="time tiles instead, and print the table's entry")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -171,7 +184,10 @@ def main() -> None:
             parser.error("--part is for a GPU: the other shapes would take a CPU hours")
         print("No GPU: small shapes on the CPU. These numbers say nothing about the Triton kernels.")
     if arguments.soak:
-        return soak(device, arguments.soak if device == "cuda" else 3)
+        on_gpu = device == "cuda"
+        return soak(device, arguments.soak if on_gpu else 3, soak_cases() if on_gpu else small_cases())
+    if arguments.sweep:
+        return print(kernels_sweep.sweep(device, arguments.out))
     cases = small_cases() if device == "cpu" else default_cases()
     cases = part_of(further_cases(), arguments.part) if arguments.part else cases
     if not (chosen := [case for case in cases if arguments.only in case.name]):
@@ -180,7 +196,8 @@ def main() -> None:
     for case in chosen:
         run.attention(case)
     if not arguments.part and not arguments.only:
-        run.masked()
+        run.others(kernels_masked.masked_jobs(device), kernels_masked.check_masked)
+        run.others(kernels_blocks.block_jobs(device), kernels_blocks.check_block)
         run.fused()
     report.write(run.path)
     print(f"rows, page and plot: {run.path}")

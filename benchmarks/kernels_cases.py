@@ -92,3 +92,10 @@ def soak_cases() -> list[Case]:
 def small_cases() -> list[Case]:
     """What a CPU can time: the last two stages, one clip and two images."""
     return [case for case in model_cases("t", clips=1, images=2) if case.stage >= 3]
+
+
+def tiny_cases() -> list[Case]:
+    """What Triton's interpreter runs in seconds: a large and a small window, both cut."""
+    large = Windows((2, 6, 6), (2, 6, 6), (2, 6, 6), (0, 0, 0), (0, 3, 0))
+    small = Windows((1, 8, 4), (1, 4, 4), (1, 4, 4), (0, 2, 0), (0, 2, 0))
+    return [Case("tiny", 1, "video", 1, True, 1, 1, large), Case("tiny", 1, "image", 2, True, 1, 1, small)]

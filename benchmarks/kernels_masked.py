@@ -13,6 +13,7 @@ from torch import Tensor
 from bevt_ds import kernels
 from bevt_ds.kernels import reference
 
+from . import kernels_heads
 from .kernels_providers import Job, leaf
 
 
@@ -70,6 +71,12 @@ def eager_head(case: MaskedCase, device: str, dtype: torch.dtype, gather_first: 
     return Job(run, leaves)
 
 
+def rival_head(case: MaskedCase, device: str, dtype: torch.dtype, name: str) -> Job:
+    """The head of a library."""
+    leaves, index, target = head_inputs(case, device, dtype)
+    return kernels_heads.head_job(name, leaves, index, target, case.segments)
+
+
 def our_head(case: MaskedCase, device: str, dtype: torch.dtype, provider: str) -> Job:
     """gather_masked, then masked_cross_entropy."""
     (features, weight, bias), index, target = head_inputs(case, device, dtype)
@@ -100,6 +107,8 @@ def masked_jobs(device: str) -> Iterator[tuple[str, MaskedCase, str, Callable[..
     case, provider = (BASE_STEP, "triton") if device == "cuda" else (SMALL_STEP, "torch")
     yield "masked_head", case, "eager", eager_head
     yield "masked_head", case, "eager_gather_first", partial(eager_head, gather_first=True)
+    for name in kernels_heads.LOSSES:
+        yield "masked_head", case, name, partial(rival_head, name=name)
     yield "masked_head", case, "bevt_ds", partial(our_head, provider=provider)
     yield "insert_mask_tokens", case, "eager", partial(insert_job, insert=eager_insert)
     ours = partial(kernels.insert_mask_tokens, provider=provider)

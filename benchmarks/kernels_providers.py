@@ -8,12 +8,14 @@ qkv layer, so its job moves x into windows too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bevt_ds import kernels
 from bevt_ds.kernels import reference
@@ -115,8 +117,9 @@ def arguments(case: Case, device: str, dtype: torch.dtype) -> tuple[Tensor, Tens
     return qkv, leaf(case.windows.table_rows, case.heads, device=device, dtype=torch.float32, scale=0.02)
 
 
-def sdpa(case: Case, device: str, dtype: torch.dtype) -> Job:
-    """scaled_dot_product_attention with bias and mask in one tensor."""
+def sdpa(case: Case, device: str, dtype: torch.dtype, backend: SDPBackend | None = None) -> Job:
+    """scaled_dot_product_attention with bias and mask in one tensor whose gradient is asked for, by the backend that
+    PyTorch chooses or by a given one; RuntimeError where that cannot run it."""
     qkv, table = arguments(case, device, dtype)
     tokens = case.windows.tokens
     index = relative_position_index(case.windows.window, case.windows.table_window).to(device)
@@ -126,14 +129,16 @@ def sdpa(case: Case, device: str, dtype: torch.dtype) -> Job:
         q, k, v = partitioned(qkv, case)
         bias = table[index.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1)[None]
         bias = bias.expand(len(q), -1, -1, -1) if mask is None else (bias + mask[:, None]).repeat(case.batch, 1, 1, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(dtype))
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(dtype))
         return (back_to_map(out.transpose(1, 2).flatten(2), case),)
 
     return Job(run, (qkv, table))
 
 
-def flex(case: Case, device: str, dtype: torch.dtype) -> Job:
-    """FlexAttention, one window a batch entry, the bias gathered from the table in its score_mod."""
+def flex(case: Case, device: str, dtype: torch.dtype, options: dict | None = None) -> Job:
+    """FlexAttention, one window a batch entry, the bias gathered from the table in its score_mod; `options` are its
+    kernel_options."""
     from torch.nn.attention.flex_attention import flex_attention
 
     qkv, table = arguments(case, device, dtype)
@@ -155,7 +160,7 @@ def flex(case: Case, device: str, dtype: torch.dtype) -> Job:
 
     def run() -> tuple[Tensor]:
         q, k, v = (x.contiguous() for x in partitioned(qkv, case))
-        out = compiled(q, k, v, score_mod=score_mod)
+        out = compiled(q, k, v, score_mod=score_mod, kernel_options=options)
         return (back_to_map(out.transpose(1, 2).flatten(2), case),)
 
     return Job(run, (qkv, table))
@@ -167,40 +172,75 @@ def ours(case: Case, device: str, dtype: torch.dtype, provider: str) -> Job:
     return Job(lambda: (kernels.window_attention(qkv, table, case.windows, provider=provider),), (qkv, table))
 
 
+FORCED = {
+    "sdpa_cudnn": partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+    "sdpa_efficient": partial(sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa_flash": partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
+    "sdpa_math": partial(sdpa, backend=SDPBackend.MATH),
+}
 GPU_PROVIDERS = {
     "eager": original,
     "eager_unbind": partial(original, unbind=True),
     "compile": partial(original, compiled=True),
     "sdpa": sdpa,
+    **FORCED,
     "flex": flex,
+    "flex_flash": partial(flex, options={"BACKEND": "FLASH"}),
     "bevt_ds": partial(ours, provider="triton"),
 }
 CPU_PROVIDERS = {
     "eager": original,
     "eager_unbind": partial(original, unbind=True),
     "sdpa": sdpa,
+    **FORCED,
     "bevt_ds": partial(ours, provider="torch"),
 }
 
 
+Results = tuple[Tensor, ...]  # output, gradients of qkv and of the table
+
+
+def results_of(function: Callable, inputs: Results, windows: kernels.Windows, dtype: torch.dtype) -> Results:
+    """Of an attention in some precision; inputs: qkv, table, gradient of the output."""
+    leaves = [x.to(dtype).requires_grad_() for x in inputs[:2]]
+    out = function(*leaves, windows)
+    return out.detach(), *torch.autograd.grad(out, leaves, inputs[2].to(dtype))
+
+
+@dataclass(frozen=True)
+class Standard:
+    """One sample of a case, what attention of it must give, and how far off that may be."""
+
+    case: Case
+    inputs: Results
+    exact: Results
+    allowed: tuple[float, ...]
+
+    @classmethod
+    def of(cls, case: Case, device: str, dtype: torch.dtype) -> Standard:
+        """Allowed is twice, for gradients three times, the error of the reference in the same precision."""
+        shape = (1, *case.windows.grid)
+        qkv = torch.randn(*shape, 3, case.heads, HEAD_DIM, device=device).to(dtype)
+        table = torch.randn(case.windows.table_rows, case.heads, device=device).to(dtype)
+        inputs = (qkv, table, torch.randn(*shape, case.heads * HEAD_DIM, device=device).to(dtype))
+        same = results_of(reference.window_attention, inputs, case.windows, dtype)
+        exact = results_of(reference.window_attention, inputs, case.windows, torch.float64)
+        floors = [4 * torch.finfo(dtype).eps * e.abs().max() for e in exact]
+        errors = [(s - e).abs().max() for s, e in zip(same, exact, strict=True)]
+        allowed = [k * error + floor for k, error, floor in zip((2, 3, 3), errors, floors, strict=True)]
+        return cls(case, inputs, exact, tuple(float(a) for a in allowed))
+
+    def check(self, actual: Results) -> None:
+        """Raises AssertionError unless all are within what is allowed; NaN is not."""
+        names = ("out", "dqkv", "dtable")
+        for name, allowed, a, e in zip(names, self.allowed, actual, self.exact, strict=True):
+            error = (a - e).abs().max()
+            if not error <= allowed:
+                raise AssertionError(f"{self.case.name} {a.dtype}: {name} is off by {error:.3g}, allowed {allowed:.3g}")
+
+
 def check_correct(case: Case, device: str, dtype: torch.dtype, provider: str) -> None:
-    """Raises unless output and gradients of one sample are within the tests' bounds: twice, for gradients three
-    times, the error of the reference in the same precision, against float64."""
-    windows = case.windows
-    qkv = torch.randn(1, *windows.grid, 3, case.heads, HEAD_DIM, device=device).to(dtype)
-    table = torch.randn(windows.table_rows, case.heads, device=device).to(dtype)
-    grad = torch.randn(1, *windows.grid, case.heads * HEAD_DIM, device=device).to(dtype)
-
-    def results(function: Callable, wide: torch.dtype) -> tuple[Tensor, ...]:
-        leaves = [x.to(wide).requires_grad_() for x in (qkv, table)]
-        out = function(*leaves, windows)
-        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(wide))
-
-    actual = results(partial(kernels.window_attention, provider=provider), dtype)
-    same = results(reference.window_attention, dtype)
-    exact = results(reference.window_attention, torch.float64)
-    for name, factor, a, s, e in zip(("out", "dqkv", "dtable"), (2, 3, 3), actual, same, exact, strict=True):
-        floor = 4 * torch.finfo(dtype).eps * e.abs().max()
-        error, allowed = (a - e).abs().max(), factor * (s - e).abs().max() + floor
-        if not error <= allowed:
-            raise AssertionError(f"{case.name} {dtype}: {name} is off by {error:.3g}, allowed {allowed:.3g}")
+    """Raises unless output and gradients of one sample are as exact as the tests want."""
+    standard = Standard.of(case, device, dtype)
+    attend = partial(kernels.window_attention, provider=provider)
+    standard.check(results_of(attend, standard.inputs, case.windows, dtype))

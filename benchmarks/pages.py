@@ -33,7 +33,7 @@ TARGETS = (  # the goals on an H200, bf16, Swin-B, 8 clips, blocks weighted by d
     ("forward", 170.0, "TFLOP/s"),
     ("backward", 120.0, "TFLOP/s"),
 )
-RIVALS = ("compile", "sdpa", "flex")
+RIVALS = ("compile", "sdpa", "flex")  # those that run every case; forced backends and newer ones have rows of their own
 KERNELS = """\
 Made by `python -m benchmarks.kernels`. Dense: FLOPs of every pair of every window, backward 2.5 times forward;
 executed: of the pairs that may attend. Roof: the least time at the measured ceilings."""

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import FOLD, SCORES_BYTES, STATS, SUM, backward_is_small, small_groups
+from .configs import FOLD, SCORES_BYTES, STATS, SUM_SCORES, backward_is_small, small_groups
 from .geometry import Windows
 from .launches import launch, launch_small_windows, launch_windows
 from .tiles import (
@@ -337,8 +337,8 @@ def launch_large(
         part = (windows, scale, first, count)
         launch_windows(window_attention_bwd_kv_kernel, "bwd_kv", (qkv, table, codes, dout, stats, dqkv, scores), *part)
         launch_windows(window_attention_bwd_q_kernel, "bwd_q", (qkv, scores, dqkv), *part)
-        grid = (triton.cdiv(pairs.numel(), SUM["BLOCK"]),)
-        launch(sum_scores_kernel, grid, scores, pairs, pairs.numel() // 8, count, first, **SUM)
+        grid = (triton.cdiv(pairs.numel(), SUM_SCORES["BLOCK"]),)
+        launch(sum_scores_kernel, grid, scores, pairs, pairs.numel() // 8, count, first, **SUM_SCORES)
     return dqkv, pairs
 
 

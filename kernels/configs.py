@@ -19,7 +19,7 @@ STATS = 128  # tokens of a program that makes delta; codes are padded to a multi
 SMALL_WINDOW = 64  # tokens up to which one tile holds a window
 WIDE = 64  # heads from this width on need smaller tiles or more warps, or they spill
 FOLD = {"BLOCK": 64, "ROWS": 16, "num_warps": 4}  # queries and neighbouring offsets of a step of fold_pairs
-SUM = {"BLOCK": 1024, "num_warps": 4}  # elements of dS of a step of sum_scores
+SUM_SCORES = {"BLOCK": 1024, "num_warps": 4}  # elements of dS of a step of sum_scores
 SCORES_BYTES = 128 * 2**20  # of dS in memory at one time: a batch that needs more goes through in parts
 
 Options = dict[str, int]  # of a launch: its tile's sizes, num_warps, num_stages

@@ -1,14 +1,26 @@
 """The kernel benchmark: competitors compute the same, and the page states only what was measured."""
 
 import sys
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import kernels as kernels_benchmark
-from benchmarks import kernels_cases, kernels_fused, kernels_masked, kernels_providers, pages
-from benchmarks.common import Timing, commit, read_rows
+from benchmarks import (
+    kernels_blocks,
+    kernels_cases,
+    kernels_fused,
+    kernels_heads,
+    kernels_masked,
+    kernels_providers,
+    kernels_sweep,
+    pages,
+)
+from benchmarks.common import Timing, commit, read_rows, reason
 from bevt_ds import kernels
+from bevt_ds.kernels import configs
 from bevt_ds.kernels.reference import partition
 
 LIMITS = {"copy_bytes_s": 1e10, "matmul_flop_s": 1e11, "exp_s": None}
@@ -155,9 +167,101 @@ def test_fused_jobs_run_and_agree():
 
 def test_kernel_soak_finds_a_difference(capsys, monkeypatch):
     cases = [case for case in kernels_cases.small_cases() if case.stream == "image"][:1]
-    monkeypatch.setattr(kernels_benchmark, "small_cases", lambda: cases)
-    kernels_benchmark.soak("cpu", launches=1)
+    kernels_benchmark.soak("cpu", 1, cases)
     assert "masked_head" in capsys.readouterr().out
     monkeypatch.setattr(kernels_benchmark.torch, "equal", lambda a, b: False)
     with pytest.raises(AssertionError, match="two launches differ"):
-        kernels_benchmark.soak("cpu", launches=1)
+        kernels_benchmark.soak("cpu", 1, cases)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No time is measured: every run counts as one millisecond."""
+    monkeypatch.setattr(kernels_sweep, "measure", lambda run, device: Timing(1.0, 1.0, 1.0))
+
+
+def test_sweep_times_every_candidate_and_prints_the_table(tmp_path, quick):
+    entry = kernels_sweep.sweep("cpu", tmp_path)
+    (path,) = tmp_path.glob("tiles-*.jsonl")
+    rows = list(read_rows(path))
+    expected = {"fwd": 1, "bwd_kv": 1, "bwd_q": 1, "fwd_small": 2, "bwd_small": 2}
+    assert Counter(row["kernel"] for row in rows) == expected
+    assert not [row for row in rows if "error" in row]
+    held = eval(f"{{{entry}}}", {"tiles": configs.tiles, "warps": configs.warps})
+    assert held["interpreter"].keys() == {(kernel, "fp32") for kernel in expected}
+    assert held["interpreter"]["fwd_small", "fp32"] == configs.warps(4, 1)
+    assert not configs.MEASURED["interpreter"]
+
+
+def test_sweep_never_chooses_what_is_wrong_or_failed_somewhere(monkeypatch):
+    case = {"kernel": "fwd", "kind": "fp32", "blocks": 2}
+    rows = [
+        case | {"case": "a", "options": "wrong somewhere", "p50_ms": 1.0},
+        case | {"case": "b", "options": "wrong somewhere", "error": "AssertionError: out is off"},
+        *(case | {"case": name, "options": "slow", "p50_ms": 9.0} for name in "ab"),
+        *(case | {"case": name, "options": "right", "p50_ms": 2.0} for name in "ab"),
+    ]
+    assert '("fwd", "fp32"): right,  # 8 ms' in kernels_sweep.table_entry("sm_90", rows)
+    small = kernels_cases.tiny_cases()[1]
+    standard = kernels_providers.Standard.of(small, "cpu", torch.float32)
+    monkeypatch.setattr(kernels_sweep, "run_attention", lambda inputs, case: [x + 1 for x in standard.exact])
+    trial = kernels_sweep.Trial("fwd_small", configs.warps(4, 1), "cpu", torch.float32)
+    assert "out is off by 1" in kernels_sweep.try_one(trial, standard, standard.inputs)["error"]
+
+
+def test_tiles_are_those_of_the_architecture():
+    """What was measured, and the default where nothing was."""
+    from bevt_ds.kernels import launches
+
+    qkv = torch.empty(1, 2, 7, 7, 3, 1, 32, dtype=torch.bfloat16, device="meta")
+    found = {}
+    for name in ("sm_90", "sm_100"):
+        with launches.record(name):
+            found[name] = launches.options_of("fwd", qkv)
+    key = ("fwd", "16 bit")
+    assert found["sm_90"] == configs.MEASURED["sm_90"][key] | {"D": 32} != found["sm_100"]
+    assert found["sm_100"] == configs.DEFAULT[key] | {"D": 32}
+
+
+@pytest.mark.parametrize("name", kernels_heads.LOSSES)
+def test_libraries_compute_the_same_masked_head(name):
+    """What is not installed leaves a reason; the others give our losses and gradients."""
+    case, results = kernels_masked.SMALL_STEP, []
+    for make in (partial(kernels_masked.rival_head, name=name), partial(kernels_masked.our_head, provider="torch")):
+        torch.manual_seed(0)
+        try:
+            job = make(case, "cpu", torch.float32)
+        except (ModuleNotFoundError, AttributeError) as error:  # not installed; torch before 2.13
+            assert name in ("liger", "cut_cross_entropy", "torch_linear"), reason(error)
+            return
+        job.grads = (torch.tensor([1.0, 0.5]),)
+        outputs = job.forward()
+        results.append((*outputs, *job.backward(outputs)))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_forced_backends_compute_the_same_or_say_why_not():
+    case, found = CASES[0], {}
+    for name, make in kernels_providers.FORCED.items():
+        torch.manual_seed(0)
+        try:
+            job = make(case, "cpu", torch.float32)
+        except RuntimeError as error:
+            found[name] = reason(error)
+            continue
+        found[name] = job.forward()[0]
+    torch.manual_seed(0)
+    expected = kernels_providers.sdpa(case, "cpu", torch.float32).forward()[0]
+    assert torch.is_tensor(found["sdpa_math"]) and "RuntimeError: " in found["sdpa_cudnn"]
+    for result in found.values():
+        if torch.is_tensor(result):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", kernels_blocks.block_cases("cpu"), ids=lambda case: case.library)
+def test_blocks_of_libraries_run_and_are_accelerated(case):
+    kernels_blocks.check_block(case, "cpu", torch.float32, "torch")
+    jobs = [kernels_blocks.block_job(case, mode, "torch", "cpu", torch.float32) for mode in ("eager", "accelerated")]
+    for job in jobs:
+        assert all(grad.isfinite().all() for grad in job.backward(job.forward()))

@@ -1,0 +1,168 @@
+"""Times every attention kernel over its candidates for the table of tiles: `python -m benchmarks.kernels --sweep`.
+
+First all candidates are compiled, in processes; then, one at a time on an idle machine, each is checked against the
+reference and timed. What is wrong or does not fit the GPU is a row with its reason. At the end stands the text of the
+architecture's entry in `bevt_ds/kernels/configs.py`: of each kernel the candidate with the least time, summed over
+shapes by depth.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from bevt_ds.kernels import attention, attention_backward, configs, launches
+from bevt_ds.kernels.configs import Options, tiles, warps
+from bevt_ds.kernels.launches import Launch
+
+from .common import RESULTS, append_row, measure, provenance, reason, rows_of
+from .kernels_cases import HEAD_DIM, Case, default_cases, tiny_cases
+from .kernels_providers import Results, Standard
+
+LARGE, SMALL = ("fwd", "bwd_kv", "bwd_q"), ("fwd_small", "bwd_small")
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A kernel with a candidate for its options."""
+
+    kernel: str
+    candidate: Options
+    device: str
+    dtype: torch.dtype
+
+    def runs(self, case: Case) -> bool:
+        """Whether the kernel is one of those of the case."""
+        return self.kernel in (SMALL if case.windows.tokens <= configs.SMALL_WINDOW else LARGE)
+
+    def launches(self, inputs: Results, case: Case) -> tuple[list[Launch], Results]:
+        """Runs forward and backward with the candidate: the launches, and output, dqkv and dtable."""
+        key = (self.kernel, configs.kind(self.dtype, HEAD_DIM))
+        name = launches.architecture(torch.device(self.device))
+        with configs.replaced(name, key, self.candidate), launches.record(name, runs=True) as recorded:
+            return recorded, run_attention(inputs, case)
+
+    def time(self, recorded: list[Launch]) -> dict[str, float]:
+        """Milliseconds of this kernel's launches alone."""
+        mine = [launch for launch in recorded if launch.kernel.fn.__name__ == f"window_attention_{self.kernel}_kernel"]
+        return measure(lambda: [launch.again() for launch in mine], self.device).in_ms()
+
+
+def run_attention(inputs: Results, case: Case) -> Results:
+    """Output and gradients, by the launchers."""
+    (qkv, table, dout), scale = inputs, HEAD_DIM**-0.5
+    out, lse, *tables = attention.launch_forward(qkv, table, case.windows, scale)
+    dqkv, pairs = attention_backward.launch_backward(dout, qkv, *tables, out, lse, case.windows, scale)
+    return out, dqkv, attention_backward.launch_fold(pairs, table, case.windows)
+
+
+def random_inputs(case: Case, device: str, dtype: torch.dtype) -> Results:
+    """qkv, table and gradient of the output of a whole batch; one sample is checked, a batch is timed."""
+    shape = (case.batch, *case.windows.grid)
+    qkv = torch.randn(*shape, 3, case.heads, HEAD_DIM, device=device).to(dtype)
+    table = 0.02 * torch.randn(case.windows.table_rows, case.heads, device=device)
+    return qkv, table, torch.randn(*shape, case.heads * HEAD_DIM, device=device).to(dtype)
+
+
+def candidates(kernel: str, device: str) -> Iterator[Options]:
+    """What is tried; in the interpreter, where times say nothing, hardly anything."""
+    if device == "cpu":
+        yield from (warps(4, 1), warps(4, 2)) if kernel in SMALL else (tiles(64, 32, 16, 4, 1),)
+        return
+    if kernel in SMALL:
+        yield from (warps(count, stages) for count, stages in product((2, 4, 8), (1, 2, 3)))
+        return
+    steps = (32, 64, 128) if kernel == "fwd" else (32, 64)
+    for m, n, count, stages in product((64, 128), steps, (4, 8), (1, 2, 3)):
+        if not (m == 64 and count == 8) and not (m * n >= 128 * 128 and count == 4):
+            yield tiles(m, n, 16, count, stages)
+
+
+def sweep_cases(device: str) -> list[Case]:
+    """Large and small maps, with and without a shift; one large and one small window in the interpreter."""
+    if device == "cpu":
+        return tiny_cases()
+    return [case for case in default_cases() if case.stage in (1, 3) and (case.stream == "video" or case.shifted)]
+
+
+def compile_one(trial: Trial, case: Case) -> None:
+    """Fills Triton's cache, in a process of its own; whoever times the trial meets the same error again."""
+    try:
+        trial.launches(random_inputs(case, trial.device, trial.dtype), case)
+    except Exception as error:  # compilers raise whatever they like
+        print(f"{trial.kernel} {trial.candidate}: {reason(error)}", flush=True)
+
+
+def compile_all(trials: list[Trial], cases: list[Case]) -> None:
+    """Every trial, on a case with a shift and on one without, on all cores."""
+    jobs = {(trial, any(case.windows.shift)): case for trial in trials for case in cases if trial.runs(case)}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2), mp_context=context) as pool:
+        for done in [pool.submit(compile_one, trial, case) for (trial, _), case in jobs.items()]:
+            done.result()
+
+
+def try_one(trial: Trial, standard: Standard, inputs: Results) -> dict:
+    """Times, or the reason for having none."""
+    try:
+        recorded, results = trial.launches(standard.inputs, standard.case)
+        standard.check(results)
+        if inputs is not standard.inputs:
+            recorded, _ = trial.launches(inputs, standard.case)
+        return trial.time(recorded)
+    except Exception as error:  # compilers raise whatever they like; what is wrong must not be chosen
+        return {"error": reason(error)}
+
+
+def table_entry(architecture: str, rows: list[dict]) -> str:
+    """The best candidate of each kernel, as configs.py holds it; one counts where it has a time in every case."""
+    lines = [f'    "{architecture}": {{']
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        mine = [row for row in rows if row["kernel"] == kernel and "p50_ms" in row]
+        cases = {row["case"] for row in rows if row["kernel"] == kernel}
+        totals, seen = defaultdict(float), defaultdict(set)
+        for row in mine:
+            totals[row["options"]] += row["blocks"] * row["p50_ms"]
+            seen[row["options"]].add(row["case"])
+        whole = {options: total for options, total in totals.items() if seen[options] == cases}
+        if whole:
+            best = min(whole, key=whole.get)
+            lines.append(f'        ("{kernel}", "{mine[0]["kind"]}"): {best},  # {whole[best]:.4g} ms by depth')
+    return "\n".join([*lines, "    },"])
+
+
+def as_text(options: Options) -> str:
+    """As configs.py writes them."""
+    name = "tiles" if "BLOCK_M" in options else "warps"
+    return f"{name}({', '.join(map(str, options.values()))})"
+
+
+def sweep(device: str, out: Path = RESULTS) -> str:
+    """Compiles, checks, times; returns the table's entry and leaves the rows in `out`."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    source, cases = provenance(device), sweep_cases(device)
+    path, rows = rows_of("tiles", source["device"], out), []
+    trials = [
+        Trial(kernel, options, device, dtype) for kernel in LARGE + SMALL for options in candidates(kernel, device)
+    ]
+    if device == "cuda":
+        compile_all(trials, cases)
+    for case in cases:
+        standard = Standard.of(case, device, dtype)
+        inputs = random_inputs(case, device, dtype) if device == "cuda" else standard.inputs
+        for trial in (trial for trial in trials if trial.runs(case)):
+            row = {"op": "tiles", "case": case.name, "blocks": case.blocks, "kernel": trial.kernel}
+            row |= {"kind": configs.kind(dtype, HEAD_DIM), "options": as_text(trial.candidate)}
+            row |= try_one(trial, standard, inputs) | {"provenance": source}
+            rows.append(row)
+            append_row(path, row)
+            print(f"{case.name} {trial.kernel} {row['options']}: {row.get('p50_ms', row.get('error'))}", flush=True)
+    return table_entry(launches.architecture(torch.device(device)), rows)
