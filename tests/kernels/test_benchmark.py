@@ -154,7 +154,9 @@ def test_masked_jobs_run():
     """Each job of the masked ops has an output and gradients, and ours agree with the reference."""
     case = kernels_masked.SMALL_STEP
     kernels_masked.check_masked(case, "cpu", torch.float32, "torch")
-    for _, _, _, make in kernels_masked.masked_jobs("cpu"):
+    for _, _, name, make in kernels_masked.masked_jobs("cpu"):
+        if name in kernels_heads.LOSSES:
+            continue  # of libraries, in a test of their own
         job = make(case, "cpu", torch.float32)
         assert all(grad.isfinite().all() for grad in job.backward(job.forward()))
 
