@@ -275,6 +275,38 @@ def _curves(rows: Rows) -> Panel:
     return Panel("steps of pretraining", "pretraining", "masked positions right", lines=lines, levels=levels)
 
 
+# What pretraining predicts
+
+TARGETS = """\
+Made by `python -m benchmarks.targets`: joint pretraining on the study's small set (500 steps of 16 clips and 8 images)
+with the same masks, decoder and seed, then the same fine-tuning on 10 clips a class. Eight classes that differ in their
+motion alone; chance is 12.5 %. Test accuracy, median (lowest to highest seed of the fine-tuning)."""
+TARGET_NAMES = {
+    "scratch": "no pretraining",
+    "joint": "ids of a random projection",
+    "timm": "features of resnet10t with random weights",
+    "own": "features of the run on ids",
+}
+
+
+def targets(rows: Rows) -> Page:
+    """Accuracy after pretraining on ids or on features, and how far each loss fell."""
+    tested, trained = [row for row in rows if "arm" in row], [row for row in rows if "pretraining" in row]
+    by_arm = grouped(tested, "arm")
+    groups = {"all": tuple(COURSES), **MOTIONS}
+
+    def cell(classes: Sequence[str]) -> Callable[[tuple], str]:
+        return lambda key: spread([mean(row["classes"][c] for c in classes) for row in by_arm[key]], ".1%")
+
+    columns = {"targets": lambda key: TARGET_NAMES[key[0]]} | {name: cell(classes) for name, classes in groups.items()}
+    losses = fields(
+        "pretraining name s | loss of clips, first line first_loss_video .3f | clips, last loss_video .3f | loss of"
+        " images, first line first_loss_image .3f | images, last loss_image .3f"
+    )
+    named = [row | {"name": TARGET_NAMES[row["pretraining"]]} for row in trained]
+    return Page("Ids or features as targets", [TARGETS, facts(rows), table(by_arm, columns), table(named, losses)])
+
+
 # The trained tokenizer
 
 TOKENIZERS = """\

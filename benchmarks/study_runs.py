@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -66,9 +67,9 @@ class Scale:
         return self.finetune_epochs * self.labels * len(COURSES)
 
 
-def pretrain(folder: Path, scale: Scale, arm: str) -> str:
-    """Pretrain into `folder`/`arm`, or continue it; returns the last losses as text."""
-    clips = CLIPS if arm == "joint" else 0
+def pretrain(folder: Path, scale: Scale, arm: str, more: Sequence[str] = ()) -> str:
+    """Pretrain into `folder`/`arm`, or continue it; returns the last losses as text. more: further settings."""
+    clips = 0 if arm == "images" else CLIPS
     images = IMAGES + (CLIPS - clips) * IMAGES_A_CLIP
     words = (
         *PRETRAIN,
@@ -82,6 +83,7 @@ def pretrain(folder: Path, scale: Scale, arm: str) -> str:
         f"train.micro_images={images}",
         f"output_dir={folder / arm}",
         "resume=auto",
+        *more,
     )
     if not (folder / arm / "weights").exists():
         _call("pretrain", words, folder / f"{arm}.log")
