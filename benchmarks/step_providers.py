@@ -29,6 +29,7 @@ from bevt_ds.runtime.engine import DTYPES
 from bevt_ds.runtime.optim import parameter_groups
 from bevt_ds.train.loop import Setup, train_step
 from bevt_ds.train.pretraining import Pretraining, make_engine
+from bevt_ds.train.targets import IdTargets
 
 from .eager_model import EagerBEVT, TorchvisionEncoder
 from .eager_tokenizer import every_id
@@ -163,11 +164,13 @@ class Ours:
         values["zero_optimization"]["stage"] = stage
         setup = Setup(config, values, Path(), setting.ranks, Commits(setting.ranks))
         tokenizer = setting.make_tokenizer(model.compile)
-        engine = make_engine(config, setup, tokenizer.vocab_size, config.train.steps)
+        if isinstance(tokenizer, DalleTokenizer):
+            tokenizer.kernels = model.kernels
+        engine = make_engine(config, setup, {"vocab_size": tokenizer.vocab_size}, config.train.steps)
         levers.take_back(engine)
         engine.step = in_part("optimizer", engine.step)
         self.levers, self.marks = levers, engine.module
-        self.task = Pretraining(setup, None, engine, 0, 0.0, levers.tokenizer(tokenizer), probe=None)
+        self.task = Pretraining(setup, None, engine, 0, 0.0, IdTargets(levers.tokenizer(tokenizer)), probe=None)
 
     def __call__(self, batches: Batches) -> None:
         train_step(self.task, self.levers.batches(waited(batches)), 0)

@@ -18,7 +18,7 @@ from bevt_ds.eval import feature_targets
 from bevt_ds.eval.held_out import Summary, evaluate
 from bevt_ds.eval.visualize import draw, draw_features
 from bevt_ds.model.teacher import SwinTeacher, Teacher, with_features
-from bevt_ds.model.tokenizers import require_vocabulary, tokenize
+from bevt_ds.model.tokenizers import Tokenizer, require_vocabulary, tokenize
 from bevt_ds.model.video_swin import compile_blocks
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.logging import require_known_targets
@@ -64,14 +64,10 @@ class Targets(Protocol):
 class IdTargets:
     """Ids of a tokenizer. See Targets."""
 
-    def __init__(self, config: Config, device: torch.device):
-        self.tokenizer = open_tokenizer(config.tokenizer, device)
-        if hasattr(self.tokenizer, "kernels"):
-            self.tokenizer.kernels = config.model.kernels
-        if config.model.compile and isinstance(self.tokenizer, nn.Module):
-            self.tokenizer.compile()
-        self.vocabulary = self.tokenizer.vocab_size
-        self.head, self.files = {"vocab_size": self.vocabulary}, {"tokenizer": file_of(config.tokenizer)}
+    def __init__(self, tokenizer: Tokenizer, file: str = ""):
+        """tokenizer: on the run's device. file: of its weights; "": it has none."""
+        self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocab_size
+        self.head, self.files = {"vocab_size": self.vocabulary}, {"tokenizer": file}
 
     def fill(self, batch: Batch) -> Batch:
         return tokenize(self.tokenizer, batch)
@@ -124,4 +120,13 @@ class FeatureTargets:
 
 def open_targets(config: Config, device: torch.device, dtype: torch.dtype) -> Targets:
     """The targets of a run, on its device; a teacher computes in `dtype`. UserError: see what they are made with."""
-    return FeatureTargets(config, device, dtype) if config.target == "features" else IdTargets(config, device)
+    return FeatureTargets(config, device, dtype) if config.target == "features" else _open_ids(config, device)
+
+
+def _open_ids(config: Config, device: torch.device) -> IdTargets:
+    tokenizer = open_tokenizer(config.tokenizer, device)
+    if hasattr(tokenizer, "kernels"):
+        tokenizer.kernels = config.model.kernels
+    if config.model.compile and isinstance(tokenizer, nn.Module):
+        tokenizer.compile()
+    return IdTargets(tokenizer, file_of(config.tokenizer))
