@@ -26,7 +26,9 @@ class _Slice(NamedTuple):
 def h264_frames(extradata: bytes, packets: Sequence[memoryview], keys: Sequence[bool]) -> list[Coded]:
     """The coded frame of each packet. keys: whether the container calls it a keyframe. Raises Unknown, ValueError."""
     sets = Sets()
-    length = _read_header(sets, extradata)
+    header, length = header_units(extradata)
+    for unit in header:
+        _read_set(sets, unit)
     sets.in_header = False
     slices = [_first_slice(sets, packet, length, key) for packet, key in zip(packets, keys, strict=True)]
     if not slices[0].is_idr:
@@ -55,14 +57,6 @@ def header_units(extradata: bytes) -> tuple[list[bytes], int]:
             sets.append(extradata[at + 2 : at + 2 + size])
             at += 2 + size
     return sets, (extradata[4] & 3) + 1
-
-
-def _read_header(sets: Sets, extradata: bytes) -> int:
-    """Read the stream's parameter sets; returns the bytes of the length before a unit, 0 for Annex B."""
-    found, length = header_units(extradata)
-    for unit in found:
-        _read_set(sets, unit)
-    return length
 
 
 def _read_set(sets: Sets, unit: Buffer) -> None:
