@@ -24,8 +24,13 @@ class Launch(NamedTuple):
     options: dict[str, Any]  # constexpr arguments by name, num_warps, num_stages
 
     def again(self) -> None:
-        """Makes it, uncounted."""
-        self.kernel[self.grid](*self.args, **self.options)
+        """Makes it, uncounted. Triton starts kernels on the current device: that of the tensors becomes it."""
+        device = next((x.device for x in self.args if isinstance(x, Tensor) and x.is_cuda), None)
+        if device is None or device.index == torch.cuda.current_device():
+            self.kernel[self.grid](*self.args, **self.options)
+        else:
+            with torch.cuda.device(device):
+                self.kernel[self.grid](*self.args, **self.options)
 
 
 class Recording(NamedTuple):
@@ -42,11 +47,12 @@ _recording: list[Recording] = []
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options), counted under the kernel's name; an empty grid starts nothing."""
+    made = Launch(kernel, grid, args, options)
     if _recording:
-        _recording[-1].launches.append(Launch(kernel, grid, args, options))
+        _recording[-1].launches.append(made)
     if all(grid) and (not _recording or _recording[-1].runs):
         _counts[kernel.fn.__name__] += 1
-        kernel[grid](*args, **options)
+        made.again()
 
 
 @cache

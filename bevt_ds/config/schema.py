@@ -208,10 +208,10 @@ class TrainConfig(StreamsTrainConfig):
     graphs: A[
         Graphs,
         F(
-            "replay the encoder as CUDA graphs: auto (on one GPU, where it can) | on | off",
+            "replay the encoder as CUDA graphs, not run on a GPU yet: off | auto (on one GPU, where it can) | on",
             resume="free",
         ),
-    ] = "auto"
+    ] = "off"
     min_gain: A[
         float,
         F(

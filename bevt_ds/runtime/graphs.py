@@ -35,15 +35,19 @@ class Backend(Protocol):
     def warm_up(self, run: Run) -> None:
         """Run once as capturing wants it, so that libraries make their workspaces."""
 
-    def capture(self, run: Run) -> tuple[Run, Any]:
-        """What repeats `run` into the same memory, and what `run` returned. RuntimeError where it cannot."""
+    def capture(self, *runs: Run) -> list[tuple[Run, Any]]:
+        """Of each, in the order in which they will be repeated: what repeats it into the same memory, and its result.
+
+        RuntimeError where one cannot be captured.
+        """
 
 
 class CudaBackend:
-    """torch.cuda.graph; all graphs share one pool of memory."""
+    """torch.cuda.graph. Only the passes that are captured together share memory.
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    A pass of another stream runs between a forward pass and its backward pass: in a common pool it could be given the
+    memory of what the backward pass still reads.
+    """
 
     def warm_up(self, run: Run) -> None:
         """On a stream of its own."""
@@ -53,10 +57,18 @@ class CudaBackend:
             run()
         torch.cuda.current_stream().wait_stream(stream)
 
-    def capture(self, run: Run) -> tuple[Run, Any]:
-        """RuntimeError where `run` does what a graph cannot, such as wait for the device."""
+    def capture(self, *runs: Run) -> list[tuple[Run, Any]]:
+        """RuntimeError where one does what a graph cannot, such as wait for the device."""
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+        try:
+            return [self._captured(run, pool) for run in runs]
+        finally:  # a capture that failed may leave its own stream behind
+            torch.cuda.set_stream(stream)
+
+    def _captured(self, run: Run, pool: Any) -> tuple[Run, Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # The loader's threads use the device meanwhile, as they may.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = run()
         return graph.replay, result
 
@@ -89,8 +101,8 @@ class Captured:
         self.gradients = [torch.zeros_like(output) for output in forward()]
         backward()
         backend.warm_up(lambda: (forward(), backward()))
-        self._replay_forward, self.outputs = backend.capture(forward)
-        self._replay_backward, self.results = backend.capture(backward)
+        captured = backend.capture(forward, backward)
+        (self._replay_forward, self.outputs), (self._replay_backward, self.results) = captured
 
     def fits(self) -> bool:
         """Whether the parameters lie where they lay."""

@@ -104,9 +104,8 @@ def make_engine(json_name: str, stage: int, config: Config, folder: Path, ranks:
     values = read_json(json_name)
     values["zero_optimization"]["stage"] = stage
     pretraining.Engine = Watched
-    return pretraining.make_engine(
-        config, Setup(config, values, folder, ranks, Commits(ranks)), VOCABULARY, config.train.steps
-    )
+    setup = Setup(config, values, folder, ranks, Commits(ranks))
+    return pretraining.make_engine(config, setup, {"vocab_size": VOCABULARY}, config.train.steps)
 
 
 def draw_batch(step: int, first: int, number: int) -> Batch:

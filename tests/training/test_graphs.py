@@ -25,7 +25,10 @@ class Stand:
     def warm_up(self, run):
         run()
 
-    def capture(self, run):
+    def capture(self, *runs):
+        return [self._captured(run) for run in runs]
+
+    def _captured(self, run):
         self.captures += 1
         result = run()
 
@@ -41,7 +44,7 @@ class Stand:
 class Refusing(Stand):
     """Nothing can be captured."""
 
-    def capture(self, run):
+    def capture(self, *runs):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
