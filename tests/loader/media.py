@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,6 +72,20 @@ def numbers_of(pixels: np.ndarray) -> list[int]:
     return np.rint((pixels.mean((1, 2, 3)) - 20) / 5).astype(int).tolist()
 
 
+@contextmanager
+def own_scheduling() -> Iterator[None]:
+    """After the block this thread is scheduled as before it.
+
+    SVT-AV1, called by root, makes its caller a real-time thread: what that starts is one too, and starves all others.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
+@own_scheduling()
 def encode_clip(
     frames: np.ndarray,
     container: str,

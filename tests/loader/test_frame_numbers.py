@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from functools import cache
 
@@ -198,6 +199,12 @@ CPU_ONLY += ["VP8, hidden frames", "MPEG-4, packed", "fragmented", "ProRes"]
 @pytest.mark.parametrize("kind", CPU_ONLY)
 def test_videos_with_unsafe_timestamps_are_not_for_a_gpu(kind: str) -> None:
     assert not fits_gpu(vars(probe(CACHED[kind](), LIMITS)))
+
+
+def test_drawing_a_clip_leaves_this_process_scheduled_as_it_was():
+    before = os.sched_getscheduler(0)
+    clip("mp4", "libsvtav1", g="10", preset="10")
+    assert os.sched_getscheduler(0) == before
 
 
 @pytest.mark.parametrize(("kind", "codec"), [("AV1", "av1"), ("HEVC", "hevc"), ("ProRes", "prores"), ("VP9", "vp9")])
