@@ -1,8 +1,8 @@
 """How an operator is called: at once where no one looks on, through torch's dispatcher where someone does.
 
 A custom operator costs the host many times what its launchers do. Only a compiler, a dispatch mode (fake tensors, FLOP
-counts, selective checkpointing) and subclasses of tensors need one; without them the same functions run in a plain
-autograd function.
+counts, selective checkpointing), subclasses of tensors and tensors without memory need one; without them the same
+functions run in a plain autograd function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def is_direct(*tensors: Tensor) -> bool:
     """Whether nothing needs to see the operator that runs on these tensors."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    return all(type(tensor) in PLAIN for tensor in tensors)
+    return all(type(tensor) in PLAIN and not tensor.is_meta for tensor in tensors)
 
 
 def custom_op(name: str, run: Callable[..., Any]) -> Any:

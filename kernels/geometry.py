@@ -57,17 +57,17 @@ class Windows:
             if not 0 <= getattr(self, name)[axis] < size:
                 raise ValueError(f"{name} {getattr(self, name)} must be within [0, {self.window})")
 
-    @cached_property
+    @property  # as the others not kept: torch.compile traces them, and cannot trace a cached property
     def tokens(self) -> int:
         """Tokens of a whole window, N."""
         return prod(self.window)
 
-    @cached_property
+    @property
     def score_stride(self) -> int:
         """Length of a row of dS in memory, as `tiles.score_stride`."""
         return -(-self.tokens // 8) * 8
 
-    @cached_property
+    @property
     def bias_box(self) -> Size3:
         """The box of tokens in which a token's number in the window gives its place for the bias."""
         if not self.bias_by_number:
@@ -75,27 +75,27 @@ class Windows:
         _, height, width = self.table_window
         return -(-self.tokens // (height * width)), height, width
 
-    @cached_property
+    @property
     def counts(self) -> Size3:
         """Windows along each axis."""
         return tuple(e // w for e, w in zip(self.grid, self.window, strict=True))
 
-    @cached_property
+    @property
     def whole(self) -> int:
         """Windows of one sample."""
         return prod(self.counts)
 
-    @cached_property
+    @property
     def regions(self) -> int:
         """Boxes of tokens that attend to each other, in one sample."""
         return prod(n + (m > 0) for n, m in zip(self.counts, self.mask_shift, strict=True))
 
-    @cached_property
+    @property
     def shapes(self) -> int:
         """Rows of the kernels' table of codes: 3 parts for each axis from the first one that is cut."""
         return next((3 ** (3 - axis) for axis in range(3) if self.mask_shift[axis]), 1)
 
-    @cached_property
+    @property
     def wraps(self) -> bool:
         """Whether a region can straddle the edge over which the shift rolls the map."""
         return any(s and s != m for s, m in zip(self.shift, self.mask_shift, strict=True))
