@@ -91,16 +91,15 @@ def test_run_whose_folder_vanishes_ends_with_one_line(runs):
 
 
 @pytest.mark.parametrize("part", ["panels", "step-00000001.png"])
-def test_panel_that_cannot_be_drawn_is_named(tmp_path, monkeypatch, part):
+def test_panel_that_cannot_be_drawn_is_named(tmp_path, part):
     path = tmp_path / "panels" / "step-00000001.png"
 
-    def draw(engine: None, tokens: None, path: Path, tokenizer: None) -> None:
+    def draw(engine: None, tokens: None, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         save_grid([Panel("a", {"input": torch.zeros(4, 4, 3).numpy()})], path)
 
-    monkeypatch.setattr(pretraining, "draw", draw)
-    monkeypatch.setattr(pretraining, "tokenize", lambda tokenizer, batch: batch)
-    task = SimpleNamespace(tokenizer=None, engine=None, ranks=ALONE)
+    targets = SimpleNamespace(fill=lambda batch: batch, draw=draw)
+    task = SimpleNamespace(targets=targets, engine=None, ranks=ALONE)
     with refusing(part), pytest.raises(DiskError, match=f"cannot write {path}.*{FULL}; .* free there"):
         Pretraining.draw(task, torch.zeros(1), path)
 
@@ -109,11 +108,10 @@ def test_summary_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path,
     path = tmp_path / "summary.json"
     write_json(path, {"before": 1})
     monkeypatch.setattr(pretraining, "eval_batches", lambda *arguments, **more: [torch.zeros(1)])
-    monkeypatch.setattr(pretraining, "evaluate", lambda *arguments: {"video": 1})
     monkeypatch.setattr(pretraining, "as_json", lambda summaries: summaries)
-    setup = SimpleNamespace(folder=tmp_path)
+    setup, targets = SimpleNamespace(folder=tmp_path), SimpleNamespace(evaluate=lambda engine, batches: {"video": 1})
     task = SimpleNamespace(
-        setup=setup, ranks=ALONE, config=None, engine=None, tokenizer=None, draw=lambda shown, path: None
+        setup=setup, ranks=ALONE, config=None, engine=None, targets=targets, draw=lambda shown, path: None
     )
     with refusing("summary.json"), pytest.raises(DiskError, match=f"cannot write {path}"):
         Pretraining.finish(task, iter(()))

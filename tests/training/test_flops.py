@@ -54,7 +54,7 @@ def test_step_flops_count_clips_and_images_of_all_ranks():
     cells = 64 * config.data.mask.ratio
     clip = clip_macs(arch, 0, config.data.frames, config.data.size, cells * config.data.frames * 0.75)
     images = image_macs(arch, 0, config.data.size, cells)
-    assert expected_step_flops(config, arch.arguments() | {"vocab_size": 0}) == 6 * (4 * clip + 16 * images)
+    assert expected_step_flops(config, arch.arguments() | {"vocab_size": 0}) == 6 * (4 * clip + 12 * images)
 
 
 @pytest.mark.parametrize("world", [1, 4])
