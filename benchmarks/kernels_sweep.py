@@ -1,9 +1,9 @@
 """Times every attention kernel over its candidates for the table of tiles: `python -m benchmarks.kernels --sweep`.
 
-First all candidates are compiled, in processes; then, one at a time on an idle machine, each is checked against the
-reference and timed. What is wrong or does not fit the GPU is a row with its reason. At the end stands the text of the
-architecture's entry in `bevt_ds/kernels/configs.py`: of each kernel the candidate with the least time, summed over
-shapes by depth.
+First all candidates are compiled and run once, in processes; then, one at a time on an idle machine, each is checked
+against the reference and timed. What is wrong, does not fit the GPU or ends its process is a row with its reason. At
+the end stands the text of the architecture's entry in `bevt_ds/kernels/configs.py`: of each kernel the candidate with
+the least time, summed over shapes by depth.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import multiprocessing
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
@@ -93,21 +95,46 @@ def sweep_cases(device: str) -> list[Case]:
     return [case for case in default_cases() if case.stage in (1, 3) and (case.stream == "video" or case.shifted)]
 
 
-def compile_one(trial: Trial, case: Case) -> None:
-    """Fills Triton's cache, in a process of its own; whoever times the trial meets the same error again."""
+def compile_one(trial: Trial, case: Case) -> str | None:
+    """Fills Triton's cache, in a process of its own; why the trial fails, or None."""
     try:
         trial.launches(random_inputs(case, trial.device, trial.dtype), case)
     except Exception as error:  # compilers raise whatever they like
-        print(f"{trial.kernel} {trial.candidate}: {reason(error)}", flush=True)
+        return reason(error)
+    return None
 
 
-def compile_all(trials: list[Trial], cases: list[Case]) -> None:
-    """Every trial, on a case with a shift and on one without, on all cores."""
+def new_process() -> ProcessPoolExecutor:
+    """One that compiles one trial at a time, so that a process that dies says which trial it died of."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def compile_all(trials: list[Trial], cases: list[Case]) -> dict[Trial, str]:
+    """Every trial, on a case with a shift and on one without, on all cores: the reasons of those that fail.
+
+    The process of a trial that failed is replaced: it may be dead, and an illegal access leaves no use of CUDA in it.
+    """
     jobs = {(trial, any(case.windows.shift)): case for trial in trials for case in cases if trial.runs(case)}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2), mp_context=context) as pool:
-        for done in [pool.submit(compile_one, trial, case) for (trial, _), case in jobs.items()]:
-            done.result()
+    count, processes = max(1, (os.cpu_count() or 1) - 2), SimpleQueue()
+    for _ in range(count):
+        processes.put(new_process())
+
+    def run(trial: Trial, case: Case) -> str | None:
+        process = processes.get()
+        try:
+            failure = process.submit(compile_one, trial, case).result()
+        except BrokenProcessPool:
+            failure = "the process that compiled it died"
+        if failure:
+            process.shutdown()
+        processes.put(new_process() if failure else process)
+        return failure
+
+    with ThreadPoolExecutor(count) as threads:
+        failures = list(threads.map(run, (trial for trial, _ in jobs), jobs.values()))
+    for _ in range(count):
+        processes.get().shutdown()
+    return {trial: failure for (trial, _), failure in zip(jobs, failures, strict=True) if failure}
 
 
 def try_one(trial: Trial, standard: Standard, inputs: Results) -> dict:
@@ -153,15 +180,15 @@ def sweep(device: str, out: Path = RESULTS) -> str:
     trials = [
         Trial(kernel, options, device, dtype) for kernel in LARGE + SMALL for options in candidates(kernel, device)
     ]
-    if device == "cuda":
-        compile_all(trials, cases)
+    failed = compile_all(trials, cases)
     for case in cases:
         standard = Standard.of(case, device, dtype)
         inputs = random_inputs(case, device, dtype) if device == "cuda" else standard.inputs
         for trial in (trial for trial in trials if trial.runs(case)):
             row = {"op": "tiles", "case": case.name, "blocks": case.blocks, "kernel": trial.kernel}
             row |= {"kind": configs.kind(dtype, HEAD_DIM), "options": as_text(trial.candidate)}
-            row |= try_one(trial, standard, inputs) | {"provenance": source}
+            row |= {"error": failed[trial]} if trial in failed else try_one(trial, standard, inputs)
+            row["provenance"] = source
             rows.append(row)
             append_row(path, row)
             print(f"{case.name} {trial.kernel} {row['options']}: {row.get('p50_ms', row.get('error'))}", flush=True)

@@ -1,5 +1,6 @@
 """The kernel benchmark: competitors compute the same, and the page states only what was measured."""
 
+import os
 import sys
 from collections import Counter
 from functools import partial
@@ -182,13 +183,28 @@ def quick(monkeypatch):
     monkeypatch.setattr(kernels_sweep, "measure", lambda run, device: Timing(1.0, 1.0, 1.0))
 
 
-def test_sweep_times_every_candidate_and_prints_the_table(tmp_path, quick):
+class Deadly(int):
+    """A number that ends the process which receives it, as a compiler that crashes does."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_sweep_times_every_candidate_and_prints_the_table(tmp_path, quick, monkeypatch):
+    """One of them kills the process that compiles it: it is a row with the reason, and the others are timed."""
+    candidates, deadly = kernels_sweep.candidates, {"num_warps": Deadly(2), "num_stages": 1}
+    monkeypatch.setattr(
+        kernels_sweep,
+        "candidates",
+        lambda kernel, device: [*[deadly] * (kernel == "fwd_small"), *candidates(kernel, device)],
+    )
     entry = kernels_sweep.sweep("cpu", tmp_path)
     (path,) = tmp_path.glob("tiles-*.jsonl")
     rows = list(read_rows(path))
-    expected = {"fwd": 1, "bwd_kv": 1, "bwd_q": 1, "fwd_small": 2, "bwd_small": 2}
+    expected = {"fwd": 1, "bwd_kv": 1, "bwd_q": 1, "fwd_small": 3, "bwd_small": 2}
     assert Counter(row["kernel"] for row in rows) == expected
-    assert not [row for row in rows if "error" in row]
+    failed = {(row["kernel"], row["options"]): row["error"] for row in rows if "error" in row}
+    assert failed == {("fwd_small", "warps(2, 1)"): "the process that compiled it died"}
     held = eval(f"{{{entry}}}", {"tiles": configs.tiles, "warps": configs.warps})
     assert held["interpreter"].keys() == {(kernel, "fp32") for kernel in expected}
     assert held["interpreter"]["fwd_small", "fp32"] == configs.warps(4, 1)
