@@ -62,10 +62,14 @@ DEFAULT: dict[Key, Options] = {
     ("bwd_small", "fp32, wide"): warps(4, 1),
 }
 
-# What differs from DEFAULT where it was measured. sm_90: one H200, Triton 3.6.0, Swin-B in bf16, 2026-11-26, each tile
-# compared with that of DEFAULT (benchmarks/results/h200/attention-tiles-sweep.jsonl). fwd: first in the sum by depth.
-# bwd_kv: first of those that spill nothing, measured before the kernel wrote dS. bwd_small: 20 to 25 % less time;
-# fwd_small is not measured: as bwd_small.
+# What differs from DEFAULT for an architecture. sm_90 comes from one sweep: one H200, Triton 3.6.0, Swin-B in bf16,
+# 2026-11-26, each tile compared with that of DEFAULT, with the kernels of commit 781b91b
+# (benchmarks/results/h200/attention-tiles-sweep.jsonl). Only `fwd` has not changed since; no entry was measured with a
+# later kernel or a later Triton.
+# fwd: first in the sum by depth. Measured on this kernel.
+# bwd_kv: first of those that spill nothing now. Measured on the one before, which walked over regions and kept no dS.
+# bwd_small: 20 to 25 % less time. Measured on the one before, which read `out` and had the bias without its mask.
+# fwd_small: chosen as bwd_small. The kernel is newer than the sweep: never measured.
 MEASURED: dict[str, dict[Key, Options]] = {
     "sm_90": {
         ("fwd", "16 bit"): tiles(128, 64, 16, 4, 3),
