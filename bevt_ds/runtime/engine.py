@@ -35,6 +35,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.model.containers import FROZEN
 from bevt_ds.model.tensor_file import read_tensors, reason
 from bevt_ds.runtime.distributed import Ranks, choose_rendezvous
+from bevt_ds.runtime.flat_norms import own_shards
 from bevt_ds.runtime.guard import Guard, Verdict
 from bevt_ds.runtime.pieces import COUNTERS, MOMENTS, WEIGHTS, Piece, SavedPieces, Snapshot, share, take_snapshot
 
@@ -428,7 +429,8 @@ class Engine:
             self._frozen = read_tensors(folder / TAG / FROZEN)
         require_readable(folder / TAG, self.ranks)
         try:
-            loaded, _ = self.ds.load_checkpoint(str(folder), tag=TAG)
+            with own_shards(self.ds.optimizer):
+                loaded, _ = self.ds.load_checkpoint(str(folder), tag=TAG)
         except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
             raise UserError(f"{folder}: DeepSpeed cannot take its state up: {reason(error)}.") from error
         if loaded is None:

@@ -9,6 +9,7 @@ Norms are of fp32 and added up in DeepSpeed's order, so the clipped gradient is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,6 +103,17 @@ class ShardedGradient:
             return dict(zip(names, squares.sqrt().tolist(), strict=True))
 
         return gather
+
+
+@contextmanager
+def own_shards(optimizer: Any) -> Iterator[None]:
+    """While DeepSpeed reads its own shards, which it refuses if they were clipped and it takes no norm itself."""
+    takes_norm = getattr(optimizer, "compute_grad_norm", True)
+    optimizer.compute_grad_norm = True
+    try:
+        yield
+    finally:
+        optimizer.compute_grad_norm = takes_norm
 
 
 def shorten_norms(optimizer: Any) -> None:
