@@ -34,7 +34,7 @@ from bevt_ds.model.layouts import BY_NAME, TIMM, VIDEO
 from bevt_ds.model.presets import SIZES, TIMM_SWINS
 from bevt_ds.model.tensor_file import require_finite
 from bevt_ds.model.timm_model import TimmVideoSwin
-from bevt_ds.model.weights import ENCODER, TENSORS, read_weights, stripped
+from bevt_ds.model.weights import ENCODER, HEAD_SIZES, TENSORS, read_weights, stripped
 
 Facts = dict[str, Any]
 LARGEST = 1e-5  # difference of features that is still the same model; in float64 it is about 1e-13
@@ -102,17 +102,27 @@ def convert(source: str | Path, target: Path, to: str, check: bool = True) -> li
 
 
 def require_whole(weights: Weights) -> None:
-    """Hold the names against a model of this project's, with or without a comparison.
+    """Hold names and shapes against models of this project's, with or without a comparison.
 
     Raises:
-        UserError: the encoder, or another part that the weights have, lacks a tensor, by name.
+        UserError: the encoder, or another part that the weights have, lacks a tensor, has one that no model has, or has
+            one of another shape: by name.
     """
-    with torch.device("meta"):  # names alone
-        model = bevt_ds.BEVT(vocab_size=1, **SwinArch.of(weights.arch).arguments())
-    names = [*model.state_dict(), *(("head.weight", "head.bias") if "num_classes" in weights.arch else ())]
-    parts = {ENCODER, *(f"{name.split('.')[0]}." for name in weights.state)}
-    if missing := [name for name in names if name.startswith(tuple(parts)) and name not in weights.state]:
-        raise UserError(f"{weights.source} is not whole: it lacks {listed(missing)}: nothing was written.")
+    arch, heads = SwinArch.of(weights.arch).arguments(), weights.arch.keys() & HEAD_SIZES.keys()
+    with torch.device("meta"):  # names and shapes alone
+        pretraining = bevt_ds.BEVT(**{key: weights.arch[key] for key in heads}, **arch)
+        classifier = bevt_ds.VideoClassifier(weights.arch.get("num_classes", 1), **arch)
+    own, state = {**pretraining.state_dict(), **classifier.state_dict()}, weights.state
+    parts = {ENCODER, *(f"{name.split('.')[0]}." for name in state)}
+    other = [name for name in state if name in own and state[name].shape != own[name].shape]
+    shapes = [f"{tuple(state[name].shape)} of {name}, not {tuple(own[name].shape)}" for name in other]
+    for problem, names in (
+        ("is not whole: it lacks", [n for n in own if n.startswith(tuple(parts)) and n not in state]),
+        ("has tensors that no BEVT model has:", [n for n in state if n not in own]),
+        ("is of another architecture: it has the shapes", shapes),
+    ):
+        if names:
+            raise UserError(f"{weights.source} {problem} {listed(names)}: nothing was written.")
 
 
 def by_reason(what: str, names: dict[str, str]) -> list[str]:

@@ -36,7 +36,7 @@ CONTAINERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "model", "module", "state_dict", "model_state"),
     *("teacher", "target_encoder", "student", "encoder"),
 )
-WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\.")
 PREFIXES = re.compile(r"^(?:(?:module|backbone|encoder|model|swin)\.)+")
 PLAIN = {  # what a pickle may ask for: how tensors are rebuilt, and types that hold plain data
     ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,

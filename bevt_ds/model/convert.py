@@ -50,7 +50,7 @@ EXPECTED_UNUSED = (  # pattern of an official name, why it is not loaded
     (r"^norm\d\.", "norm of an earlier stage, for a detector"),
     (r"^(neck|rpn_head|roi_head|bbox_head|mask_head|decode_head|auxiliary_head)\.", "a detector's"),
     (r"^decoder\.", "SimMIM's decoder of pixels"),
-    (r"^steps$", "counter of running averages"),
+    (r"^(steps|n_averaged)$", "counter of running averages"),
     (r"^cls_head\.vae_encoder\.", "the tokenizer is loaded on its own"),
     (r"^ema_", "running averages of mmcv's EMA hook"),
 )
@@ -79,7 +79,7 @@ class Weights:
 
     state: State
     arch: dict[str, Any]  # constructor arguments of our models that the checkpoint determines
-    unused: dict[str, str] = field(default_factory=dict)  # its key -> why it is not loaded
+    unused: dict[str, str] = field(default_factory=dict)  # its key, as the file has it -> why it is not loaded
     may_be_fresh: tuple[str, ...] = ()  # prefixes of parameters that it may lack
     notes: tuple[str, ...] = ()
     source: Path = Path()  # filled in by whoever read the file
@@ -95,16 +95,23 @@ def from_state(state: State, spatial_window: tuple[int, int] | None = None) -> W
     as wide as they are. `spatial_window` is that of a 3-D one, where it is known. Raises UserError for another layout,
     naming it.
     """
-    layout, original = identify(state), state
-    state = layout.read(state)
-    if state["patch_embed.proj.weight"].ndim == 4:
-        return replace(_from_image_stream(state), layout=layout.name, original=original)
+    layout = identify(state)
+    official = layout.read(state)
+    if official["patch_embed.proj.weight"].ndim == 4:
+        weights = _from_image_stream(official)
+    else:
+        weights = _from_clips(official, spatial_window)
+    unused = {name if name in state else layout.named(name): why for name, why in weights.unused.items()}
+    return replace(weights, unused=unused, layout=layout.name, original=state)
+
+
+def _from_clips(state: State, spatial_window: tuple[int, int] | None) -> Weights:
     window = infer_window(state, spatial_window)
     state, unused = split_unused(state, EXPECTED_UNUSED)
     arch = infer_arch(state, window)
     if "patch_embed_2d.proj.weight" in state:
         arch["image_windows"] = "official"
-    return Weights(rename(state), arch, unused, layout=layout.name, original=original)
+    return Weights(rename(state), arch, unused)
 
 
 def _from_image_stream(state: State) -> Weights:
@@ -123,7 +130,12 @@ def _from_image_stream(state: State) -> Weights:
 
 
 def _rows(state: State) -> int:
-    return next((len(value) for name, value in state.items() if name.endswith(TABLE)), 0)
+    """Of every bias table. Raises UserError where stages have windows of different sizes: no model here has."""
+    tables = {name: len(value) for name, value in state.items() if name.endswith(TABLE)}
+    rows = next(iter(tables.values()), 0)
+    if other := [f"{name} of {number}" for name, number in tables.items() if number != rows]:
+        raise UserError(f"has bias tables of {rows} rows, and others: {listed(other, 3)}: only one window is read")
+    return rows
 
 
 def split_unused(state: State, patterns: tuple[tuple[str, str], ...]) -> tuple[State, dict[str, str]]:

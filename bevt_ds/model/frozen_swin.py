@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bevt_ds.errors import UserError
 from bevt_ds.folders import weights_of
 
 from .arch import SwinArch
-from .convert import Weights
+from .convert import Weights, listed
 from .layers import PatchEmbed
 from .video_swin import VideoSwin
 from .weights import load_weights, read_weights
@@ -69,5 +70,8 @@ def load_frozen(path: str | Path, kernels: str = "auto", dtype: torch.dtype = to
     """
     weights = read_weights(weights_of(path, "weights"))
     model = FrozenModel(weights, kernels)
-    print(load_weights(model, weights))
+    report = load_weights(model, weights)
+    if report.fresh:
+        raise UserError(f"{path} lacks {listed(report.fresh)}: nothing can be said with weights that were not trained.")
+    print(report)
     return model.to(dtype)

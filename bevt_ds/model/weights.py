@@ -350,7 +350,8 @@ def _fit_tables(state: State, weights: Weights, target: Size3) -> State:
 def _check_names(own: State, state: State, weights: Weights) -> list[str]:
     """Names of `own` that stay fresh. Raises UserError unless the rest agrees by name and shape."""
     fresh = [name for name in own if name not in state]
-    missing = [name for name in fresh if not name.startswith(weights.may_be_fresh)]
+    whole = tuple(part for part in weights.may_be_fresh if not any(name.startswith(part) for name in state))
+    missing = [name for name in fresh if not name.startswith(whole)]  # a part starts fresh as a whole, or not
     unknown = [name for name in state if name not in own]
     shapes = [n for n in state if n in own and state[n].shape != own[n].shape]
     for problem, names in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", shapes)):

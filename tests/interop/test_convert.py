@@ -36,6 +36,7 @@ from tests.model.test_foreign_checkpoints import OF_TIMM, keys_without_bias, tim
 
 SIZES = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window": (4, 3, 3)}
 CLIP = torch.randn(2, 3, 8, 24, 24, generator=torch.Generator().manual_seed(1))
+LAST_TABLE = "layers.1.blocks.1.attn.relative_position_bias_table"
 ENDINGS = {"bevt": "", "torchvision": ".pth", "timm": ".safetensors", "hf": "", "official": ".pth"}
 
 
@@ -129,7 +130,7 @@ def test_images_go_to_stock_classes(made, tmp_path):
     stock = transformers.AutoModel.from_pretrained(path).eval()
     assert type(stock) is transformers.SwinModel
     same(stock(image, interpolate_pos_encoding=False).last_hidden_state, features.flatten(1, 2))
-    assert "not read, classifier of an image model: head.weight, head.bias" in report
+    assert "not read, classifier of an image model: head.fc.weight, head.fc.bias" in report
     path, _ = converted(made, "images", "timm", tmp_path)
     again = images_swin(0).eval()
     timm.models.load_checkpoint(again, str(path))
@@ -208,6 +209,41 @@ def test_missing_tensor_is_named_and_nothing_written(name, cut, check, made, tmp
         save_file(state, folder / "model.safetensors")
     with pytest.raises(UserError, match=rf"lacks \S*{re.escape(cut)}: nothing was written"):
         convert(folder, tmp_path / "out", "bevt", check=check)
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("name", "changed", "words"),
+    [
+        ("images", {"layers.1.blocks.0.attn.more": (2,)}, "has tensors that no BEVT model has: {}: nothing"),
+        (
+            "images",
+            {"patch_embed.proj.weight": (16, 1, 4, 4)},
+            "it has the shapes (16, 32) of {}, not (16, 96)",
+        ),
+        (
+            "images",
+            {LAST_TABLE: (49, 2)},
+            f"tables of 25 rows, and others: {LAST_TABLE} of 49: only one window is read",
+        ),
+        ("classifier", {"encoder.layers.0.more": (2,)}, "has tensors that no BEVT model has: {}: nothing"),
+        ("classifier", {"head.bias": (6,)}, "it has the shapes (6,) of {}, not (5,): nothing"),
+        ("joint", {"lm_head.bias": (15,)}, "it has the shapes (15,) of {}, not (16,): nothing"),
+    ],
+)
+def test_tensor_of_no_model_or_of_another_shape_is_named(name, changed, words, check, made, tmp_path):
+    """An unknown block's, one colour, another window in one stage, a head of another size."""
+    ((tensor, shape),), state = changed.items(), dict(made[1][name].state_dict())
+    state[tensor] = torch.zeros(shape)
+    if name == "images":
+        torch.save(state, tmp_path / "part")
+        tensor = f"encoder.{tensor}"
+    else:
+        shutil.copytree(made[0] / name, tmp_path / "part")
+        save_file(state, tmp_path / "part" / "model.safetensors")
+    with pytest.raises(UserError, match=re.escape(words.format(tensor))):
+        convert(tmp_path / "part", tmp_path / "out", "bevt", check=check)
     assert [path.name for path in tmp_path.iterdir()] == ["part"]
 
 

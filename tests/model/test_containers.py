@@ -84,6 +84,7 @@ def test_running_averages_go_first_and_are_noted():
         "model.{}",
         "module._orig_mod.model.backbone.{}",
         "_fsdp_wrapped_module.{}",
+        "_fsdp_wrapped_module._fpw_module.{}",
         "layers.0._fsdp_wrapped_module.blocks.0._checkpoint_wrapped_module.attn.qkv.weight",
         "layers.0._orig_mod.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.attn.qkv.weight",
     ],

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models import resnet18
 from torchvision.models import swin_transformer as vision
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from bevt_ds import BEVT, UserError, VideoClassifier, VideoSwin
 from bevt_ds.folders import weights_of
+from bevt_ds.model.frozen_swin import load_frozen
 from bevt_ds.model.tokenizers import DalleTokenizer
 from bevt_ds.model.weights import load_init, read_weights
 
@@ -198,7 +201,7 @@ def test_hugging_face_swin_keeps_its_features(tmp_path):
     swin.save_pretrained(tmp_path / "hub")
     image = torch.randn(1, 3, 56, 56)
     weights = read_weights(tmp_path / "hub")
-    assert weights.unused["head.weight"] == "classifier of an image model"
+    assert weights.unused["classifier.weight"] == "classifier of an image model"
     with torch.no_grad():
         features = swin.swin(image).last_hidden_state.unflatten(1, (7, 7))
         assert_same_features(weights, features, image)
@@ -246,6 +249,33 @@ def test_torchvision_swin3d_gives_the_same_logits(window, names, tmp_path):
     clip = torch.randn(2, 3, 2 * window[0], 8 * window[1] + 8, 8 * window[2])
     with torch.no_grad():
         torch.testing.assert_close(ours(clip), swin(clip), rtol=0, atol=1e-5)
+
+
+def test_running_average_of_torchs_own_is_read(tmp_path):
+    """As torchvision's training saves it: `model_ema` next to `model`, with the number of averages."""
+    swin = drawn(SwinTransformer3d([2, 4, 4], 16, *SIZES, [4, 3, 3], num_classes=5))
+    average = AveragedModel(swin)
+    average.update_parameters(drawn(deepcopy(swin)))
+    torch.save({"model": swin.state_dict(), "model_ema": average.state_dict()}, tmp_path / "swin.pth")
+    weights = read_weights(tmp_path / "swin.pth")
+    assert weights.state["head.weight"].equal(average.module.head.weight)
+    assert weights.unused["n_averaged"] == "counter of running averages"
+    assert weights.unused["features.0.0.attn.relative_position_index"] == "recomputed from the window's size"
+
+
+def test_part_of_a_classifier_is_refused_by_name(tmp_path):
+    """A part that may be missing is missing as a whole: half a classifier is nothing to start from."""
+    VideoClassifier(5, embed_dim=16, depths=SIZES[0], num_heads=SIZES[1], window=(4, 3, 3)).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["head.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    for read in (VideoClassifier.from_pretrained, load_frozen):
+        with pytest.raises(UserError, match=r"lacks head\.bias"):
+            read(tmp_path)
+    del state["head.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks head\.weight, head\.bias"):
+        load_frozen(tmp_path)  # which predicts; training may start a new one
 
 
 def test_unknown_tensors_of_a_checkpoint_are_named(tmp_path):
