@@ -261,7 +261,8 @@ def _timm_call(arch: SwinArch, size: str, still: bool) -> tuple[str, Facts]:
     base = replace(SIZES[size], window=arch.window)
     if is_model(name) and not _other_sizes(arch, base):
         return name, {}
-    sizes = {"patch_size": arch.patch[1], "window_size": arch.window[1], "embed_dim": arch.embed_dim}
+    side = arch.window[1] if arch.window[1] == arch.window[2] else arch.window[1:]
+    sizes = {"patch_size": arch.patch[1], "window_size": side, "embed_dim": arch.embed_dim}
     sizes |= {"depths": arch.depths, "num_heads": arch.num_heads, "mlp_ratio": arch.mlp_ratio}
     return "swin_base_patch4_window7_224", sizes
 

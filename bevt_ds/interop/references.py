@@ -70,10 +70,15 @@ def outputs_of(layout: str, state: State, arch: Mapping[str, object], pixels: Te
     A classifier of images is left out, as it is in reading. An image goes to a model of clips as a still clip.
 
     Raises:
-        UserError: the library's model lacks a tensor, by name.
+        UserError: the library's model lacks a tensor, by name, or cannot hold one.
     """
     library, build = REFERENCES[layout]
-    return build(state, SwinArch.of(arch), pixels) if find_spec(library) else None
+    if not find_spec(library):
+        return None
+    try:
+        return build(state, SwinArch.of(arch), pixels)
+    except RuntimeError as error:  # how torch and transformers say that shapes differ
+        raise UserError(f"{layout} cannot hold these weights: {' '.join(str(error).split())}") from error
 
 
 def _swin3d(state: State, arch: SwinArch, pixels: Tensor) -> Outputs:

@@ -27,6 +27,7 @@ from .windows import Size3, table_rows
 TABLE = "relative_position_bias_table"
 INDEX = "relative_position_index"
 SPATIAL_WINDOW = (7, 7)  # of every published configuration of clips; a checkpoint need not say it
+STATE_IT = ': state its window in a config.json next to it: {"format": "bevt_ds", "arch": {"window": [T, H, W]}}'
 INFLATED_TIME = 8  # tokens of time in the window of what was 2-D: the joint stage's
 
 RENAMES = (  # official name or prefix, ours
@@ -92,13 +93,13 @@ def from_state(state: State, spatial_window: tuple[int, int] | None = None) -> W
     """A state dict of any layout that is read, its names without wrappers' prefixes, as `Weights`.
 
     A 2-D one, as of an image stream, is inflated to a window of 8 tokens of time, the joint stage's; its windows stay
-    as wide as they are. `spatial_window` is that of a 3-D one, where it is known. Raises UserError for another layout,
-    naming it.
+    as wide as they are. `spatial_window` is stated where the file does not tell it. Raises UserError for another
+    layout, naming it.
     """
     layout = identify(state)
     official = layout.read(state)
     if official["patch_embed.proj.weight"].ndim == 4:
-        weights = _from_image_stream(official)
+        weights = _from_image_stream(official, spatial_window)
     else:
         weights = _from_clips(official, spatial_window)
     unused = {name if name in state else layout.named(name): why for name, why in weights.unused.items()}
@@ -114,11 +115,15 @@ def _from_clips(state: State, spatial_window: tuple[int, int] | None) -> Weights
     return Weights(rename(state), arch, unused)
 
 
-def _from_image_stream(state: State) -> Weights:
+def _from_image_stream(state: State, spatial_window: tuple[int, int] | None) -> Weights:
     state, unused = split_unused(state, EXPECTED_UNUSED_2D)
-    side = (isqrt(_rows(state)) + 1) // 2
-    window = (INFLATED_TIME, side, side)
-    inflated, replaced = inflate(state, window, patch_time=2)
+    rows = _rows(state)
+    side = (isqrt(rows) + 1) // 2
+    window = (INFLATED_TIME, *(spatial_window or (side, side)))
+    if rows and rows != table_rows((1, *window[1:])):
+        which = f"the window {window[1:]} has not" if spatial_window else "no square window has"
+        raise UserError(f"has 2-D bias tables of {rows} rows, which {which}{STATE_IT}")
+    inflated, replaced = inflate(state, window, 2, window[1:])
     return Weights(
         rename(inflated),
         infer_arch(inflated, window),
@@ -191,8 +196,7 @@ def infer_window(state: State, spatial: tuple[int, int] | None = None) -> Size3:
     if len(chosen := published or fitting) == 1:
         return chosen[0]
     raise UserError(
-        f"has bias tables of {rows} rows, which {'several windows have' if fitting else 'no such window has'}:"
-        ' state its window in a config.json next to it: {"format": "bevt_ds", "arch": {"window": [T, H, W]}}'
+        f"has bias tables of {rows} rows, which {'several windows have' if fitting else 'no such window has'}{STATE_IT}"
     )
 
 
@@ -221,7 +225,9 @@ def infer_arch(state: State, window: Size3) -> dict[str, Any]:
     return arch
 
 
-def inflate(state: State, window: Size3, patch_time: int) -> tuple[State, dict[str, str]]:
+def inflate(
+    state: State, window: Size3, patch_time: int, source: tuple[int, int] | None = None
+) -> tuple[State, dict[str, str]]:
     """2-D weights (stripped official names) as 3-D ones that give the same on a clip that stands still.
 
     The 2-D stem becomes the images' stem and, spread evenly over `patch_time` frames, the clips'; every bias table is
@@ -235,7 +241,7 @@ def inflate(state: State, window: Size3, patch_time: int) -> tuple[State, dict[s
         elif key.startswith("fc_norm."):
             out[key.removeprefix("fc_")] = value
         elif key.endswith(TABLE):
-            out[key] = inflate_table(value, window)
+            out[key] = inflate_table(value, window, source)
         else:
             out[key] = value
         if key.startswith("patch_embed."):
@@ -245,14 +251,17 @@ def inflate(state: State, window: Size3, patch_time: int) -> tuple[State, dict[s
     return out, replaced
 
 
-def inflate_table(table: Tensor, window: Size3) -> Tensor:
-    """A square 2-D bias table ((2s-1)^2, N) for a 3-D window: bicubic in space where sizes differ, repeated in time."""
+def inflate_table(table: Tensor, window: Size3, source: tuple[int, int] | None = None) -> Tensor:
+    """A 2-D bias table for a 3-D window: bicubic in space where sizes differ, repeated in time.
+
+    Its own window is `source`, by default a square one: ((2s-1)^2, N).
+    """
     time, height, width = (2 * w - 1 for w in window)
-    side = isqrt(len(table))
-    if side**2 != len(table):
-        raise UserError(f"has a 2-D bias table of {len(table)} rows, which no square window has")
-    if (side, side) != (height, width):
-        plane = rearrange(table, "(h w) n -> 1 n h w", h=side)
+    h, w = (2 * extent - 1 for extent in source) if source else (isqrt(len(table)),) * 2
+    if h * w != len(table):
+        raise UserError(f"has a 2-D bias table of {len(table)} rows, which no such window has")
+    if (h, w) != (height, width):
+        plane = rearrange(table, "(h w) n -> 1 n h w", h=h)
         plane = F.interpolate(plane, size=(height, width), mode="bicubic", align_corners=False)
         table = rearrange(plane, "1 n h w -> (h w) n")
     return table.repeat(time, 1)
@@ -263,7 +272,7 @@ def fit_table(table: Tensor, source: Size3, target: Size3, still: bool) -> Tenso
     if len(table) != table_rows(source):
         raise UserError(f"has a bias table of {len(table)} rows, which its window {source} has not")
     plane = table[: table_rows((1, *source[1:]))]
-    return inflate_table(plane, target) if still and source[1] == source[2] else resize_table(table, source, target)
+    return inflate_table(plane, target, source[1:]) if still else resize_table(table, source, target)
 
 
 def resize_table(table: Tensor, source: Size3, target: Size3) -> Tensor:

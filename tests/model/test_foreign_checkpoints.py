@@ -185,6 +185,17 @@ def test_image_swin_of_other_windows_and_patches(window, patch, tmp_path):
         assert_same_features(weights, swin.forward_features(image), image)
 
 
+def test_window_that_is_not_square_is_stated_next_to_the_file(tmp_path):
+    swin = drawn(vision.SwinTransformer([4, 4], 16, *SIZES, [3, 5]))
+    torch.save(swin.state_dict(), tmp_path / "swin.pth")
+    with pytest.raises(UserError, match=r"of 45 rows, which no square window has: state its window .*config\.json"):
+        read_weights(tmp_path / "swin.pth")
+    (tmp_path / "config.json").write_text('{"format": "bevt_ds", "arch": {"window": [8, 3, 5]}}')
+    image = torch.randn(1, 3, 24, 40)
+    with torch.no_grad():
+        assert_same_features(read_weights(tmp_path / "swin.pth"), swin.norm(swin.features(image)), image)
+
+
 def test_torchvision_swin_keeps_its_features(tmp_path):
     swin = drawn(vision.SwinTransformer([4, 4], 16, *SIZES, [7, 7], num_classes=3))
     torch.save(swin.state_dict(), tmp_path / "swin.pth")
