@@ -26,7 +26,8 @@ from bevt_ds.model.presets import create_model
 from bevt_ds.runtime.checkpoint import Facts
 from bevt_ds.runtime.commit import save, sync
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import TAG, Engine, start_ranks
+from bevt_ds.runtime.engine import TAG, Engine
+from bevt_ds.runtime.engine_setup import start_ranks
 from bevt_ds.runtime.optim import parameter_groups
 from bevt_ds.runtime.pieces import SavedPieces
 from tests.training.processes import launch

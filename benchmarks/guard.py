@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bevt_ds.runtime import flat_norms, guard
-from bevt_ds.runtime.engine import Engine, start_ranks
+from bevt_ds.runtime.engine import Engine
+from bevt_ds.runtime.engine_setup import start_ranks
 
 from .common import RESULTS, append_row, provenance, rows_of
 from .step_batch import resident_batch

@@ -18,10 +18,11 @@ from bevt_ds.config.validate import validate
 from bevt_ds.plan.memory import WIDTHS
 from bevt_ds.plan.traffic import expected_bytes, sent_bytes
 from bevt_ds.runtime.background import Commits
-from bevt_ds.runtime.engine import start_ranks
-from bevt_ds.train.loop import Setup, train_step
+from bevt_ds.runtime.engine_setup import start_ranks
+from bevt_ds.train.loop import train_step
 from bevt_ds.train.pretraining import Pretraining, make_engine
 from bevt_ds.train.targets import open_targets
+from bevt_ds.train.task import Setup
 
 from .common import provenance, quantiles
 from .scaling_traffic import Traffic

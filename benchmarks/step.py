@@ -35,7 +35,7 @@ from bevt_ds.batch import Batch
 from bevt_ds.config.schema import Config
 from bevt_ds.data.loader import Loader
 from bevt_ds.model.arch import SwinArch
-from bevt_ds.runtime.engine import start_ranks
+from bevt_ds.runtime.engine_setup import start_ranks
 from bevt_ds.runtime.flops import clip_macs, image_macs, peak_flops, training_flops
 from bevt_ds.shards.synthetic.draw import ensure_demo_shards
 

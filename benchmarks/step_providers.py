@@ -27,9 +27,10 @@ from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import DTYPES
 from bevt_ds.runtime.optim import parameter_groups
-from bevt_ds.train.loop import Setup, train_step
+from bevt_ds.train.loop import train_step
 from bevt_ds.train.pretraining import Pretraining, make_engine
 from bevt_ds.train.targets import IdTargets
+from bevt_ds.train.task import Setup
 
 from .eager_model import EagerBEVT, TorchvisionEncoder
 from .eager_tokenizer import every_id

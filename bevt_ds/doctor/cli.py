@@ -80,7 +80,7 @@ def examine_links(own: list[Line]) -> dict[str, list[Line]]:
     import torch
 
     from bevt_ds.doctor.collective import REMEDY, check_sum
-    from bevt_ds.runtime.engine import start_ranks
+    from bevt_ds.runtime.engine_setup import start_ranks
 
     try:
         ranks = start_ranks()

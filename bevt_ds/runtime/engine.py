@@ -1,4 +1,4 @@
-"""The only file that imports deepspeed: ranks, the training engine, and what is saved of it.
+"""The training engine, DeepSpeed's, and what is saved of it. Only the engine's own files (engine*.py) import deepspeed.
 
 Loss scaling: the model returns this micro-batch's share of a loss whose denominator counts the GLOBAL batch (masked
 cells, or clips), so gradients must be summed over ranks and micro-steps. DeepSpeed averages over ranks, hence the
@@ -8,9 +8,7 @@ factor `world` in `backward`; its division by the accumulation steps is switched
 from __future__ import annotations
 
 import os
-import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -18,109 +16,27 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.op_builder import AsyncIOBuilder
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from bevt_ds.batch import Batch
 from bevt_ds.config.deepspeed import resolve
-from bevt_ds.config.engines import offload_folders, ranks_a_node, room_problems
-from bevt_ds.config.schema import AdamWConfig, TrainingConfig
+from bevt_ds.config.engines import ranks_a_node, room_problems
+from bevt_ds.config.schema import TrainingConfig
 from bevt_ds.config.validate import zero_stage
 from bevt_ds.errors import UserError
 from bevt_ds.model.containers import FROZEN
-from bevt_ds.model.tensor_file import read_tensors, reason
-from bevt_ds.runtime.distributed import Ranks, choose_rendezvous
-from bevt_ds.runtime.flat_norms import own_shards
+from bevt_ds.model.tensor_file import read_tensors
+from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.engine_setup import make_optimizer, require_supported, splitter
+from bevt_ds.runtime.engine_shards import load_shard, take_up
 from bevt_ds.runtime.guard import Guard, Verdict
 from bevt_ds.runtime.pieces import COUNTERS, MOMENTS, WEIGHTS, Piece, SavedPieces, Snapshot, share, take_snapshot
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# All that DeepSpeed's shards of stages 0-3 need beyond tensors and plain containers.
-SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 TAG = "state"
 COUNTED = ("skipped_steps", "global_steps", "global_samples")  # what DeepSpeed's engine counts
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes in its dynamic loss scaler
-# DeepSpeed calls collectives by names that newer torch wants replaced; no one who trains can do anything about it.
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-
-def load_shard(path: str, map_location: Any = None) -> Any:
-    """What DeepSpeed's reader returns, except that a pickle in a shard cannot run code: an allow-list of classes."""
-    with torch.serialization.safe_globals(SAFE_CLASSES):
-        return torch.load(path, map_location=map_location, weights_only=True)
-
-
-def require_readable(folder: Path, ranks: Ranks) -> None:
-    """Read every file of DeepSpeed's in a folder, each on one rank, before one rank alone fails to. Collective.
-
-    Raises:
-        UserError: a file is damaged, or asks for code to be run. On all ranks.
-    """
-    found = ranks.gather([_shard_problem(path) for path in sorted(folder.glob("*.pt"))[ranks.rank :: ranks.world]])
-    if problem := next((problem for own in found for problem in own if problem), None):
-        raise UserError(f"{problem}. Begin a new run from its weights with init_from and another output_dir.")
-
-
-def _shard_problem(path: Path) -> str | None:
-    """What is wrong with a file of DeepSpeed's."""
-    try:
-        shard = load_shard(str(path))
-    except Exception as error:  # a damaged or hostile pickle can fail in any way
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        return f"{path} asks for {asked[1]}, which is not run" if asked else f"{path} is damaged: {reason(error)}"
-    known = isinstance(shard, dict) and shard.keys() & {"module", "optimizer_state_dict"}
-    return None if known else f"{path} is not of DeepSpeed"
-
-
-def start_ranks() -> Ranks:
-    """Join the process group, under `deepspeed`, `torchrun` or plain `python` (which becomes rank 0 of 1).
-
-    Raises:
-        UserError: another program uses the port at which the ranks are to meet.
-    """
-    if not torch.distributed.is_initialized():  # a second run of the same processes meets where the first did
-        choose_rendezvous(os.environ)
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        # Its shared-memory all-reduce compiles for over a minute at the first start; gloo needs no compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    else:
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    device = torch.device(accelerator.current_device_name())
-    host = torch.distributed.new_group(backend="gloo")
-    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, host)
-
-
-def require_supported(config: TrainingConfig, device: torch.device, values: Mapping[str, Any]) -> None:
-    """Check what a run with this DeepSpeed JSON asks of the device.
-
-    Raises:
-        UserError: a precision or messages that the device cannot do, compiled blocks under ZeRO-3, or a disk that
-            DeepSpeed cannot offload to.
-    """
-    zero = values.get("zero_optimization") or {}
-    if config.train.precision == "fp16" and device.type == "cpu":
-        raise UserError("train.precision=fp16: DeepSpeed has no fp16 on a CPU. Use bf16 or fp32.")
-    if config.model.compile and zero_stage(values) == 3:
-        raise UserError(
-            "model.compile=true: ZeRO-3 fetches parameters in hooks that torch.compile does not see."
-            " Use ds_configs/zero2.json or model.compile=false."
-        )
-    if device.type == "cpu" and (zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")):
-        raise UserError(
-            "ZeRO++'s quantised messages are CUDA code of DeepSpeed's: on a CPU use --deepspeed_config zero3."
-        )
-    if offload_folders(config, values) and not AsyncIOBuilder().is_compatible(verbose=False):
-        raise UserError(
-            "offloading to nvme: DeepSpeed's disk reader cannot be compiled here, it needs libaio (Debian: apt-get"
-            " install libaio-dev). Or use --deepspeed_config zero3_offload_cpu."
-        )
 
 
 class Engine:
@@ -168,7 +84,7 @@ class Engine:
         groups = [group | {"params": [made[places[p]] for p in group["params"]]} for group in groups]
         self.ds, *_ = deepspeed.initialize(
             model=model,
-            optimizer=_optimizer(groups, config.optim, settings),
+            optimizer=make_optimizer(groups, config.optim, settings),
             config=settings,
             dist_init_required=False,
         )
@@ -180,7 +96,7 @@ class Engine:
 
         DeepSpeed keeps fp32 masters of what its optimizer owns alone; of the others it has the compute dtype's bits.
         """
-        split = _splitter(settings, self.dtype) if zero_stage(settings) == 3 else None
+        split = splitter(settings, self.dtype) if zero_stage(settings) == 3 else None
         for place, module in modules:
             own = {f"{place}.{name}".lstrip("."): p for name, p in module.named_parameters(recurse=False)}
             self._frozen |= {name: p.detach().cpu().clone() for name, p in own.items() if not p.requires_grad}
@@ -427,51 +343,10 @@ class Engine:
                     " that is not trained: begin a new run from its weights with init_from and another output_dir."
                 )
             self._frozen = read_tensors(folder / TAG / FROZEN)
-        require_readable(folder / TAG, self.ranks)
-        try:
-            with own_shards(self.ds.optimizer):
-                loaded, _ = self.ds.load_checkpoint(str(folder), tag=TAG)
-        except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
-            raise UserError(f"{folder}: DeepSpeed cannot take its state up: {reason(error)}.") from error
-        if loaded is None:
-            raise UserError(f"{folder}: DeepSpeed found no state to load there.")
-
-
-def _splitter(settings: dict[str, Any], dtype: torch.dtype) -> Callable[[list[nn.Parameter]], None]:
-    """What ZeRO-3 does with new parameters: rank 0's values, in the compute dtype, split over the ranks."""
-    nodes = deepspeed.utils.groups._get_zero_param_intra_parallel_group()  # of an engine before this one
-    init = deepspeed.zero.Init(nn.Module(), config_dict_or_path=settings, dtype=dtype, zero_param_parallel_group=nodes)
-
-    def split(parameters: list[nn.Parameter]) -> None:
-        for parameter in parameters:
-            parameter.data = parameter.data.to(dtype)
-        init._convert_to_zero_parameters(parameters)
-
-    return split
+        take_up(self.ds, folder, TAG, self.ranks)
 
 
 def _cast(value: Batch | Tensor | None, dtype: torch.dtype) -> Batch | Tensor | None:
     if isinstance(value, Batch):
         return value.cast(dtype)
     return value.to(dtype) if value is not None and value.is_floating_point() else value
-
-
-def _optimizer(groups: list[dict[str, Any]], optim: AdamWConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
-    options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if offload != "none":
-        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-        optimizer.register_step_pre_hook(_forget_powers)
-        return optimizer
-    return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def _forget_powers(optimizer: Any, *_: Any) -> None:
-    """Make DeepSpeed's CPU AdamW take the bias corrections of a step from the step's number alone.
-
-    It multiplies beta^step up from the step before, rounding each time, but after a load takes the power at once: a
-    resumed run then is not the one that was never stopped. A step 0 over no elements in between breaks the chain.
-    """
-    group, nothing = optimizer.param_groups[0], torch.empty(0)
-    rates = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])
-    optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 0, *rates, nothing, nothing, nothing, nothing)

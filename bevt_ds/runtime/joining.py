@@ -11,7 +11,7 @@ from functools import partial
 
 from bevt_ds.exit_codes import RANK_LOST, STOPPED
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import start_ranks
+from bevt_ds.runtime.engine_setup import start_ranks
 from bevt_ds.runtime.heartbeat import Heartbeat
 from bevt_ds.runtime.place import PATIENCE
 from bevt_ds.runtime.signals import StopRequest

@@ -1,5 +1,6 @@
-"""Training: the loop, and what pretraining and fine-tuning give to it.
+"""Training: the loop, and what each kind of training gives to it.
 
-pretraining.py and finetuning.py set up a run in the order in which things depend on each other; mixup.py mixes labelled
-clips; dry_run.py prints what a run would be. Start with pretraining.py.
+loop.py is the loop; task.py what it asks of a kind of training; pretraining.py, finetuning.py and tokenizing.py are the
+three; nonfinite.py and replay.py deal with steps that go wrong; dry_run.py prints what a run would be. Start with
+loop.py.
 """

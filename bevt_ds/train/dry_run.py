@@ -36,7 +36,7 @@ from bevt_ds.plan.targets import maker
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.continuing import find_start
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import require_supported
+from bevt_ds.runtime.engine_setup import require_supported
 from bevt_ds.runtime.flops import backbone_macs, training_flops
 from bevt_ds.runtime.gpus import gpu_named, gpu_of
 from bevt_ds.runtime.logging import expected_step_flops

@@ -32,9 +32,10 @@ from bevt_ds.runtime.optim import layer_decay_groups, learning_rate
 from bevt_ds.runtime.pieces import AVERAGE
 from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.train.classification import classification_loss
-from bevt_ds.train.loop import Setup, Task, run_training
+from bevt_ds.train.loop import run_training
 from bevt_ds.train.mixup import Mixing
 from bevt_ds.train.nonfinite import require_finite_export
+from bevt_ds.train.task import Setup, Task
 
 BEST_SCORES = "scores.json"
 

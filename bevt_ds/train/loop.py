@@ -1,37 +1,32 @@
 """The training loop, the same for every kind of training: steps, log lines, checkpoints, resume.
 
-A kind of training is a `Task`. It says how a micro-batch becomes a loss, what a log line shows, what else a checkpoint
-holds and what follows the last step; pretraining.py and finetuning.py are two of them. Read `train_step`, then `train`,
-then `run_training`, which sets a run up in the order in which things depend on each other.
+A kind of training is a `Task` (task.py). It says how a micro-batch becomes a loss, what a log line shows, what else a
+checkpoint holds and what follows the last step; pretraining.py and finetuning.py are two of them. Read `train_step`,
+then `train`, then `run_training`, which sets a run up in the order in which things depend on each other.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from bevt_ds.config.schema import TrainingConfig
-from bevt_ds.config.validate import micro_steps, zero_stage
+from bevt_ds.config.validate import micro_steps
 from bevt_ds.data.ledger import merge_states
 from bevt_ds.data.loader import LEDGER, BackgroundLoader
 from bevt_ds.disk import told
 from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import FINISHED, NOT_LEARNED, STOPPED
-from bevt_ds.folders import weights_of
 from bevt_ds.kernels import resolve
-from bevt_ds.model.weights import PretrainedMixin, fit_init
 from bevt_ds.plan.planning import require_room
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime import checkpoint, run_dir
@@ -40,10 +35,9 @@ from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.bundle import Held
 from bevt_ds.runtime.commit import save, what_is_kept
 from bevt_ds.runtime.console import keep_console
-from bevt_ds.runtime.continuing import Build, Start, begin_engine, find_start, go_on, print_changes, require_steps
+from bevt_ds.runtime.continuing import find_start, go_on, print_changes, require_steps
 from bevt_ds.runtime.distributed import Ranks, describe_device, device_memory
-from bevt_ds.runtime.ema import WeightAverage
-from bevt_ds.runtime.engine import TAG, Engine
+from bevt_ds.runtime.engine import TAG
 from bevt_ds.runtime.joining import joined
 from bevt_ds.runtime.logging import SpeedMeter, StepSums, peak_bytes
 from bevt_ds.runtime.pieces import SavedPieces
@@ -52,157 +46,9 @@ from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.runtime.run_record import RunRecord
 from bevt_ds.runtime.signals import Stopped, StopRequest
 from bevt_ds.train.nonfinite import Watch, require_finite, require_good
+from bevt_ds.train.task import ConfigT, Setup, Task
 
 LONG_WAIT = 0.05  # share of the time that the loop may wait for data without a word
-ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
-BatchT = TypeVar("BatchT")  # has `to(device, non_blocking=...)`
-
-
-@dataclass(frozen=True)
-class Setup(Generic[ConfigT]):
-    """What is known of a run before its loader and engine are made. `start`: the checkpoint that it continues from."""
-
-    config: ConfigT
-    ds_values: Mapping[str, Any]  # the DeepSpeed JSON
-    folder: Path
-    ranks: Ranks
-    commits: Commits
-    start: Start | None = None
-    changes: tuple[checkpoint.Change, ...] = ()  # what has been overridden on resume so far
-    loader_state: dict[str, Any] | None = None  # what the loaders of the run that is continued pass on
-    stop: StopRequest = field(default_factory=StopRequest)
-
-    @property
-    def first_step(self) -> int:
-        """The number of the first update, from 0."""
-        return self.start[1].step if self.start else 0
-
-    @property
-    def first_position(self) -> int:
-        """The step of the plan whose samples the first update takes."""
-        return self.first_step + self.config.train.skip_steps
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """What every loader is told of the run: its ranks, where it begins, and where bad samples are listed."""
-        start = {"start_step": self.first_position, "state": self.loader_state}
-        return {"ranks": self.ranks, "device": self.ranks.device, "folder": self.folder, **start}
-
-    def begin_model(self, model: PretrainedMixin, **options: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The modules of a model on the meta device by name, each with its values, which are made as it comes.
-
-        They are those of the seed and, in a new run, of `init_from`; see fit_init's options.
-
-        Raises:
-            UserError: `init_from` does not fit.
-        """
-        state = {}
-        if self.config.init_from and self.start is None:
-            state, report = fit_init(model, weights_of(self.config.init_from, "init_from"), **options)
-            if self.ranks.is_main:
-                print(report, flush=True)
-        return model.materialise(torch.Generator().manual_seed(self.config.train.seed), state)
-
-    def begin_engine(self, build: Build, fingerprint: str, ema: float = 0.0) -> tuple[Engine, WeightAverage | None]:
-        """The engine, and the average of its weights if `ema` is not 0, as the run begins or continues. Collective.
-
-        fingerprint: of the data that the run reads.
-
-        Raises:
-            UserError: the checkpoint is of other data or another configuration.
-        """
-        if self.start:
-            folder, saved = self.start
-            stage = zero_stage(self.ds_values)
-            now = replace(saved, world=self.ranks.world, stage=stage, config=self.config, data=fingerprint)
-            checkpoint.check_continues(saved, now, folder)
-        return begin_engine(build, self.config, self.start, ema)
-
-
-@dataclass
-class Task(ABC, Generic[ConfigT, BatchT]):
-    """What one kind of training gives to the loop. `steps` and `step_flops` are of the whole run and of one step."""
-
-    setup: Setup[ConfigT]
-    loader: BackgroundLoader
-    engine: Engine
-    steps: int
-    step_flops: float
-    shown: ClassVar[Mapping[str, str]] = {"loss": ".3f"}  # fields of a log line on the progress bar, and their formats
-
-    @property
-    def config(self) -> ConfigT:
-        return self.setup.config
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.setup.ranks
-
-    def prepare(self, batch: BatchT, step: int, micro_step: int) -> BatchT:
-        """A micro-batch, on the device, as the network is given it: what a bundle of a non-finite step holds."""
-        return batch
-
-    @abstractmethod
-    def forward(self, batch: BatchT, step: int, micro_step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """A prepared micro-batch's share of the step's loss, and sums for the log line; both on the device."""
-
-    @abstractmethod
-    def metrics(self, totals: Mapping[str, float], step: int) -> dict[str, float]:
-        """Fields of a log line, "loss" among them, from a step's sums over the global batch."""
-
-    def after_step(self) -> None:
-        """What follows every step, also one that was skipped."""
-
-    def is_due(self, step: int) -> bool:
-        """Whether the step has a log line of its own, whatever train.log_every says."""
-        return False
-
-    def measurements(self, step: int) -> dict[str, float]:
-        """More fields of a log line, whose time is not the step's. Collective."""
-        return {}
-
-    def every_so_often(self, step: int, log: RunLog) -> None:
-        """What follows some steps, such as a validation; its time is not the step's. Collective.
-
-        Stopped: it was given up because the run is to stop; `make_up` does it when the run goes on.
-        """
-
-    def make_up(self, step: int, log: RunLog) -> None:
-        """What was given up after `step`, the last one before the run goes on. Collective."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the data that a continued run must find again."""
-        return self.loader.fingerprint
-
-    @property
-    def trained_streams(self) -> list[str]:
-        """The streams that the run trains, of "video" and "image"."""
-        return ["video"]
-
-    @property
-    def frozen_files(self) -> Mapping[str, str]:
-        """The files of frozen weights that the task reads, by what they are, such as a tokenizer."""
-        return {}
-
-    def averages(self) -> dict[str, list[Tensor]]:
-        """Further tensors like the engine's masters that a checkpoint holds, by what they are."""
-        return {}
-
-    def rest(self) -> Callable[[Path], None]:
-        """What writes the rest of a checkpoint into a folder: as it is now, though it is called later, in a thread."""
-        return lambda folder: None
-
-    def load(self, folder: Path) -> None:
-        """Read what `rest` wrote, once the engine is loaded. Collective."""
-
-    def describe(self) -> str:
-        """The size of the task in one line, or nothing."""
-        return ""
-
-    def finish(self, batches: Iterator[BatchT]) -> str | None:
-        """What follows the last step; returns why the run has not learned, or None. Collective."""
-        return None
 
 
 def train_step(

@@ -33,7 +33,7 @@ from bevt_ds.runtime.logging import StepSums
 from bevt_ds.train.spikes import Spikes
 
 if TYPE_CHECKING:
-    from bevt_ds.train.loop import Task
+    from bevt_ds.train.task import Task
 
 ADVICE = (
     "Continue from the last checkpoint: the same command with resume=auto and a lower optim.lr, with"

@@ -28,8 +28,9 @@ from bevt_ds.runtime.graphs import CudaBackend, Graphs
 from bevt_ds.runtime.logging import expected_step_flops, step_metrics
 from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
 from bevt_ds.runtime.run_log import RunLog
-from bevt_ds.train.loop import Setup, Task, run_training
+from bevt_ds.train.loop import run_training
 from bevt_ds.train.targets import Targets, open_targets
+from bevt_ds.train.task import Setup, Task
 
 
 def pretrain(config: Config, ds_values: Mapping[str, Any], notes: Sequence[str], given: Collection[str]) -> int:

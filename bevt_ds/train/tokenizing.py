@@ -28,7 +28,8 @@ from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.optim import learning_rate, parameter_groups
 from bevt_ds.runtime.run_log import RunLog
-from bevt_ds.train.loop import Setup, Task, run_training
+from bevt_ds.train.loop import run_training
+from bevt_ds.train.task import Setup, Task
 
 FORWARD_AND_BACKWARD = 3  # a step's arithmetic, in forward passes
 Setting = Setup[TokenizerTrainingConfig]

@@ -19,7 +19,7 @@ from benchmarks.step_providers import CPU_PROVIDERS, Ours, Setting, configuratio
 from bevt_ds import BEVT
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.tokenizers import RandomProjectionTokenizer, tokenize
-from bevt_ds.runtime.engine import start_ranks
+from bevt_ds.runtime.engine_setup import start_ranks
 from bevt_ds.train.loop import train_step
 
 SIZES = {"embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window": (2, 2, 2), "vocab_size": 16}

@@ -28,7 +28,8 @@ from bevt_ds.model.containers import read_deepspeed
 from bevt_ds.runtime.checkpoint import Facts
 from bevt_ds.runtime.continuing import Build, begin_engine
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import DTYPES, FROZEN, TAG, Engine, start_ranks
+from bevt_ds.runtime.engine import DTYPES, FROZEN, TAG, Engine
+from bevt_ds.runtime.engine_setup import start_ranks
 from bevt_ds.runtime.pieces import AVERAGE, SavedPieces
 
 SAMPLES = 48

@@ -30,10 +30,11 @@ from bevt_ds.model.presets import create_model
 from bevt_ds.runtime import engine as engine_module
 from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import TAG, Engine, start_ranks
+from bevt_ds.runtime.engine import TAG, Engine
+from bevt_ds.runtime.engine_setup import start_ranks
 from bevt_ds.runtime.pieces import WEIGHTS, SavedPieces
 from bevt_ds.train import pretraining
-from bevt_ds.train.loop import Setup
+from bevt_ds.train.task import Setup
 
 IMAGES, SIZE, VOCABULARY = 8, 32, 64
 STEPS = {"fp32": 20, "bf16": 5}

@@ -21,7 +21,8 @@ import torch
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.schema import Config
 from bevt_ds.runtime import commit
-from bevt_ds.train.loop import Setup, run_training
+from bevt_ds.train.loop import run_training
+from bevt_ds.train.task import Setup
 from tests.training.test_custom_task import WEIGHTS, Points, PointsLoader, Regression, make_engine, toy
 
 STEPS, COMMIT_EVERY, LAST = 20, 4, 10  # updates of a run, between commits, and until it is killed

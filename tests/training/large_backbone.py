@@ -20,11 +20,12 @@ from bevt_ds.config.targets import TokenizerConfig
 from bevt_ds.config.validate import validate
 from bevt_ds.model.presets import SIZES
 from bevt_ds.runtime.background import Commits
-from bevt_ds.runtime.engine import start_ranks
+from bevt_ds.runtime.engine_setup import start_ranks
 from bevt_ds.runtime.logging import step_metrics
-from bevt_ds.train.loop import Setup, train_step
+from bevt_ds.train.loop import train_step
 from bevt_ds.train.pretraining import Pretraining, make_engine
 from bevt_ds.train.targets import open_targets
+from bevt_ds.train.task import Setup
 
 STEPS = 2
 

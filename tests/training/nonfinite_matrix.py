@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevt_ds.runtime.engine import Engine, start_ranks
+from bevt_ds.runtime.engine import Engine
+from bevt_ds.runtime.engine_setup import start_ranks
 from bevt_ds.runtime.guard import Verdict
 from tests.training.engine_matrix import SAMPLES, TYPES, make_config, make_engine, sample_batch
 from tests.training.host_reads import HostReads

@@ -15,7 +15,8 @@ from pathlib import Path
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.schema import Config
 from bevt_ds.errors import UserError
-from bevt_ds.train.loop import Setup, run_training
+from bevt_ds.train.loop import run_training
+from bevt_ds.train.task import Setup
 from tests.training.test_custom_task import STEPS, Points, PointsLoader, Regression, make_engine, toy
 
 

@@ -21,7 +21,8 @@ from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.schema import Config
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.run_log import RunLog
-from bevt_ds.train.loop import Setup, run_training
+from bevt_ds.train.loop import run_training
+from bevt_ds.train.task import Setup
 from tests.training.test_custom_task import Line, Points, PointsLoader, Regression, toy
 
 HELD_STEP = 12

@@ -20,7 +20,8 @@ from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.recipes import demo
 from bevt_ds.config.schema import Config
 from bevt_ds.runtime.engine import Engine
-from bevt_ds.train.loop import Setup, Task, run_training
+from bevt_ds.train.loop import run_training
+from bevt_ds.train.task import Setup, Task
 from tests.training.processes import start_python, wait_for
 
 WEIGHTS = torch.tensor([[2.0, -1.0, 0.5]])

@@ -14,7 +14,8 @@ from bevt_ds.config.deepspeed import shipped_jsons
 from bevt_ds.config.recipes import demo
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import Engine, load_shard
+from bevt_ds.runtime.engine import Engine
+from bevt_ds.runtime.engine_shards import load_shard
 from bevt_ds.train.targets import open_targets
 from tests.hostile import Canary
 

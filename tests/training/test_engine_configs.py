@@ -17,8 +17,8 @@ from bevt_ds.config.engines import launch_problems, ranks_a_node, room_problems
 from bevt_ds.config.recipes import demo
 from bevt_ds.config.validate import micro_steps
 from bevt_ds.errors import UserError
-from bevt_ds.runtime import engine
-from bevt_ds.runtime.engine import require_supported
+from bevt_ds.runtime import engine_setup
+from bevt_ds.runtime.engine_setup import require_supported
 
 NAMES = ("zero1", "zero2", "zero3", "zero3_offload_cpu", "zero3_offload_nvme", "zeropp")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -116,7 +116,7 @@ def test_devices_that_cannot_do_it(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="on a CPU use --deepspeed_config zero3"):
         require_supported(demo(), CPU, read_json("zeropp"))
     require_supported(demo(), GPU, read_json("zeropp"))
-    monkeypatch.setattr(engine.AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    monkeypatch.setattr(engine_setup.AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
     with pytest.raises(UserError, match="libaio-dev"):
         require_supported(*(offloading(tmp_path)[0], CPU, offloading(tmp_path)[1]))
 
