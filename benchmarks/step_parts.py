@@ -24,6 +24,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bevt_ds.model.layers import LinearGelu
+
 PARTS = (
     "data wait",
     "tokenizer",
@@ -60,7 +62,7 @@ def part_of(name: str, module: nn.Module) -> str | None:
         return "compiled"
     if not name.startswith("encoder.layers.") or name.startswith(tuple(f"{n}." for n in (*STEMS, *HEADS))):
         return None
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | LinearGelu):
         return "linears"
     return "attention" if name.endswith(".attn") else "norm, activation, residual"
 

@@ -187,7 +187,7 @@ class BEVT(PretrainedMixin, nn.Module):
             losses = smooth_l1_sums(self.feature_head(features), targets, real, segments)
         else:
             losses, hits = self.lm_head(features, targets, segments)
-            outside = (targets < 0) | (targets >= self.lm_head.out_features)
+            outside = (targets < 0) | (targets >= len(self.lm_head.weight))
             metrics["unknown_targets"] = (outside & (targets != IGNORE)).sum()
             metrics |= {f"hits_{name}": hits[i] for i, name in enumerate(streams)}
         for i, (name, rows) in enumerate(streams.items()):

@@ -34,6 +34,22 @@ def pad_end(x: Tensor, grid: Size3) -> Tensor:
     return F.pad(x, (0, 0, 0, w, 0, h, 0, t)) if t or h or w else x
 
 
+class Affine(nn.Module):
+    """Weight and bias of a layer that computes more than the layer of torch whose parameters it has.
+
+    It is no kind of that layer: what looks for an `nn.Linear` or an `nn.LayerNorm` to wrap, quantise or replace (LoRA,
+    bitsandbytes, torchao) would leave out the rest of the computation.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.LayerNorm, kernels: str):
+        super().__init__()
+        self.weight, self.bias, self.kernels = layer.weight, layer.bias, kernels
+
+    def extra_repr(self) -> str:
+        """The weight's shape."""
+        return ", ".join(map(str, self.weight.shape))
+
+
 class Norm(nn.LayerNorm):
     """LayerNorm over the channels."""
 
@@ -46,30 +62,35 @@ class Norm(nn.LayerNorm):
         return ops.layer_norm(x, self.weight, self.bias, self.eps, self.kernels)
 
 
-class SumNorm(Norm):
+class SumNorm(Affine):
     """The norm in front of a branch, and the residual sum in front of the norm: one pass over memory."""
+
+    def __init__(self, dim: int, kernels: str):
+        super().__init__(nn.LayerNorm(dim), kernels)
 
     def forward(self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, branch (B,...,C), scale (B,) -> x + scale branch, or x without a branch; and its norm."""
         if branch is None:
-            return x, super().forward(x)
-        return ops.add_norm(x, branch, scale, self.weight, self.bias, self.eps, self.kernels)
+            return x, ops.layer_norm(x, self.weight, self.bias, provider=self.kernels)
+        return ops.add_norm(x, branch, scale, self.weight, self.bias, provider=self.kernels)
 
 
-class BranchNorm(Norm):
+class BranchNorm(Affine):
     """The norm behind a residual branch, and the sum behind the norm. Its initialisation is its own too."""
+
+    def __init__(self, dim: int, kernels: str):
+        super().__init__(nn.LayerNorm(dim), kernels)
 
     def forward(self, x: Tensor, branch: Tensor, scale: Tensor | None = None) -> Tensor:
         """x, branch (B,...,C), scale (B,) -> x + scale norm(branch)."""
-        return ops.norm_add(x, branch, scale, self.weight, self.bias, self.eps, self.kernels)
+        return ops.norm_add(x, branch, scale, self.weight, self.bias, provider=self.kernels)
 
 
-class LinearGelu(nn.Linear):
+class LinearGelu(Affine):
     """Linear, then GELU (by the error function)."""
 
     def __init__(self, dim: int, hidden: int, kernels: str):
-        super().__init__(dim, hidden)
-        self.kernels = kernels
+        super().__init__(nn.Linear(dim, hidden), kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(...,C) -> (...,hidden)."""
@@ -163,12 +184,11 @@ class MaskToken(nn.Module):
         return ops.insert_mask_tokens(x.contiguous(), self.token, mask.bool(), provider=self.kernels)
 
 
-class LMHead(nn.Linear):
+class LMHead(Affine):
     """The classifier over token ids. With targets it gives losses, and logits need never exist as a whole."""
 
     def __init__(self, dim: int, vocab_size: int, kernels: str):
-        super().__init__(dim, vocab_size)
-        self.kernels = kernels
+        super().__init__(nn.Linear(dim, vocab_size), kernels)
 
     def forward(
         self, x: Tensor, targets: Tensor | None = None, segments: tuple[int, ...] = ()
@@ -179,7 +199,7 @@ class LMHead(nn.Linear):
         ignored. `segments` are row counts that sum to R.
         """
         if targets is None:
-            return super().forward(x)
+            return F.linear(x, self.weight, self.bias)
         return ops.masked_cross_entropy(x, self.weight, self.bias, targets, segments, provider=self.kernels)
 
 
@@ -257,7 +277,7 @@ class Block(nn.Module):
 def draw_parameters(module: nn.Module, generator: torch.Generator | None = None) -> None:
     """Initialise the parameters that `module` itself has, not its children's, as the original does.
 
-    generator: None: torch's own. Linear layers, bias tables and the mask token: normal of std 0.02; biases 0; LayerNorm
+    generator: None: torch's own. Linear layers, bias tables and the mask token: normal of std 0.02; biases 0; norms
     1 and 0. What the original writes as convolutions keeps torch's default for those: uniform within 1/sqrt(fan-in),
     where the fan-in of a transposed convolution counts its outputs. Norms behind a branch begin with weight 0.
     """
@@ -266,15 +286,16 @@ def draw_parameters(module: nn.Module, generator: torch.Generator | None = None)
             _init_uniform(module, module.in_features, generator)
         case Upsample():
             _init_uniform(module, module.weight[0].numel(), generator)
-        case nn.Linear():
+        case nn.Linear() | LinearGelu() | LMHead():
             _init_normal(module.weight, generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         case BranchNorm():
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-        case nn.LayerNorm():
-            module.reset_parameters()
+        case nn.LayerNorm() | SumNorm():
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
         case WindowAttention():
             _init_normal(module.relative_position_bias_table, generator)
         case MaskToken():

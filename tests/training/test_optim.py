@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from bevt_ds.config.schema import OptimConfig
+from bevt_ds.model.layers import BranchNorm, SumNorm
 from bevt_ds.model.presets import create_model
 from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
+
+NORMS = (nn.LayerNorm, SumNorm, BranchNorm)
 
 
 def test_schedule_is_mmcv_cosine_times_linear_warmup():
@@ -27,7 +30,7 @@ def test_weight_decay_skips_norms_and_bias_tables_only():
     """Right value: every parameter of a LayerNorm, and every table; nothing else."""
     with torch.device("meta"):
         model = create_model("tiny", vocab_size=64)
-    norms = [p for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()]
+    norms = [p for module in model.modules() if isinstance(module, NORMS) for p in module.parameters()]
     tables = [p for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")]
     assert len(norms) > 20 and len(tables) > 4
     decayed, plain = parameter_groups(model, 0.05)
