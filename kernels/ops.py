@@ -138,8 +138,15 @@ def _same_type(x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor,
     return x.to(dtype), branch.to(dtype)
 
 
+def _autocast_widens(x: Tensor) -> bool:
+    """Whether autocast normalises x in fp32, as it does on a GPU and not on a CPU."""
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cuda")
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, provider: str = "auto") -> Tensor:
-    """LayerNorm over the channels of x (..., C), with weight and bias (C,) of one dtype, in x's dtype."""
+    """LayerNorm over the channels of x (..., C), with weight and bias (C,) of one dtype, in the dtype in which
+    `F.layer_norm` gives it: x's, or under autocast on a GPU fp32."""
+    x = x.float() if _autocast_widens(x) else x
     if _norm_runs_kernels(provider, x, weight):
         from .norms import layer_norm as run
 
@@ -166,9 +173,13 @@ def add_norm(
         bias: (C,), of the weight's dtype.
 
     Returns:
-        x + scale branch, and its LayerNorm, both in the sum's dtype. Raises ValueError where the shapes do not fit.
+        x + scale branch, and its LayerNorm, both in the sum's dtype; the latter in fp32 under autocast on a GPU.
+        Raises ValueError where the shapes do not fit.
     """
     x, branch = _same_type(x, branch, scale)
+    if _autocast_widens(x):  # two dtypes, which no kernel writes at once
+        total = add_scaled(x, branch, scale, provider)
+        return total, layer_norm(total, weight, bias, eps, provider)
     if _norm_runs_kernels(provider, x, weight):
         from .norms import add_norm as run
 
@@ -188,6 +199,7 @@ def norm_add(
 ) -> Tensor:
     """x + scale LN(branch), for blocks with the norm behind a branch; arguments and errors as of `add_norm`."""
     x, branch = _same_type(x, branch, scale)
+    x, branch = (x.float(), branch.float()) if _autocast_widens(branch) else (x, branch)
     if _norm_runs_kernels(provider, x, weight):
         from .norms import norm_add as run
 
