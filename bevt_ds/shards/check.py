@@ -89,6 +89,8 @@ def _kind(facts: dict[str, Any]) -> str:
     kind = f"{facts['codec']} {facts['pixel_format']} in {facts['container']}"
     if facts["rotation"] or facts["mirrored"]:
         kind += ", turned to be upright"
+    if facts["gpu_obstacle"]:
+        kind += f", {facts['gpu_obstacle']}"
     return kind if facts["is_plain"] else f"{kind}, whose timestamps or keyframes do not tell its frames"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bevt_ds.data.decoding.geometry import Crop
 from bevt_ds.data.decoding.pool import DecodePool
-from bevt_ds.data.decoding.video import opened
+from bevt_ds.data.decoding.video import VideoInfo, opened
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels
 from bevt_ds.data.pixels.pipeline import PixelPipeline
@@ -154,6 +154,11 @@ def decode_clip(data: bytes, choose: Callable[[int], np.ndarray], limits: Limits
     """
     with opened(data, limits or Limits()) as video:
         return video.frames(choose(video.total))
+
+
+def at_any_size(info: VideoInfo) -> dict[str, Any]:
+    """The facts of a video, had it a size that every decoder of a GPU takes."""
+    return {**vars(info), "width": 256, "height": 256}
 
 
 def by_dali(decoder: Callable, files: Sequence[bytes], **arguments: Any) -> list[np.ndarray]:

@@ -23,6 +23,7 @@ from bevt_ds.shards.file_lists import read_rows
 from bevt_ds.shards.sources import list_items
 from tests.loader.media import encode_clip, noise, write_tar
 from tests.loader.test_frame_numbers import CACHED
+from tests.loader.test_gpu_obstacles import OBSTACLES
 from tests.loader.test_images import encoded, refused_by_pillow
 from tests.loader.test_rotated_videos import clip as turned_clip
 from tests.loader.test_sources import touched
@@ -162,7 +163,21 @@ def plain(codec: str = "libx264", size: tuple[int, int] = (48, 64), pixels: str 
 COUNTED = "its timestamps do not tell the frames: their order is read from the stream, or they are counted"
 CASES = [
     Case("H.264 in MP4", GPU, "of even size, 4:2:0, 8 bits, with timestamps that tell its frames", video(plain)),
-    Case("AV1", GPU, "every start decodes; the codec is `av1` whichever library decodes it", video(CACHED["AV1"])),
+    Case(
+        "AV1",
+        GPU,
+        "every start decodes; the codec is `av1` whichever library decodes it",
+        video(lambda: plain("libsvtav1", (128, 128), preset="12")),
+    ),
+    Case("interlaced", WORKER, "libraries let a GPU deinterlace", video(OBSTACLES["H.264, interlaced"][0])),
+    Case("H.264, lossless", WORKER, "a profile that NVDEC does not know", video(OBSTACLES["H.264, lossless"][0])),
+    Case(
+        "H.264, cropped at its left or top",
+        WORKER,
+        "libraries leave that out on a GPU",
+        video(OBSTACLES["H.264, cropped at its left"][0]),
+    ),
+    Case("smaller than NVDEC's least", WORKER, "H.264: 48x16, HEVC: 144x144", video(lambda: plain(size=(48, 46)))),
     Case(
         "display matrix, 90° clockwise",
         f"turned (90°), {WORKER}",

@@ -14,7 +14,7 @@ import pytest
 from bevt_ds.data.decoding.transcode import Profile, transcode
 from bevt_ds.data.decoding.video import fits_gpu, opened, probe
 from bevt_ds.data.limits import Limits
-from tests.loader.media import decode_clip, encode_clip, noise, numbers_of, remuxed, shades
+from tests.loader.media import at_any_size, decode_clip, encode_clip, noise, numbers_of, remuxed, shades
 from tests.loader.test_containers import with_sound
 
 LIMITS = Limits()
@@ -198,7 +198,7 @@ CPU_ONLY += ["VP8, hidden frames", "MPEG-4, packed", "fragmented", "ProRes"]
 
 @pytest.mark.parametrize("kind", CPU_ONLY)
 def test_videos_with_unsafe_timestamps_are_not_for_a_gpu(kind: str) -> None:
-    assert not fits_gpu(vars(probe(CACHED[kind](), LIMITS)))
+    assert not fits_gpu(at_any_size(probe(CACHED[kind](), LIMITS)))
 
 
 def test_drawing_a_clip_leaves_this_process_scheduled_as_it_was():
@@ -215,7 +215,7 @@ def test_codecs_are_named_not_their_libraries(kind: str, codec: str) -> None:
 
 
 def test_gpu_decoder_may_take_av1() -> None:
-    assert fits_gpu(vars(probe(CACHED["AV1"](), LIMITS)))
+    assert fits_gpu(at_any_size(probe(CACHED["AV1"](), LIMITS)))
 
 
 DROPPED = [*range(10), *range(30, 55)]  # 1/25 s

@@ -34,7 +34,7 @@ def pool() -> Iterator[DecodePool]:
 @pytest.fixture(scope="module")
 def videos(make: SimpleNamespace) -> dict[str, bytes]:
     """What NVDEC takes: B-frames, keyframes, an open group, HEVC, full range, Matroska; one is shorter than a clip."""
-    frames = make.noise(40, 64, 96, softness=8.0)
+    frames = make.noise(40, 144, 160, softness=8.0)
     plain = make.clip(frames, "mp4", "libx264", g="12", bf="3")
     return {
         "h264": plain,
@@ -60,7 +60,7 @@ def test_gpu_frames_are_the_workers_by_number_and_bit_for_bit(
         assert reply["total"] == (5 if name == "short" else 40)
     # Frames that no other refers to are not sent: of the B-frames between those that are wanted, at stride 3.
     assert gpu.clips == len(videos) and gpu.closed == 0
-    assert gpu.opened == [StreamKind("h264", 96, 64), StreamKind("hevc", 96, 64)]
+    assert gpu.opened == [StreamKind("h264", 160, 144), StreamKind("hevc", 160, 144)]
 
 
 def test_gpu_gets_only_the_packets_that_a_clip_needs(pool: DecodePool, videos: dict[str, bytes]) -> None:

@@ -104,7 +104,7 @@ def test_nvdec_frames_have_the_workers_numbers(nvdecs: tuple, make: SimpleNamesp
     """Plain frames, each brighter than the one before; sessions are used again for other files and clips."""
     decoder, pool = nvdecs
     for codec, options in (("libx264", {"bf": "3", "g": "12"}), ("libx265", {"x265-params": "log-level=none"})):
-        data = make.clip(shades(40, 96, 160), "mp4", codec, **options)
+        data = make.clip(shades(40, 144, 160), "mp4", codec, **options)
         for start in (0.0, 0.3, 0.7, 0.999):
             clips, _ = decoder.clips(data, [(start, 0.5)], 8, 3)
             expected = pooled_clips(pool, data, [(start, 0.5)], 8, 3)

@@ -32,7 +32,12 @@ def clips(config: Config, make: SimpleNamespace, tmp_path_factory: pytest.TempPa
     frames = [make.noise(24, 72, 96, seed=seed, softness=8.0) for seed in range(6)]
     members = {
         "a.mp4": make.clip(frames[0], "mp4", "libx264", g="8", bf="2"),
-        "b.mp4": make.clip(frames[1], "mp4", "libx265", **{"x265-params": "log-level=none:keyint=8"}),
+        "b.mp4": make.clip(
+            make.noise(24, 144, 160, seed=1, softness=8.0),
+            "mp4",
+            "libx265",
+            **{"x265-params": "log-level=none:keyint=8"},
+        ),
         "c.mp4": make.clip(frames[2], "mp4", "mpeg4"),
         "d.avi": make.clip(frames[3], "avi", "mpeg4"),
         "e.mp4": make.clip(frames[4], "mp4", "libx264", pixel_format="yuv444p"),

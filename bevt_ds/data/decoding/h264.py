@@ -11,6 +11,7 @@ _HEADER = 24  # bytes, in which the needed part of a slice's header lies
 _WITH_CHROMA_FORMAT = frozenset({100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135})  # profiles
 _SLICE, _IDR, _SEI, _SPS, _PPS = 1, 5, 6, 7, 8
 _RECOVERY_POINT = 6
+_GPU_PROFILES = frozenset({66, 77, 100})  # Baseline, Main, High: what NVDEC knows
 
 
 class _Slice(NamedTuple):
@@ -59,13 +60,29 @@ def header_units(extradata: bytes) -> tuple[list[bytes], int]:
     return sets, (extradata[4] & 3) + 1
 
 
+def gpu_obstacle(unit: Buffer) -> str:
+    """What NVDEC does not know of a NAL unit's sequence, or would show otherwise than FFmpeg; "": nothing."""
+    if unit[0] & 31 != _SPS:
+        return ""
+    bits, profile = Bits(unit), unit[1]
+    bits.u(8)
+    _, (*_, only_frames) = _sps(bits)
+    if profile not in _GPU_PROFILES:  # lossless is 244, whatever its format
+        return f"profile {profile} of H.264"
+    if not only_frames:  # libraries let NVDEC deinterlace these
+        return "interlaced"
+    bits.u(1)
+    left, _, top, _ = [bits.ue() for _ in range(4)] if bits.u(1) else [0] * 4
+    return "cropped at its left or top" if left or top else ""  # which libraries do not do
+
+
 def _read_set(sets: Sets, unit: Buffer) -> None:
     bits = Bits(unit)
     bits.u(3)
     kind = bits.u(5)
     if kind == _SPS:
         number, fields = _sps(bits)
-        sets.put("sps", number, fields)
+        sets.put("sps", number, (*fields, bytes(unit)))
     elif kind == _PPS:
         number, of = bits.ue(), bits.ue()
         sets.put("pps", number, (of, bytes(unit)))
@@ -130,7 +147,7 @@ def _slice(sets: Sets, head: Buffer, is_random: bool) -> _Slice:
     bits.ue()
     bits.ue()
     of, _ = sets.fields["pps", bits.ue()]
-    number_bits, order_bits, apart, only_frames = sets.fields["sps", of]
+    number_bits, order_bits, apart, only_frames, _ = sets.fields["sps", of]
     if only_frames and not order_bits:
         return _Slice(kind == _IDR, is_random, is_reference, 0, 0)
     bits.u(2 * apart + number_bits)

@@ -11,6 +11,7 @@ _HEADER = 32  # bytes, in which the needed part of a slice's header lies
 _LAST_SLICE, _SPS, _PPS = 31, 33, 34
 _RASL, _LEADING = (8, 9), (6, 7, 8, 9)
 _BLA, _IDR, _IRAP = (16, 17, 18), (19, 20), range(16, 24)
+_GPU_PROFILES = frozenset({1, 2, 3})  # Main, Main 10, Main Still Picture: what NVDEC knows
 _LAST_SUB_LAYER_NON_REFERENCE = 14  # up to which even kinds of slices are none that others of their layer refer to
 
 
@@ -66,12 +67,37 @@ def header_units(extradata: bytes) -> tuple[list[bytes], int]:
     return sets, (extradata[21] & 3) + 1
 
 
+def gpu_obstacle(unit: Buffer) -> str:
+    """What NVDEC does not know of a NAL unit's sequence, or would show otherwise than FFmpeg; "": nothing."""
+    if unit[0] & 1 or unit[1] >> 3:  # a second view, or alpha
+        return "of several layers"
+    if unit[0] >> 1 & 63 != _SPS:
+        return ""
+    bits = Bits(unit)
+    bits.u(20)
+    layers = bits.u(3)
+    bits.u(4)
+    profile = bits.u(5)
+    bits.u(32)
+    if profile not in _GPU_PROFILES:
+        return f"profile {profile} of HEVC"
+    if not bits.u(1):  # general_progressive_source_flag: libraries let NVDEC deinterlace the others
+        return "interlaced"
+    bits.u(55)
+    _skip_layers(bits, layers)
+    bits.ue()
+    if bits.ue() == 3:
+        bits.u(1)
+    left, _, top, _ = _window(bits)
+    return "cropped at its left or top" if left or top else ""  # which libraries do not do
+
+
 def _read_set(sets: Sets, unit: Buffer) -> None:
     kind, bits = unit[0] >> 1 & 63, Bits(unit)
     bits.u(16)
     if kind == _SPS:
         number, fields = _sps(bits)
-        sets.put("sps", number, fields)
+        sets.put("sps", number, (*fields, bytes(unit)))
     elif kind == _PPS:
         number, of = bits.ue(), bits.ue()
         dependent, output, extra = bits.u(1), bits.u(1), bits.u(3)
@@ -83,22 +109,25 @@ def _sps(bits: Bits) -> tuple[int, tuple[int, ...]]:
     bits.u(4)
     layers = bits.u(3)
     bits.u(1)
-    _skip_profile(bits, layers)
+    bits.u(96)
+    _skip_layers(bits, layers)
     number = bits.ue()
     apart = bits.u(1) if bits.ue() == 3 else 0
-    for _ in range(2):
-        bits.ue()
-    if bits.u(1):
-        for _ in range(4):
-            bits.ue()
+    _window(bits)
     for _ in range(2):
         bits.ue()
     return number, (apart, bits.ue() + 4)
 
 
-def _skip_profile(bits: Bits, layers: int) -> None:
-    """7.3.3. layers: those above the first."""
-    bits.u(96)
+def _window(bits: Bits) -> list[int]:
+    """Behind the size: what is cropped at the left, right, top and bottom (7.4.3.2.1)."""
+    for _ in range(2):
+        bits.ue()
+    return [bits.ue() for _ in range(4)] if bits.u(1) else [0] * 4
+
+
+def _skip_layers(bits: Bits, layers: int) -> None:
+    """The rest of 7.3.3. layers: those above the first."""
     present = [(bits.u(1), bits.u(1)) for _ in range(layers)]
     if layers:
         bits.u(2 * (8 - layers))
@@ -126,7 +155,7 @@ def _slice(sets: Sets, unit: Buffer, kind: int) -> _Slice:
     if kind in _IRAP:
         bits.u(1)
     of, output_flag, extra, *_ = sets.fields["pps", bits.ue()]
-    apart, order_bits = sets.fields["sps", of]
+    apart, order_bits, _ = sets.fields["sps", of]
     bits.u(extra)
     bits.ue()
     is_output = not output_flag or bits.u(1) == 1

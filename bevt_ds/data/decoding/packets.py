@@ -6,12 +6,14 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import av
 import numpy as np
 
 from bevt_ds.data.decoding import h264, hevc
 from bevt_ds.data.decoding.bitstream import Buffer, units
 from bevt_ds.data.decoding.frame_index import FrameIndex
-from bevt_ds.data.decoding.video import Video, fits_gpu, opened
+from bevt_ds.data.decoding.geometry import Box
+from bevt_ds.data.decoding.video import RgbWriter, Video, filters, fits_gpu, opened
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.plan import CHOICES
 
@@ -31,12 +33,12 @@ def packets(data: bytes, limits: Limits, request: dict[str, Any]) -> tuple[dict[
     began = time.perf_counter()
     with opened(data, limits) as video:
         demuxed = time.perf_counter()
-        video.decode_first()
+        first = video.decode_first()
         info, frames = video.info, request["frames"]
         times = {"demux": demuxed - began, "decode": time.perf_counter() - demuxed, "decoded": 1}
         reply = {"total": video.total, **times}
-        if (refusal := refused(vars(info))) or video.index.numbers is None:
-            return {**reply, "refused": refusal or "its frames are not numbered"}, b""
+        if refusal := refused(vars(info)) or unlike_nv12(first):
+            return {**reply, "refused": refusal}, b""
         choose = CHOICES[request["choice"]]
         chosen = [choose(video.total, frames, request["stride"], position) for position in request["positions"]]
         wanted, places = np.unique(chosen, return_inverse=True)
@@ -59,7 +61,28 @@ def refused(facts: Mapping[str, Any]) -> str:
     """Why a video is not given to NVDEC; "": it is. facts: the fields of its VideoInfo."""
     if facts["codec"] not in _HEADERS:
         return f"{facts['codec']} is decoded by workers"
+    if facts["gpu_obstacle"]:
+        return f"it is {facts['gpu_obstacle']}"
     return "" if fits_gpu(facts) else "its container, size, format or order of frames is not for a GPU"
+
+
+def unlike_nv12(frame: av.VideoFrame) -> str:
+    """Why pixels of a decoded frame, which is written to, are not made as rgb.py makes them; "": they are.
+
+    It takes chroma from the left, halfway between two lines. Where a stream says otherwise, a worker does as it says.
+    """
+    side = 16
+    for plane in frame.planes[1:]:  # levels that tell where they lie
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size).copy()
+        rows[: side // 2, : side // 2] = np.arange(side**2 // 4).reshape(side // 2, -1) * 37 % 191 + 32
+        plane.update(rows)
+    whole, pair = Box(0, 0, side, side), []
+    for more in ((), (("setparams", "field_mode=prog:chroma_location=left"),)):
+        graph = filters(frame, [("crop", f"{side}:{side}:0:0"), *more])
+        graph.push(frame)
+        pair.append(np.empty((side, side, 3), np.uint8))
+        RgbWriter().write(graph.pull(), pair[-1], whole)
+    return "" if np.array_equal(*pair) else "its chroma lies elsewhere than NVDEC's pixels are made of"
 
 
 def coded(video: Video, wanted: np.ndarray) -> tuple[list[int], list[bytes]]:

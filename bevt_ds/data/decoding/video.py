@@ -16,11 +16,12 @@ from typing import Any
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from av.filter import Graph
 from av.sidedata.sidedata import Type
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
-from bevt_ds.data.decoding import avi, bitstream
+from bevt_ds.data.decoding import avi, bitstream, h264, hevc
 from bevt_ds.data.decoding.frame_index import Codec, FrameIndex, counted, index_frames
 from bevt_ds.data.decoding.geometry import UPRIGHT, Box, Turn, turn_of_matrix
 from bevt_ds.data.decoding.matroska import MAGIC, check_matroska
@@ -31,9 +32,18 @@ from bevt_ds.data.limits import BadSample, Container, Limits
 _TO_RGB = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
 # What NVDEC decodes; anything else is left to the CPU, Motion JPEG too, whose range of levels it may not know.
-GPU_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"})
 GPU_CONTAINERS = frozenset({"mp4", "matroska"})
 GPU_FORMATS = frozenset({"yuv420p", "yuvj420p"})
+# The least and the most width and height, as NVIDIA states them for an H100.
+GPU_SIZES = {
+    "h264": ((48, 16), (4096, 4096)),
+    "hevc": ((144, 144), (8192, 8192)),
+    "vp8": ((48, 16), (4096, 4096)),
+    "vp9": ((128, 128), (8192, 8192)),
+    "av1": ((128, 128), (8192, 8192)),
+    "mpeg4": ((48, 16), (2032, 2032)),
+}
+_UNITS = {"h264": (h264.header_units, h264.gpu_obstacle), "hevc": (hevc.header_units, hevc.gpu_obstacle)}
 CUT_FORMATS = GPU_FORMATS  # of which a part at even pixels converts like the whole
 _EXIF_CODECS = frozenset({"mjpeg", "png"})
 # Their decoders pass over frames that no other refers to, as they are told before each packet.
@@ -60,6 +70,7 @@ class VideoInfo:
     is_plain: bool  # a decoder that goes by timestamps and keyframes numbers the frames alike
     rotation: int = 0  # degrees clockwise by which frames are turned to be upright; width and height are as shown
     mirrored: bool = False  # left and right change places before that
+    gpu_obstacle: str = ""  # what of its coding a GPU's decoder does not take, or takes otherwise than the CPU's
 
 
 def fits_gpu(facts: Mapping[str, Any]) -> bool:
@@ -68,9 +79,25 @@ def fits_gpu(facts: Mapping[str, Any]) -> bool:
         return False
     if facts["rotation"] or facts["mirrored"]:  # which it would leave out
         return False
-    if facts["width"] % 2 or facts["height"] % 2:  # DALI's kernel writes two by two pixels, also past an odd edge
+    width, height = facts["width"], facts["height"]
+    if width % 2 or height % 2:  # DALI's kernel writes two by two pixels, also past an odd edge
         return False
-    return facts["codec"] in GPU_CODECS and facts["pixel_format"] in GPU_FORMATS
+    if facts["gpu_obstacle"] or facts["codec"] not in GPU_SIZES or facts["pixel_format"] not in GPU_FORMATS:
+        return False
+    least, most = GPU_SIZES[facts["codec"]]
+    return least[0] <= width <= most[0] and least[1] <= height <= most[1]
+
+
+def gpu_obstacle(codec: Codec, packet: bytes) -> str:
+    """What a GPU's decoder does not know of an H.264 or HEVC stream, or would show otherwise. packet: the first one."""
+    if codec.name not in _UNITS:
+        return ""
+    header_units, obstacle = _UNITS[codec.name]
+    try:
+        sets, length = header_units(codec.extradata)
+        return next(filter(None, map(obstacle, [*sets, *bitstream.units(packet, length)])), "")
+    except (bitstream.Unknown, ValueError, LookupError):
+        return "of unknown parameters"
 
 
 @dataclass(frozen=True)
@@ -115,6 +142,7 @@ class Video:
         self._source, self.stream, self.total = source, source.stream, index.total
         self._stored_size = source.size  # the codec's context takes on that of whichever frame comes next
         self.size = turn.size(*source.size)
+        self._is_interlaced = False  # until a frame says so
 
     @property
     def codec(self) -> Codec:
@@ -140,6 +168,7 @@ class Video:
             keyframe_gap=index.keyframe_gap,
             hidden=max(len(self._source.packets) - self.total, 0),
             is_plain=index.is_plain,
+            gpu_obstacle="interlaced" if self._is_interlaced else gpu_obstacle(self.codec, bytes(self.packets[0])),
             **self.turn.facts,
         )
 
@@ -234,11 +263,12 @@ class Video:
             return (ticks - ticks[0]) * float(self.stream.time_base)
         return np.arange(self.total) * self._frame_seconds
 
-    def decode_first(self) -> None:
-        """Decode the first frame. BadSample: that is not possible, or it has another size than the header says."""
+    def decode_first(self) -> av.VideoFrame:
+        """The first frame, as stored. BadSample: it cannot be decoded, or has another size than the header says."""
         for frame in self._source.frames():
             _require_size(frame, self._stored_size)
-            return
+            self._is_interlaced = bool(frame.interlaced_frame)
+            return frame
         raise BadSample("none of its frames can be decoded")
 
 
@@ -324,6 +354,7 @@ def _source(data: bytes, claims: Container, limits: Limits) -> Iterator[_Source]
         if context is None:
             raise BadSample(f"FFmpeg does not know its codec{f' {claims.codec!r}' if claims.codec else ''}")
         context.thread_count = 1  # the worker processes are the parallelism
+        context.flags |= Flags.unaligned  # crops at the left are to the pixel
         context.open(strict=False)  # what is set before that, skip_frame too, holds for the whole stream
         packets = [packet for packet in container.demux(stream) if packet.size]
         size = (context.width, context.height)
@@ -393,13 +424,14 @@ class RgbWriter:
     def _cut(self, frame: av.VideoFrame, box: Box) -> av.VideoFrame:
         """The part of a frame, without a copy."""
         if box not in self.cutters:
-            graph, size = Graph(), {"width": frame.width, "height": frame.height}
-            source = graph.add_buffer(**size, format=frame.format, time_base=Fraction(1))
-            crop = graph.add("crop", f"{box.width}:{box.height}:{box.left}:{box.top}")
-            sink = graph.add("buffersink")
-            source.link_to(crop)
-            crop.link_to(sink)
-            graph.configure()
-            self.cutters[box] = graph
+            self.cutters[box] = filters(frame, [("crop", f"{box.width}:{box.height}:{box.left}:{box.top}")])
         self.cutters[box].push(frame)
         return self.cutters[box].pull()
+
+
+def filters(frame: av.VideoFrame, chain: Sequence[tuple[str, str]]) -> Graph:
+    """FFmpeg's filters, by name and arguments, one behind the other, for frames like this one."""
+    graph, size = Graph(), {"width": frame.width, "height": frame.height}
+    source = graph.add_buffer(**size, format=frame.format, time_base=Fraction(1))
+    graph.link_nodes(source, *(graph.add(*each) for each in chain), graph.add("buffersink")).configure()
+    return graph
