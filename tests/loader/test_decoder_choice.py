@@ -105,7 +105,7 @@ def test_decoder_is_measured_again_for_other_data_settings(
 
 @pytest.fixture
 def vp9(make: SimpleNamespace) -> bytes:
-    frames = make.noise(12, 72, 96, softness=5.0)
+    frames = make.noise(12, 144, 160, softness=5.0)
     return make.clip(frames, "webm", "libvpx-vp9", deadline="realtime", **{"cpu-used": "8"})
 
 
