@@ -11,16 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bevt_ds.data.decoding.images import check_image
+from bevt_ds.data.decoding.images import check_image, image_decoder
 from bevt_ds.data.decoding.split import Split
 from bevt_ds.data.decoding.video import fits_gpu
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.plan import PlanEntry, clip_frames
-from bevt_ds.data.stream import PendingBatch, StreamReader, sample_name
+from bevt_ds.data.stream import PendingBatch, StreamReader
 
 log = logging.getLogger(__name__)
 NVDEC, WORKERS = "NVDEC", "workers"  # the lanes of a split
+MOST_REFUSALS = 20  # batches in a row, after which DALI's decoder gets no more
 
 
 class GraphReader(StreamReader):
@@ -36,6 +37,7 @@ class GraphReader(StreamReader):
         """split: deals clips out to the GPU's decoder and the workers. What the first refuses a worker decodes."""
         super().__init__(*arguments, **more)
         self.pixels, self.split = pixels, split
+        self._refusals = 0  # batches in a row that DALI refused and the CPU decoded
 
     def _sample(self, pending: PendingBatch, i: int, group: list[PlanEntry]) -> list:
         """What the graph takes for each clip, or for the image.
@@ -76,15 +78,18 @@ class GraphReader(StreamReader):
         return list(map(self.pixels.placed, clips))
 
     def _pixels(self, pending: PendingBatch) -> tuple[Tensor, Tensor]:
-        masked, clips = pending.masked, []
+        clips: list = []
         for i in range(len(pending.samples)):
             clips += self._settled(pending, i)
             self.ledger.end_row()
-        try:
-            pixels = self._run(clips, pending.entries, masked)
-        except BadSample:  # DALI does not say which: each sample alone
-            masked = np.split(masked, len(pending.samples))
-            pixels = _joined([self._alone(pending, i, frames) for i, frames in enumerate(masked)])
+        if self._refusals < MOST_REFUSALS or not self.pixels.dali_decoder:
+            try:
+                pixels = self._run(clips, pending.entries, pending.masked)
+                self._refusals = 0
+            except BadSample as bad:  # DALI does not say which
+                pixels = self._run(self._as_frames(pending, str(bad)), pending.entries, pending.masked)
+        else:
+            pixels = self._run(self._as_frames(pending), pending.entries, pending.masked)
         self.ledger.accept(len(pending.samples))
         return pixels
 
@@ -103,19 +108,39 @@ class GraphReader(StreamReader):
     def _frames_pixels(self) -> PixelPipeline:
         return self.pixels.without_decoder()
 
-    def _alone(self, pending: PendingBatch, i: int, masked: np.ndarray) -> tuple[Tensor, Tensor]:
-        while True:
-            clips, group = self._settled(pending, i), self._group(pending, i)
-            try:
-                pixels = self._run(clips, self._group(pending, i), masked)
-                self.ledger.end_row()
-                return pixels
-            except BadSample as bad:
-                if isinstance(clips[0], tuple):  # a file: what DALI's decoder does not take, a worker's may
-                    log.warning("%s goes to a worker: %s", sample_name(self._member(group[0])), bad)
-                    pending.samples[i] = self.shared.storage.executor.submit(self._frames, clips[0][0], group)
-                else:
-                    self._substitute(pending, i, bad)
+    def _as_frames(self, pending: PendingBatch, refusal: str = "") -> list[np.ndarray]:
+        """All samples decoded without DALI's decoder of videos, or its GPU's of images; substitutes for bad ones.
+
+        refusal: what DALI has said.
+        """
+        bad, executor = self.ledger.bad, self.shared.storage.executor
+        for i, sample in enumerate(pending.samples):
+            pending.samples[i] = executor.submit(self._decoded, sample.result(), self._group(pending, i))
+        clips: list[np.ndarray] = []
+        for i in range(len(pending.samples)):
+            while True:
+                settled = self._settled(pending, i)
+                try:
+                    clips += self._decoded(settled, self._group(pending, i))
+                    break
+                except BadSample as refused:
+                    self._substitute(pending, i, refused)
+            self.ledger.end_row()
+        if refusal and self.ledger.bad == bad:  # nothing is wrong with any of them
+            self._refusals += 1
+            self._say(refusal)
+        return clips
+
+    def _decoded(self, clips: list, group: list[PlanEntry]) -> list[np.ndarray]:
+        """A sample's frames, or its image, by the CPU, if they are not decoded yet. BadSample."""
+        if isinstance(clips[0], bytes):
+            return [image_decoder().decode(clips[0])]
+        return self._frames(clips[0][0], group) if isinstance(clips[0], tuple) else clips
+
+    def _say(self, refusal: str) -> None:
+        if self._refusals in (1, MOST_REFUSALS):
+            what = "decodes no more" if self._refusals > 1 else "refuses a batch that the CPU decodes"
+            log.warning("DALI's decoder of %ss %s: %s", self.plan.kind, what, refusal)
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

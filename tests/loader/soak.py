@@ -68,7 +68,7 @@ def _clip(number: int, names: tuple[str, ...], seed: int) -> bytes:
 
 
 def soak_images(numbers: range, seed: int) -> Tally:
-    """The same for images, through DALI in this very process; its graph is built again after each that it refuses."""
+    """The same for images, through DALI in this very process, whose graph goes on after each that it refuses."""
     tally, pipeline, good = Tally(), PixelPipeline("image", 1, 32, 16, threads=1), encode_jpeg(drawn_image())
     with quiet():
         for part in _parts(numbers, "image-soak"):

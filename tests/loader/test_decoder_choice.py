@@ -159,7 +159,7 @@ def test_clips_that_dali_cannot_decode_go_to_workers(
 def test_video_that_fails_in_dali_is_decoded_by_a_worker(
     tmp_path: Path, make: SimpleNamespace, vp9: bytes, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pipeline is rebuilt and the batch decoded one by one: no sample is lost to what a GPU cannot decode."""
+    """With the rest of its batch: no sample is lost to what a GPU cannot decode, and nothing is rebuilt."""
     tar = make.tar(tmp_path / "s.tar", {f"{i}.webm": vp9 for i in range(4)})
     train = replace(config.train, global_images=0, micro_images=0)
     data = replace(config.data, videos=str(tar), frames=4, max_bad_fraction=0.9)
@@ -183,7 +183,7 @@ def test_video_that_fails_in_dali_is_decoded_by_a_worker(
         batches = list(islice(loader, 4))
         assert loader.bad_samples == 0
     assert all(torch.equal(a.video.pixels, b.video.pixels) for a, b in zip(batches, expected, strict=True))
-    assert failed == [2, 1] and all(len(batch.video.pixels) == 2 for batch in batches)
+    assert failed == [2] and all(len(batch.video.pixels) == 2 for batch in batches)
 
 
 @pytest.fixture

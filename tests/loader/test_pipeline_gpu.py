@@ -16,11 +16,12 @@ from bevt_ds.config.schema import Config
 from bevt_ds.data.decoding import nvdec
 from bevt_ds.data.decoding.gpu_decoder import GpuDecoder
 from bevt_ds.data.decoding.pool import DecodePool
-from bevt_ds.data.limits import Limits
+from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.shards.synthetic.draw_worker import encode_jpeg, encode_mp4
 from tests.loader.media import decode_clip, images_of, numbers_of, pooled_clips, shades
+from tests.loader.test_fault_reference import deep_jpeg
 
 S, V = 96, 48
 LEVEL = 2 / 255  # what decoders of one file may differ by on average
@@ -60,6 +61,19 @@ def test_gpu_decoding_is_close_to_cpu_decoding(kind: str, make: SimpleNamespace,
     on_cpu = images_of(PixelPipeline(kind, 1, S, V, threads=2), payloads[0], [e])
     on_gpu = images_of(PixelPipeline(kind, 1, S, V, threads=2, device=0, dali_decoder="mixed"), payloads[1], [e])
     assert difference(on_cpu[1], on_gpu[1]).mean() < (DRAWN if kind == "video" else LEVEL)
+
+
+def test_gpu_graph_goes_on_after_images_that_it_refuses(make: SimpleNamespace, entry: Callable) -> None:
+    graph = PixelPipeline("image", 2, S, V, threads=2, device=0, dali_decoder="mixed")
+    good, entries = (
+        [encode_jpeg(make.noise(120, 150, seed=i, softness=5.0)) for i in range(2)],
+        [entry(short_side=120)] * 2,
+    )
+    before = images_of(graph, good, entries)
+    for _ in range(20):
+        with pytest.raises(BadSample, match="DALI cannot decode it"):
+            images_of(graph, [good[1], deep_jpeg()], entries)
+        assert all(torch.equal(a, b) for a, b in zip(images_of(graph, good, entries), before, strict=True))
 
 
 @pytest.mark.parametrize("decoder", ["cpu", "gpu", "nvdec", "split"])

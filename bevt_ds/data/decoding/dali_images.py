@@ -29,7 +29,10 @@ class ImageDecoder:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._rebuild()
+        self._graph = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+        with self._graph:
+            self._graph.set_outputs(decoded_images(fn.external_source(name="encoded", dtype=types.UINT8), "cpu"))
+        self._graph.build()
 
     def decode(self, data: bytes) -> np.ndarray:
         """A JPEG or PNG: uint8 (H,W,3) RGB, turned upright. BadSample: DALI refuses it."""
@@ -41,12 +44,5 @@ class ImageDecoder:
                 reason = refusal(error)
                 if not reason:
                     raise
-                self._rebuild()  # after an error DALI does not promise that the old graph still works
                 raise BadSample(f"DALI cannot decode it: {reason}") from error
             return np.array(images[0])
-
-    def _rebuild(self) -> None:
-        self._graph = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
-        with self._graph:
-            self._graph.set_outputs(decoded_images(fn.external_source(name="encoded", dtype=types.UINT8), "cpu"))
-        self._graph.build()

@@ -16,7 +16,6 @@ Shape letters: B samples, T frames, S crop side, v side of the tokenizer's view.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,7 +31,6 @@ from bevt_ds.data.ledger import StageTimes
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.plan import PlanEntry
 
-COLLECT_EVERY = 32  # graphs that were replaced because DALI refused a sample
 LUMA = (0.2989, 0.587, 0.114)  # weights of the original's contrast and saturation
 
 
@@ -64,9 +62,9 @@ class PixelPipeline:
     """Turns a micro-batch's payloads into the two images that a stream needs.
 
     kind: "video" or "image". size: S. token_size: v = S/2. device: None for the CPU, else the CUDA ordinal.
-    dali_decoder: "mixed" (GPU) or "cpu": DALI decodes the files; None: images "cpu", and clips arrive as frames,
-    because DALI's CPU decoder knows VP8 and VP9 only. times: where the seconds are counted. on_device: frames arrive
-    as tensors on the GPU.
+    dali_decoder: "mixed" (GPU) or "cpu": DALI decodes the files; "": they arrive decoded; None: images "cpu", and clips
+    "", because DALI's CPU decoder knows VP8 and VP9 only. times: where the seconds are counted. on_device: frames
+    arrive as tensors on the GPU.
     """
 
     def __init__(
@@ -84,19 +82,17 @@ class PixelPipeline:
         if 2 * token_size != size:
             raise ValueError(f"token_size must be half of size, got {token_size} and {size}")
         self.kind, self.times = kind, times or StageTimes()
-        self.dali_decoder = dali_decoder or ("cpu" if kind == "image" else None)
+        self.dali_decoder = ("cpu" if kind == "image" else "") if dali_decoder is None else dali_decoder
         self._settings = (batch_size, size, threads, device)
         self._place = f"cuda:{device}" if on_device and device is not None else ""
-        self._replaced = 0
-        self.rebuild()
+        self._build()
 
     def without_decoder(self) -> PixelPipeline:
-        """The same for clips that arrive as frames."""
+        """The same for clips and images that arrive decoded."""
         batch_size, size, threads, device = self._settings
-        return PixelPipeline(self.kind, batch_size, size, size // 2, threads, device, times=self.times)
+        return PixelPipeline(self.kind, batch_size, size, size // 2, threads, device, "", self.times)
 
-    def rebuild(self) -> None:
-        """A fresh graph: after an error DALI does not promise that the old one still works."""
+    def _build(self) -> None:
         batch_size, size, threads, device = self._settings
         self.graph = Pipeline(
             batch_size=batch_size,
@@ -123,10 +119,11 @@ class PixelPipeline:
     def run(self, payloads: Sequence, entries: Sequence[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
         """Images of a micro-batch: (pixels, view) as bevt_ds.batch.Stream describes them.
 
-        payloads: images: file bytes; clips: uint8 (T,H,W,3), as `placed` gives them, or (file bytes, frame numbers) for
-        a dali_decoder.
+        payloads: for a dali_decoder file bytes, of clips with the frames' numbers; else uint8 (H,W,3), or clips
+        (T,H,W,3) as `placed` gives them.
         masked: bool (B,T), of images (B,): where the view is wanted.
-        BadSample: DALI cannot decode one of them; it does not say which.
+        BadSample: DALI cannot decode one of them; it does not say which. The next run is as if there had been none: a
+        test holds it.
         """
         with self.times.measured("augment", lanes=self._settings[2]):
             for name, values in self._inputs(payloads, entries).items():
@@ -151,31 +148,19 @@ class PixelPipeline:
             reason = refusal(error)
             if not reason:
                 raise
-            self._replace_graph()
             out_of_memory = "MEMORY" in reason.upper()  # which is not the sample's fault
             raise BadSample(f"DALI cannot decode it: {reason}", transient=out_of_memory) from error
 
-    def _replace_graph(self) -> None:
-        """Rebuild. A graph refers to itself: it is free only when Python looks for such cycles.
-
-        On a CPU that is 15 KB, on a GPU DALI's decoders keep tens of MB for each of their threads.
-        """
-        self.rebuild()
-        self._replaced += 1
-        if self._stream is not None or self._replaced % COLLECT_EVERY == 0:
-            gc.collect()
-
     def _decoded(self):
         """The graph's input as images: HWC, or FHWC for a clip."""
+        if not self.dali_decoder:
+            where, layout = "gpu" if self._place else "cpu", "HWC" if self.kind == "image" else "FHWC"
+            return fn.external_source(name="frames", dtype=types.UINT8, layout=layout, device=where)
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8)
         if self.kind == "image":
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8)
             return decoded_images(encoded, self.dali_decoder)
-        if self.dali_decoder:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8)
-            numbers = fn.external_source(name="frame_numbers", dtype=types.INT32)
-            return fn.decoders.video(encoded, device=self.dali_decoder, frames=numbers)
-        where = "gpu" if self._place else "cpu"
-        return fn.external_source(name="frames", dtype=types.UINT8, layout="FHWC", device=where)
+        numbers = fn.external_source(name="frame_numbers", dtype=types.INT32)
+        return fn.decoders.video(encoded, device=self.dali_decoder, frames=numbers)
 
     def _inputs(self, payloads: Sequence, entries: Sequence[PlanEntry]) -> dict[str, list]:
         inputs = {
@@ -185,15 +170,16 @@ class PixelPipeline:
             "flip": [np.int32(e.flip) for e in entries],
         }
         if self.kind == "image":
-            inputs["encoded"] = [np.frombuffer(data, np.uint8) for data in payloads]
             matrices = [jitter_matrix(e.jitter) for e in entries]
             inputs["jitter_matrix"] = [matrix for matrix, _ in matrices]
             inputs["jitter_luma"] = [share for _, share in matrices]
-        elif self.dali_decoder:
+        if not self.dali_decoder:
+            inputs["frames"] = list(payloads)
+        elif self.kind == "image":
+            inputs["encoded"] = [np.frombuffer(data, np.uint8) for data in payloads]
+        else:
             inputs["encoded"] = [np.frombuffer(data, np.uint8) for data, _ in payloads]
             inputs["frame_numbers"] = [numbers.astype(np.int32) for _, numbers in payloads]
-        else:
-            inputs["frames"] = list(payloads)
         return inputs
 
 
