@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from bevt_ds.config.fields import Field
+
 Graphs = Literal["auto", "on", "off"]
+REPLAY = Field(
+    "replay the encoder as CUDA graphs, not run on a GPU yet: off | auto (on one GPU, where it can) | on", resume="free"
+)
 
 
 def why_without_graphs(switch: Graphs, model: Any, stage: int, device: str, world: int) -> str | None:

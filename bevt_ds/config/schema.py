@@ -17,7 +17,7 @@ from typing import Annotated as A
 from typing import ClassVar, Literal, TypeVar
 
 from bevt_ds.config.fields import Field as F
-from bevt_ds.config.graphs import Graphs
+from bevt_ds.config.graphs import REPLAY, Graphs
 from bevt_ds.config.loggers import LogConfig
 from bevt_ds.config.samples import DataConfig, LabelledDataConfig, SamplingConfig, ViewsConfig
 from bevt_ds.config.targets import TargetsConfig
@@ -205,13 +205,7 @@ class StreamsTrainConfig(LoopConfig):
 class TrainConfig(StreamsTrainConfig):
     """Length and batch of pretraining."""
 
-    graphs: A[
-        Graphs,
-        F(
-            "replay the encoder as CUDA graphs, not run on a GPU yet: off | auto (on one GPU, where it can) | on",
-            resume="free",
-        ),
-    ] = "off"
+    graphs: A[Graphs, REPLAY] = "off"
     min_gain: A[
         float,
         F(
@@ -234,6 +228,7 @@ class FinetuneTrainConfig(LoopConfig):
         int,
         F("clips a rank takes in one forward pass; with mixup or cutmix not on resume", least=1, resume="free"),
     ] = 2
+    graphs: A[Graphs, REPLAY] = "off"
     label_smoothing: A[float, F("of the cross-entropy", below=1)] = 0.0
     mixup: A[float, F("mixup's alpha (timm); 0: none")] = 0.0
     cutmix: A[float, F("cutmix's alpha (timm); 0: none. With both, each batch takes one of the two")] = 0.0

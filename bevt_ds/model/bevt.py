@@ -8,9 +8,9 @@ mmaction/models/heads/bevt_multisource_head.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -60,14 +60,6 @@ class Rows:
     targets: Tensor  # int64 (R,), or float (R,D)
     real: Tensor  # bool (R,): False where a row pads
     count: int  # the loss's denominator, as in Stream
-
-
-class Replay(Protocol):
-    """Runs function(*inputs), whose parameters are those of `module`, in another way with the same results."""
-
-    def __call__(
-        self, name: str, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], module: nn.Module
-    ) -> Sequence[Tensor]: ...
 
 
 class Decoder(nn.Module):
@@ -131,7 +123,6 @@ class BEVT(PretrainedMixin, nn.Module):
             self.feature_head = nn.Linear(dim, target_dim)
         else:
             self.lm_head = LMHead(dim, vocab_size, kernels)
-        self.replay: Replay | None = None  # how training runs the encoder, if not as it is written
         self.init_weights()
 
     def forward_video(self, clip: Tensor, mask: Tensor, sample_keys: Tensor | None = None) -> Tensor:
@@ -205,20 +196,13 @@ class BEVT(PretrainedMixin, nn.Module):
         require_mask(mask, [len(pixels), *time, *grid])
         require_keys(keys, len(pixels))
 
-    def _encode_video(self, clip: Tensor, mask: Tensor, keys: Tensor | None) -> list[Tensor]:
+    def _encode_video(self, clip: Tensor, mask: Tensor, keys: Tensor | None) -> Sequence[Tensor]:
         tokens = self.mask_token(self.encoder.patch_embed(clip), mask)
-        return self._encode(tokens, "swin", keys)
+        return self.encoder.last_stages(2, tokens, "swin", keys)
 
-    def _encode_image(self, image: Tensor, mask: Tensor, keys: Tensor | None) -> list[Tensor]:
+    def _encode_image(self, image: Tensor, mask: Tensor, keys: Tensor | None) -> Sequence[Tensor]:
         tokens = self.mask_token(self.image_embed(image.unsqueeze(2)), mask.unsqueeze(1))
-        return self._encode(tokens, self.image_windows, keys)
-
-    def _encode(self, tokens: Tensor, policy: WindowPolicy, keys: Tensor | None) -> Sequence[Tensor]:
-        """The last two stages."""
-        if self.replay is None or keys is None or not self.training or not torch.is_grad_enabled():
-            return self.encoder.encode(tokens, policy, keys)[-2:]
-        encode = lambda tokens, keys: self.encoder.encode(tokens, policy, keys)[-2:]  # noqa: E731
-        return self.replay(f"the encoder ({policy} windows)", encode, (tokens, keys), self.encoder.layers)
+        return self.encoder.last_stages(2, tokens, self.image_windows, keys)
 
     def _video_rows(self, stream: Stream) -> Rows:
         self._require_fit(stream.pixels, stream.mask, stream.sample_keys)

@@ -5,9 +5,9 @@ Letters: B samples, T' H' W' tokens, C channels of the first stage, L blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange, repeat
@@ -74,6 +74,14 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
             module.compile(dynamic=False, **options)
 
 
+class Replay(Protocol):
+    """Runs function(*inputs), whose parameters are those of `module`, in another way with the same results."""
+
+    def __call__(
+        self, name: str, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], module: nn.Module
+    ) -> Sequence[Tensor]: ...
+
+
 class VideoSwin(PretrainedMixin, nn.Module):
     """The encoder: patches, four stages of window attention, LayerNorm.
 
@@ -101,6 +109,7 @@ class VideoSwin(PretrainedMixin, nn.Module):
         self.patch_embed = PatchEmbed(arch.patch, arch.embed_dim, kernels=kernels)
         self.layers = nn.ModuleList(Stage(arch, number, kernels) for number in range(len(arch.depths)))
         self.norm = Norm(arch.width, kernels)
+        self.replay: Replay | None = None  # how training runs the stages, if not as they are written
         self.init_weights()
         if compile:
             compile_blocks(self)
@@ -120,6 +129,15 @@ class VideoSwin(PretrainedMixin, nn.Module):
             first += depth
         return outputs
 
+    def last_stages(
+        self, number: int, tokens: Tensor, policy: WindowPolicy = "swin", sample_keys: Tensor | None = None
+    ) -> Sequence[Tensor]:
+        """The last `number` outputs of `encode`; in training with keys by `replay`, where there is one."""
+        if self.replay is None or sample_keys is None or not self.training or not torch.is_grad_enabled():
+            return self.encode(tokens, policy, sample_keys)[-number:]
+        run = lambda tokens, keys: self.encode(tokens, policy, keys)[-number:]  # noqa: E731
+        return self.replay(f"the encoder ({policy} windows)", run, (tokens, sample_keys), self.layers)
+
     def forward_intermediates(self, clip: Tensor, sample_keys: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """A clip (B,3,T,H,W) -> (the last stage's output after the norm, every stage's before merging and norm).
 
@@ -127,9 +145,7 @@ class VideoSwin(PretrainedMixin, nn.Module):
 
         Raises UserError for other shapes, types or ranges: see `inputs`.
         """
-        require_pixels(clip, CLIPS)
-        require_keys(sample_keys, len(clip))
-        look_at_values(clip, CLIPS, self)
+        self._require_clips(clip, sample_keys)
         outputs = self.encode(self.patch_embed(clip), sample_keys=sample_keys)
         features = self.norm(outputs[-1])
         first = lambda x: rearrange(x, "b t h w c -> b c t h w")  # noqa: E731
@@ -137,7 +153,15 @@ class VideoSwin(PretrainedMixin, nn.Module):
 
     def forward_features(self, clip: Tensor, sample_keys: Tensor | None = None) -> Tensor:
         """A clip (B,3,T,H,W), normalised -> (B,8C,T',H',W') after the last norm. Raises as `forward_intermediates`."""
-        return self.forward_intermediates(clip, sample_keys)[0]
+        self._require_clips(clip, sample_keys)
+        (last,) = self.last_stages(1, self.patch_embed(clip), sample_keys=sample_keys)
+        return rearrange(self.norm(last), "b t h w c -> b c t h w")
+
+    def _require_clips(self, clip: Tensor, sample_keys: Tensor | None) -> None:
+        """UserError unless they are what the network takes."""
+        require_pixels(clip, CLIPS)
+        require_keys(sample_keys, len(clip))
+        look_at_values(clip, CLIPS, self)
 
     def forward(self, clip: Tensor, sample_keys: Tensor | None = None) -> Tensor:
         """`forward_features`."""

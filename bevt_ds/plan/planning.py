@@ -9,17 +9,21 @@ from math import ceil, gcd, log2
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bevt_ds.batch import Batch
 from bevt_ds.config.deepspeed import read_json, resolve
+from bevt_ds.config.graphs import why_without_graphs
 from bevt_ds.config.schema import Config, FinetuneConfig, TrainingConfig
 from bevt_ds.config.validate import micro_steps, ranks_that_divide
 from bevt_ds.errors import UserError
 from bevt_ds.model.presets import SIZES, create_classifier, create_model
 from bevt_ds.runtime.gpus import Gpu, gpu_named, gpu_of
+from bevt_ds.runtime.tokenizer_graph import FRAMES
 
 from .activations import DTYPES, Activations, micro_batch, trace
 from .compute import Rates, arch_of, flops, rates
+from .graphs import graph_bytes
 from .memory import USABLE, WIDTHS, bucket_bytes, checkpoint_bytes, input_bytes, state_bytes, surface_bytes
 from .supply import Machines, Supply, supply
 from .targets import cost_of, maker
@@ -185,9 +189,27 @@ def parameter_counts(config: TrainingConfig) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def activations(config: TrainingConfig) -> Activations:
     """Of one micro-batch; `config` as `canonical` makes it."""
-    clips, images = micro_of(config)
+    model, inputs = traced(config)
+    return trace(model, *inputs)
+
+
+@lru_cache(maxsize=256)
+def pool_bytes(config: TrainingConfig) -> int:
+    """What CUDA graphs of the encoder keep for one micro-batch; `config` as `canonical` makes it."""
+    model, inputs = traced(config)
+    return graph_bytes(model, *inputs)
+
+
+def chunk_bytes(config: TrainingConfig) -> float:
+    """What the tokenizer's graph keeps, if the run has one: what it works on of the frames of a chunk."""
+    is_dalle = isinstance(config, Config) and config.target == "ids" and config.tokenizer.name == "dalle"
+    return FRAMES * cost_of(config).working[1] if is_dalle else 0.0
+
+
+def traced(config: TrainingConfig) -> tuple[nn.Module, tuple[Batch | Tensor, ...]]:
+    """The model in training mode and a micro-batch, on the meta device."""
     model = meta_model(config).train().to(DTYPES[config.train.precision])
-    return trace(model, *micro_batch(config, clips, images, model.arch.get("target_dim", 0)))
+    return model, micro_batch(config, *micro_of(config), model.arch.get("target_dim", 0))
 
 
 # --- memory ----------------------------------------------------------------------------------------
@@ -208,6 +230,8 @@ def memory_of(config: TrainingConfig, settings: Mapping[str, Any], world: int, p
         parts[maker(config)], passing = cost_of(config).memory(clips, images)
     if getattr(config.optim, "ema", 0):
         parts["average"] = 4.0 * parameters / (world if zero.get("stage", 0) else 1)
+    if not why_without_graphs(config.train.graphs, config.model, zero.get("stage", 0), "cuda", world):
+        parts["graphs"] = pool_bytes(canonical(config)) + chunk_bytes(config)
     gradients = parts["gradients"]
     changing = max(used.peak + (gradients if passes > 1 else 0), gradients, passing)
     return Memory(parts, used.saved, sum(parts.values()) - gradients + changing, offloaded)

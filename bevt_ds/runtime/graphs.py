@@ -12,6 +12,7 @@ that order: all ranks take the same way, by agreement. Not yet run on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bevt_ds.config.graphs import Graphs as Switch
+from bevt_ds.config.graphs import why_without_graphs
+from bevt_ds.config.schema import Config, FinetuneConfig
 from bevt_ds.errors import UserError
+from bevt_ds.runtime.distributed import Ranks
 
 WARM_UP = 2  # calls of a shape in the ordinary way before it is captured
 SHAPES = 4  # that are captured; more would hold too much memory
@@ -203,6 +207,22 @@ class Graphs:
             raise UserError(f"{line}. Use train.graphs=auto or off.")
         self._say(f"{line}: the run goes on without graphs.")
         return None
+
+
+def make_graphs(config: Config | FinetuneConfig, stage: int, ranks: Ranks) -> Graphs | None:
+    """CUDA graphs of a run's encoder, if the run has them; says so where it was to choose. stage: ZeRO's.
+
+    Raises:
+        UserError: train.graphs=on, and the run cannot have them.
+    """
+    switch = config.train.graphs
+    reason = why_without_graphs(switch, config.model, stage, ranks.device.type, ranks.world)
+    if reason and switch == "on":
+        raise UserError(f"train.graphs=on: {reason}. Use train.graphs=auto or off.")
+    say = partial(print, flush=True) if ranks.is_main else lambda line: None
+    if switch != "off" and ranks.device.type == "cuda":
+        say(f"graphs: {'off, ' + reason if reason else 'the encoder, after a comparison'} (train.graphs={switch})")
+    return None if reason else Graphs(switch, CudaBackend(), ranks.all_hold, say)
 
 
 def difference(captured: Captured, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> str | None:

@@ -28,6 +28,7 @@ from bevt_ds.runtime import run_dir
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.flops import backbone_macs, training_flops
+from bevt_ds.runtime.graphs import make_graphs
 from bevt_ds.runtime.optim import layer_decay_groups, learning_rate
 from bevt_ds.runtime.pieces import AVERAGE
 from bevt_ds.runtime.run_log import RunLog
@@ -146,7 +147,9 @@ def make_engine(config: FinetuneConfig, setup: Setup[FinetuneConfig], loader: La
     warmup = config.optim.warmup_epochs * epoch
     schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=warmup, steps_an_epoch=epoch)
     width, modules = SwinArch.of(model.arch).width, setup.begin_model(model)
-    return Engine(model, config, setup.ds_values, setup.ranks, width, groups, schedule, modules)
+    engine = Engine(model, config, setup.ds_values, setup.ranks, width, groups, schedule, modules)
+    engine.module.encoder.replay = make_graphs(config, engine.stage, engine.ranks)
+    return engine
 
 
 def step_flops(config: FinetuneConfig, engine: Engine) -> float:

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from bevt_ds.batch import Batch
-from bevt_ds.config.graphs import why_without_graphs
 from bevt_ds.config.schema import Config
 from bevt_ds.data.loader import Loader, eval_batches
-from bevt_ds.errors import UserError
 from bevt_ds.eval.held_out import as_json, as_table, shortfall
 from bevt_ds.eval.online_probe import OnlineProbe
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_model, require_same_sizes
+from bevt_ds.model.tokenizers import DalleTokenizer
 from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.engine import DTYPES, Engine
-from bevt_ds.runtime.graphs import CudaBackend, Graphs
+from bevt_ds.runtime.graphs import CudaBackend, make_graphs
 from bevt_ds.runtime.logging import expected_step_flops, step_metrics
 from bevt_ds.runtime.optim import freeze_unused, learning_rate, parameter_groups
 from bevt_ds.runtime.run_log import RunLog
+from bevt_ds.runtime.tokenizer_graph import ReplayedTokenizer
 from bevt_ds.train.loop import run_training
-from bevt_ds.train.targets import Targets, open_targets
+from bevt_ds.train.targets import IdTargets, Targets, open_targets
 from bevt_ds.train.task import Setup, Task
 
 
@@ -130,6 +130,7 @@ def open_pretraining(setup: Setup[Config]) -> Iterator[Pretraining]:
         build = partial(make_engine, setup=setup, head=targets.head, steps=steps)
         engine, _ = setup.begin_engine(build, loader.fingerprint)
         targets.require_head(engine.module.arch)
+        replay_tokenizer(targets, engine, config)
         flops = expected_step_flops(config, engine.module.arch)
         yield Pretraining(setup, loader, engine, steps, flops, targets, probe, shown)
 
@@ -159,21 +160,16 @@ def make_engine(config: Config, setup: Setup[Config], head: Mapping[str, int], s
     schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=config.optim.warmup_steps)
     modules, width = setup.begin_model(model, head=config.init_head), SwinArch.of(model.arch).width
     engine = Engine(model, config, setup.ds_values, setup.ranks, width, groups, schedule, modules)
-    engine.module.replay = make_graphs(config, engine)
+    engine.module.encoder.replay = make_graphs(config, engine.stage, engine.ranks)
     return engine
 
 
-def make_graphs(config: Config, engine: Engine) -> Graphs | None:
-    """CUDA graphs of the encoder, if the run has them; says so where it was to choose.
-
-    Raises:
-        UserError: train.graphs=on, and the run cannot have them.
-    """
-    switch, ranks = config.train.graphs, engine.ranks
-    reason = why_without_graphs(switch, config.model, engine.stage, ranks.device.type, ranks.world)
-    if reason and switch == "on":
-        raise UserError(f"train.graphs=on: {reason}. Use train.graphs=auto or off.")
-    say = partial(print, flush=True) if ranks.is_main else lambda line: None
-    if switch != "off" and ranks.device.type == "cuda":
-        say(f"graphs: {'off, ' + reason if reason else 'the encoder, after a comparison'} (train.graphs={switch})")
-    return None if reason else Graphs(switch, CudaBackend(), ranks.all_hold, say)
+def replay_tokenizer(targets: Targets, engine: Engine, config: Config) -> None:
+    """Encode with a CUDA graph where the encoder has them; other tokenizers than DALL-E's run as they are written."""
+    if (
+        engine.module.encoder.replay
+        and isinstance(targets, IdTargets)
+        and isinstance(targets.tokenizer, DalleTokenizer)
+    ):
+        say = partial(print, flush=True) if engine.ranks.is_main else lambda line: None
+        targets.encoder = ReplayedTokenizer(targets.tokenizer, config.train.graphs, CudaBackend(), say)

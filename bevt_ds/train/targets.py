@@ -67,10 +67,11 @@ class IdTargets:
     def __init__(self, tokenizer: Tokenizer, file: str = ""):
         """tokenizer: on the run's device. file: of its weights; "": it has none."""
         self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocab_size
+        self.encoder: Tokenizer = tokenizer  # what training encodes with
         self.head, self.files = {"vocab_size": self.vocabulary}, {"tokenizer": file}
 
     def fill(self, batch: Batch) -> Batch:
-        return tokenize(self.tokenizer, batch)
+        return tokenize(self.encoder, batch)
 
     def require(self, sums: Mapping[str, Any], where: str) -> None:
         require_known_targets(sums, self.vocabulary, where)

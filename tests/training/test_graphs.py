@@ -10,8 +10,7 @@ from bevt_ds import BEVT
 from bevt_ds.config.graphs import why_without_graphs
 from bevt_ds.errors import UserError
 from bevt_ds.model.tokenizers import RandomProjectionTokenizer, tokenize
-from bevt_ds.runtime.graphs import WARM_UP, Captured, Graphs
-from bevt_ds.train.pretraining import make_graphs
+from bevt_ds.runtime.graphs import WARM_UP, Captured, Graphs, make_graphs
 
 SIZES = {"embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window": (2, 2, 2), "vocab_size": 16}
 
@@ -76,7 +75,7 @@ def train(model, data, optimizer, accumulate=2):
 def run(replay, data):
     """Train, "resume" from the weights in between, train on."""
     model = make_network()
-    model.replay = replay
+    model.encoder.replay = replay
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     first = train(model, data[:6], optimizer)
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
@@ -117,7 +116,7 @@ def test_gradients_of_parameters_do_not_lie_in_the_memory_of_the_graph():
 def test_each_shape_is_captured_on_its_own_and_an_odd_one_is_not():
     """A shape that comes seldom is run as written; evaluation always is."""
     model, stand = make_network(), Stand()
-    model.replay = Graphs("auto", stand, lambda holds: holds, print)
+    model.encoder.replay = Graphs("auto", stand, lambda holds: holds, print)
     usual, odd = batches(1)[0], batches(1, clips=1)[0]
     for batch in [usual] * (WARM_UP + 1) + [odd] * WARM_UP:
         model(batch).loss.backward()
@@ -145,7 +144,7 @@ def test_what_cannot_be_relied_on_is_not_replayed(stand, agree, reason):
     """auto says so once and trains on, to the same bits; on is an error."""
     data, said = batches(4), []
     switched = make_network()
-    switched.replay = Graphs("auto", stand, lambda holds: holds and agree, said.append)
+    switched.encoder.replay = Graphs("auto", stand, lambda holds: holds and agree, said.append)
     losses, _ = train(switched, data, torch.optim.AdamW(switched.parameters()))
     plain = make_network()
     assert losses == train(plain, data, torch.optim.AdamW(plain.parameters()))[0]
@@ -153,7 +152,7 @@ def test_what_cannot_be_relied_on_is_not_replayed(stand, agree, reason):
     assert said[0].startswith("train.graphs=auto: the encoder (swin windows) is not replayed")
     assert reason in said[0]
     strict = make_network()
-    strict.replay = Graphs("on", stand, lambda holds: holds and agree, print)
+    strict.encoder.replay = Graphs("on", stand, lambda holds: holds and agree, print)
     with pytest.raises(UserError, match="train.graphs=on: the encoder"):
         train(strict, data, torch.optim.AdamW(strict.parameters()))
 
@@ -221,9 +220,8 @@ def test_rules_by_which_a_run_has_no_graphs(changes, reason):
 
 def test_graphs_on_where_there_can_be_none_is_refused():
     ranks = SimpleNamespace(device=torch.device("cpu"), world=1, is_main=True, all_hold=bool)
-    engine = SimpleNamespace(ranks=ranks, stage=2)
     config = SimpleNamespace(model=plain()["model"], train=SimpleNamespace(graphs="on"))
     with pytest.raises(UserError, match="train.graphs=on: a cpu has none. Use train.graphs=auto or off"):
-        make_graphs(config, engine)
+        make_graphs(config, 2, ranks)
     config.train.graphs = "auto"
-    assert make_graphs(config, engine) is None
+    assert make_graphs(config, 2, ranks) is None

@@ -119,9 +119,13 @@ class DalleTokenizer(nn.Module):
     @torch.no_grad()
     def logits(self, frames: Tensor) -> Tensor:
         """Frames (N,3,v,v), float RGB in [0,1] -> logits (N,V,v/8,v/8), fp32. Raises as `encode`."""
+        self.require(frames)
+        return self(frames)
+
+    def require(self, frames: Tensor) -> None:
+        """UserError unless they are frames; puts the weights into the precision of their device."""
         require_frames(frames, self)
         self.settle(torch.float16 if frames.is_cuda else torch.float32)
-        return self(frames)
 
     def forward(self, frames: Tensor) -> Tensor:
         """`logits` with the weights as `settle` leaves them: the part that `compile` compiles."""

@@ -1,0 +1,83 @@
+"""DALL-E's encoder as a CUDA graph, replayed for every few frames. `train.graphs`; not yet run on a GPU.
+
+How many frames are tokenized changes from step to step, a graph has one shape: frames come in chunks, the last one
+filled up with zeros. With one shape cuDNN can also choose its algorithms by measurement, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bevt_ds.config.graphs import Graphs as Switch
+from bevt_ds.errors import UserError
+from bevt_ds.model.tokenizers.dalle import DalleTokenizer
+from bevt_ds.runtime.graphs import Backend
+
+FRAMES = 16  # of a chunk: on average half of them are computed for nothing
+WARM_UP = 2  # calls in the ordinary way before the capture
+DIFFERENT = 0.01  # share of ids that may be others: another algorithm rounds otherwise where two logits are close
+
+
+class ReplayedTokenizer:
+    """A tokenizer whose `encode` replays a graph, once that has given the ids of the ordinary way."""
+
+    def __init__(self, tokenizer: DalleTokenizer, switch: Switch, backend: Backend, say: Callable[[str], None]):
+        """Args:
+        switch: auto goes back to the ordinary way where capturing fails or gives other ids; on: an error.
+        say: prints a line.
+        """
+        self.vocab_size, self._tokenizer = tokenizer.vocab_size, tokenizer
+        self._switch, self._backend, self._say = switch, backend, say
+        self._calls, self._off = 0, False
+        self._frames: Tensor | None = None  # the graph's own, (FRAMES,3,v,v)
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64.
+
+        Raises:
+            UserError: train.graphs=on, and it cannot be captured, or gives other ids; frames that are none.
+        """
+        if self._frames is not None and self._frames.shape[1:] == frames.shape[1:]:
+            self._tokenizer.require(frames)
+            return self._replayed(frames)
+        ids = self._tokenizer.encode(frames)
+        self._calls += 1
+        if self._calls > WARM_UP and not self._off and self._frames is None:
+            self._prepare(frames, ids)
+        return ids
+
+    def _replayed(self, frames: Tensor) -> Tensor:
+        """The ids, chunk by chunk."""
+        found = []
+        for chunk in frames.split(FRAMES):
+            self._frames[: len(chunk)].copy_(chunk)
+            self._frames[len(chunk) :].zero_()
+            self._replay()
+            found.append(self._ids[: len(chunk)].clone())  # the next chunk overwrites them
+        return torch.cat(found)
+
+    def _prepare(self, frames: Tensor, expected: Tensor) -> None:
+        """Capture, and keep the graph if its ids of these frames are the ordinary ones."""
+        self._frames = frames.new_zeros((FRAMES, *frames.shape[1:]))
+        run = lambda: self._tokenizer(self._frames).argmax(1)  # noqa: E731
+        measures, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            self._backend.warm_up(run)
+            ((self._replay, self._ids),) = self._backend.capture(run)
+            different = float((self._replayed(frames) != expected).double().mean())
+            problem = f"{different:.1%} of its ids are others than those of the ordinary way"
+        except RuntimeError as error:
+            different, problem = 1.0, f"it cannot be captured ({str(error).splitlines()[0]})"
+        finally:
+            torch.backends.cudnn.benchmark = measures
+        if different <= DIFFERENT:
+            return
+        self._frames, self._off = None, True
+        line = f"train.graphs={self._switch}: the tokenizer is not replayed, {problem}"
+        if self._switch == "on":
+            raise UserError(f"{line}. Use train.graphs=auto or off.")
+        self._say(f"{line}: it goes on without a graph.")
