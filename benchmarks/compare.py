@@ -31,6 +31,8 @@ MEASURES = {  # how a field's name ends -> whether more of it is worse; the firs
     "_mb": True,
     "_s": True,
     "launches": True,
+    "launch_calls": True,
+    "idle_share": True,
     "operators": True,
     "p50": True,
 }

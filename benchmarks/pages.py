@@ -167,6 +167,7 @@ def _step_columns(run: dict[str, Row]) -> Columns:
         "x eager, CPU time": ratio("cpu_ms"),
         **fields("clips/s clips_per_s .2f | images/s images_per_s .1f | MFU of measured peak mfu .1%"),
         **fields("of datasheet mfu_datasheet .1% | peak MB peak_mb .0f | kernel launches launches d"),
+        **fields("launch calls launch_calls d | device idle idle_share .0%"),
         **fields("operators operators d | data wait data_wait_share .1%"),
     }
 

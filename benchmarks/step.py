@@ -5,10 +5,10 @@
     python -m benchmarks.step --profile              # host and device by part, launches, idle share, a trace
     python -m benchmarks.step --cases shards --videos 'k400/*.tar' --image-shards 'in1k/*.tar'
 
-A step is tokenizer, forward, backward, clipping and update. Three cases: a batch of noise that stays on the device; the
-same without the tokenizer; and batches of real shards through the loader, for which drawn ones stand in where none are
-given. Providers take turns step by step, so that other load on the machine affects all alike; only with shards
-each has a loader and a time of its own.
+A step is tokenizer, forward, backward, clipping and update. Four cases: a batch of noise that stays on the device; the
+same without the tokenizer; a step of fine-tuning on such a batch; and batches of real shards through the loader, for
+which drawn ones stand in where none are given. Providers take turns step by step, so that other load on the machine
+affects all alike; only with shards each has a loader and a time of its own.
 
 Rows go to step-DEVICE.jsonl; a page and a plot are made of those of the newest commit. Compare ratios within one run:
 on a CPU those of CPU seconds, which a busy machine disturbs least.
@@ -21,8 +21,9 @@ import gc
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from statistics import median
@@ -32,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from bevt_ds.batch import Batch
-from bevt_ds.config.schema import Config
+from bevt_ds.config.schema import Config, FinetuneConfig
 from bevt_ds.data.loader import Loader
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.runtime.engine_setup import start_ranks
@@ -42,15 +43,27 @@ from bevt_ds.shards.synthetic.draw import ensure_demo_shards
 from . import report
 from .common import RESULTS, append_row, ceilings, provenance, quantiles, reason, rows_of
 from .step_batch import resident_batch
+from .step_finetune import FINETUNING, FinetuneSetting, finetuning_configuration, labelled_batch
 from .step_parts import profile_step
 from .step_profile import write_profile
-from .step_providers import CPU_PROVIDERS, PROVIDERS, RIVALS, Setting, Step, configuration
+from .step_providers import CPU_PROVIDERS, MAY_FAIL, PROVIDERS, WITH_GRAPHS, Setting, Step, configuration
 
-CASES = ("resident", "no tokenizer", "shards")
-FEW = ("eager", "ours")  # providers of the cases beyond the first
-WARM_UP, SHARD_STEPS = 2, {"cuda": 20, "cpu": 4}
+CASES = ("resident", "no tokenizer", "fine-tuning", "shards")
+FEW = ("eager", "ours")  # providers of the cases beyond the first; graphs too where a failure leaves a row
+WARM_UP, SHARD_STEPS = {"cuda": 4, "cpu": 2}, {"cuda": 20, "cpu": 4}  # graphs are captured in the third step
 BATCH = {"tiny": (4, 16)}  # clips and images a step on a CPU, by model; else one clip and four images
 GPU_BATCH = (8, 64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed. `facts` go into its rows; `flops` counts the training FLOPs of a step on a batch."""
+
+    name: str
+    clips: int
+    images: int
+    facts: dict[str, str]
+    flops: Callable[[Any], int]
 
 
 @dataclass
@@ -77,6 +90,34 @@ def step_flops(setting: Setting, batch: Batch) -> int:
     return training_flops(macs)
 
 
+def pretraining_case(name: str, setting: Setting) -> Case:
+    """Steps of pretraining."""
+    config, (clips, images) = setting.config, (setting.config.train.micro_clips, setting.config.train.micro_images)
+    facts = {
+        "model": config.model.name,
+        "batch": f"{clips} clips {images} images",
+        "pixels": f"{config.data.frames}x{config.data.size}x{config.data.size}",
+        "vocabulary": f"{config.tokenizer.vocab_size} ids",
+        "tokenizer": setting.tokenizer,
+        "dtype": str(setting.dtype),
+    }
+    return Case(name, clips, images, facts, partial(step_flops, setting))
+
+
+def finetuning_case(setting: FinetuneSetting) -> Case:
+    """Steps of fine-tuning."""
+    config, clips = setting.config, setting.config.train.micro_clips
+    facts = {
+        "model": config.model.name,
+        "batch": f"{clips} clips",
+        "pixels": f"{config.data.frames}x{config.data.size}x{config.data.size}",
+        "vocabulary": f"{setting.classes} classes",
+        "tokenizer": "none",
+        "dtype": str(setting.dtype),
+    }
+    return Case("fine-tuning", clips, 0, facts, lambda batch: setting.step_flops())
+
+
 def synchronise(device: str) -> None:
     """Wait for the GPU, if there is one."""
     if device == "cuda":
@@ -101,16 +142,17 @@ def timed(entry: Entry, batches: Iterator[Batch], device: str) -> None:
 class Benchmark:
     """One device, one file of rows."""
 
-    def __init__(self, path: Path, config: Config, seconds: float):
-        self.ranks = start_ranks()
+    def __init__(self, path: Path, config: Config, seconds: float, finetune: FinetuneConfig | None = None):
+        """finetune: of the case fine-tuning."""
+        self.ranks, self.finetune = start_ranks(), finetune
         self.device, self.path, self.config, self.seconds = self.ranks.device.type, path, config, seconds
         self.source, self.limits = provenance(self.device), ceilings(self.device)
 
-    def build(self, name: str, setting: Setting, batches: Iterator[Batch]) -> Entry:
+    def build(self, name: str, make: Callable[[], Step], batches: Iterator[Any]) -> Entry:
         """A provider after its first steps, which compile, tune and make the optimizer's state."""
         before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
-        step = PROVIDERS[name](setting)
-        for _ in range(WARM_UP):
+        step = make()
+        for _ in range(WARM_UP[self.device]):
             step(batches)
         synchronise(self.device)
         state = round((torch.cuda.memory_allocated() - before) / 1e6, 1) if self.device == "cuda" else None
@@ -121,42 +163,56 @@ class Benchmark:
         few = [name for name in providers if name in FEW]
         if case == "shards":
             self.shards(few, tokenizer)
+        elif case == "fine-tuning":
+            self.finetuning([name for name in providers if name in FINETUNING])
         elif case == "resident":
             self.resident(case, providers, tokenizer)
         else:
-            self.resident(case, few, "none")
+            self.resident(case, [name for name in providers if name in (*FEW, WITH_GRAPHS)], "none")
         gc.collect()
 
     def resident(self, case: str, providers: Sequence[str], tokenizer: str) -> None:
-        """All providers in turns on a batch that stays on the device.
+        """All providers on a batch that stays on the device."""
+        setting, data, train = Setting(self.config, tokenizer, self.ranks), self.config.data, self.config.train
+        batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, 0, data.mask)
+        makers = {name: partial(PROVIDERS[name], setting) for name in providers}
+        self.in_turns(pretraining_case(case, setting), makers, batch.to(self.ranks.device))
+
+    def finetuning(self, providers: Sequence[str]) -> None:
+        """A fine-tuning step on a batch that stays on the device."""
+        setting = FinetuneSetting(self.finetune, self.ranks)
+        batch = labelled_batch(self.finetune, setting.classes).to(self.ranks.device)
+        makers = {name: partial(FINETUNING[name], setting) for name in providers}
+        self.in_turns(finetuning_case(setting), makers, batch)
+
+    def in_turns(self, case: Case, makers: Mapping[str, Callable[[], Step]], batch: Any) -> None:
+        """All providers step by step, on one batch.
 
         A competitor that fails leaves a row with its reason; a failure of ours is an error.
         """
-        setting, data, train = Setting(self.config, tokenizer, self.ranks), self.config.data, self.config.train
-        batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, 0, data.mask)
-        batch, entries = batch.to(self.ranks.device), []
-        for name in tqdm(providers, desc=f"{case}: warming up"):
+        entries = []
+        for name in tqdm(makers, desc=f"{case.name}: warming up"):
             try:
-                entries.append(self.build(name, setting, repeat(batch)))
+                entries.append(self.build(name, makers[name], repeat(batch)))
             except Exception as error:  # compilers raise whatever they like
-                if name not in RIVALS:
+                if name not in MAY_FAIL:
                     raise
-                self.row(case, name, setting, {"error": reason(error)})
+                self.row(case, name, {"error": reason(error)})
         began = time.perf_counter()
-        with tqdm(desc=case, unit="round") as bar:
+        with tqdm(desc=case.name, unit="round") as bar:
             while len(entries[0].wall_ms) < 3 or time.perf_counter() - began < self.seconds:
                 for entry in entries:
                     timed(entry, repeat(batch), self.device)
                 bar.update()
         for entry in entries:
-            self.write(case, entry, setting, batch, repeat(batch))
+            self.write(case, entry, batch, repeat(batch))
 
     def profile(self, provider: str, tokenizer: str, folder: Path) -> dict[str, Any]:
         """Write what host and device do in a step of one provider, on a batch that stays on the device."""
         setting, data, train = Setting(self.config, tokenizer, self.ranks), self.config.data, self.config.train
         batch = resident_batch(train.micro_clips, train.micro_images, data.frames, data.size, 0, data.mask)
         batches = repeat(batch.to(self.ranks.device))
-        entry = self.build(provider, setting, batches)
+        entry = self.build(provider, partial(PROVIDERS[provider], setting), batches)
         return write_profile(lambda: entry.step(batches), entry.step.marks, self.device, folder)
 
     def shards(self, providers: Sequence[str], tokenizer: str) -> None:
@@ -165,51 +221,39 @@ class Benchmark:
         for name in providers:
             with Loader(self.config, device=self.ranks.device) as loader:
                 batches = iter(loader)
-                entry = self.build(name, setting, batches)
+                entry = self.build(name, partial(PROVIDERS[name], setting), batches)
                 loader.wait_seconds()
                 for _ in tqdm(range(SHARD_STEPS[self.device]), desc=f"shards: {name}"):
                     timed(entry, batches, self.device)
                 waited = loader.wait_seconds() / (sum(entry.wall_ms) / 1e3)
-                self.write("shards", entry, setting, next(batches), batches, data_wait_share=round(waited, 4))
+                case = pretraining_case("shards", setting)
+                self.write(case, entry, next(batches), batches, data_wait_share=round(waited, 4))
             del entry
             gc.collect()
 
-    def write(
-        self, case: str, entry: Entry, setting: Setting, batch: Batch, batches: Iterator[Batch], **more: float
-    ) -> None:
+    def write(self, case: Case, entry: Entry, batch: Any, batches: Iterator[Any], **more: float) -> None:
         """Times, rates, use of the peak and parts of one provider."""
-        wall, train = quantiles(entry.wall_ms), self.config.train
-        flops_a_second = 1e3 * step_flops(setting, batch) / wall.p50
+        wall = quantiles(entry.wall_ms)
+        flops_a_second = 1e3 * case.flops(batch) / wall.p50
         datasheet = peak_flops(self.source["device"])
         result = {
             **wall.in_ms(),
             "cpu_ms": round(median(entry.cpu_ms), 2),
             "steps": len(entry.wall_ms),
-            "clips_per_s": round(1e3 * train.micro_clips / wall.p50, 3),
-            "images_per_s": round(1e3 * train.micro_images / wall.p50, 3),
+            "clips_per_s": round(1e3 * case.clips / wall.p50, 3),
+            "images_per_s": round(1e3 * case.images / wall.p50, 3),
             "mfu": round(flops_a_second / self.limits["matmul_flop_s"], 4),
             "mfu_datasheet": round(flops_a_second / datasheet, 4) if datasheet else None,
             "peak_mb": entry.peak_mb,
         }
         parts = profile_step(lambda: entry.step(batches), entry.step.marks, self.device, wall.p50)
-        self.row(case, entry.name, setting, result | parts | more)
+        self.row(case, entry.name, result | parts | more)
 
-    def row(self, case: str, provider: str, setting: Setting, result: dict[str, Any]) -> None:
+    def row(self, case: Case, provider: str, result: dict[str, Any]) -> None:
         """One row, on screen and on disk."""
-        train, data = self.config.train, self.config.data
-        facts = {
-            "op": "step",
-            "case": case,
-            "provider": provider,
-            "model": self.config.model.name,
-            "batch": f"{train.micro_clips} clips {train.micro_images} images",
-            "pixels": f"{data.frames}x{data.size}x{data.size}",
-            "vocabulary": f"{self.config.tokenizer.vocab_size} ids",
-            "tokenizer": setting.tokenizer,
-            "dtype": str(setting.dtype),
-        }
+        facts = {"op": "step", "case": case.name, "provider": provider, **case.facts}
         append_row(self.path, facts | result | {"ceilings": self.limits, "provenance": self.source})
-        tqdm.write(f"{case}, {provider}: {result.get('p50_ms', result.get('error'))}")
+        tqdm.write(f"{case.name}, {provider}: {result.get('p50_ms', result.get('error'))}")
 
 
 def with_shards(config: Config, videos: str, images: str) -> Config:
@@ -245,9 +289,11 @@ def main() -> None:
     clips = default[0] if arguments.clips is None else arguments.clips
     images = default[1] if arguments.images is None else arguments.images
     config = configuration(arguments.model, clips, images, arguments.ids)
-    config = with_shards(config, arguments.videos, arguments.image_shards)
+    if "shards" in arguments.cases and not arguments.profile:
+        config = with_shards(config, arguments.videos, arguments.image_shards)
     path = rows_of("step", provenance("cuda" if gpu else "cpu")["device"], arguments.out)
-    benchmark = Benchmark(path, config, arguments.seconds)
+    finetune = finetuning_configuration(arguments.model, clips or default[0])
+    benchmark = Benchmark(path, config, arguments.seconds, finetune)
     if arguments.profile:
         for name in arguments.providers if arguments.providers != parser.get_default("providers") else ["ours"]:
             folder = path.with_name(f"{path.stem}-profile") / re.sub(r"\W+", "-", name)

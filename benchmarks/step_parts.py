@@ -40,6 +40,7 @@ PARTS = (
     "other",
 )
 MARK = "part: "
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")  # of CUDA's runtime and driver
 STEMS = ("encoder.patch_embed", "image_embed", "mask_token")
 HEADS = ("video_decoder", "image_decoder", "lm_head", "encoder.norm")
 COLLECTIVES = ("c10d::", "nccl", "gloo:", "record_param_comms")
@@ -146,6 +147,11 @@ def kernels_of(event: Any) -> list[Any]:
     return [k for k in event.kernels if not k.name.startswith((MARK, "Memcpy", "Memset"))]
 
 
+def launch_calls(events: Iterable[Any]) -> int:
+    """How often the host told the device to run something. A replayed graph is one, whatever kernels are in it."""
+    return sum(event.name.startswith(LAUNCHES) for event in events)
+
+
 class Operators(TorchDispatchMode):
     """Counts what PyTorch runs inside the block, backward pass included: each would be a launch or more on a GPU.
 
@@ -171,9 +177,11 @@ def count_operators(run: Callable[[], object]) -> int:
 
 
 def profile_step(run: Callable[[], None], marks: nn.Module | None, device: str, step_ms: float) -> dict[str, Any]:
-    """Milliseconds by part, adding up to `step_ms`, and kernel launches, of one step. `run` must have warmed up.
+    """Milliseconds by part, adding up to `step_ms`, and kernels and launches, of one step. `run` must have warmed up.
 
-    On a CPU nothing is launched: there it is the operators that count, unless some are compiled.
+    `launches` are the kernels that ran, `launch_calls` what the host launched; they differ by graphs. `idle_share`: of
+    the step, without kernels. On a CPU nothing is launched: there it is the operators that count, unless some are
+    compiled.
 
     `marks` is the model whose modules name the parts; None for a compiled one, which must not be touched.
     """
@@ -195,7 +203,11 @@ def profile_step(run: Callable[[], None], marks: nn.Module | None, device: str, 
         sums = parts_of_events(events, lambda e: e.self_cpu_time_total)
         scale = 1e-3 * step_ms / profiled_ms
     times = {name: round(scale * sums.get(name, 0.0), 3) for name in PARTS if name != "other"}
-    launches = sum(len(kernels_of(e)) for e in events) if gpu else None
+    other = step_ms - sum(times.values())
+    counts = {
+        "launches": sum(len(kernels_of(e)) for e in events) if gpu else None,
+        "launch_calls": launch_calls(events) if gpu else None,
+        "idle_share": round(max(0.0, other / step_ms), 4) if gpu else None,
+    }
     operators = None if gpu or marks is None or is_compiled(marks) else count_operators(run)
-    parts = times | {"other": round(step_ms - sum(times.values()), 3)}
-    return {"parts": parts, "launches": launches, "operators": operators}
+    return {"parts": times | {"other": round(other, 3)}, "operators": operators} | counts

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from .step_parts import MARK, PARTS, count_operators, is_compiled, kernels_of, marked, parts_of_events
+from .step_parts import MARK, PARTS, count_operators, is_compiled, kernels_of, launch_calls, marked, parts_of_events
 
 STEPS, FUNCTIONS = 5, 60  # timed or under cProfile; lines of each list of host.txt
 NOT_MEASURED = "not measured"
@@ -105,7 +105,7 @@ def write_profile(run: Callable[[], None], marks: nn.Module | None, device: str,
     return result
 
 
-DEVICE = ("device_ms", "launches", "device_busy_ms", "idle_share")
+DEVICE = ("device_ms", "launches", "launch_calls", "device_busy_ms", "idle_share")
 
 
 def _device(trace: profile, host: list[Any], step_ms: float) -> dict[str, Any]:
@@ -116,4 +116,5 @@ def _device(trace: profile, host: list[Any], step_ms: float) -> dict[str, Any]:
     busy = 1e-3 * covered((e.time_range.start, e.time_range.end) for e in work)
     parts = by_part(host, lambda e: sum(k.duration for k in e.kernels if not k.name.startswith(MARK)))
     launches = sum(len(kernels_of(e)) for e in host)
-    return dict(zip(DEVICE, (parts, launches, round(busy, 3), round(max(0.0, 1 - busy / step_ms), 4)), strict=True))
+    idle = round(max(0.0, 1 - busy / step_ms), 4)
+    return dict(zip(DEVICE, (parts, launches, launch_calls(host), round(busy, 3), idle), strict=True))

@@ -13,9 +13,10 @@ from benchmarks.common import append_row, read_rows
 from benchmarks.eager_model import EagerBEVT, TorchvisionEncoder
 from benchmarks.eager_tokenizer import every_id
 from benchmarks.step_batch import all_frames, resident_batch
+from benchmarks.step_finetune import finetuning_configuration
 from benchmarks.step_levers import LADDER, Levers, every_position
 from benchmarks.step_parts import PARTS, count_operators, marked, part, profile_step
-from benchmarks.step_providers import CPU_PROVIDERS, Ours, Setting, configuration
+from benchmarks.step_providers import CPU_PROVIDERS, WITH_GRAPHS, Ours, Setting, configuration
 from bevt_ds import BEVT
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.tokenizers import RandomProjectionTokenizer, tokenize
@@ -195,6 +196,22 @@ def test_step_benchmark_rows_page_and_plot(small, tmp_path):
     assert "not measured: RuntimeError: no" in page
     assert "These are CPU numbers" in page
     assert benchmark.path.with_suffix(".png").stat().st_size > 5000
+
+
+def test_fine_tuning_rows(tmp_path):
+    """The original's step and ours, and graphs, which a CPU has not: a row with the reason."""
+    config = finetuning_configuration("tiny", clips=1)
+    data = replace(config.data, size=64, short_side=(64, 80), frames=4)
+    config = replace(config, data=data, model=replace(config.model, window=(2, 2, 2)))
+    benchmark = step.Benchmark(tmp_path / "step-cpu.jsonl", configuration("tiny", 1, 2), seconds=0.0, finetune=config)
+    benchmark.run("fine-tuning", ["eager", "ours", WITH_GRAPHS], "none")
+    failed, *rows = read_rows(benchmark.path)
+    assert (failed["provider"], "a cpu has none" in failed["error"]) == (WITH_GRAPHS, True)
+    assert [row["provider"] for row in rows] == ["eager", "ours"]
+    for row in rows:
+        assert (row["case"], row["batch"], row["images_per_s"]) == ("fine-tuning", "1 clips", 0)
+        assert row["operators"] > 300 and row["mfu"] > 0 and row["parts"]["optimizer"] > 0
+    assert "fine-tuning, tiny" in report.write(benchmark.path)
 
 
 def test_step_flops_count_the_masked_head_only(small):

@@ -6,7 +6,8 @@ import torch
 from benchmarks.eager_model import EagerBEVT
 from benchmarks.eager_tokenizer import every_id, plain_logits
 from benchmarks.step_batch import resident_batch
-from bevt_ds import BEVT
+from benchmarks.step_finetune import EagerClassifier
+from bevt_ds import BEVT, VideoClassifier
 from bevt_ds.model.tokenizers import DalleTokenizer, RandomProjectionTokenizer, tokenize
 
 SIZES = {"embed_dim": 32, "depths": (1, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window": (2, 2, 2), "vocab_size": 16}
@@ -44,6 +45,28 @@ def test_eager_baseline_has_equal_loss_and_gradients(clips, images):
         else:
             grad = theirs[name].grad.view_as(parameter)
             torch.testing.assert_close(parameter.grad, grad, rtol=1e-6, atol=1e-7 * scale, msg=name)
+
+
+def test_eager_classifier_has_equal_logits_and_gradients():
+    """In float64 to its rounding, as above."""
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in SIZES.items() if name != "vocab_size"}
+    ours = VideoClassifier(5, **sizes).double()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    eager = EagerClassifier(ours.arch).double()
+    eager.load_weights(ours.state_dict())
+    clips, weights = torch.randn(2, 3, 4, 64, 64, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    logits, expected = ours(clips), eager(clips)
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-8)
+    for output in (logits, expected):
+        (output * weights).sum().backward()
+    theirs = dict(eager.named_parameters())
+    scale = max(p.grad.abs().max() for p in theirs.values())
+    for name, parameter in ours.named_parameters():
+        grad = theirs[name].grad.view_as(parameter)
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-6, atol=1e-7 * scale, msg=name)
 
 
 def test_eager_tokenizer_gives_the_same_logits():

@@ -42,8 +42,12 @@ def test_idle_share_counts_overlapping_kernels_once():
     span = SimpleNamespace(start=0, end=1)
     mark = SimpleNamespace(name="part: linears", kernels=[], cpu_parent=None, sequence_nr=-1, time_range=span)
     op = SimpleNamespace(name="aten::mm", kernels=launched, cpu_parent=mark, sequence_nr=-1, time_range=span)
-    found = _device(SimpleNamespace(events=lambda: work), [mark, op], step_ms=8.0)
+    calls = [
+        SimpleNamespace(name=name, kernels=[], cpu_parent=op, sequence_nr=-1, time_range=span)
+        for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cudaGraphLaunch", "cudaMemcpyAsync")
+    ]
+    found = _device(SimpleNamespace(events=lambda: work), [mark, op, *calls], step_ms=8.0)
     assert found["device_busy_ms"] == 6.0
     assert found["idle_share"] == 0.25
-    assert found["launches"] == 1
+    assert (found["launches"], found["launch_calls"]) == (1, 3)
     assert found["device_ms"]["linears"] == 8.0
