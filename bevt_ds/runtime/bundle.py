@@ -5,9 +5,9 @@
   model/           the weights with which the step was computed, in its precision
   manifest.json    the run's configuration; the size and SHA-256 of every file
 
-A skipped step changes no weights, so those of the step are still there when it is known to be skipped; on a GPU at ZeRO
-stages 0 to 2, which are told a step later, they may be one update older. Bundles hold weights of their own, and do not
-name a checkpoint: that would be up to `train.checkpoint_every` updates older, and may be removed.
+A skipped step changes no weights, so those of the step are still there when it is known to be skipped: before the next
+update. Bundles hold weights of their own, and do not name a checkpoint: that would be up to `train.checkpoint_every`
+updates older, and may be removed.
 """
 
 from __future__ import annotations

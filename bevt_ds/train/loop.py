@@ -66,6 +66,8 @@ def train_step(
         batch = task.prepare(batch, step, micro_step)
         loss, metrics = task.forward(batch, step, micro_step)
         task.engine.backward(watch.mark(loss) if watch else loss)
+        if watch:
+            watch.settle()
         verdict = task.engine.step(step)
         sums.add(metrics)
         held.add(batch, loss)

@@ -1,7 +1,8 @@
 """Steps whose loss or gradient is not finite: counted, named, written down; too many of them end the run.
 
-runtime/guard.py leaves such a step out. Here is what the loop makes of it. On a GPU at ZeRO stages 0 to 2 the host
-learns a step later that one was left out, so what is needed to name it is held for as long.
+runtime/guard.py leaves such a step out. Here is what the loop makes of it. On a GPU, where the device decides, the host
+asks only before the next update, while the device is busy with the next gradient. What is needed to name the step is
+held for as long, and the weights are still those with which it was computed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,8 @@ class Watch:
     """Counts a run's skipped steps and says which samples they had. Every method is collective."""
 
     def __init__(self, task: Task) -> None:
-        self._task, self._pending = task, deque[tuple[Held, Verdict, StepSums]]()
+        self._task = task
+        self._pending: tuple[Held, Verdict, StepSums] | None = None  # the step before, if the device has not told yet
         self._folder = task.setup.folder / FOLDER
         earlier = [p for p in self._folder.glob("step-*") if p.name < name_of(task.setup.first_step)]
         whole = sum((folder / bundle.MODEL).is_dir() for folder in earlier)
@@ -103,18 +104,23 @@ class Watch:
         if self._spikes:
             held.limit = self._spikes.limit
             self._spikes.after_step()
-        self._pending.append((held, verdict, sums))
-        while len(self._pending) > (verdict.ready is not None):
-            self._judge(*self._pending.popleft())
+        self._pending = held, verdict, sums
+        if verdict.ready is None:
+            self.settle()
 
-    def was_skipped(self, step: int) -> bool:
-        """Whether the last step, number `step`, was skipped; waits for the device to know.
+    def settle(self) -> None:
+        """Judge the step before; waits for the device to know. To be called before the weights change again.
 
         Raises:
-            NonFiniteError: it was one too many.
+            NonFiniteError: it was skipped, and is one too many.
         """
-        while self._pending:
-            self._judge(*self._pending.popleft())
+        if self._pending:
+            pending, self._pending = self._pending, None
+            self._judge(*pending)
+
+    def was_skipped(self, step: int) -> bool:
+        """Whether the last step, number `step`, was skipped. As `settle`."""
+        self.settle()
         return self._last == step
 
     def _judge(self, held: Held, verdict: Verdict, sums: StepSums) -> None:

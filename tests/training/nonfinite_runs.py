@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.schema import Config
 from bevt_ds.errors import UserError
+from bevt_ds.runtime.guard import Guard
 from bevt_ds.train.loop import run_training
 from bevt_ds.train.task import Setup
 from tests.training.test_custom_task import STEPS, Points, PointsLoader, Regression, make_engine, toy
@@ -78,9 +80,29 @@ def go_back(run_folder: Path, new: Path) -> None:
         shutil.copy(run_folder / name, new / name)
 
 
+class Event:
+    """Stands in for a CUDA event: what a verdict waits for."""
+
+    waits = 0
+
+    def synchronize(self) -> None:
+        Event.waits += 1
+
+
+@contextmanager
+def told_late() -> Iterator[None]:
+    """Inside the block no step is known to be skipped before something waits for it, as on a GPU."""
+    real = Guard.after_step
+    with mock.patch.object(Guard, "after_step", lambda guard: replace(real(guard), ready=Event())):
+        yield
+
+
 def main(folder: Path) -> None:
     some = (5, 6, 7, 15)
     ends = {"some": run(with_train(toy(folder / "some"), keep_checkpoints=9), some)}
+    with told_late():
+        ends["late"] = run(with_train(toy(folder / "late"), log_every=10), some)
+    ends["waits"] = Event.waits
     ends["removed"] = run(with_train(toy(folder / "removed"), steps=STEPS - len(some)), removed=some)
     ends["all"] = run(toy(folder / "all"), range(20, STEPS), stage=3)
     ends["many"] = run(with_train(toy(folder / "many"), max_skipped=(5, 3)), range(20, STEPS, 2), stage=1)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.errors import UserError
@@ -107,6 +108,22 @@ def test_skipped_step_is_named_with_its_samples(runs):
     report = json.loads((found[-1] / "report.json").read_text())
     assert (report["step"], report["losses"], report["keys"]) == (15, [["nan"]], [[["points/15"]]])
     assert report["norms"] == {"line.weight": "nan"}
+
+
+def test_bundle_holds_the_weights_of_its_step_where_the_host_is_told_late(runs):
+    """As on a GPU, which is asked once the next gradient is on its way, but before the next update."""
+    folder, ends = runs
+    assert ends["late"] == [FINISHED, ""] and ends["waits"] == 48, ends["output"]
+    found = sorted((folder / "late" / "nonfinite").glob("step-*"))
+    assert [path.name[-2:] for path in found] == ["05", "06", "07", "15"]
+    weights = []
+    for path in found:
+        at_once = folder / "some" / "nonfinite" / path.name
+        shown, expected = (torch.load(bundle / "model" / "line.pt")["line.weight"] for bundle in (path, at_once))
+        assert torch.equal(shown, expected), path
+        assert (path / "report.json").read_bytes() == (at_once / "report.json").read_bytes()
+        weights.append(shown)
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[2], weights[3])
 
 
 @pytest.mark.parametrize(
