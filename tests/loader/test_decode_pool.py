@@ -13,17 +13,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bevt_ds.data.decoding import pool as pool_module
 from bevt_ds.data.decoding import subprocess_env
-from bevt_ds.data.decoding.pool import MOST_RESIDENT, READY, DecodePool, DecodeWorker
+from bevt_ds.data.decoding.pool import MOST_RESIDENT, READY, CannotStart, DecodePool, DecodeWorker, cpu_seconds
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.plan import clip_frames
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import read_member
+from bevt_ds.errors import UserError
 from bevt_ds.launcher import find
 from tests.loader.media import decode_clip, pooled_clips
 
@@ -166,9 +169,38 @@ def test_workers_that_cannot_start_end_the_run(member: Load, monkeypatch) -> Non
     program = "raise ImportError('no such library')"
     monkeypatch.setattr(subprocess_env, "command", lambda *_: [sys.executable, "-c", program])
     pool = DecodePool(workers=1, seconds=20.0, limits=Limits())
-    with pytest.raises(RuntimeError, match="decode workers cannot start: (?s:.*)no such library"):
+    with pytest.raises(UserError, match="^decode workers cannot start: ImportError: no such library. `bevt doctor`"):
         pool.describe(member())
     pool.close()
+
+
+def test_worker_that_computes_is_waited_for(member: Load, monkeypatch) -> None:
+    """However little an overloaded machine lets it: here its start takes many times START_SECONDS."""
+    monkeypatch.setattr(pool_module, "START_SECONDS", 0.001)
+    monkeypatch.setattr(pool_module, "cpu_seconds", partial(next, count(1e-9, 1e-9)))
+    pool = DecodePool(workers=1, seconds=600.0, limits=Limits())
+    assert pool.describe(member())["width"] > 0
+    pool.close()
+
+
+@pytest.mark.parametrize("computed", [(0.5, 0.5), (0.5, 1e9)], ids=["it waits", "it computes for ever"])
+def test_worker_that_gets_no_further_in_its_start_ends_the_run(member: Load, monkeypatch, computed: tuple) -> None:
+    monkeypatch.setattr(subprocess_env, "command", lambda *_: [sys.executable, "-c", "input()"])
+    monkeypatch.setattr(pool_module, "START_SECONDS", 0.75)
+    monkeypatch.setattr(pool_module, "cpu_seconds", partial(next, iter(computed)))
+    pool = DecodePool(workers=1, seconds=600.0, limits=Limits())
+    with pytest.raises(CannotStart, match=f"process {pool.pids[0]} got no further for 0.75 s"):
+        pool.describe(member())
+    pool.close()
+
+
+def test_what_a_process_has_computed() -> None:
+    before = cpu_seconds(os.getpid())
+    while cpu_seconds(os.getpid()) == before:
+        pass  # until the system's clock has counted it
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    assert cpu_seconds(os.getpid()) > before >= 0 == cpu_seconds(ended.pid)
 
 
 def test_closing_the_pool_ends_every_worker(member: Load, is_alive: Callable[[int], bool]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +25,11 @@ import numpy as np
 from bevt_ds.data.decoding import subprocess_env
 from bevt_ds.data.decoding.geometry import Crop
 from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.errors import UserError
 
 ATTEMPTS = 2  # a worker may hang or die for reasons that are not the sample's: memory, a stray signal
 MOST_RESIDENT = 2 << 30  # bytes; a worker that holds more is replaced
-START_SECONDS = 120.0  # for a process to begin, with its imports: no fault of a sample, however slow the disk
+START_SECONDS = 120.0  # in which a process that begins must get on, and of computing before it is ready
 LENGTH = struct.Struct("<I")  # bytes of the JSON with which an answer begins
 READY = LENGTH.pack(0)  # what a worker says when it has started
 _PIPE_BYTES = 1 << 20
@@ -37,6 +39,10 @@ Reply = dict[str, Any]
 
 class WorkerDied(Exception):
     """The worker's pipe closed before its answer was whole. The message is the end of its stderr."""
+
+
+class CannotStart(UserError, RuntimeError):
+    """No decode worker can start on this machine, whatever the sample."""
 
 
 class SharedMemory:
@@ -103,11 +109,10 @@ class DecodeWorker:
     def ask(self, request: dict[str, Any], data: bytes, seconds: float) -> tuple[Reply, np.ndarray]:
         """The answer to a request about the file `data`, and the bytes that came with it: uint8 (n,).
 
-        TimeoutError: once started, no answer within `seconds`. WorkerDied: there will be none. RuntimeError: no worker
-        can start.
+        TimeoutError: once started, no answer within `seconds`. WorkerDied: there will be none. CannotStart.
         """
         if not self._started:
-            self._await_start(time.monotonic() + START_SECONDS)
+            self._await_start()
         deadline = time.monotonic() + seconds
         line = json.dumps({**request, "size": len(data), "seconds": seconds}).encode() + b"\n"
         for part in (line, data):
@@ -130,17 +135,36 @@ class DecodeWorker:
         self._stderr.close()
         self.memory.close()
 
-    def _await_start(self, deadline: float) -> None:
-        """Wait until the program runs. One that fails before it has seen a file is no fault of the file."""
+    def _await_start(self) -> None:
+        """Wait until the program runs. One that fails before it has seen a file is no fault of the file.
+
+        On a machine that is overloaded its imports may take minutes: it is given up only where it computes no more.
+        """
         try:
-            self._read(len(READY), deadline)
-        except TimeoutError as error:
-            raise RuntimeError(f"decode workers cannot start: not ready within {START_SECONDS:g} s") from error
+            while not self._is_ready():
+                pass
         except WorkerDied as death:
             if self.process.wait() > 0:  # it exited by itself; a signal may have come from anywhere
-                raise RuntimeError(f"decode workers cannot start: {death}") from death
+                *_, last = str(death).splitlines() or ["no message"]
+                raise CannotStart(
+                    f"decode workers cannot start: {last}. `bevt doctor` looks at the machine."
+                ) from death
             raise
         self._started = True
+
+    def _is_ready(self) -> bool:
+        """Whether it says so, before START_SECONDS are over. CannotStart: in them it has got no further."""
+        before = cpu_seconds(self.pid)
+        try:
+            self._read(len(READY), time.monotonic() + START_SECONDS)
+        except TimeoutError as error:
+            if not before < cpu_seconds(self.pid) <= START_SECONDS:
+                raise CannotStart(
+                    f"decode workers cannot start: process {self.pid} got no further for {START_SECONDS:g} s."
+                    " Is the disk with the Python environment readable?"
+                ) from error
+            return False
+        return True
 
     def _death(self) -> WorkerDied:
         """The error of a pipe that has closed, with the end of what the worker wrote to its standard error."""
@@ -170,6 +194,14 @@ class DecodeWorker:
                 raise self._death()
             rest = rest[got:]
         return data
+
+
+def cpu_seconds(process: int) -> float:
+    """What a process has computed so far, in seconds of one core; 0 where there is none."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _wait(poll: select.poll, deadline: float) -> None:
