@@ -18,16 +18,16 @@ import torch.distributed as dist
 from bevt_ds.errors import UserError
 from bevt_ds.finetune import main
 from bevt_ds.runtime.checkpoint import name_of
-from tests.training.processes import ROOT, launch
+from tests.training.processes import ROOT, SECONDS, launch
 
 RESULTS = "results.json"
 
 
-def run_jobs(folder: Path, jobs: list[dict], world: int = 1) -> list[int | str]:
-    """Run all jobs in order on so many ranks; returns what came of each."""
+def run_jobs(folder: Path, jobs: list[dict], world: int = 1, seconds: float = SECONDS) -> list[int | str]:
+    """Run all jobs in order on so many ranks, within so many seconds; returns what came of each."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
-    output = launch(["-m", "tests.downstream.finetune_jobs", str(path)], world)
+    output = launch(["-m", "tests.downstream.finetune_jobs", str(path)], world, seconds)
     results = folder / RESULTS
     assert results.exists(), output
     return json.loads(results.read_text())
