@@ -1,6 +1,6 @@
 """2,000 steps of test_custom_task.py, a log line each and 40 commits: `python -m tests.training.long_run DIR`.
 
-Every STRIDE steps a line of DIR/held.jsonl has what the process and its children hold.
+Every STRIDE steps a line of DIR/held.jsonl has what the process holds.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tests.training.test_custom_task import PointsLoader, Regression, make_engin
 STEPS, STRIDE, COMMITS = 2000, 100, 50
 
 
-def held(process: str = "self") -> dict[str, int]:
+def held() -> dict[str, int]:
     """Bytes of memory that are the process's own, its threads and its open files."""
-    place = Path("/proc") / process
+    place = Path("/proc/self")
     status = dict(line.split(":", 1) for line in (place / "status").read_text().splitlines())
     memory = sum(1024 * int(status[name].split()[0]) for name in ("RssAnon", "VmSwap"))
     return {"memory": memory, "threads": int(status["Threads"]), "files": len(list((place / "fd").iterdir()))}
