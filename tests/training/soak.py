@@ -177,8 +177,13 @@ def strike(run: Run, ranks: Sequence[Forked], kind: str, rng: random.Random, tal
     tally.strikes[name if len(some) == len(ranks) or kind == "freeze" else f"{name} of one"] += 1
     codes = {rank.returncode for rank in ranks}
     if not codes <= expected:
-        tally.faults.append(f"{kind}: exit codes {sorted(codes)}: {ranks[0].output.read_text()[-300:]!r}")
+        tally.faults.append(f"{kind}: exit codes {sorted(codes)}: {last_line(ranks[0])}")
     require_gone(run, ranks, kind, tally)
+
+
+def last_line(rank: Forked) -> str:
+    """Of what a rank has written; an error's line, or its traceback's last."""
+    return rank.output.read_text().strip().rpartition("\n")[2]
 
 
 def require_gone(run: Run, ranks: Sequence[Forked], what: str, tally: Tally) -> None:
@@ -199,7 +204,7 @@ def end(run: Run, ranks: Sequence[Forked], tally: Tally) -> None:
     if not until(lambda: all(rank.poll() is not None for rank in ranks)):
         tally.faults.append("the run did not end")
     if any(rank.returncode for rank in ranks):
-        tally.faults.append(f"exit code {ranks[0].returncode}: {ranks[0].output.read_text()[-500:]!r}")
+        tally.faults.append(f"exit code {ranks[0].returncode}: {last_line(ranks[0])}")
     require_gone(run, ranks, "at the end", tally)
     for rank in ranks:
         rank.kill()
