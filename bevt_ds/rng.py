@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -54,6 +55,11 @@ def generator(seed: int, use: Use, *counters: int) -> np.random.Generator:
         raise ValueError(f"at most three counters, got {len(counters)}")
     words = [0, *counters, *([0] * (3 - len(counters)))]
     return np.random.Generator(np.random.Philox(_Key((seed, use)), counter=np.array(words, dtype=np.uint64)))
+
+
+def key_number(key: str) -> int:
+    """A counter of 63 bits from the key of a sample in its shard: the same everywhere and for ever."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()) >> 1
 
 
 def sample_key(seed: int, stream: int, step: int, slot: int) -> int:

@@ -87,6 +87,13 @@ class DataConfig(SamplingConfig):
     clips_per_video: A[
         int, F("clips, each with its crop and mask, from one decode of a video; 1: the original", least=1)
     ] = 1
+    crops: A[
+        int,
+        F(
+            "fixed crops of each sample, one an epoch in turn: start, scale, place, flip and jitter follow from the"
+            " sample's key, whatever the seed; 0: new ones every time, as the original"
+        ),
+    ] = 0
     short_side: A[tuple[int, int], F("scale jitter: the short side is resized to a length in here (PT)", least=1)] = (
         256,
         320,

@@ -163,6 +163,11 @@ def _unlabelled(config: UnlabelledConfig) -> Iterator[str]:
         f"train.micro_clips={train.micro_clips}: must be a multiple of data.clips_per_video={data.clips_per_video},"
         " because one rank decodes a video once for all its clips.",
     )
+    yield from unless(
+        data.crops % data.clips_per_video == 0,
+        f"data.crops={data.crops}: must be a multiple of data.clips_per_video={data.clips_per_video}: an epoch takes so"
+        " many crops of a video.",
+    )
 
 
 def _pretraining(config: Config) -> Iterator[str]:

@@ -82,7 +82,8 @@ def open_reader(
 ) -> StreamReader:
     data, kind = config.data, source.stream.kind
     counts = [len(shard) for shard in shards]
-    plan = StreamPlan(source.stream, counts, data, config.train.seed, source.global_size)
+    keys = [shard.keys for shard in shards]
+    plan = StreamPlan(source.stream, counts, data, config.train.seed, source.global_size, keys)
     parts = (plan, shards, data, shared, ledger, data.stride)
     if kind == "video" and device.type != "cuda":
         return ClipReader(*parts, pixels=ClipPixels(data.size))

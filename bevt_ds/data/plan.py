@@ -17,7 +17,7 @@ import numpy as np
 
 from bevt_ds.config.samples import DataConfig, LabelledDataConfig, ViewsConfig
 from bevt_ds.data.masks import block_mask, tube_mask
-from bevt_ds.rng import Use, generator
+from bevt_ds.rng import Use, generator, key_number
 
 CELL = 16  # pixels along a side of a mask cell
 FRAMES_PER_CELL = 2
@@ -63,6 +63,7 @@ class PlanEntry:
     crop: tuple[float, float]  # [0,1): y, x of the crop among the possible positions
     flip: bool
     jitter: tuple[float, float, float]  # factors of brightness, contrast, saturation
+    crop_number: int = 0  # which of the sample's data.crops; 0 where there are none
 
 
 class SampleOrder:
@@ -123,7 +124,10 @@ class SampleOrder:
 
 
 class StreamPlan:
-    """The plan of one stream: `global_size` slots a step over shards with `counts` samples each."""
+    """The plan of one stream: `global_size` slots a step over shards with `counts` samples each.
+
+    keys: of the samples of each shard; crops that are fixed (data.crops) follow from them.
+    """
 
     def __init__(
         self,
@@ -132,8 +136,10 @@ class StreamPlan:
         config: DataConfig,
         seed: int,
         global_size: int,
+        keys: Sequence[Sequence[str]] = (),
     ) -> None:
         self.stream, self.config, self.seed, self.global_size = stream, config, seed, global_size
+        self.keys = keys
         self.order = SampleOrder(counts, seed, stream, config.shuffle_window)
         self.grid = (config.size // CELL, config.size // CELL)
         self.kind, self.held_out = stream.kind, stream.held_out
@@ -149,12 +155,26 @@ class StreamPlan:
         serves them all; clips, crops and masks are each slot's own.
         """
         first = slot - slot % self.clips_per_sample
-        if attempt:
-            shard, member = self.order.substitute(step, first, attempt)
+        position = (step * self.global_size + first) // self.clips_per_sample
+        shard, member = self.order.substitute(step, first, attempt) if attempt else self.order.at(position)
+        if self.held_out:
+            treatment = self._fixed_view()
+        elif self.config.crops:
+            epoch = position // self.order.total
+            treatment = self.fixed_crop(shard, member, epoch * self.clips_per_sample + slot - first)
         else:
-            shard, member = self.order.at((step * self.global_size + first) // self.clips_per_sample)
-        treatment = self._fixed_view() if self.held_out else self._random_view(step, slot, first)
+            treatment = self._random_view(self.seed, step, slot, first)
         return PlanEntry(step, slot, attempt, shard, member, *treatment)
+
+    def fixed_crop(self, shard: int, member: int, turn: int) -> tuple:
+        """What is done to a sample at its `turn`-th turn, where it has data.crops crops: they come round again.
+
+        Crops come in groups of `clips_per_sample`, as slots do. Neither the seed nor the other samples matter, so that
+        what is made of a crop once is right for every run.
+        """
+        number = turn % self.config.crops
+        first = number - number % self.clips_per_sample
+        return *self._random_view(0, key_number(self.keys[shard][member]), number, first), number
 
     def window_at(self, step: int) -> tuple[int, int]:
         """The window of shards in which a step begins; see SampleOrder."""
@@ -168,18 +188,19 @@ class StreamPlan:
         cells = (self.config.frames // FRAMES_PER_CELL, *self.grid)
         return np.stack([tube_mask(rng, cells, self.config.mask) for rng in rngs])
 
-    def _random_view(self, step: int, slot: int, first: int) -> tuple:
-        config, place = self.config, (self.stream, step, slot)
-        start = fraction(generator(self.seed, Use.CLIP_START, self.stream, step, first))
-        phase = 0.0 if slot == first else fraction(generator(self.seed, Use.CLIP_START, *place))
-        crop_rng = generator(self.seed, Use.CROP, *place)
+    def _random_view(self, seed: int, group: int, number: int, first: int) -> tuple:
+        """Drawn for a slot of a step, or a crop of a sample: `number` of `group`. first: the one that leads its clips."""
+        config, place = self.config, (self.stream, group, number)
+        start = fraction(generator(seed, Use.CLIP_START, self.stream, group, first))
+        phase = 0.0 if number == first else fraction(generator(seed, Use.CLIP_START, *place))
+        crop_rng = generator(seed, Use.CROP, *place)
         short_side = int(crop_rng.integers(config.short_side[0], config.short_side[1] + 1))
         crop = (fraction(crop_rng), fraction(crop_rng))
-        flip = bool(generator(self.seed, Use.FLIP, *place).random() < config.flip)
+        flip = bool(generator(seed, Use.FLIP, *place).random() < config.flip)
         jitter = NO_JITTER
         if self.kind == "image":
             strengths = np.asarray(config.image_jitter)
-            rng = generator(self.seed, Use.JITTER, *place)
+            rng = generator(seed, Use.JITTER, *place)
             jitter = tuple(rng.uniform(np.maximum(1 - strengths, 0), 1 + strengths).tolist())
         return start, phase, short_side, crop, flip, jitter
 

@@ -43,7 +43,7 @@ MAY_CHANGE = {  # the right answers
         target teacher.name teacher.weights teacher.seed
         tokenizer.name tokenizer.weights tokenizer.vocab_size tokenizer.seed tokenizer.side
         data.shuffle_window data.max_pixels data.max_frames data.max_file_bytes data.max_clip_bytes
-        data.frames data.stride data.clips_per_video data.size data.short_side data.flip data.image_jitter
+        data.frames data.stride data.clips_per_video data.crops data.size data.short_side data.flip data.image_jitter
         data.token_size data.holdout data.mask.ratio data.mask.min_block data.mask.min_aspect data.mask.tube
         data.sampling data.crop_area data.crop_aspect data.randaugment data.erasing
         optim.betas optim.eps optim.weight_decay optim.layer_decay optim.backbone_scale optim.groups optim.ema
