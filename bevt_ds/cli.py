@@ -22,6 +22,7 @@ PROGRAMS = {  # the same programs that a launcher starts as files: bevt_ds/pretr
 GROUPS = {
     "plan": ("bevt_ds.plan.cli", "what a run takes on GPUs that are not at hand: memory, time, cost"),
     "shards": ("bevt_ds.shards.cli", "draw, pack, index, check and survey shards of videos and images"),
+    "tokens": ("bevt_ds.train.tokens", "the tokenizer's ids of all crops of a pretraining's shards, made once"),
     "doctor": ("bevt_ds.doctor.cli", "whether this machine can train: versions, GPU, decoders, limits, links"),
     "checkpoint": ("bevt_ds.report.checkpoints", "list, verify, compare and export what a run has committed"),
     "replay": ("bevt_ds.train.replay", "run a step that was not finite again: which sample, which layer"),

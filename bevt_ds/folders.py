@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from bevt_ds.errors import UserError
 
 LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
+TENSORS = "model.safetensors"  # in a folder of weights
 WEIGHTS = "weights"  # of a run, and of each of its checkpoints
 MANIFEST = "manifest.json"  # of a checkpoint, written last
 CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
@@ -47,3 +49,19 @@ def weights_of(path: str | Path, key: str = "") -> Path:
             raise UserError(f"{named}: this run has not written a checkpoint yet.")
         return commits[0] / WEIGHTS
     return given
+
+
+def weights_hash(path: Path) -> str:
+    """SHA-256 of a file of weights, or of a folder's model.safetensors; of several files, of all their hashes."""
+    one = path / TENSORS if path.is_dir() else path
+    if one.is_file():
+        return _file_hash(one)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256(
+        "".join(f"{_file_hash(file)}  {file.relative_to(path)}\n" for file in files).encode()
+    ).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

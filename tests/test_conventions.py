@@ -47,7 +47,7 @@ DATA_LAYERS = [  # the same within data/
     {"limits", "masks"},
     {"plan"},
     {"reading", "decoding"},
-    {"ledger", "pixels", "holdout"},
+    {"ledger", "pixels", "holdout", "tokens"},
     {"stream", "decoder_choice", "labels"},
     {"graph_stream"},
     {"open_stream"},

@@ -22,10 +22,11 @@ from bevt_ds.errors import UserError
 from bevt_ds.interop import convert, features
 from bevt_ds.plan import cli as plan_cli
 from bevt_ds.shards import cli as shards_cli
+from bevt_ds.train import tokens
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-USAGES = [module.USAGE for module in (pretrain, train_tokenizer, finetune, evaluate, probe, convert, features)]
+USAGES = [module.USAGE for module in (pretrain, train_tokenizer, finetune, evaluate, probe, convert, features, tokens)]
 ELSEWHERE = {"own-videos.md", "launch.md"}
 SHOWN = {"report", "runs", "view", "compare"}  # run in test_own_videos.py
 TRAININGS = {"pretrain", "finetune", "train_tokenizer"}
@@ -76,7 +77,9 @@ def commands(*programs: str) -> list:
 
 def test_every_line_is_a_command_that_a_test_takes():
     assert len(COMMANDS) > 50 and all(examples(usage) for usage in USAGES)
-    taken = TRAININGS | TESTS.keys() | SHOWN | {"shards", "plan", "convert", "features", "replay", "completion"}
+    taken = (
+        TRAININGS | TESTS.keys() | SHOWN | {"shards", "plan", "tokens", "convert", "features", "replay", "completion"}
+    )
     for words in COMMANDS:
         known = words[0] == "make" or (words[0] == "bevt" and words[1] in taken)  # `make`: test_conventions.py
         assert known or all(re.fullmatch(r"[\w.]+=\S+", word) for word in words), words
@@ -139,6 +142,13 @@ def test_documented_plan_is_parsed(words, monkeypatch):
     monkeypatch.setattr(plan_cli, "make_plan", reached)
     with pytest.raises(Reached):
         plan_cli.main(words[1:])
+
+
+@pytest.mark.parametrize("words", commands("tokens"))
+def test_documented_making_of_ids_lacks_its_files_alone(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="tokenizer.weights=encoder.pkl: no such file"):
+        tokens.main(words[1:])
 
 
 @pytest.mark.parametrize("words", commands("convert", "features", "replay"))

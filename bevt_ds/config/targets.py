@@ -49,4 +49,7 @@ class TargetsConfig:
         Literal["ids", "features"], "of masked positions: a tokenizer's ids, or features of a frozen network (teacher)"
     ] = "ids"
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokens: A[
+        str, F("folder of ids that `bevt tokens` has made of data.crops, in place of making them", resume="free")
+    ] = ""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

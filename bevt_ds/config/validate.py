@@ -293,6 +293,13 @@ def _targets(config: Config) -> Iterator[str]:
         "target=features needs a frozen network: teacher.name, one of timm's, or teacher.weights, a run of ours.",
     )
     yield from unless(
+        not config.tokens or bool(config.data.crops),
+        f"tokens={config.tokens} needs data.crops, how many crops a sample has: without, no crop comes twice.",
+    )
+    yield from unless(
+        not config.tokens or not features, f"tokens={config.tokens} are ids: leave it out with target=features."
+    )
+    yield from unless(
         features or not given, f"{given}: a teacher makes no ids: say target=features, or leave teacher.* out."
     )
 

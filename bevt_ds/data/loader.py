@@ -22,7 +22,7 @@ import torch
 
 from bevt_ds.batch import Batch, LabelledBatch, Stream
 from bevt_ds.config.samples import ReadingConfig
-from bevt_ds.config.schema import UnlabelledConfig
+from bevt_ds.config.schema import Config, UnlabelledConfig
 from bevt_ds.config.validate import micro_steps
 from bevt_ds.data.decoder_choice import resumed_decoders
 from bevt_ds.data.holdout import split
@@ -33,6 +33,7 @@ from bevt_ds.data.reading.deadline import StorageStalled
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.stream import PendingBatch, Resources, StreamReader
+from bevt_ds.data.tokens import KeptIds, contract_of, open_all
 
 LEDGER = "bad_samples.jsonl"
 
@@ -176,7 +177,7 @@ class BatchReader(RankReader):
         config, device = self._config, self._device
         shards = {s.stream: _samples(s, shared.storage, config.data.holdout) for s in self._sources}
         self.samples = {stream.kind: sum(map(len, parts)) for stream, parts in shards.items()}
-        self.fingerprint = _fingerprint(shards)
+        self.fingerprint = fingerprint_of(shards)
         known = resumed_decoders(self._state, config.data.decoder, self.is_on_gpu)
         readers = {}
         for s in self._sources:
@@ -184,10 +185,18 @@ class BatchReader(RankReader):
             decoder = known.get(s.stream.name)
             if decoder is None or (decoder in LANES and shared.gpu is None):
                 decoder = decoder_of(s, samples, config, shared, device, self.fingerprint)
-            readers[s.stream] = open_reader(s, samples, config, shared, device, decoder, self.ledgers[s.stream])
+            ledger, kept = self.ledgers[s.stream], self._kept(s, samples, shared.storage)
+            readers[s.stream] = open_reader(s, samples, config, shared, device, decoder, ledger, kept)
             if self.is_on_gpu:
                 self.decoder_choices[s.stream.name] = decoder
         return readers
+
+    def _kept(self, source: Source, shards: Sequence[Shard], storage: Storage) -> list[KeptIds]:
+        """The ids that a training's configuration names, of each shard. UserError: they are not those of this run."""
+        config, kind = self._config, source.stream.kind
+        if source.stream.held_out or not isinstance(config, Config) or not config.tokens:
+            return []
+        return open_all(storage, config.tokens, shards, kind, contract_of(config, kind))
 
     def _joined(self, parts: dict[StreamId, Stream]) -> Batch:
         streams = {stream.kind: part for stream, part in parts.items()}
@@ -432,7 +441,7 @@ def _samples(source: Source, storage: Storage, share: float) -> list[Shard]:
     return held if source.held_out else rest
 
 
-def _fingerprint(shards: dict[StreamId, list[Shard]]) -> str:
+def fingerprint_of(shards: Mapping[StreamId, Sequence[Shard]]) -> str:
     """Names, sizes and checksums of the samples; where the tars lie does not matter."""
     digest = hashlib.sha256()
     for stream, parts in shards.items():

@@ -29,6 +29,7 @@ from bevt_ds.data.reading.index import cache_home
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.stream import ClipReader, Resources, StreamReader
+from bevt_ds.data.tokens import KeptIds
 from bevt_ds.errors import UserError
 
 LANES = {"nvdec": (NVDEC,), "split": (NVDEC, WORKERS)}  # data.decoder -> who decodes clips outside of DALI's graph
@@ -79,14 +80,17 @@ def open_reader(
     device: torch.device,
     decoder: str,
     ledger: Ledger,
+    kept: Sequence[KeptIds] = (),
+    make_plan: type[StreamPlan] = StreamPlan,
 ) -> StreamReader:
+    """A reader of one stream's micro-batches. kept: the ids of each shard's crops; without, a batch has none."""
     data, kind = config.data, source.stream.kind
     counts = [len(shard) for shard in shards]
     keys = [shard.keys for shard in shards]
-    plan = StreamPlan(source.stream, counts, data, config.train.seed, source.global_size, keys)
+    plan = make_plan(source.stream, counts, data, config.train.seed, source.global_size, keys)
     parts = (plan, shards, data, shared, ledger, data.stride)
     if kind == "video" and device.type != "cuda":
-        return ClipReader(*parts, pixels=ClipPixels(data.size))
+        return ClipReader(*parts, pixels=ClipPixels(data.size), kept=kept)
     split = None
     if kind == "video" and decoder in LANES:
         places = {NVDEC: shared.gpu.lanes, WORKERS: data.workers}
@@ -101,8 +105,9 @@ def open_reader(
         dali_decoder="mixed" if decoder == "gpu" else None,
         times=shared.times,
         on_device=split is not None,
+        views=not kept,
     )
-    return GraphReader(*parts, pixels=pixels, split=split)
+    return GraphReader(*parts, pixels=pixels, split=split, kept=kept)
 
 
 def decoder_of(

@@ -189,7 +189,7 @@ class StreamPlan:
         return np.stack([tube_mask(rng, cells, self.config.mask) for rng in rngs])
 
     def _random_view(self, seed: int, group: int, number: int, first: int) -> tuple:
-        """Drawn for a slot of a step, or a crop of a sample: `number` of `group`. first: the one that leads its clips."""
+        """Drawn for a slot of a step, or a crop of a sample: `number` of `group`. first: the one that it follows."""
         config, place = self.config, (self.stream, group, number)
         start = fraction(generator(seed, Use.CLIP_START, self.stream, group, first))
         phase = 0.0 if number == first else fraction(generator(seed, Use.CLIP_START, *place))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bevt_ds.batch import Stream
+from bevt_ds.batch import IGNORE, Stream
 from bevt_ds.config.samples import SamplingConfig
 from bevt_ds.data.decoding.geometry import Crop
 from bevt_ds.data.decoding.gpu_decoder import GpuDecoder
@@ -31,6 +31,7 @@ from bevt_ds.data.plan import LabelledEntry, LabelledPlan, PlanEntry, StreamPlan
 from bevt_ds.data.reading.members import Member, Shard
 from bevt_ds.data.reading.remote import redacted
 from bevt_ds.data.reading.storage import Storage
+from bevt_ds.data.tokens import KeptIds
 from bevt_ds.rng import sample_key
 
 Entry = PlanEntry | LabelledEntry
@@ -60,7 +61,8 @@ class PendingBatch:
     entries: list  # what the plan says of each slot
     samples: list[Future] = field(default_factory=list)
     masks: np.ndarray | None = None  # bool (B,T/2,h,w) or (B,h,w), in pretraining
-    masked: np.ndarray | None = None  # bool (B,T) or (B,): the frames or images that hold a masked cell
+    masked: np.ndarray | None = None  # bool (B,T) or (B,): the frames or images that the tokenizer needs a view of
+    ids: np.ndarray | None = None  # int64 (B,T,h,w), of images T = 1, where they are kept: no view is needed then
     count: int = 0  # masked cells of the global batch
     pixels: ClipBatch | None = None  # where clips are written on a CPU
 
@@ -171,15 +173,33 @@ class SampleReader(ABC):
 
 
 class StreamReader(SampleReader):
-    """Reads the micro-batches of one stream of pretraining."""
+    """Reads the micro-batches of one stream of pretraining. kept: the ids of each shard's crops, if there are any."""
 
     plan: StreamPlan
+
+    def __init__(self, *arguments: Any, kept: Sequence[KeptIds] = (), **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.kept = kept
 
     def _prepare(self, pending: PendingBatch) -> None:
         masks = self.plan.masks(pending.step)
         pending.masks = masks[pending.slots.start : pending.slots.stop].copy()
         pending.masked = masked_frames(pending.masks, self.plan.frames_per_cell)
         pending.count = int(masks.sum()) * self.plan.frames_per_cell
+        if self.kept:
+            pending.ids = np.empty((len(pending.slots), *self.kept[0].shape[2:]), np.int64)
+            pending.masked[:] = False
+
+    def _read_all(self, pending: PendingBatch, i: int, group: list[PlanEntry]) -> bytes:
+        """The file of sample i; its ids, where kept, go into the micro-batch. BadSample: either cannot be had."""
+        if pending.ids is not None:
+            with self.shared.times.measured("storage"):
+                for j, entry in enumerate(group):
+                    kept = self.kept[entry.shard]
+                    pending.ids[i * len(group) + j] = self.shared.storage.ask(
+                        kept.read, entry.member, entry.crop_number, place=kept.path
+                    )
+        return self._read(group[0])
 
     def finish(self, pending: PendingBatch) -> Stream:
         """The micro-batch: pixels on the device, index tensors on the host."""
@@ -195,6 +215,7 @@ class StreamReader(SampleReader):
             token_rows=torch.from_numpy(index.token_rows),
             sample_keys=torch.tensor(keys, dtype=torch.int64),
             count=pending.count,
+            targets=None if pending.ids is None else _targets(pending.ids, index.rows),
             keys=tuple(sample_name(self._member(entry)) for entry in pending.entries),
         )
 
@@ -211,7 +232,7 @@ class ClipReader(StreamReader):
         self.pixels, self._lock = pixels, threading.Lock()
 
     def _sample(self, pending: PendingBatch, i: int, group: list[PlanEntry]) -> None:
-        data, config, shared = self._read(group[0]), self.config, self.shared
+        data, config, shared = self._read_all(pending, i, group), self.config, self.shared
         starts = [(entry.start, entry.phase) for entry in group]
         crops = [Crop(entry.short_side, *entry.crop, config.size) for entry in group]
         with (
@@ -234,3 +255,8 @@ class ClipReader(StreamReader):
             self._settled(pending, i)
             self.ledger.accept(1)
         return pending.pixels.pixels, pending.pixels.view
+
+
+def _targets(ids: np.ndarray, rows: np.ndarray) -> Tensor:
+    """The ids of the masked positions, IGNORE for padding: int64 (R,). ids: int64 (B,T,h,w). rows: see Stream."""
+    return torch.from_numpy(np.where(rows < 0, IGNORE, ids.reshape(-1)[rows]))

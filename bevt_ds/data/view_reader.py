@@ -28,7 +28,7 @@ class Reasons(Ledger):
 
     def reject(self, entry: LabelledEntry, member: Member, bad: BadSample, substitute: Member | None = None) -> None:
         """As Ledger's."""
-        self.reasons[entry.step, entry.slot] = str(bad)
+        self.reasons.setdefault((entry.step, entry.slot), str(bad))  # of a substitute it is another's
         super().reject(entry, member, bad, substitute)
 
 

@@ -102,9 +102,8 @@ def stream_panels(name: str, stream: Stream, predicted: Tensor, samples: int, to
         view = stream.view[int(places[b, t]) :][:1]
         return decoded_views(image, marks[b, t], guesses[b, t], view, tokenizer)
 
-    return frame_panels(
-        name, stream, marks, samples, VERDICT, decoded if isinstance(tokenizer, DecodingTokenizer) else None
-    )
+    decodes = isinstance(tokenizer, DecodingTokenizer) and len(stream.view)  # there is none where ids were kept
+    return frame_panels(name, stream, marks, samples, VERDICT, decoded if decodes else None)
 
 
 def frame_panels(

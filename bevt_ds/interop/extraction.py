@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from bevt_ds.interop.feature_files import (
 )
 from bevt_ds.model.frozen_swin import FrozenModel, load_frozen
 from bevt_ds.progress import progress_bar
-from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.distributed import Ranks, ranks_of
 from bevt_ds.runtime.engine import DTYPES
 
 
@@ -68,15 +68,6 @@ def extract(config: FeaturesRunConfig) -> int:
             write_chunk(folder, config.features, number, rows)
     print(closing_lines(config, ranks, folder, source.plan, len(missing), unreadable), flush=True)
     return 0
-
-
-def ranks_of(environment: Mapping[str, str]) -> Ranks:
-    """This process among those of torchrun or DeepSpeed's launcher. They never meet, so that no group is made."""
-    rank, world, local = (int(environment.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if not torch.cuda.is_available():
-        return Ranks(rank, world, torch.device("cpu"))
-    torch.cuda.set_device(local)
-    return Ranks(rank, world, torch.device("cuda", local))
 
 
 @dataclass

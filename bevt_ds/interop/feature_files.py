@@ -30,10 +30,9 @@ from bevt_ds.data.reading.remote import redacted
 from bevt_ds.disk import writing
 from bevt_ds.errors import UserError
 from bevt_ds.eval.results import run_of
-from bevt_ds.folders import weights_of
+from bevt_ds.folders import weights_hash, weights_of
 from bevt_ds.model.frozen_swin import FrozenModel
 from bevt_ds.model.tensor_file import write_tensors
-from bevt_ds.model.weights import TENSORS
 
 MANIFEST = "_manifest.json"  # readers of folders of parquet pass over names that begin so
 FREE = ("weights_path", "shards", "versions")  # what may differ when OUT is continued
@@ -82,22 +81,6 @@ def manifest_of(config: FeaturesRunConfig, shards: Sequence[Shard], model: Froze
         "precision": config.precision,
         "versions": {"bevt_ds": bevt_ds.__version__, "torch": torch.__version__},
     }
-
-
-def weights_hash(path: Path) -> str:
-    """SHA-256 of a file of weights, or of a folder's model.safetensors; of several files, of all their hashes."""
-    one = path / TENSORS if path.is_dir() else path
-    if one.is_file():
-        return _file_hash(one)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256(
-        "".join(f"{_file_hash(file)}  {file.relative_to(path)}\n" for file in files).encode()
-    ).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def samples_hash(shards: Sequence[Shard]) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 
 from bevt_ds.disk import writing
 from bevt_ds.errors import UserError
-from bevt_ds.folders import WEIGHTS, weights_of
+from bevt_ds.folders import TENSORS, WEIGHTS, weights_of
 
 from .arch import SwinArch
 from .containers import State, contained, deepspeed_folder, read_deepspeed, read_file, strip
@@ -28,7 +28,7 @@ from .layers import draw_parameters
 from .tensor_file import write_tensors
 from .windows import Size3
 
-CONFIG, TENSORS = "config.json", "model.safetensors"
+CONFIG = "config.json"
 FORMAT = "bevt_ds"
 ENCODER = "encoder."
 HEAD = "head."  # of a classifier

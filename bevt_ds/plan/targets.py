@@ -54,13 +54,16 @@ def maker(config: TrainingConfig) -> str:
 def cost_of(config: Config) -> Cost:
     """Of a run's targets; frames of a clip without a masked cell cost nothing where each frame is looked at alone.
 
+    Ids that are kept cost nothing; their tokenizer is there all the same, for held-out samples.
+
     Raises:
         UserError: a tokenizer or teacher that cannot be opened.
     """
     data = config.data
     looked_at = data.frames * sum(data.mask.tube) / 2
     if config.target == "ids":
-        return _of_tokenizer(config.tokenizer, data.token_size, looked_at)
+        cost = _of_tokenizer(config.tokenizer, data.token_size, looked_at)
+        return replace(cost, clip=0.0, image=0.0, working=(0.0, 0.0)) if config.tokens else cost
     if config.teacher.name:
         return _of_image_teacher(config.teacher, data.size, looked_at, config.train.precision)
     return _of_swin(config.teacher, (data.frames, data.size, data.size), config.train.precision)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,6 +97,15 @@ class Ranks:
 
 DRIVER = Path("/proc/driver/nvidia/version")  # is there where an NVIDIA driver is loaded
 OLDEST = (8, 0)  # compute capability: bf16 in hardware, and the oldest GPU that the kernels are compiled for
+
+
+def ranks_of(environment: Mapping[str, str]) -> Ranks:
+    """This process among those of torchrun or DeepSpeed's launcher. They never meet, so that no group is made."""
+    rank, world, local = (int(environment.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if not torch.cuda.is_available():
+        return Ranks(rank, world, torch.device("cpu"))
+    torch.cuda.set_device(local)
+    return Ranks(rank, world, torch.device("cuda", local))
 
 
 def describe_device(device: torch.device) -> str:

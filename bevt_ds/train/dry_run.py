@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from bevt_ds.config.validate import micro_steps, missing_inputs, target_files, z
 from bevt_ds.data.reading.index import index_places, read_index, tar_identity
 from bevt_ds.data.reading.remote import is_remote
 from bevt_ds.data.reading.shards import expand
+from bevt_ds.data.tokens import contract_of, require_contract
 from bevt_ds.errors import UserError
 from bevt_ds.folders import weights_of
 from bevt_ds.model.arch import SwinArch
@@ -86,6 +88,7 @@ def report_pretraining(
     shards = {key: survey(key, patterns, kind, config, found) for key, (patterns, kind) in wanted.items()}
     unopened = list(_target_faults(config)) if sound else []
     stops = [*missing_inputs(config), *_batch_faults(config, world), *found, *unopened]
+    stops += _kept_faults(config, {key: wanted[key] for key in shards if shards[key].files}) if sound else []
     if not sound or unopened:
         return _settings(config, notes), [*stops, *common_faults(config, values, world)]
     model, steps = meta_model(config), train.steps or _steps_of_epochs(config, shards)
@@ -265,6 +268,19 @@ def _target_faults(config: Config) -> Iterator[str]:
     if not list(target_files(config)):
         ids = config.target == "ids"
         yield from _fault(lambda: open_tokenizer(config.tokenizer) if ids else open_teacher(config))
+
+
+def _kept_faults(config: Config, shards: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    """What is wrong with the ids that a run is to read, of each kind the first; shards are not looked into."""
+    for key, (patterns, kind) in shards.items():
+        if config.tokens and key in ("data.videos", "data.images"):
+            yield from _fault(partial(_require_kept, config, patterns, kind))
+
+
+def _require_kept(config: Config, patterns: str, kind: str) -> None:
+    contract = contract_of(config, kind)
+    for path in expand(patterns, config.data.allow_pipe):
+        require_contract(config.tokens, path, kind, contract)
 
 
 def _fault(check: Callable[[], object]) -> list[str]:

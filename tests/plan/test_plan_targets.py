@@ -46,6 +46,14 @@ def test_trained_tokenizer_costs_what_torch_counts(tmp_path):
     assert flops(config, 2, 3)["tokenizer"] == pytest.approx((2 * FRAMES + 3) * counter.get_total_flops())
 
 
+def test_kept_ids_cost_the_weights_of_their_tokenizer_alone():
+    config, kept = demo(), replace(demo(), tokens="ids", data=replace(demo().data, crops=2))
+    made, cost = cost_of(config), cost_of(kept)
+    assert (cost.clip, cost.image, cost.working) == (0, 0, (0, 0)) and made.clip > 0
+    assert (cost.weights, cost.head) == (made.weights, made.head)
+    assert flops(kept, 2, 3)["tokenizer"] == 0
+
+
 def test_torchscript_tokenizer_has_a_cost(tmp_path):
     class Ids(nn.Module):
         def __init__(self):

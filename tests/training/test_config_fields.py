@@ -29,7 +29,7 @@ MAY_CHANGE = {  # the right answers
         train.log_every train.checkpoint_every train.keep_checkpoints train.max_skipped train.grace_seconds
         train.rank_deadline train.offload_dir train.graphs
         train.eval_batches train.min_gain train.val_every train.micro_clips train.micro_images
-        tokenizer.decoder probe.every probe.train probe.val log.to
+        tokenizer.decoder tokens probe.every probe.train probe.val log.to
         views.clips views.crops views.short_side views.micro_videos
     """,
     # these a user may want to change after a failure

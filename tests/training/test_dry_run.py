@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import bevt_ds
 from bevt_ds import finetune, pretrain
+from bevt_ds.config.parse import apply_overrides
+from bevt_ds.config.recipes import get_recipe
+from bevt_ds.config.schema import Config
 from bevt_ds.data.reading.index import load_shard
+from bevt_ds.data.tokens import contract_of, place_of, shape_of, write_ids
 from bevt_ds.runtime.lock import hold, owner_of
 
 
@@ -53,6 +58,22 @@ def test_dry_run_lists_all_that_would_stop_the_run(dry, tmp_path):
     for part in [*parts, "holds log.jsonl", "embed_dim=64"]:
         assert sum(part in stop for stop in stops) >= 1, (part, stops)
     assert len(stops) == 6
+
+
+def test_dry_run_holds_kept_ids_against_the_settings(dry, small, shards, tmp_path):
+    config = apply_overrides(
+        get_recipe("demo", Config), {key: str(value) for key, value in {**small, "data.crops": 2}.items()}
+    )
+    for kind in ("video", "image"):
+        shard, contract = load_shard(str(shards[f"data.{kind}s"])).only(kind), contract_of(config, kind)
+        ids = np.zeros((len(shard), *shape_of(contract)), np.uint16)
+        write_ids(place_of(tmp_path, shard.path, kind), shard, ids, {}, contract, {})
+    given = {"output_dir": tmp_path / "run", "data.crops": 2, "tokens": tmp_path}
+    assert dry(**given)[0] == 0
+    code, _, stops = dry(**given, **{"data.flip": 0.25})
+    assert code == 2 and len(stops) == 2 and all("data.flip=0.5, this run 0.25" in stop for stop in stops)
+    (missing,) = dry(**{**given, "tokens": tmp_path / "none", "train.global_images": 0})[2]
+    assert missing.endswith("is missing: run `bevt tokens` with the words of this run, which makes it.")
 
 
 def test_dry_run_lists_all_fields_out_of_bounds(dry, tmp_path):

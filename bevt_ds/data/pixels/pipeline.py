@@ -64,7 +64,7 @@ class PixelPipeline:
     kind: "video" or "image". size: S. token_size: v = S/2. device: None for the CPU, else the CUDA ordinal.
     dali_decoder: "mixed" (GPU) or "cpu": DALI decodes the files; "": they arrive decoded; None: images "cpu", and clips
     "", because DALI's CPU decoder knows VP8 and VP9 only. times: where the seconds are counted. on_device: frames
-    arrive as tensors on the GPU.
+    arrive as tensors on the GPU. views: whether the tokenizer's view is made at all.
     """
 
     def __init__(
@@ -78,19 +78,21 @@ class PixelPipeline:
         dali_decoder: str | None = None,
         times: StageTimes | None = None,
         on_device: bool = False,
+        views: bool = True,
     ) -> None:
         if 2 * token_size != size:
             raise ValueError(f"token_size must be half of size, got {token_size} and {size}")
         self.kind, self.times = kind, times or StageTimes()
         self.dali_decoder = ("cpu" if kind == "image" else "") if dali_decoder is None else dali_decoder
-        self._settings = (batch_size, size, threads, device)
+        self._settings, self._views = (batch_size, size, threads, device), views
         self._place = f"cuda:{device}" if on_device and device is not None else ""
         self._build()
 
     def without_decoder(self) -> PixelPipeline:
         """The same for clips and images that arrive decoded."""
         batch_size, size, threads, device = self._settings
-        return PixelPipeline(self.kind, batch_size, size, size // 2, threads, device, "", self.times)
+        options = {"device": device, "times": self.times, "views": self._views}
+        return PixelPipeline(self.kind, batch_size, size, size // 2, threads, dali_decoder="", **options)
 
     def _build(self) -> None:
         batch_size, size, threads, device = self._settings
@@ -108,7 +110,8 @@ class PixelPipeline:
             crop = _crop(frames, size)
             if self.kind == "image":
                 crop = _colour_jitter(crop, frames)
-            self.graph.set_outputs(_normalise(crop, self.kind), _token_view(crop, size, self.kind))
+            views = [_token_view(crop, size, self.kind)] if self._views else []
+            self.graph.set_outputs(_normalise(crop, self.kind), *views)
         self.graph.build()
         self._stream = None if device is None else torch.cuda.Stream(device)
 
@@ -184,7 +187,10 @@ class PixelPipeline:
 
 
 def _own_copies(outputs: tuple, frames: np.ndarray) -> tuple[Tensor, Tensor]:
-    pixels, view = (to_torch_tensor(output.as_tensor(), copy=True) for output in outputs)
+    pixels, *views = (to_torch_tensor(output.as_tensor(), copy=True) for output in outputs)
+    if not views:
+        return pixels, pixels.new_empty((0, 3, *(side // 2 for side in pixels.shape[-2:])))
+    (view,) = views
     index = torch.from_numpy(frames).to(view.device)
     return pixels, view.flatten(0, -4).index_select(0, index)
 

@@ -54,14 +54,15 @@ class Storage:
 
     def paths(self, patterns: str) -> list[str]:
         """`expand`, which lists folders and looks files up. StorageStalled: as `shards`."""
-        return self._list(expand, patterns, self._config.allow_pipe)
+        return self.ask(expand, patterns, self._config.allow_pipe)
 
     def has_wildcard(self, patterns: str) -> bool:
         """Whether `patterns` stands for whatever files there are; see shards.py. StorageStalled: as `shards`."""
-        return self._list(has_wildcard, patterns)
+        return self.ask(has_wildcard, patterns)
 
-    def _list(self, work: Callable[..., T], *arguments: Any) -> T:
-        return self.executor.call(work, *arguments, place="the list of shards", deadline=self._deadline)
+    def ask(self, work: Callable[..., T], *arguments: Any, place: object = "the list of shards") -> T:
+        """What `work(*arguments)` returns, which asks local storage for `place`. StorageStalled: as `shards`."""
+        return self.executor.call(work, *arguments, place=place, deadline=self._deadline)
 
     def load_shard(self, path: str) -> Shard:
         """The index of a shard, made on first use. UserError: it cannot be had. StorageStalled: as `shards`."""

@@ -111,15 +111,17 @@ def require_vocabulary(tokenizer: Tokenizer, head: int) -> None:
 
 @torch.no_grad()
 def tokenize(tokenizer: Tokenizer, batch: Batch) -> Batch:
-    """The batch with `targets` filled in; both streams are encoded in one call."""
-    streams = [s for s in (batch.video, batch.image) if s is not None]
+    """The batch with `targets` filled in where it has none; both streams are encoded in one call."""
+    streams = [s for s in (batch.video, batch.image) if s is not None and s.targets is None]
+    if not streams:
+        return batch
     views = [stream.view for stream in streams]
     frames = torch.cat(views)
     # Where nothing is masked there are none, and not every tokenizer takes an empty batch.
     ids = tokenizer.encode(frames) if len(frames) else streams[0].rows.new_empty((0, *streams[0].mask.shape[-2:]))
     ids = ids.split([len(v) for v in views])
     filled = iter([_with_targets(stream, part) for stream, part in zip(streams, ids, strict=True)])
-    return Batch(*(None if s is None else next(filled) for s in (batch.video, batch.image)))
+    return Batch(*(s if s is None or s.targets is not None else next(filled) for s in (batch.video, batch.image)))
 
 
 def _with_targets(stream: Stream, ids: Tensor) -> Stream:
