@@ -17,7 +17,7 @@ require_own_package(__file__)
 from collections.abc import Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
-from bevt_ds.config.command_line import run, start_training  # noqa: E402
+from bevt_ds.config.command_line import DryRun, run, start_training  # noqa: E402
 from bevt_ds.config.schema import FinetuneConfig  # noqa: E402
 
 USAGE = """\
@@ -45,13 +45,11 @@ def train(config: FinetuneConfig, values: dict[str, Any], notes: list[str], give
     return finetune(config, values, notes, given)
 
 
-def report(
-    config: FinetuneConfig, values: dict[str, Any], notes: list[str], world: int, sound: bool
-) -> tuple[str, list[str]]:
+def report(asked: DryRun[FinetuneConfig]) -> tuple[str, list[str]]:
     """What a dry run prints, and what would stop the run."""
     from bevt_ds.train.dry_run import report_finetuning
 
-    return report_finetuning(config, values, notes, world, sound)
+    return report_finetuning(asked)
 
 
 if __name__ == "__main__":

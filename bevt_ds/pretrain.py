@@ -18,7 +18,7 @@ from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from bevt_ds.config.command_line import run, start_training  # noqa: E402
+from bevt_ds.config.command_line import DryRun, run, start_training  # noqa: E402
 from bevt_ds.config.recipes import get_recipe  # noqa: E402
 from bevt_ds.config.schema import Config  # noqa: E402
 from bevt_ds.data.masks import check_empty_masks  # noqa: E402
@@ -57,25 +57,23 @@ def train(config: Config, values: dict[str, Any], notes: list[str], given: set[s
     from bevt_ds.shards.synthetic.draw import ensure_demo_shards
     from bevt_ds.train.pretraining import pretrain
 
-    if shards_of(config) == shards_of(get_recipe("demo", Config)):
+    if is_drawn(config):
         ensure_demo_shards(Path(config.data.videos).parent)
 
     return pretrain(config, values, notes, given)
 
 
-def shards_of(config: Config) -> tuple[str, ...]:
-    """All shards that a run reads, as the configuration names them."""
-    data = config.data
-    return data.videos, data.images, data.eval_videos, data.eval_images
+def is_drawn(config: Config) -> bool:
+    """Whether a run reads the demo's shards alone, which it draws itself where they are absent."""
+    data, demo = config.data, get_recipe("demo", Config).data
+    return all(getattr(data, key) == getattr(demo, key) for key in ("videos", "images", "eval_videos", "eval_images"))
 
 
-def report(config: Config, values: dict[str, Any], notes: list[str], world: int, sound: bool) -> tuple[str, list[str]]:
+def report(asked: DryRun[Config]) -> tuple[str, list[str]]:
     """What a dry run prints, and what would stop the run."""
     from bevt_ds.train.dry_run import report_pretraining
 
-    return report_pretraining(
-        config, values, notes, world, sound, drawn=shards_of(config) == shards_of(get_recipe("demo", Config))
-    )
+    return report_pretraining(asked, is_drawn(asked.config))
 
 
 if __name__ == "__main__":

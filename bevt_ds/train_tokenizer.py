@@ -18,7 +18,7 @@ from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from bevt_ds.config.command_line import run, start_training  # noqa: E402
+from bevt_ds.config.command_line import DryRun, run, start_training  # noqa: E402
 from bevt_ds.config.recipes import get_recipe  # noqa: E402
 from bevt_ds.config.tokenizing import TokenizerTrainingConfig  # noqa: E402
 
@@ -60,13 +60,11 @@ def is_drawn(config: TokenizerTrainingConfig) -> bool:
     return (config.data.images, config.data.videos) == (demo.images, demo.videos)
 
 
-def report(
-    config: TokenizerTrainingConfig, values: dict[str, Any], notes: list[str], world: int, sound: bool
-) -> tuple[str, list[str]]:
+def report(asked: DryRun[TokenizerTrainingConfig]) -> tuple[str, list[str]]:
     """What a dry run prints, and what would stop the run."""
     from bevt_ds.train.dry_run import report_tokenizing
 
-    return report_tokenizing(config, values, notes, world, sound, drawn=is_drawn(config))
+    return report_tokenizing(asked, is_drawn(asked.config))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Generic, TextIO
 
 from bevt_ds.config.deepspeed import merge, read_json
 from bevt_ds.config.engines import launch_problems, ranks_a_node
@@ -33,8 +33,20 @@ OF_TRAININGS = """\
   --deepspeed_config FILE   engine knobs (default: ZeRO-2 as ds_configs/zero2.json); "auto" is filled in from the recipe
   --help                    this text; with recipe=NAME the defaults shown are that recipe's
 """
-# From a configuration, the JSON, notes, ranks, and whether the settings are sound: what is printed, what stops the run.
-Report = Callable[[Any, dict[str, Any], list[str], int, bool], tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
+class DryRun(Generic[TrainingT]):
+    """A run that is asked about and not started. `is_sound`: whether its settings can be; else it is not worked out."""
+
+    config: TrainingT
+    values: dict[str, Any]  # the DeepSpeed JSON
+    notes: list[str]  # what the JSON changed
+    world: int  # ranks
+    is_sound: bool = True
+
+
+Report = Callable[[DryRun[TrainingT]], tuple[str, list[str]]]  # what is printed, and what would stop the run
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,7 @@ def start_training(
     kind: type[TrainingT],
     usage: str,
     train: Callable[[TrainingT, dict[str, Any], list[str], set[str]], int],
-    report: Report,
+    report: Report[TrainingT],
     check: Callable[[TrainingT], list[str]] = lambda _: [],
     default_recipe: str = "",
     shown_recipe: str = "",
@@ -145,7 +157,7 @@ def dry_run(
     arguments: Arguments,
     kind: type[TrainingT],
     world: int,
-    report: Report,
+    report: Report[TrainingT],
     check: Callable[[TrainingT], list[str]],
 ) -> int:
     """Print what a run would be, then all that would stop it; returns the exit code. See `start_training`.
@@ -159,7 +171,7 @@ def dry_run(
     config, notes = _listed(stops, partial(merge, config, set(overrides), values, world), (config, []))
     stops += [*problems(config, values), *launch_problems(config, values, world, ranks_a_node(os.environ, world))]
     notes += [] if stops else _listed(stops, partial(check, config), [])
-    text, more = report(config, values, notes, world, not stops)
+    text, more = report(DryRun(config, values, notes, world, is_sound=not stops))
     print("\n".join([text, *(f"would stop     {problem}" for problem in [*stops, *more])]))
     return UserError.exit_code if stops or more else 0
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from bevt_ds.config.command_line import DryRun
 from bevt_ds.config.engines import ranks_a_node, room_problems
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import Config, FinetuneConfig, StreamsTrainConfig, TrainingConfig, UnlabelledConfig
@@ -68,59 +69,33 @@ class Shards(NamedTuple):
     samples: int | None
 
 
-def report_pretraining(
-    config: Config,
-    values: Mapping[str, Any],
-    notes: Sequence[str],
-    world: int,
-    sound: bool = True,
-    drawn: bool = False,
-) -> tuple[str, list[str]]:
-    """What a run would be, line by line, and what would stop it.
-
-    Args:
-        config, values, notes, world: the run's settings, the DeepSpeed JSON, what the JSON changed, and the ranks.
-        sound: whether the settings can be; else what the run would be is left out.
-        drawn: the run draws its shards itself.
-    """
-    train, found = config.train, []
+def report_pretraining(asked: DryRun[Config], drawn: bool = False) -> tuple[str, list[str]]:
+    """What a run would be, line by line, and what would stop it. `drawn`: it draws its shards itself."""
+    config = asked.config
     wanted = {} if drawn else pretraining_shards(config)
-    shards = {key: survey(key, patterns, kind, config, found) for key, (patterns, kind) in wanted.items()}
-    unopened = list(_target_faults(config)) if sound else []
-    stops = [*missing_inputs(config), *_batch_faults(config, world), *found, *unopened]
-    stops += _kept_faults(config, {key: wanted[key] for key in shards if shards[key].files}) if sound else []
-    if not sound or unopened:
-        return _settings(config, notes), [*stops, *common_faults(config, values, world)]
-    model, steps = meta_model(config), train.steps or _steps_of_epochs(config, shards)
-    plan = Plan(
-        f"{_parameters(model):,}",
-        steps,
-        _batch(train, 0),
-        _batch(train, 1),
-        expected_step_flops(config, model.arch),
-        f"masked head, no recompute, no {maker(config)}",
-    )
-    reads = {"data.videos": train.global_clips / config.data.clips_per_video, "data.images": train.global_images}
-    supply = ["shards         drawn by the run itself"] if drawn else _supply(shards, reads, steps)
-    if not train.steps:
-        supply.append(f"epochs         {train.epochs}, of all but about {config.data.holdout:.1%} that is held out")
-    stops += room_problems(config, values, _parameters(model), world, ranks_a_node(os.environ, world))
-    stops += common_faults(config, values, world, lambda init: fit_init(model, init, head=config.init_head))
-    return _text(config, values, notes, world, plan, supply), stops
+    shards, stops = _survey(asked, wanted)
+    unopened = list(_target_faults(config)) if asked.is_sound else []
+    stops += _kept_faults(config, {key: wanted[key] for key in shards if shards[key].files}) if asked.is_sound else []
+    if not asked.is_sound or unopened:
+        return _settings(asked), [*stops, *unopened, *common_faults(asked)]
+    model = meta_model(config)
+    flops = expected_step_flops(config, model.arch)
+    plan = _plan_of_streams(config, model, shards, flops, f"masked head, no recompute, no {maker(config)}")
+    supply = _supply_of_streams(config, shards, plan.steps, drawn)
+    stops += _room_faults(asked, model)
+    stops += common_faults(asked, lambda init: fit_init(model, init, head=config.init_head))
+    return _text(asked, plan, supply), stops
 
 
-def report_finetuning(
-    config: FinetuneConfig, values: Mapping[str, Any], notes: Sequence[str], world: int, sound: bool = True
-) -> tuple[str, list[str]]:
+def report_finetuning(asked: DryRun[FinetuneConfig]) -> tuple[str, list[str]]:
     """The same for fine-tuning, whose head has as many classes as the shards, whose labels are not read."""
-    data, train, found = config.data, config.train, []
-    wanted = {key: patterns for key, patterns in (("data.train", data.train), ("data.val", data.val)) if patterns}
-    shards = {key: survey(key, patterns, "video", config, found) for key, patterns in wanted.items()}
-    stops = [*missing_inputs(config), *_batch_faults(config, world), *found]
+    config, data, train = asked.config, asked.config.data, asked.config.train
+    wanted = {"data.train": (data.train, "video"), "data.val": (data.val, "video")}
+    shards, stops = _survey(asked, {key: each for key, each in wanted.items() if each[0]})
     if data.classes and not Path(data.classes).is_file():
         stops.append(f"data.classes={data.classes}: no such file.")
-    if not sound:
-        return _settings(config, notes), [*stops, *common_faults(config, values, world)]
+    if not asked.is_sound:
+        return _settings(asked), [*stops, *common_faults(asked)]
     options = asdict(config.model)
     with torch.device("meta"):
         model = create_classifier(options.pop("name"), 1, **options)
@@ -142,40 +117,41 @@ def report_finetuning(
         supply.append(f"epochs         {train.epochs}, each of (training videos // {train.global_clips}) steps")
     if not data.val:
         supply.append("validation     none: data.val is empty")
-    stops += room_problems(config, values, _parameters(model), world, ranks_a_node(os.environ, world))
-    stops += common_faults(config, values, world, lambda init: fit_init(model, init))
-    return _text(config, values, notes, world, plan, supply), stops
+    stops += [*_room_faults(asked, model), *common_faults(asked, lambda init: fit_init(model, init))]
+    return _text(asked, plan, supply), stops
 
 
-def report_tokenizing(
-    config: TokenizerTrainingConfig,
-    values: Mapping[str, Any],
-    notes: Sequence[str],
-    world: int,
-    sound: bool = True,
-    drawn: bool = False,
-) -> tuple[str, list[str]]:
-    """The same for the training of a tokenizer. The arguments: see report_pretraining."""
-    train, found = config.train, []
-    wanted = {} if drawn else unlabelled_shards(config)
-    shards = {key: survey(key, patterns, kind, config, found) for key, (patterns, kind) in wanted.items()}
-    stops = [*missing_inputs(config), *_batch_faults(config, world), *found]
-    if not sound:
-        return _settings(config, notes), [*stops, *common_faults(config, values, world)]
-    stops += _fault(lambda: make_perceptual(config))
-    model, steps = make_tokenizer(config.model), train.steps or _steps_of_epochs(config, shards)
-    plan = Plan(
-        f"{_parameters(model):,}",
-        steps,
-        _batch(train, 0),
-        _batch(train, 1),
-        tokenizing_flops(config),
-        "no perceptual network",
-    )
-    reads = {"data.videos": train.global_clips / config.data.clips_per_video, "data.images": train.global_images}
-    supply = ["shards         drawn by the run itself"] if drawn else _supply(shards, reads, steps)
-    stops += common_faults(config, values, world, lambda init: load_start(config, init))
-    return _text(config, values, notes, world, plan, supply), stops
+def report_tokenizing(asked: DryRun[TokenizerTrainingConfig], drawn: bool = False) -> tuple[str, list[str]]:
+    """The same for the training of a tokenizer."""
+    config = asked.config
+    shards, stops = _survey(asked, {} if drawn else unlabelled_shards(config))
+    if not asked.is_sound:
+        return _settings(asked), [*stops, *common_faults(asked)]
+    model = make_tokenizer(config.model)
+    plan = _plan_of_streams(config, model, shards, tokenizing_flops(config), "no perceptual network")
+    supply = _supply_of_streams(config, shards, plan.steps, drawn)
+    stops += [*_fault(lambda: make_perceptual(config)), *_room_faults(asked, model)]
+    stops += common_faults(asked, lambda init: load_start(config, init))
+    return _text(asked, plan, supply), stops
+
+
+def _plan_of_streams(
+    config: UnlabelledConfig, model: nn.Module, shards: Mapping[str, Shards], flops: float, flops_of: str
+) -> Plan:
+    train, parameters = config.train, f"{_parameters(model):,}"
+    steps = train.steps or _steps_of_epochs(config, shards)
+    return Plan(parameters, steps, _batch(train, 0), _batch(train, 1), flops, flops_of)
+
+
+def _supply_of_streams(
+    config: UnlabelledConfig, shards: Mapping[str, Shards], steps: int | None, drawn: bool
+) -> list[str]:
+    data, train = config.data, config.train
+    reads = {"data.videos": train.global_clips / data.clips_per_video, "data.images": train.global_images}
+    lines = ["shards         drawn by the run itself"] if drawn else _supply(shards, reads, steps)
+    if not train.steps:
+        lines.append(f"epochs         {train.epochs}, of all but about {data.holdout:.1%} that is held out")
+    return lines
 
 
 def pretraining_shards(config: Config) -> dict[str, tuple[str, str]]:
@@ -197,7 +173,14 @@ def unlabelled_shards(config: UnlabelledConfig) -> dict[str, tuple[str, str]]:
     return {key: (patterns, kind) for key, (patterns, kind, used) in wanted.items() if patterns and used}
 
 
-def survey(key: str, patterns: str, kind: str, config: TrainingConfig, found: list[str]) -> Shards:
+def _survey(asked: DryRun, wanted: Mapping[str, tuple[str, str]]) -> tuple[dict[str, Shards], list[str]]:
+    """The shards at each wanted key, and what of inputs and batch would stop the run."""
+    config, found = asked.config, []
+    shards = {key: _shards_at(key, patterns, kind, config, found) for key, (patterns, kind) in wanted.items()}
+    return shards, [*missing_inputs(config), *_batch_faults(asked), *found]
+
+
+def _shards_at(key: str, patterns: str, kind: str, config: TrainingConfig, found: list[str]) -> Shards:
     """Count shards and samples from their indexes and manifests, and add what cannot be read to `found`."""
     try:
         paths = expand(patterns, config.data.allow_pipe)
@@ -232,16 +215,14 @@ def _samples_in(path: Path, kind: str) -> int | None:
     return None
 
 
-def common_faults(
-    config: TrainingConfig, values: Mapping[str, Any], world: int, load: Callable[[Path], object] | None = None
-) -> Iterator[str]:
+def common_faults(asked: DryRun, load: Callable[[Path], object] | None = None) -> Iterator[str]:
     """What of device, output folder, resume and starting weights would stop a run of any kind.
 
     `load` fits weights to the run's model; None: they are not looked at.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    alone, stage = Ranks(0, 1, device), zero_stage(values)
-    yield from _fault(lambda: require_supported(config, device, values))
+    config, alone = asked.config, Ranks(0, 1, device)
+    yield from _fault(lambda: require_supported(config, device, asked.values))
     yield from _fault(lambda: kernel_provider(config, alone))
     folder = run_dir.folder_of(config)
     yield from _fault(lambda: run_dir.require_fit(folder, replace(config, output_dir=str(folder))))
@@ -249,7 +230,7 @@ def common_faults(
     starts: list[Any] = []
     yield from _fault(lambda: starts.append(find_start(config, folder, alone)))
     if start := next(iter(starts), None):
-        now = replace(start[1], world=world, stage=stage, config=config)
+        now = replace(start[1], world=asked.world, stage=zero_stage(asked.values), config=config)
         yield from _fault(lambda: checkpoint.check_continues(start[1], now, start[0]))
     elif config.init_from and Path(config.init_from).exists():
         if load is None:
@@ -259,8 +240,15 @@ def common_faults(
         yield f"init_from={config.init_from}: no such file or folder, and there is nothing to continue."
 
 
-def _batch_faults(config: TrainingConfig, world: int) -> list[str]:
-    return _fault(lambda: micro_steps(config, world)) if any(n for n, _ in config.train.streams.values()) else []
+def _batch_faults(asked: DryRun) -> list[str]:
+    has_batch = any(n for n, _ in asked.config.train.streams.values())
+    return _fault(lambda: micro_steps(asked.config, asked.world)) if has_batch else []
+
+
+def _room_faults(asked: DryRun, model: nn.Module) -> list[str]:
+    """What disks have too little room for, of what is offloaded to them."""
+    local = ranks_a_node(os.environ, asked.world)
+    return list(room_problems(asked.config, asked.values, _parameters(model), asked.world, local))
 
 
 def _target_faults(config: Config) -> Iterator[str]:
@@ -305,41 +293,35 @@ def _supply(shards: Mapping[str, Shards], reads: Mapping[str, float], steps: int
     return lines
 
 
-def _settings(config: TrainingConfig, notes: Sequence[str]) -> str:
-    return "\n".join([json.dumps(to_dict(config), indent=1), *notes])
+def _settings(asked: DryRun) -> str:
+    return "\n".join([json.dumps(to_dict(asked.config), indent=1), *asked.notes])
 
 
-def _text(
-    config: TrainingConfig,
-    values: Mapping[str, Any],
-    notes: Sequence[str],
-    world: int,
-    plan: Plan,
-    supply: Sequence[str],
-) -> str:
+def _text(asked: DryRun, plan: Plan, supply: Sequence[str]) -> str:
+    config, world = asked.config, asked.world
     whole = "" if plan.steps is None else f", {plan.steps * plan.flops / 1e15:,.2f} PFLOP in all"
     steps = "not known" if plan.steps is None else f"{plan.steps:,}"
-    faulty = bool(_batch_faults(config, world))
+    faulty = bool(_batch_faults(asked))
     passes = "?" if faulty else micro_steps(config, world)
     lines = [
-        _settings(config, notes),
+        _settings(asked),
         f"output         {run_dir.folder_of(config)}/",
         f"parameters     {plan.parameters}",
         *supply,
         f"steps          {steps}, each of {plan.step}",
         f"{f'on {world} rank' + 's' * (world > 1):<15}{passes} forward passes a step of {plan.micro}",
-        *([] if faulty or isinstance(config, TokenizerTrainingConfig) else _outlook(config, values, world, plan.steps)),
+        *([] if faulty or isinstance(config, TokenizerTrainingConfig) else _outlook(asked, plan.steps)),
         f"arithmetic     {plan.flops / 1e12:,.2f} TFLOP a step ({plan.flops_of}){whole}",
     ]
     return "\n".join(lines)
 
 
-def _outlook(config: TrainingConfig, values: Mapping[str, Any], world: int, steps: int | None) -> list[str]:
+def _outlook(asked: DryRun, steps: int | None) -> list[str]:
     """Memory and time as `bevt plan` has them, on this machine's GPU, or on an H200 where there is none."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    config, device = asked.config, torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     gpu = gpu_of(device) or gpu_named("h200")
-    train = replace(config.train, steps=steps or 0)
-    plan = make_plan(replace(config, train=train), values, gpu, Machines(world), rates(gpu, config.model.name))
+    run = replace(config, train=replace(config.train, steps=steps or 0))
+    plan = make_plan(run, asked.values, gpu, Machines(asked.world), rates(gpu, config.model.name))
     return [
         f"memory         {plan.memory.peak / GIB:,.2f} GiB a rank at most, on a GPU ({config.train.precision}, ZeRO"
         f" stage {plan.stage})",

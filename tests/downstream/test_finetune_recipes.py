@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bevt_ds.config.command_line import parse_arguments, resolve_config
+from bevt_ds.config.command_line import DryRun, parse_arguments, resolve_config
 from bevt_ds.config.deepspeed import resolve
 from bevt_ds.config.help import page
 from bevt_ds.config.parse import config_fields, from_dict, to_dict
@@ -152,7 +152,9 @@ def test_finetuning_help_and_dry_run():
     text = page(USAGE, FINETUNING, finetune_ssv2())
     assert all(name in text for name in FINETUNING)
     assert all(f"  {f.key}=" in text for f in config_fields(FinetuneConfig) if f.key != "recipe")
-    summary, stops = report_finetuning(resolved("recipe=finetune_ssv2"), {"zero_optimization": {"stage": 2}}, [], 1)
+    summary, stops = report_finetuning(
+        DryRun(resolved("recipe=finetune_ssv2"), {"zero_optimization": {"stage": 2}}, [], 1)
+    )
     assert "88,655,688 + 1,025 for each class" in summary
     assert stops == ["data.train is empty: name the labelled shards."]
 
