@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bevt_ds.config.schema import TrainingConfig
+from bevt_ds.batch import Batch
+from bevt_ds.config.schema import TrainingConfig, UnlabelledConfig
 from bevt_ds.config.validate import zero_stage
-from bevt_ds.data.loader import BackgroundLoader
+from bevt_ds.data.loader import BackgroundLoader, Loader, eval_batches
 from bevt_ds.folders import weights_of
 from bevt_ds.model.weights import PretrainedMixin, fit_init
-from bevt_ds.runtime import checkpoint
+from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.continuing import Build, Start, begin_engine
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import Engine
+from bevt_ds.runtime.optim import learning_rate
 from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.runtime.signals import StopRequest
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 BatchT = TypeVar("BatchT")  # has `to(device, non_blocking=...)`
+StreamsT = TypeVar("StreamsT", bound=UnlabelledConfig)
 
 
 @dataclass(frozen=True)
@@ -174,3 +180,70 @@ class Task(ABC, Generic[ConfigT, BatchT]):
     def finish(self, batches: Iterator[BatchT]) -> str | None:
         """What follows the last step; returns why the run has not learned, or None. Collective."""
         return None
+
+
+@dataclass
+class StreamsTask(Task[StreamsT, Batch]):
+    """A training on streams of clips and images.
+
+    shown_batch: the held-out samples, on the host, that are drawn at each checkpoint; None where nothing is held out.
+    """
+
+    loader: Loader
+    _: KW_ONLY
+    shown_batch: Batch | None = None
+
+    @abstractmethod
+    def draw(self, batch: Batch, path: Path) -> None:
+        """Write what has been learned of the first samples of a batch. Collective."""
+
+    def every_so_often(self, step: int, log: RunLog) -> None:
+        """Draw the same samples at each checkpoint but the last, which `finish` draws."""
+        done = step + 1
+        if self.shown_batch is not None and done % self.config.train.checkpoint_every == 0 and done != self.steps:
+            self.draw(self.shown_batch, self.setup.folder / run_dir.PANELS / f"{checkpoint.name_of(done)}.png")
+
+    @property
+    def trained_streams(self) -> list[str]:
+        return trained_streams(self.config)
+
+    def describe(self) -> str:
+        samples = " and ".join(f"{n:,} {kind}s" for kind, n in self.loader.samples.items())
+        epoch = self.loader.steps_an_epoch
+        return f"{samples} to train on; {self.steps:,} steps, {epoch:,.1f} an epoch: {self.steps / epoch:,.2f} epochs"
+
+    def held_out(self) -> list[Batch]:
+        """All held-out samples of this rank; rank 0 lists those that are bad."""
+        folder = self.setup.folder if self.ranks.is_main else None
+        return list(eval_batches(self.config, device=self.ranks.device, folder=folder))
+
+    def write_summary(self, values: Mapping[str, Any], text: str) -> None:
+        """Write and print how good the result is, if anything was held out. Collective."""
+        path = self.setup.folder / run_dir.SUMMARY
+        with self.ranks.writing(path):
+            if self.ranks.is_main and values:
+                run_dir.write_json(path, values)
+        if self.ranks.is_main and values:
+            print(f"\n{text}", flush=True)
+
+
+def first_held_out(setup: Setup[StreamsT]) -> Batch | None:
+    """The held-out samples that are drawn. Shards that cannot be evaluated are found here, before the first step."""
+    with closing(eval_batches(setup.config, folder=setup.folder if setup.ranks.is_main else None)) as held_out:
+        return next(held_out, None)
+
+
+def steps_of(config: UnlabelledConfig, loader: Loader) -> int:
+    """The steps of the whole run."""
+    return config.train.steps or math.ceil(config.train.epochs * loader.steps_an_epoch)
+
+
+def schedule_of(config: UnlabelledConfig, steps: int) -> Callable[[int], float]:
+    """The learning rate of update number n of `steps`, from 0."""
+    return partial(learning_rate, optim=config.optim, steps=steps, warmup=config.optim.warmup_steps)
+
+
+def trained_streams(config: UnlabelledConfig) -> list[str]:
+    """The streams that the run trains."""
+    sizes = {"video": config.train.global_clips, "image": config.train.global_images}
+    return [name for name, size in sizes.items() if size]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bevt_ds.batch import Batch
 from bevt_ds.config.tokenizing import TokenizerTrainingConfig, VQConfig, levels_of
-from bevt_ds.data.loader import Loader, eval_batches
+from bevt_ds.data.loader import Loader
 from bevt_ds.eval.held_out import by_frequency, count_ids
 from bevt_ds.eval.online_probe import codebook_use
 from bevt_ds.eval.reconstruction import MOST, draw_reconstructions, quality, sums_of
@@ -24,12 +23,11 @@ from bevt_ds.folders import weights_of
 from bevt_ds.model.frozen import FrozenFeatures
 from bevt_ds.model.tokenizers.perceptual import perceptual_distance
 from bevt_ds.model.tokenizers.vq import VQOutput, VQTokenizer
-from bevt_ds.runtime import checkpoint, run_dir
+from bevt_ds.runtime import run_dir
 from bevt_ds.runtime.engine import Engine
-from bevt_ds.runtime.optim import learning_rate, parameter_groups
-from bevt_ds.runtime.run_log import RunLog
+from bevt_ds.runtime.optim import parameter_groups
 from bevt_ds.train.loop import run_training
-from bevt_ds.train.task import Setup, Task
+from bevt_ds.train.task import Setup, StreamsTask, first_held_out, schedule_of, steps_of
 
 FORWARD_AND_BACKWARD = 3  # a step's arithmetic, in forward passes
 Setting = Setup[TokenizerTrainingConfig]
@@ -43,16 +41,13 @@ def train_tokenizer(
 
 
 @dataclass
-class Tokenizing(Task[TokenizerTrainingConfig, Batch]):
+class Tokenizing(StreamsTask[TokenizerTrainingConfig]):
     """Reconstruction of the tokenizer's views through ids. perceptual: None where the run has no such loss.
 
-    shown_batch: the samples, on the host, whose reconstructions are drawn at each checkpoint; None where nothing is
-    held out. counts: ids of the steps since the last log line.
+    counts: ids of the steps since the last log line.
     """
 
-    loader: Loader
     perceptual: FrozenFeatures | None
-    shown_batch: Batch | None = None
     counts: Tensor = field(init=False)
     shown: ClassVar[Mapping[str, str]] = {"loss": ".4f", "psnr": ".2f", "codebook_use": ".1%"}
 
@@ -89,12 +84,6 @@ class Tokenizing(Task[TokenizerTrainingConfig, Batch]):
         self.counts = torch.zeros_like(self.counts)
         return codebook_use(counts)
 
-    def every_so_often(self, step: int, log: RunLog) -> None:
-        """Draw the reconstructions of the same samples at each checkpoint but the last, which `finish` draws."""
-        done = step + 1
-        if self.shown_batch is not None and done % self.config.train.checkpoint_every == 0 and done != self.steps:
-            self.draw(self.shown_batch, self.setup.folder / run_dir.PANELS / f"{checkpoint.name_of(done)}.png")
-
     def draw(self, batch: Batch, path: Path) -> None:
         """Write frames and their reconstructions. Collective."""
         frames = views_of(batch).to(self.ranks.device)
@@ -103,30 +92,16 @@ class Tokenizing(Task[TokenizerTrainingConfig, Batch]):
             if self.ranks.is_main:
                 draw_reconstructions(frames, shown, path)
 
-    @property
-    def trained_streams(self) -> list[str]:
-        sizes = {"video": self.config.train.global_clips, "image": self.config.train.global_images}
-        return [name for name, size in sizes.items() if size]
-
     def describe(self) -> str:
-        samples = " and ".join(f"{n:,} {kind}s" for kind, n in self.loader.samples.items())
-        epoch, seen = self.loader.steps_an_epoch, self.perceptual.describe() if self.perceptual else "none"
-        return (
-            f"{samples} to train on; {self.steps:,} steps, {epoch:,.1f} an epoch: {self.steps / epoch:,.2f} epochs\n"
-            f"{self.tokenizer.vocab_size:,} ids; perceptual loss: {seen}"
-        )
+        seen = self.perceptual.describe() if self.perceptual else "none"
+        return f"{super().describe()}\n{self.tokenizer.vocab_size:,} ids; perceptual loss: {seen}"
 
     def finish(self, batches: Iterator[Batch]) -> str | None:
         """Write samples.png, and what held-out frames look like through ids, which is printed too."""
-        folder, ranks = self.setup.folder, self.ranks
-        held_out = list(eval_batches(self.config, device=ranks.device, folder=folder if ranks.is_main else None))
-        self.draw(held_out[0] if held_out else next(batches), folder / run_dir.SAMPLES)
+        held_out = self.held_out()
+        self.draw(held_out[0] if held_out else next(batches), self.setup.folder / run_dir.SAMPLES)
         summary = self.evaluate(held_out)
-        with ranks.writing(folder / run_dir.SUMMARY):
-            if ranks.is_main and summary:
-                run_dir.write_json(folder / run_dir.SUMMARY, summary)
-        if ranks.is_main and summary:
-            print(f"\n{as_text(summary)}", flush=True)
+        self.write_summary(summary, as_text(summary))
         return None
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, dict[str, Any]]:
@@ -151,17 +126,15 @@ class Tokenizing(Task[TokenizerTrainingConfig, Batch]):
 @contextmanager
 def open_tokenizing(setup: Setting) -> Iterator[Tokenizing]:
     """Loss, loader and engine of a run. Shards that cannot be evaluated are found before the first step."""
-    config, ranks = setup.config, setup.ranks
-    with closing(eval_batches(config, folder=setup.folder if ranks.is_main else None)) as held_out:
-        shown = next(held_out, None)
+    config, shown = setup.config, first_held_out(setup)
     perceptual = make_perceptual(config)
     with Loader(config, **setup.loading) as loader:
-        steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_an_epoch)
+        steps = steps_of(config, loader)
         build = partial(make_engine, setup=setup, steps=steps)
         engine, _ = setup.begin_engine(build, loader.fingerprint)
         if perceptual:
-            perceptual.to(ranks.device, engine.dtype)
-        yield Tokenizing(setup, loader, engine, steps, step_flops(config), perceptual, shown)
+            perceptual.to(setup.ranks.device, engine.dtype)
+        yield Tokenizing(setup, loader, engine, steps, step_flops(config), perceptual, shown_batch=shown)
 
 
 def make_perceptual(config: TokenizerTrainingConfig) -> FrozenFeatures | None:
@@ -189,8 +162,8 @@ def make_engine(config: TokenizerTrainingConfig, setup: Setting, steps: int) -> 
     if config.init_from and setup.start is None:
         load_start(config, weights_of(config.init_from, "init_from"), model)
     groups = parameter_groups(model, config.optim.weight_decay)
-    schedule = partial(learning_rate, optim=config.optim, steps=steps, warmup=config.optim.warmup_steps)
-    return Engine(model, config, setup.ds_values, setup.ranks, 4 * config.model.width, groups, schedule)
+    width, schedule = 4 * config.model.width, schedule_of(config, steps)
+    return Engine(model, config, setup.ds_values, setup.ranks, width, groups, schedule)
 
 
 def reconstruction_loss(
