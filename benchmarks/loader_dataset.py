@@ -26,7 +26,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Clips(Dataset):
     """Random clips of random samples; `decoder` is "pyav" or "torchcodec", on `device` for the latter."""
 
-    def __init__(self, config: Config, decoder: str, device: str = "cpu") -> None:
+    def __init__(self, config: Config, decoder: str, device: str) -> None:
         shards = usable(map(load_shard, expand(config.data.videos)), "video")
         self.members = [member for shard in shards for member in shard.members()]
         decoders = {"pyav": decode_pyav, "torchcodec": partial(decode_torchcodec, device=device)}

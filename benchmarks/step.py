@@ -37,7 +37,7 @@ from bevt_ds.config.schema import Config, FinetuneConfig
 from bevt_ds.data.loader import Loader
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.runtime.engine_setup import start_ranks
-from bevt_ds.runtime.flops import clip_macs, image_macs, peak_flops, training_flops
+from bevt_ds.runtime.flops import clip_parts, image_parts, peak_flops, training_flops
 from bevt_ds.shards.synthetic.draw import ensure_demo_shards
 
 from . import report
@@ -82,10 +82,10 @@ def step_flops(setting: Setting, batch: Batch) -> int:
     """Training FLOPs of one step: masked head, no recomputation, no tokenizer."""
     arch, data = setting.arch(), setting.config.data
     swin, vocabulary, macs = SwinArch.of(arch), arch["vocab_size"], 0
-    for stream, count in ((batch.video, clip_macs), (batch.image, image_macs)):
+    for stream, count in ((batch.video, clip_parts), (batch.image, image_parts)):
         if stream is not None:
-            lengths = (data.frames, data.size) if count is clip_macs else (data.size,)
-            macs += count(swin, vocabulary, *lengths, 0) * len(stream.pixels)
+            lengths = (data.frames, data.size) if count is clip_parts else (data.size,)
+            macs += count(swin, vocabulary, *lengths, 0).total() * len(stream.pixels)
             macs += stream.count * swin.width * vocabulary
     return training_flops(macs)
 

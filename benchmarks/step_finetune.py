@@ -25,7 +25,7 @@ from bevt_ds.rng import sample_key
 from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import DTYPES
-from bevt_ds.runtime.flops import backbone_macs, training_flops
+from bevt_ds.runtime.flops import encoder_macs, training_flops
 from bevt_ds.runtime.optim import layer_decay_groups
 from bevt_ds.train.finetuning import Finetuning, make_engine
 from bevt_ds.train.loop import train_step
@@ -100,7 +100,7 @@ class FinetuneSetting:
         data, model = self.config.data, self.config.model
         with torch.device("meta"):
             arch = create_classifier(model.name, self.classes, window=model.window).arch
-        macs = backbone_macs(SwinArch.of(arch), (data.frames, data.size, data.size))
+        macs = encoder_macs(SwinArch.of(arch), (data.frames, data.size, data.size)).total()
         return training_flops(self.config.train.micro_clips * macs)
 
 

@@ -30,11 +30,11 @@ def copied(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return ids[nearest, rows, columns] == ids[times, rows, columns]
 
 
-def copy_accuracy(clips: int = CLIPS, vocab_size: int = 32) -> float:
+def copy_accuracy() -> float:
     """Over drawn clips and masks that are always the same."""
-    tokenizer, right = load_tokenizer("random_projection", vocab_size=vocab_size), []
+    tokenizer, right = load_tokenizer("random_projection", vocab_size=32), []
     grid = (CLIP.frames // 2, CLIP.height // PATCH, CLIP.width // PATCH)
-    for i in range(clips):
+    for i in range(CLIPS):
         rng = generator(0, Use.SYNTHETIC, 5, i)
         frames = torch.from_numpy(render_action(rng, label_of(i), CLIP)).permute(0, 3, 1, 2).float() / 255
         ids = tokenizer.encode(F.avg_pool2d(frames, 2)).numpy()

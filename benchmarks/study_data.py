@@ -70,13 +70,13 @@ def _prepare_split(pool: Executor, folder: Path, split: str, count: int, seed: i
     shutil.rmtree(media)
 
 
-def draw_classes(path: Path, seed: int = 7) -> None:
+def draw_classes(path: Path) -> None:
     """A clip of each class from the same draw, a row each: only the motion differs."""
     from matplotlib import pyplot
 
     figure, rows = pyplot.subplots(len(COURSES), figsize=(6.4, 5.6), layout="constrained")
     for axes, name in zip(rows, COURSES, strict=True):
-        clip = render_action(generator(seed, Use.SYNTHETIC), name, CLIP)
+        clip = render_action(generator(7, Use.SYNTHETIC), name, CLIP)
         spaced = np.pad(clip, ((0, 0), (0, 0), (2, 2), (0, 0)), constant_values=255)
         axes.imshow(np.concatenate(list(spaced), axis=1))
         axes.set_frame_on(False)

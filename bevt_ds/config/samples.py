@@ -143,11 +143,11 @@ class LabelledDataConfig(SamplingConfig):
     erasing: A[float, F("probability of random erasing, the same box in all frames", most=1)] = 0.0
 
 
-def labelled_as(data: DataConfig, train: str = "", val: str = "") -> LabelledDataConfig:
-    """Labelled shards, read and sampled as a pretraining run reads and samples its clips."""
+def labelled_as(data: DataConfig) -> LabelledDataConfig:
+    """Of labelled shards yet to be named: read and sampled as a pretraining run reads and samples its clips."""
     reading = {f.name: getattr(data, f.name) for f in fields(ReadingConfig)} | {"decoder": "auto"}
     clips = {"frames": data.frames, "stride": data.stride, "size": data.size, "short_side": data.short_side[0]}
-    return LabelledDataConfig(train=train, val=val, **reading, **clips)
+    return LabelledDataConfig(**reading, **clips)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from bevt_ds.config.samples import MaskConfig
 from bevt_ds.errors import UserError
 
 ATTEMPTS = 10  # draws for one block before the mask is left as it is
+POINTS = 256  # of a numerical integral, along each of its two axes
 # shares of masks without a cell: above the first a note, above the second no run
 MOST_EMPTY_UNNOTED, MOST_EMPTY = 0.001, 0.5
 REFERENCE_CELLS = 14 * 14  # the grid that MaskConfig.min_block is given for
@@ -55,15 +56,15 @@ def block_mask(rng: np.random.Generator, grid: tuple[int, int], config: MaskConf
     return np.unpackbits(raw, count=height * width, bitorder="little").astype(bool).reshape(grid)
 
 
-def empty_share(grid: tuple[int, int], config: MaskConfig, points: int = 256) -> float:
+def empty_share(grid: tuple[int, int], config: MaskConfig) -> float:
     """The expected share of block masks without a cell: of those whose first block fits in none of `ATTEMPTS` draws.
 
-    It is that of a tube's masks too. The probability that a draw fits is summed over `points` x `points` values of the
+    It is that of a tube's masks too. The probability that a draw fits is summed over POINTS x POINTS values of the
     two uniform numbers that decide the block's size.
     """
     height, width = grid
     cap = int(config.ratio * height * width)
-    uniform = (np.arange(points) + 0.5) / points
+    uniform = (np.arange(POINTS) + 0.5) / POINTS
     min_area = config.min_block * height * width / REFERENCE_CELLS
     area = min_area + (cap - min_area) * uniform[:, None]
     aspect = config.min_aspect ** (1 - 2 * uniform)

@@ -15,12 +15,12 @@ ROUNDS = 5  # after one that is not counted
 REMEDY = "start again with NCCL_DEBUG=INFO (or GLOO_SOCKET_IFNAME=the network's interface) to see which link fails"
 
 
-def check_sum(ranks: Ranks, size: int | None = None) -> Line:
-    """All-reduce so many bytes (None: 256 MiB on GPUs, 16 MiB on CPUs). Collective; every rank has the line.
+def check_sum(ranks: Ranks) -> Line:
+    """All-reduce 256 MiB on GPUs, 16 MiB on CPUs. Collective; every rank has the line.
 
     The bandwidth is the bus's, as nccl-tests counts it: each rank sends 2 (n-1)/n of the bytes.
     """
-    size = size or (256 << 20 if ranks.device.type == "cuda" else 16 << 20)
+    size = (256 if ranks.device.type == "cuda" else 16) << 20
     values = torch.empty(size // 4, device=ranks.device)
     seconds = sorted([_round(values, ranks) for _ in range(1 + ROUNDS)][1:])[ROUNDS // 2]
     right = bool((values == ranks.world * (ranks.world + 1) / 2).all())

@@ -28,12 +28,12 @@ class AttentiveProbe(nn.Module):
     It can pick the tokens that matter, where a mean over tokens cannot.
     """
 
-    def __init__(self, dim: int, classes: int, mlp_ratio: int = 4) -> None:
+    def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(1, 1, dim))
         self.norm_tokens, self.norm_pooled, self.norm_out = (nn.LayerNorm(dim) for _ in range(3))
         self.attention = nn.MultiheadAttention(dim, max(dim // HEAD_WIDTH, 1), batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.head = nn.Linear(dim, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -174,9 +174,10 @@ def save_tensors(path: Path, state: State, facts: Mapping[str, Any]) -> None:
     write_tensors(path, state, {"format": "pt", "converted": json.dumps(facts)})
 
 
-def save_state_dict(path: Path, state: State, facts: Mapping[str, Any], container: str = "") -> None:
-    """A .pth file, the tensors alone or under `container`; `facts` are in `_metadata` of the state dict, or in `meta`.
+def save_state_dict(path: Path, state: State, facts: Mapping[str, Any], container: str) -> None:
+    """A .pth file: the tensors alone, or under `container` if it is named.
 
+    `facts` are in `_metadata` of the state dict, or in `meta`.
     torch keeps module versions in `_metadata` and ignores other entries, so that the file loads strictly.
     """
     if path.suffix == ".safetensors":

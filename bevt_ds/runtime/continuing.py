@@ -58,7 +58,7 @@ def go_on(
     return config, saved.changes + checkpoint.overrides(saved.config, config, saved.step), skips
 
 
-def print_changes(changes: Sequence[checkpoint.Change], start: Start | None = None) -> None:
+def print_changes(changes: Sequence[checkpoint.Change], start: Start | None) -> None:
     """Say what the run overrides, and since when; and which packages are of other versions than where it goes on."""
     for change in changes:
         print(f"from step {change['step']} on, {change['key']}: {change['from']} -> {change['to']}", flush=True)

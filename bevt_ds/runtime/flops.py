@@ -56,11 +56,6 @@ def encoder_macs(arch: SwinArch, pixels: Pixels, image: bool = False) -> Counter
     return total
 
 
-def backbone_macs(arch: SwinArch, pixels: Pixels, image: bool = False) -> int:
-    """Forward multiply-accumulates of stem and blocks for one input of (frames, height, width) pixels."""
-    return encoder_macs(arch, pixels, image).total()
-
-
 def clip_parts(arch: SwinArch, vocabulary: int, frames: int, side: int, masked: float) -> Counter[str]:
     """One clip by part: `encoder_macs`, the `decoder` and the `head` on `masked` output positions, which go in pairs.
 
@@ -78,16 +73,6 @@ def image_parts(arch: SwinArch, vocabulary: int, side: int, masked: float) -> Co
     decoder = (side // 32) ** 2 * 4 * width**2 + masked * (3 * width // 2) * width
     own = Counter(decoder=int(decoder), head=int(masked * width * vocabulary))
     return encoder_macs(arch, (1, side, side), image=True) + own
-
-
-def clip_macs(arch: SwinArch, vocabulary: int, frames: int, side: int, masked: float) -> int:
-    """One clip through backbone, video decoder and the head on `masked` output positions."""
-    return clip_parts(arch, vocabulary, frames, side, masked).total()
-
-
-def image_macs(arch: SwinArch, vocabulary: int, side: int, masked: float) -> int:
-    """One image through backbone, image decoder and the head on `masked` output positions."""
-    return image_parts(arch, vocabulary, side, masked).total()
 
 
 def training_flops(macs: int) -> int:

@@ -15,7 +15,7 @@ from bevt_ds.config.schema import Config, LoopConfig
 from bevt_ds.errors import UserError
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.flops import clip_macs, image_macs, peak_flops, training_flops
+from bevt_ds.runtime.flops import clip_parts, image_parts, peak_flops, training_flops
 
 KIBIBYTE = 1024
 STREAMS = ("video", "image")
@@ -117,8 +117,8 @@ def expected_step_flops(config: Config, arch: Mapping[str, Any]) -> float:
     )
     cells = (data.size // 16) ** 2 * data.mask.ratio
     tube = sum(data.mask.tube) / 2
-    macs = train.global_clips * clip_macs(swin, width, data.frames, data.size, cells * data.frames * tube)
-    macs += train.global_images * image_macs(swin, width, data.size, cells)
+    macs = train.global_clips * clip_parts(swin, width, data.frames, data.size, cells * data.frames * tube).total()
+    macs += train.global_images * image_parts(swin, width, data.size, cells).total()
     return float(training_flops(macs))
 
 

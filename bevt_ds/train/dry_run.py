@@ -40,7 +40,7 @@ from bevt_ds.runtime import checkpoint, run_dir
 from bevt_ds.runtime.continuing import find_start
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine_setup import require_supported
-from bevt_ds.runtime.flops import backbone_macs, training_flops
+from bevt_ds.runtime.flops import encoder_macs, training_flops
 from bevt_ds.runtime.gpus import gpu_named, gpu_of
 from bevt_ds.runtime.logging import expected_step_flops
 from bevt_ds.runtime.tokenizer import open_teacher, open_tokenizer
@@ -69,7 +69,7 @@ class Shards(NamedTuple):
     samples: int | None
 
 
-def report_pretraining(asked: DryRun[Config], drawn: bool = False) -> tuple[str, list[str]]:
+def report_pretraining(asked: DryRun[Config], drawn: bool) -> tuple[str, list[str]]:
     """What a run would be, line by line, and what would stop it. `drawn`: it draws its shards itself."""
     config = asked.config
     wanted = {} if drawn else pretraining_shards(config)
@@ -109,7 +109,7 @@ def report_finetuning(asked: DryRun[FinetuneConfig]) -> tuple[str, list[str]]:
         steps,
         f"{train.global_clips} clips",
         f"{train.micro_clips} clips",
-        training_flops(train.global_clips * backbone_macs(arch, (data.frames, data.size, data.size))),
+        training_flops(train.global_clips * encoder_macs(arch, (data.frames, data.size, data.size)).total()),
         "no recompute",
     )
     supply = _supply(shards, {"data.train": train.global_clips}, steps)
@@ -121,7 +121,7 @@ def report_finetuning(asked: DryRun[FinetuneConfig]) -> tuple[str, list[str]]:
     return _text(asked, plan, supply), stops
 
 
-def report_tokenizing(asked: DryRun[TokenizerTrainingConfig], drawn: bool = False) -> tuple[str, list[str]]:
+def report_tokenizing(asked: DryRun[TokenizerTrainingConfig], drawn: bool) -> tuple[str, list[str]]:
     """The same for the training of a tokenizer."""
     config = asked.config
     shards, stops = _survey(asked, {} if drawn else unlabelled_shards(config))

@@ -27,7 +27,7 @@ from bevt_ds.model.presets import create_classifier, require_same_sizes
 from bevt_ds.runtime import run_dir
 from bevt_ds.runtime.ema import WeightAverage
 from bevt_ds.runtime.engine import Engine
-from bevt_ds.runtime.flops import backbone_macs, training_flops
+from bevt_ds.runtime.flops import encoder_macs, training_flops
 from bevt_ds.runtime.graphs import make_graphs
 from bevt_ds.runtime.optim import layer_decay_groups, learning_rate
 from bevt_ds.runtime.pieces import AVERAGE
@@ -155,7 +155,7 @@ def make_engine(config: FinetuneConfig, setup: Setup[FinetuneConfig], loader: La
 def step_flops(config: FinetuneConfig, engine: Engine) -> float:
     """Training FLOPs of one step; the head's are left out."""
     data = config.data
-    macs = backbone_macs(SwinArch.of(engine.module.arch), (data.frames, data.size, data.size))
+    macs = encoder_macs(SwinArch.of(engine.module.arch), (data.frames, data.size, data.size)).total()
     return float(training_flops(config.train.global_clips * macs))
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bevt_ds.config.recipes import demo
 from bevt_ds.config.schema import LoopConfig
 from bevt_ds.model.arch import SwinArch
-from bevt_ds.runtime.flops import backbone_macs, clip_macs, clip_parts, image_macs, peak_flops, training_flops
+from bevt_ds.runtime.flops import clip_parts, encoder_macs, image_parts, peak_flops, training_flops
 from bevt_ds.runtime.logging import SpeedMeter, expected_step_flops
 
 PUBLISHED = {  # 32x224x224, window (8,7,7): GMACs
@@ -24,7 +24,7 @@ PUBLISHED = {  # 32x224x224, window (8,7,7): GMACs
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_backbone_flops_match_published_counts(name):
     (width, depths), gmacs = PUBLISHED[name]
-    count = backbone_macs(SwinArch(width, depths), (32, 224, 224))
+    count = encoder_macs(SwinArch(width, depths), (32, 224, 224)).total()
     assert count / 1e9 == pytest.approx(gmacs, rel=3e-3)
 
 
@@ -52,8 +52,8 @@ def test_training_flops_equal_torch_counts():
 def test_step_flops_count_clips_and_images_of_all_ranks():
     config, arch = demo(), SwinArch(64, (1, 1, 1, 1), window=(4, 4, 4))
     cells = 64 * config.data.mask.ratio
-    clip = clip_macs(arch, 0, config.data.frames, config.data.size, cells * config.data.frames * 0.75)
-    images = image_macs(arch, 0, config.data.size, cells)
+    clip = clip_parts(arch, 0, config.data.frames, config.data.size, cells * config.data.frames * 0.75).total()
+    images = image_parts(arch, 0, config.data.size, cells).total()
     assert expected_step_flops(config, arch.arguments() | {"vocab_size": 0}) == 6 * (4 * clip + 12 * images)
 
 

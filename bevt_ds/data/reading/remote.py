@@ -82,7 +82,7 @@ class Source:
         self.chunks, self.size, self.offset, self.tag = chunks, size, offset, tag
 
 
-def open_source(url: str, seconds: float, offset: int = 0, tag: str = "") -> Source:
+def open_source(url: str, seconds: float, offset: int, tag: str) -> Source:
     """Open a URL, from `offset` on if the server can do that and still has the version `tag`.
 
     seconds: the longest wait for the next bytes. RemoteError: from here or while the chunks are read.

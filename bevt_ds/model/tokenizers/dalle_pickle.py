@@ -58,7 +58,7 @@ class TensorRef(NamedTuple):
     stride: tuple[int, ...]
 
 
-def read_pickled_module(path: Path, part: str = "encoder") -> dict[str, Tensor]:
+def read_pickled_module(path: Path, part: str) -> dict[str, Tensor]:
     """{parameter's name: fp32 tensor} of the module pickled in the file. Raises UserError for anything else.
 
     part: what the file should hold, for the message.

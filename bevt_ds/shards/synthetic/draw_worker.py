@@ -14,7 +14,7 @@ from PIL import Image
 from bevt_ds.rng import Use, generator
 from bevt_ds.shards.synthetic.scene import Extent, render
 
-FPS = 25
+FPS = Fraction(25)
 
 
 def draw_part(folder: Path, clips: int, images: int, seed: int, part: int, parts: int) -> None:
@@ -27,11 +27,11 @@ def draw_part(folder: Path, clips: int, images: int, seed: int, part: int, parts
         (folder / f"image-{i:06d}.jpg").write_bytes(encode_jpeg(frames[0]))
 
 
-def encode_mp4(frames: np.ndarray, fps: int = FPS) -> bytes:
-    """H.264 in MP4, the same bytes each time: uint8 (N,H,W,3) with even H and W."""
+def encode_mp4(frames: np.ndarray) -> bytes:
+    """H.264 in MP4 at FPS, the same bytes each time: uint8 (N,H,W,3) with even H and W."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream = container.add_stream("libx264", rate=FPS)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
