@@ -145,6 +145,16 @@ def test_architecture_page_has_every_room():
     assert named == there - {"__init__.py", "__pycache__"} | {"kernels"}
 
 
+FOLDERS = sorted(path for path in (ROOT / "bevt_ds").rglob("__init__.py") if path.parent.name != "bevt_ds")
+
+
+@pytest.mark.parametrize("path", FOLDERS, ids=lambda p: p.parent.name)
+def test_folder_says_where_to_start_reading(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert len(text.splitlines()) <= 8 and "Start" in text
+    assert all((path.parent / name).exists() for name in re.findall(r"\b\w+\.py\b", text)), text
+
+
 @pytest.mark.parametrize(("file", "name"), re.findall(r"`([\w/]+\.py)` `([\w.]+)`", ARCHITECTURE))
 def test_architecture_page_names_what_exists(file, name):
     places = [ast.parse((ROOT / "bevt_ds" / file).read_text())]

@@ -1,4 +1,4 @@
 """`bevt doctor`: whether this machine can train, a line for each thing, with the remedy where one is wanting.
 
-Start reading in cli.py. No module of the training imports this folder.
+Start with cli.py. No module of the training imports this folder.
 """

@@ -1,6 +1,6 @@
-"""Checkpoints of others: written for their libraries, and compared with their models on the same input.
+"""For other libraries: checkpoints in their layouts, compared with their models on the same input; features in files.
 
-`convert` is the command; `writers` has a function for each target; `references` builds the models of torchvision, timm
-and Hugging Face; `hugging_face` is the class that transformers' AutoModel finds. What is read is in `bevt_ds.model`
-(containers, layouts, convert, weights), since every command starts from weights. Start reading at `convert`.
+convert.py is `bevt convert`: writers.py has a function for each target, references.py builds the models of torchvision,
+timm and Hugging Face. features.py is `bevt features`; pipeline.py is one call from frames to features; hugging_face.py
+what transformers' AutoModel finds. What is read is in `bevt_ds.model`. Start with convert.py.
 """

@@ -1,4 +1,4 @@
-"""Frozen tokenizers: images to grids of discrete ids, which are what the model predicts."""
+"""Frozen tokenizers: images to grids of discrete ids, which are what the model predicts. Start with dalle.py."""
 
 from __future__ import annotations
 
