@@ -106,7 +106,7 @@ def points_of(backbone: str) -> Points:
     return found
 
 
-# --- the page's blocks --------------------------------------------------------------------------------
+# The page's blocks
 
 
 def tables(backbone: str, points: Points) -> str:
@@ -228,7 +228,7 @@ def filled(page: str, name: str, text: str) -> str:
     return result
 
 
-# --- the figure ---------------------------------------------------------------------------------------
+# The figure
 
 
 def draw(all_points: dict[str, Points], path: Path) -> None:

@@ -26,7 +26,7 @@ Kernels = Literal["auto", "triton", "torch"]
 Precision = Literal["bf16", "fp16", "fp32"]
 
 
-# --- the network ----------------------------------------------------------------------------------
+# The network
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ClassifierConfig(BackboneConfig):
     dropout: A[float, F("of the pooled features, in front of the head", below=1)] = 0.5
 
 
-# --- optimizer and training loop ------------------------------------------------------------------
+# Optimizer and training loop
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class FinetuneTrainConfig(LoopConfig):
     ] = 5
 
 
-# --- runs -----------------------------------------------------------------------------------------
+# Runs
 
 
 @dataclass(frozen=True)

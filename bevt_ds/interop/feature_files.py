@@ -60,7 +60,7 @@ class Chunk:
         )
 
 
-# --- manifest ---------------------------------------------------------------------------------------------------------
+# Manifest
 
 
 def manifest_of(config: FeaturesRunConfig, shards: Sequence[Shard], model: FrozenModel) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def chunk_path(folder: Path, features: FeaturesConfig, number: int) -> Path:

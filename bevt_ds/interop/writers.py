@@ -138,7 +138,7 @@ def _indices(state: State, window: Size3) -> State:
     return {name.replace(TABLE, INDEX): index.clone() for name in state if name.endswith(TABLE)}
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def config_of(weights: Weights, written: Written) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def strip(key: str) -> str:
     return PREFIXES.sub("", WRAPPERS.sub("", key))
 
 
-# --- DeepSpeed's folders ----------------------------------------------------------------------------------------------
+# DeepSpeed's folders
 
 
 def deepspeed_folder(folder: Path) -> Path | None:

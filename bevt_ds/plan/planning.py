@@ -153,7 +153,7 @@ def steps_of(config: TrainingConfig, samples: int | None) -> int | None:
     return ceil(train.epochs * samples * (1 - config.data.holdout) / (train.global_clips or train.global_images))
 
 
-# --- the model, which every plan of a run shares ---------------------------------------------------
+# The model, which every plan of a run shares
 
 
 def network(config: TrainingConfig) -> TrainingConfig:
@@ -212,7 +212,7 @@ def traced(config: TrainingConfig) -> tuple[nn.Module, tuple[Batch | Tensor, ...
     return model, micro_batch(config, *micro_of(config), model.arch.get("target_dim", 0))
 
 
-# --- memory ----------------------------------------------------------------------------------------
+# Memory
 
 
 def memory_of(config: TrainingConfig, settings: Mapping[str, Any], world: int, passes: int) -> Memory:
@@ -242,7 +242,7 @@ def usable(gpu: Gpu) -> float:
     return USABLE * gpu.memory
 
 
-# --- time ------------------------------------------------------------------------------------------
+# Time
 
 
 def times(
@@ -281,7 +281,7 @@ def times(
     return seconds, busy + gather + max(0.0, reduce - hidden)
 
 
-# --- what to choose --------------------------------------------------------------------------------
+# What to choose
 
 
 def largest_micro(plan: Plan, gpu: Gpu) -> tuple[int, int]:

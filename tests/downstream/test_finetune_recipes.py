@@ -159,7 +159,7 @@ def test_finetuning_help_and_dry_run():
     assert stops == ["data.train is empty: name the labelled shards."]
 
 
-# --- loss, mixing, moving average -----------------------------------------------------------------
+# Loss, mixing, moving average
 
 
 def test_label_smoothing_equals_the_original():

@@ -133,7 +133,7 @@ def test_row_index_points_at_masked_cells(clip: bool) -> None:
     assert {a.dtype for a in vars(index).values()} == {np.dtype(np.int64)}
 
 
-# --- masks without a cell -------------------------------------------------------------------------
+# Masks without a cell
 
 
 @pytest.mark.parametrize(

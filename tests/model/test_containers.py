@@ -108,7 +108,7 @@ def test_damaged_checkpoint_file_is_named(cut, tmp_path):
         read_file(tmp_path / "a.pth")
 
 
-# --- DeepSpeed --------------------------------------------------------------------------------------------------------
+# DeepSpeed
 
 SHAPES = [{"a": torch.Size([3, 5]), "b": torch.Size([7])}, {"c": torch.Size([2, 2])}]  # two optimizer groups
 

@@ -84,7 +84,7 @@ def test_held_out_summary_and_samples_without_masked_positions(small_bevt, unmas
     assert Image.open(tmp_path / "samples.png").width > 100
 
 
-# --- targets outside the vocabulary ---------------------------------------------------------------
+# Targets outside the vocabulary
 
 
 class Wrong(RandomProjectionTokenizer):

@@ -67,7 +67,7 @@ def test_own_weights_without_config_are_named(small_bevt, tmp_path):
         BEVT.from_pretrained(tmp_path / "mine.safetensors")
 
 
-# --- Swins of images: a still clip has the features of its image ------------------------------------------------------
+# Swins of images: a still clip has the features of its image
 
 
 def drawn(model: nn.Module) -> nn.Module:
@@ -235,7 +235,7 @@ def test_image_tables_are_resized_to_a_models_window(tmp_path):
     torch.testing.assert_close(table, plane.view(1, 7, 7, 1).expand(3, -1, -1, -1), rtol=0, atol=0)
 
 
-# --- Swins of clips ---------------------------------------------------------------------------------------------------
+# Swins of clips
 
 
 @pytest.mark.parametrize("window", [(8, 7, 7), (4, 3, 3), (2, 5, 5)])

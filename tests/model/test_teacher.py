@@ -49,7 +49,7 @@ def normalised(features: torch.Tensor) -> torch.Tensor:
     return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
-# --- which vector stands where --------------------------------------------------------------------
+# Which vector stands where
 
 
 def test_image_teacher_gives_each_row_the_features_of_its_frame_and_cell(batch, resnet):
@@ -128,7 +128,7 @@ def test_teachers_that_cannot_be_are_named(tmp_path, small_bevt):
         SwinTeacher(network, "short")
 
 
-# --- loss -----------------------------------------------------------------------------------------
+# Loss
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_targets_of_the_other_kind_are_refused(batch, resnet, student, small_bev
         small_bevt()(with_features(resnet, batch))
 
 
-# --- weights --------------------------------------------------------------------------------------
+# Weights
 
 
 def test_head_of_features_is_saved_and_starts_fresh_from_one_of_ids(student, ours, small_bevt, tmp_path):
@@ -203,7 +203,7 @@ def test_head_of_features_is_saved_and_starts_fresh_from_one_of_ids(student, our
         load_init(small_bevt(target_dim=128), tmp_path / "student")
 
 
-# --- what is measured -----------------------------------------------------------------------------
+# What is measured
 
 
 class StillEngine:

@@ -67,7 +67,7 @@ def test_folders_that_hold_no_tokenizer_are_named(tmp_path, small_bevt):
         load_tokenizer("vq", weights=str(tmp_path / "vq"))
 
 
-# --- what the loss sees with ----------------------------------------------------------------------
+# What the loss sees with
 
 
 def test_perceptual_distance_is_0_of_a_frame_to_itself_and_has_the_gradient_of_the_other():

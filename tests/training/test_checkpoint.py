@@ -158,7 +158,7 @@ def test_checkpoint_of_a_newer_schema_is_refused(tmp_path):
         read_facts(folder)
 
 
-# --- the run's folder -----------------------------------------------------------------------------
+# The run's folder
 
 
 def test_run_folder_is_not_overwritten(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def commit_step(root: Path, step: int, keep: int = 2, ranks: Ranks = ALONE, need
     return save(root, facts, [lambda folder: write_part(folder, ranks.rank)], ranks, keep, needed)
 
 
-# --- kills ----------------------------------------------------------------------------------------
+# Kills
 
 
 class Counted:
@@ -187,7 +187,7 @@ def test_rank_that_dies_in_a_commit_leaves_the_one_before(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-# --- disks ----------------------------------------------------------------------------------------
+# Disks
 
 
 @pytest.mark.parametrize("position", range(64))
@@ -253,7 +253,7 @@ def test_vanished_folder_is_named(tmp_path):
     assert not root.parent.exists(), "a folder that someone has removed is not made again"
 
 
-# --- damage ---------------------------------------------------------------------------------------
+# Damage
 
 
 def damage(path: Path, kind: str) -> str:

@@ -139,7 +139,7 @@ def test_missing_pretraining_inputs_are_named(tmp_path):
     require_inputs(configured(*gone, "resume=auto"))  # a run that continues does not read it
 
 
-# --- the DeepSpeed JSON ---------------------------------------------------------------------------
+# The DeepSpeed JSON
 
 
 def test_ds_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
@@ -280,7 +280,7 @@ def test_unknown_deepspeed_auto_is_refused():
         resolve(values, get_recipe("demo"), 1, 1, 1, 1)
 
 
-# --- arguments and help ---------------------------------------------------------------------------
+# Arguments and help
 
 
 def test_pretraining_arguments():

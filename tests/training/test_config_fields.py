@@ -93,7 +93,7 @@ def test_listed_fields_exist() -> None:
     assert {leaf.key for _, leaf in LEAVES} == set(EXPECTED)
 
 
-# --- bounds ---------------------------------------------------------------------------------------
+# Bounds
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def test_seed_of_the_python_interface_beyond_64_bits_is_an_error(seed: int) -> N
     assert generator((1 << 64) - 1, Use.TOKENIZER).random() != generator(0, Use.TOKENIZER).random()
 
 
-# --- saved configurations -------------------------------------------------------------------------
+# Saved configurations
 
 READING = """
     decoder workers threads readers prefetch shuffle_window decode_seconds max_pixels max_frames max_file_bytes

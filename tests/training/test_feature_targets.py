@@ -76,7 +76,7 @@ def test_own_run_is_a_teacher_for_two_ranks_as_for_one(run, tmp_path, small):
     assert start["teacher"]["file"].endswith("weights/model.safetensors") and "tokenizer" not in start
 
 
-# --- without a run --------------------------------------------------------------------------------
+# Without a run
 
 
 def test_settings_of_targets_that_cannot_be(tmp_path):

@@ -38,7 +38,7 @@ def keys_of(shards: list[Shard]) -> list[str]:
     return [key for shard in shards for key in shard.keys]
 
 
-# --- samples held out -----------------------------------------------------------------------------
+# Samples held out
 
 
 def test_held_out_share_does_not_depend_on_sharding():
@@ -97,7 +97,7 @@ def test_run_by_epochs_with_held_out_share_resumes_exactly(tmp_path, small, shar
     assert other.code == 2 and "data" in other.output.splitlines()[-1]
 
 
-# --- recipes --------------------------------------------------------------------------------------
+# Recipes
 
 
 def test_demo_settings_do_not_apply_to_own_shards():
@@ -128,7 +128,7 @@ def test_epochs_replace_the_steps_of_a_recipe():
     assert recipe_for("finetune_demo", FinetuneConfig, {"train.epochs": "3"}).train.steps == 0
 
 
-# --- words ----------------------------------------------------------------------------------------
+# Words
 
 
 def test_not_learned_names_the_data_and_the_remedy():

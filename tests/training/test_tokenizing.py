@@ -113,7 +113,7 @@ def test_trained_tokenizer_gives_pretraining_its_ids(run, tmp_path, small):
     assert rows > 4
 
 
-# --- without a run --------------------------------------------------------------------------------
+# Without a run
 
 
 def test_recipes_of_tokenizers():
