@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -109,9 +108,10 @@ def clip_path(videos: str) -> set[Call]:
         folder = Path(name)
         with _hooked(folder), Loader(config) as loader:
             batches = iter(loader)
-            list(islice(batches, WARM_UP))
-            (folder / "recording").touch()
-            list(islice(batches, RECORDED))
+            for number in range(WARM_UP + RECORDED):
+                if number == WARM_UP:
+                    (folder / "recording").touch()
+                next(batches)
             (folder / "recording").unlink()
         return calls(folder)
 

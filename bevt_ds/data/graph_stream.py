@@ -45,7 +45,9 @@ class GraphReader(StreamReader):
         DALI's decoder takes a video's file and frame numbers, once a worker has looked at it and decoded a frame. What
         is not for it is decoded by the worker.
         """
-        data = self._read_all(pending, i, group)
+        if pending.ids is not None:
+            self._take_ids(pending, i, group)
+        data = self._read(group[0])
         if self.plan.kind == "image":
             check_image(data, self.limits)
             return [data]

@@ -190,16 +190,14 @@ class StreamReader(SampleReader):
             pending.ids = np.empty((len(pending.slots), *self.kept[0].shape[2:]), np.int64)
             pending.masked[:] = False
 
-    def _read_all(self, pending: PendingBatch, i: int, group: list[PlanEntry]) -> bytes:
-        """The file of sample i; its ids, where kept, go into the micro-batch. BadSample: either cannot be had."""
-        if pending.ids is not None:
-            with self.shared.times.measured("storage"):
-                for j, entry in enumerate(group):
-                    kept = self.kept[entry.shard]
-                    pending.ids[i * len(group) + j] = self.shared.storage.ask(
-                        kept.read, entry.member, entry.crop_number, place=kept.path
-                    )
-        return self._read(group[0])
+    def _take_ids(self, pending: PendingBatch, i: int, group: list[PlanEntry]) -> None:
+        """Put the ids of sample i that are kept into the micro-batch. BadSample: they cannot be had."""
+        with self.shared.times.measured("storage"):
+            for j, entry in enumerate(group):
+                kept = self.kept[entry.shard]
+                pending.ids[i * len(group) + j] = self.shared.storage.ask(
+                    kept.read, entry.member, entry.crop_number, place=kept.path
+                )
 
     def finish(self, pending: PendingBatch) -> Stream:
         """The micro-batch: pixels on the device, index tensors on the host."""
@@ -232,7 +230,9 @@ class ClipReader(StreamReader):
         self.pixels, self._lock = pixels, threading.Lock()
 
     def _sample(self, pending: PendingBatch, i: int, group: list[PlanEntry]) -> None:
-        data, config, shared = self._read_all(pending, i, group), self.config, self.shared
+        if pending.ids is not None:
+            self._take_ids(pending, i, group)
+        data, config, shared = self._read(group[0]), self.config, self.shared
         starts = [(entry.start, entry.phase) for entry in group]
         crops = [Crop(entry.short_side, *entry.crop, config.size) for entry in group]
         with (
