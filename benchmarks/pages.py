@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from statistics import median_low
 from typing import Any
 
-from .pages_data import damaged_media, loader, reading, study, targets, tokenizers
+from .pages_data import damaged_media, kept_ids, loader, reading, study, targets, tokenizers
 from .pages_decode import decode, host, packing
 from .pages_runs import commits, guard, soak
 from .report import Columns, Page, Panel, Row, Rows, facts, fields, grouped, newest, number, source, table, timing
@@ -323,6 +323,7 @@ PAGES: dict[str, Callable[[Rows], Page]] = {  # how the name of a file of rows b
     "decode": decode,
     "guard": guard,
     "host": host,
+    "kept-ids": kept_ids,
     "kernels": kernels,
     "loader": loader,
     "loader_fuzz": damaged_media,
