@@ -334,8 +334,7 @@ KEPT_IDS = """\
 Made by `python -m benchmarks.kept_ids`: forward, backward and AdamW of the demo's network on its batch of 4 clips of 8
 frames at 128 pixels and 12 images, with the loader, on a CPU in fp32. "made": the tokenizer makes the ids in the step;
 "kept": they are read from the files of `bevt tokens`. CPU seconds of all threads and decode workers, median (lowest to
-highest round). `vq` and `dalle` have random weights, which take as long as trained ones. "making": CPU seconds of
-`bevt tokens` for 8 clips and 24 images, decoding included, its workers not; only where the row's run made them."""
+highest round). `vq` and `dalle` have random weights, which take as long as trained ones."""
 
 
 def kept_ids(rows: Rows) -> Page:
@@ -345,6 +344,5 @@ def kept_ids(rows: Rows) -> Page:
         "a step, ids made": lambda row: spread(row["made"], ".2f"),
         "a step, ids kept": lambda row: spread(row["kept"], ".2f"),
         "saved": lambda row: f"{row['saved']:.0%}",
-        "making": lambda row: "-" if row["making"] is None else f"{row['making']:.1f} s",
     }
     return Page("Ids made once", [KEPT_IDS, facts(rows), table(rows, columns)])
