@@ -198,7 +198,7 @@ def sum_scores_kernel(scores, pairs, size, windows, before, BLOCK: tl.constexpr)
     were windows `before`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size * 8
-    total = tl.load(pairs + at, mask=inside & (before > 0), other=0.0)
+    total = tl.load(pairs + at, mask=at < tl.where(before > 0, size * 8, 0), other=0.0)
     for _ in range(windows):
         total += tl.load(scores + at, mask=inside, other=0.0).to(tl.float32)
         scores += size * 8
