@@ -8,7 +8,7 @@ then by one more kernel over the programs: no atomics, one order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -135,10 +135,15 @@ def _sizes(x: Tensor, scale: Tensor | None) -> tuple[int, int]:
     return rows, max(1, rows // max(1, len(scale))) if scale is not None else 1
 
 
+def _contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
 def launch_add_norm(
     x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float, post: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """total, normed and stats of `add_norm_fwd_kernel`; what a case does not have is empty."""
+    x, branch, scale, weight, bias = _contiguous(x, branch, scale, weight, bias)
     rows, per_sample = _sizes(x, scale)
     total, normed, stats = empty_outputs(x, branch, post)
     tiles = norm_tiles(x.shape[-1])
@@ -162,6 +167,7 @@ def launch_add_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of what was normalised, of the branch (empty where it is the same or unscaled), and of weight and
     bias as one (2, C). Without `dnormed` the norm was behind the branch; without `dtotal` nothing was added."""
+    dtotal, dnormed, value, scale, weight = _contiguous(dtotal, dnormed, value, scale, weight)
     (rows, per_sample), channels, tiles = _sizes(value, scale), value.shape[-1], norm_tiles(value.shape[-1])
     programs = norm_programs(rows, tiles["ROWS"])
     case = {"ADD": dtotal is not None, "SCALED": scale is not None, "POST": dnormed is None}
@@ -178,7 +184,8 @@ def launch_add_norm_backward(
 
 
 def launch_add_scaled(x: Tensor | None, branch: Tensor, scale: Tensor) -> Tensor:
-    """x + scale branch, or without x the latter alone."""
+    """x + scale branch, or without x the latter alone: the branch's gradient, from that of the sum."""
+    x, branch, scale = _contiguous(x, branch, scale)
     (rows, per_sample), tiles = _sizes(branch, scale), norm_tiles(branch.shape[-1])
     out = torch.empty_like(branch)
     grid = (triton.cdiv(rows, tiles["ROWS"]),)
@@ -201,46 +208,8 @@ def empty_gradients(value: Tensor, scale: Tensor | None, weight: Tensor, post: b
     return dvalue, dbranch, weight.new_empty((2, len(weight)))
 
 
-def run_add_norm(
-    x: Tensor,
-    branch: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    post: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`launch_add_norm`."""
-    tensors = (None if t is None else t.contiguous() for t in (x, branch, scale, weight, bias))
-    return launch_add_norm(*tensors, eps, post)
-
-
-def run_add_norm_backward(
-    dtotal: Tensor | None,
-    dnormed: Tensor | None,
-    value: Tensor,
-    scale: Tensor | None,
-    weight: Tensor,
-    stats: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`launch_add_norm_backward`."""
-    tensors = (None if t is None else t.contiguous() for t in (dtotal, dnormed, value, scale, weight, stats))
-    return launch_add_norm_backward(*tensors)
-
-
-def run_add_scaled(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
-    """`reference.add_scaled`."""
-    return launch_add_scaled(x.contiguous(), branch.contiguous(), scale.contiguous())
-
-
-def run_scale(dout: Tensor, scale: Tensor) -> Tensor:
-    """The branch's gradient: dout times its sample's factor."""
-    return launch_add_scaled(None, dout.contiguous(), scale.contiguous())
-
-
-add_norm_backward_op = custom_op("add_norm_backward", run_add_norm_backward)
-add_scaled_op = custom_op("add_scaled", run_add_scaled)
-scale_op = custom_op("add_scaled_backward", run_scale)
+add_norm_backward_op = custom_op("add_norm_backward", launch_add_norm_backward)
+add_scaled_op = custom_op("add_scaled", launch_add_scaled)
 
 
 @add_norm_backward_op.register_fake
@@ -251,11 +220,6 @@ def _(dtotal, dnormed, value, scale, weight, stats):
 @add_scaled_op.register_fake
 def _(x, branch, scale):
     return torch.empty_like(branch, memory_format=torch.contiguous_format)
-
-
-@scale_op.register_fake
-def _(dout, scale):
-    return torch.empty_like(dout, memory_format=torch.contiguous_format)
 
 
 def save_norm(ctx, inputs, output) -> tuple[Tensor | None, ...]:
@@ -285,15 +249,15 @@ def save_scale(ctx, inputs, output) -> tuple[Tensor]:
 
 def scaled_backward(run, ctx, saved, dout: Tensor) -> tuple:
     """Gradients of x, branch, scale."""
-    return dout, run(dout, *saved), None
+    return dout, run(None, dout, *saved), None
 
 
 def norm_op(name: str) -> tuple[Any, Callable[..., tuple[Tensor, ...]]]:
     """The operator behind a public function, and what to call. They differ in their arguments and their name."""
-    op = custom_op(name, run_add_norm)
+    op = custom_op(name, launch_add_norm)
     op.register_fake(lambda x, branch, scale, weight, bias, eps, post: empty_outputs(x, branch, post))
     return op, with_gradient(
-        name, op, run_add_norm, add_norm_backward_op, run_add_norm_backward, save_norm, norm_backward
+        name, op, launch_add_norm, add_norm_backward_op, launch_add_norm_backward, save_norm, norm_backward
     )
 
 
@@ -301,7 +265,7 @@ layer_norm_op, layer_norm_once = norm_op("layer_norm")
 add_norm_op, add_norm_once = norm_op("add_norm")
 norm_add_op, norm_add_once = norm_op("norm_add")
 add_scaled_once = with_gradient(
-    "add_scaled", add_scaled_op, run_add_scaled, scale_op, run_scale, save_scale, scaled_backward
+    "add_scaled", add_scaled_op, launch_add_scaled, add_scaled_op, launch_add_scaled, save_scale, scaled_backward
 )
 
 
@@ -312,7 +276,6 @@ add_scaled_once = with_gradient(
         torch.ops.bevt_ds.norm_add,
         torch.ops.bevt_ds.add_norm_backward,
         torch.ops.bevt_ds.add_scaled,
-        torch.ops.bevt_ds.add_scaled_backward,
     ]
 )
 def no_flops(*_, **__) -> int:

@@ -144,7 +144,6 @@ def test_norm_registration_and_compile(device):
         add_scaled_op,
         layer_norm_op,
         norm_add_op,
-        scale_op,
     )
 
     tensors = [t.requires_grad_() for t in values((2, 3, 20), torch.float32, device)]
@@ -160,7 +159,7 @@ def test_norm_registration_and_compile(device):
     for case in ((plain[0], plain[1], scale), (None, plain[1], None), (plain[0], None, scale)):
         torch.library.opcheck(add_norm_backward_op, (*case[:2], plain[1], case[2], plain[2], stats))
     torch.library.opcheck(add_scaled_op, (x, branch, scale))
-    torch.library.opcheck(scale_op, (plain[1], scale))
+    torch.library.opcheck(add_scaled_op, (None, plain[1], scale))
     torch.library.opcheck(bias_gelu_op, (x, bias))
     torch.library.opcheck(bias_gelu_backward_op, (plain[0], plain[1], plain[3]))
 
