@@ -97,8 +97,12 @@ class _BiasedAttention(torch.autograd.Function):
 
 
 def _attend(qkv: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """What is fastest on the device, for the shapes of `_BiasedAttention`."""
-    if qkv.device.type == "cpu":
+    """What is fastest on the device, for the shapes of `_BiasedAttention`; in the type of qkv, under autocast too."""
+    device = qkv.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # meta has none, for which torch raises
+        with torch.autocast(device, enabled=False):
+            return _attend(qkv, bias, scale)
+    if device == "cpu":
         return _BiasedAttention.apply(qkv, bias, scale)
     bias = bias.repeat(qkv.shape[1] // len(bias), 1, 1, 1) if len(bias) > 1 else bias.expand(qkv.shape[1], -1, -1, -1)
     return F.scaled_dot_product_attention(*qkv, attn_mask=bias, scale=scale)
@@ -178,8 +182,8 @@ def add_scaled(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`reference.layer_norm`."""
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    """`reference.layer_norm`; under autocast, which would widen it, in x's dtype as well."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps).to(x.dtype)
 
 
 def add_norm(

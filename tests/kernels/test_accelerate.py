@@ -26,12 +26,12 @@ SMALL = {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4]}
 
 
 def torchvision_swin(**options):
-    return SwinTransformer([4, 4], **SMALL, window_size=[4, 4], num_classes=5, stochastic_depth_prob=0.0, **options)
+    return SwinTransformer([4, 4], **SMALL, window_size=[4, 4], num_classes=5, stochastic_depth_prob=0.4, **options)
 
 
 def monai(axes):
     sizes = {"in_chans": 1, "window_size": (3,) * axes, "patch_size": (2,) * axes, "spatial_dims": axes}
-    return MonaiSwin(embed_dim=16, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], **sizes)
+    return MonaiSwin(embed_dim=16, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], drop_path_rate=0.4, **sizes)
 
 
 MODELS = {  # -> model, shape of its input, how many attentions it has
@@ -42,19 +42,19 @@ MODELS = {  # -> model, shape of its input, how many attentions it has
         4,
     ),
     "torchvision-3d": (
-        lambda: SwinTransformer3d([2, 4, 4], **SMALL, window_size=[4, 4, 3], num_classes=5, stochastic_depth_prob=0.0),
-        (1, 3, 6, 36, 28),
+        lambda: SwinTransformer3d([2, 4, 4], **SMALL, window_size=[4, 4, 3], num_classes=5, stochastic_depth_prob=0.4),
+        (2, 3, 6, 36, 28),
         4,
     ),
     "timm": (
         lambda: TimmSwin(
-            img_size=(36, 28), **SMALL, window_size=4, num_classes=5, drop_path_rate=0.0, strict_img_size=False
+            img_size=(36, 28), **SMALL, window_size=4, num_classes=5, drop_path_rate=0.4, strict_img_size=False
         ),
         (2, 3, 36, 28),
         4,
     ),
     "hugging-face": (
-        lambda: SwinModel(SwinConfig(image_size=36, **SMALL, window_size=4, drop_path_rate=0.0)),
+        lambda: SwinModel(SwinConfig(image_size=36, **SMALL, window_size=4, drop_path_rate=0.4)),
         (2, 3, 36, 36),
         4,
     ),
@@ -70,10 +70,14 @@ def tensor_of(out):
 
 
 def outputs(model, x):
-    """The output, and the gradients of its weighted sum with regard to the input and every parameter by name."""
+    """The output, and the gradients of its weighted sum with regard to the input and every parameter by name.
+
+    Blocks that drop whole branches (drop path) drop the same ones in every call.
+    """
     model.zero_grad()
+    torch.manual_seed(1)
     x = x.clone().requires_grad_()
-    out = tensor_of(model(x))
+    out = tensor_of(model(x)).float() if x.dtype == torch.float32 else tensor_of(model(x))
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
     (out * weights).sum().backward()
     return {"output": out.detach(), "input": x.grad} | {
@@ -98,12 +102,49 @@ def test_accelerated_models_give_the_same_outputs_and_gradients(name):
     plain = copy.deepcopy(model)
     report = kernels.accelerate(model, provider="torch")
     assert (len(report.replaced), report.left) == (attentions, {})
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    expected, actual = outputs(plain, x), outputs(model, x)
-    assert expected.keys() == actual.keys() and len(actual) > 20
-    for key, value in expected.items():
-        bound = 1e-10 * value.abs().max().clamp_min(1e-6)
-        assert (actual[key] - value).abs().max() <= bound, key
+    state = model.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
+    results = []
+    for training in (True, False):
+        plain.train(training), model.train(training)
+        expected, actual = outputs(plain, x), outputs(model, x)
+        assert expected.keys() == actual.keys() and len(actual) > 20
+        for key, value in expected.items():
+            bound = 1e-10 * value.abs().max().clamp_min(1e-6)
+            assert (actual[key] - value).abs().max() <= bound, (key, training)
+        results.append(actual["output"])
+    assert not torch.equal(*results)  # in training branches were dropped
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_accelerated_models_under_autocast_are_as_exact_as_before(name, assert_as_exact):
+    """Half-precision products around a float32 table; the backward pass runs outside autocast, as in training."""
+    model, x, _ = randomised(name)
+    fast, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    kernels.accelerate(fast, provider="torch")
+    found = []
+    for each in (fast, model, exact):
+        with torch.autocast("cpu", torch.bfloat16, enabled=each is not exact):
+            torch.manual_seed(1)
+            out = tensor_of(each(x.to(next(each.parameters()).dtype)))
+        out.double().square().sum().backward()
+        table = next(p for n, p in each.named_parameters() if n.endswith(("bias_table", "cpb_mlp.0.weight")))
+        found.append((out.detach().to(x.dtype if each is not exact else out.dtype), table.grad))
+    assert_as_exact(*(out for out, _ in found), 3, "output")
+    assert_as_exact(*(grad for _, grad in found), 3, "the bias table's gradient")
+
+
+@pytest.mark.parametrize("name", ["torchvision-3d", "timm"])
+def test_accelerated_block_is_one_graph_of_a_compiler(name):
+    model, _, _ = randomised(name)
+    model.eval()
+    report = kernels.accelerate(model, provider="torch")
+    block = model.get_submodule(list(report.replaced)[1])  # shifted
+    x = torch.randn(1, *(3,) * (name == "torchvision-3d"), 9, 7, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["torchvision-v2", "torchvision-3d", "hugging-face"])

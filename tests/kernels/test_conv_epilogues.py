@@ -62,4 +62,24 @@ def test_registration_of_convolutions_epilogues(device):
 def test_no_images_give_empty_maps(device):
     x, bias = torch.zeros(0, 20, 4, 4, device=device), torch.zeros(20, device=device)
     assert conv_epilogues.residual_relu(x, None, x, bias, 0.5, 2)[0].shape == (0, 20, 2, 2)
+    assert conv_epilogues.bias_relu(x, bias).shape == x.shape
     assert conv_epilogues.scale_pixels(x[:, :3], 1.0, 0.0, 8, False).shape == (0, 8, 4, 4)
+
+
+def test_epilogues_from_strided_memory_give_the_same_bits(device):
+    """Every second value of larger maps and biases."""
+
+    def strided(x):
+        return torch.stack([x, x], dim=-1)[..., 0]
+
+    h, bias = torch.randn(2, 20, 4, 6, device=device), torch.randn(20, device=device)
+    spread = strided(h), strided(bias)
+    assert same(conv_epilogues.bias_relu(*spread), conv_epilogues.bias_relu(h, bias))
+    for pair in zip(
+        conv_epilogues.residual_relu(*spread, *spread, 0.5, 2),
+        conv_epilogues.residual_relu(h, bias, h, bias, 0.5, 2),
+        strict=True,
+    ):
+        assert same(*pair)
+    frames = h[:, :3]
+    assert same(*(conv_epilogues.scale_pixels(x, 0.8, 0.1, 8, False) for x in (strided(frames), frames)))

@@ -17,8 +17,16 @@ def provider(request):
     return request.param
 
 
-def calls(provider, device, batch):
-    """(op, its differentiable arguments, the rest of the call) for `batch` samples; each returns one tensor."""
+def strided(x):
+    """Its values as every second one of a larger tensor."""
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+def calls(provider, device, batch, arrange=lambda x: x):
+    """(op, its differentiable arguments, the rest of the call) for `batch` samples; each returns one tensor.
+
+    `arrange`: what is done to the memory of the arguments without a gradient.
+    """
 
     def leaf(*shape):
         return torch.randn(*shape, device=device, requires_grad=True)
@@ -29,10 +37,10 @@ def calls(provider, device, batch):
         return kernels.window_attention(qkv, table, windows, provider=provider)
 
     rows = 3 * batch
-    index, target = torch.arange(rows, device=device), torch.arange(rows, device=device)
-    mask = torch.eye(2, dtype=torch.bool, device=device).expand(batch, 1, 2, 2)
+    index, target = (arrange(torch.arange(rows, device=device)) for _ in range(2))
+    mask = arrange(torch.eye(2, dtype=torch.bool, device=device).expand(batch, 1, 2, 2))
     head = kernels.masked_cross_entropy
-    scale = torch.ones(batch, device=device)
+    scale = arrange(torch.ones(batch, device=device))
     sums = {"scale": scale, "provider": provider}
     return {
         "layer_norm": (partial(kernels.layer_norm, provider=provider), (leaf(batch, 4, 16), leaf(16), leaf(16))),
@@ -110,6 +118,16 @@ def test_target_outside_the_vocabulary_makes_the_loss_nan(provider, device, wron
     assert not changed[2][1].any()
 
 
+def test_rows_that_are_all_ignored_or_padding_give_zeros(provider, device):
+    h, weight, bias = (torch.randn(*n, device=device, requires_grad=True) for n in ((6, 16), (9, 16), (9,)))
+    ignored = torch.full((6,), -100, device=device)
+    losses, hits = kernels.masked_cross_entropy(h, weight, bias, ignored, (4, 2), provider)
+    rows = kernels.gather_masked(h, torch.full((5,), -1, device=device), provider)
+    assert not losses.any() and not hits.any() and not rows.any() and len(rows) == 5
+    assert not any(grad.any() for grad in torch.autograd.grad(losses.sum(), (h, weight, bias)))
+    assert not torch.autograd.grad(rows.sum(), h)[0].any()
+
+
 def test_mask_without_a_masked_cell_changes_nothing(provider, device):
     x, token = (torch.randn(*n, device=device, requires_grad=True) for n in ((1, 2, 4, 4, 16), (16,)))
     mask = torch.zeros(1, 2, 2, 2, dtype=torch.bool, device=device)
@@ -120,11 +138,11 @@ def test_mask_without_a_masked_cell_changes_nothing(provider, device):
 
 def test_arguments_that_are_not_contiguous_give_the_same(provider, device):
     """Each argument as every second element of a larger tensor; libraries multiply such matrices in another order."""
-    for name, (op, leaves) in calls(provider, device, batch=1).items():
-        spread = [torch.stack([x, x], dim=-1).detach().requires_grad_() for x in leaves]
-        views = [x[..., 0] for x in spread]
+    spread = calls(provider, device, 2, strided)
+    for name, (op, leaves) in calls(provider, device, 2).items():
+        views = [strided(x).detach().requires_grad_() for x in leaves]
         assert not any(view.is_contiguous() for view in views), name
-        expected, out = op(*leaves), op(*views)
+        expected, out = op(*leaves), spread[name][0](*views)
         grad = torch.randn(*out.shape, 2, device=device)[..., 0]
         found = (out, *torch.autograd.grad(out, views, grad))
         for a, b in zip(found, (expected, *torch.autograd.grad(expected, leaves, grad)), strict=True):
@@ -160,11 +178,36 @@ def test_under_autocast_attention_follows_its_input_and_the_head_takes_autocasts
         assert all(g.dtype == torch.float32 for g in torch.autograd.grad(loss.sum(), leaves))
 
 
+def test_under_autocast_every_op_computes_the_same_and_gives_gradients_of_its_arguments_types(provider, device):
+    """From float32 arguments. Only products take autocast's type, as everywhere in PyTorch."""
+    for name, (op, leaves) in calls(provider, device, batch=1).items():
+        expected = op(*leaves)
+        with torch.autocast(device, torch.float16):
+            out = op(*leaves)
+        assert out.dtype == (torch.float16 if name == "linear_gelu" else torch.float32), name
+        found = (out, *torch.autograd.grad(out.float().sum(), leaves))
+        for a, b in zip(found, (expected, *torch.autograd.grad(expected.sum(), leaves)), strict=True):
+            torch.testing.assert_close(
+                a.float(), b, rtol=2e-2, atol=2e-2, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def test_norms_under_autocast_stay_in_the_type_of_their_rows(provider, device):
+    """Half-precision rows, as a linear layer leaves them, and float32 weights."""
+    x, weight = torch.randn(2, 3, 16, device=device).half(), torch.ones(16, device=device)
+    with torch.autocast(device, torch.float16):
+        normed = [kernels.layer_norm(x, weight, weight, provider=provider)]
+        normed += kernels.add_norm(x, x, None, weight, weight, provider=provider)
+        normed += [kernels.norm_add(x, x, None, weight, weight, provider=provider)]
+    assert [out.dtype for out in normed] == [torch.float16] * 4
+
+
 def test_vmap_over_a_kernel_is_an_error_that_says_so(device):
     for name, (op, leaves) in calls("triton", device, batch=1).items():
         stacked = [torch.stack([x.detach(), x.detach()]) for x in leaves]
         with pytest.raises(RuntimeError, match="vmap"):
-            torch.func.vmap(op)(*stacked), name
+            torch.func.vmap(op)(*stacked)
+            pytest.fail(f"{name} ran")
 
 
 @pytest.mark.parametrize(("window", "batch"), [((8, 7, 7), 24), ((1, 7, 7), 160)], ids=["clips", "images"])
