@@ -86,9 +86,9 @@ def outputs(model, x):
 
 
 def randomised(name):
-    """A model whose bias tables and norms are random too, and its input."""
+    """A model whose bias tables and norms are random too, for evaluation, and its input."""
     build, shape, attentions = MODELS[name]
-    model = build()
+    model = build().eval()
     for parameter in model.parameters():
         if parameter.ndim < 3:
             nn.init.normal_(parameter, std=0.2)
@@ -138,7 +138,6 @@ def test_accelerated_models_under_autocast_are_as_exact_as_before(name, assert_a
 @pytest.mark.parametrize("name", ["torchvision-3d", "timm"])
 def test_accelerated_block_is_one_graph_of_a_compiler(name):
     model, _, _ = randomised(name)
-    model.eval()
     report = kernels.accelerate(model, provider="torch")
     block = model.get_submodule(list(report.replaced)[1])  # shifted
     x = torch.randn(1, *(3,) * (name == "torchvision-3d"), 9, 7, 32)
@@ -165,7 +164,7 @@ def test_accelerated_attention_runs_the_kernels(name, device, assert_as_exact):
 
 
 def test_accelerated_timm_model_of_another_input_size_pads_after_the_roll():
-    model = MODELS["timm"][0]().double()
+    model = MODELS["timm"][0]().eval().double()
     model.set_input_size((44, 52))
     plain, x = copy.deepcopy(model), torch.randn(1, 3, 44, 52).double()
     kernels.accelerate(model)
