@@ -17,10 +17,12 @@ from bevt_ds.config.samples import DataConfig, LabelledDataConfig, ViewsConfig
 from bevt_ds.config.schema import (
     Config,
     FinetuneConfig,
+    FinetuneTrainConfig,
     InferenceConfig,
     ProbeRunConfig,
     RunConfig,
     RunT,
+    StreamsTrainConfig,
     TrainingConfig,
     UnlabelledConfig,
 )
@@ -149,11 +151,15 @@ def _samples(data: DataConfig) -> Iterator[str]:
     )
 
 
-def _unlabelled(config: UnlabelledConfig) -> Iterator[str]:
-    data, train = config.data, config.train
+def _length(train: StreamsTrainConfig | FinetuneTrainConfig) -> Iterator[str]:
     yield from unless(
         train.epochs + train.steps > 0, "train.epochs and train.steps are both 0: there is nothing to do."
     )
+
+
+def _unlabelled(config: UnlabelledConfig) -> Iterator[str]:
+    data, train = config.data, config.train
+    yield from _length(train)
     yield from unless(
         train.global_clips + train.global_images > 0,
         "train.global_clips and train.global_images are both 0: there is nothing to train on.",
@@ -185,9 +191,7 @@ def _pretraining(config: Config) -> Iterator[str]:
 
 def _finetuning(config: FinetuneConfig) -> Iterator[str]:
     train, data = config.train, config.data
-    yield from unless(
-        train.epochs + train.steps > 0, "train.epochs and train.steps are both 0: there is nothing to do."
-    )
+    yield from _length(train)
     yield from _crop("data.short_side", data.short_side, data.size)
     yield from unless(
         not (train.mixup or train.cutmix) or train.micro_clips % 2 == 0,

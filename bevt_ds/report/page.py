@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,12 +66,19 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     path = arguments.out or arguments.runs[0] / "report.html"
     html = render([read_run(folder) for folder in arguments.runs])
-    try:
+    with writing(path):
         path.write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): name another file with --out.") from error
     print(f"wrote {path}")
     return 0
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The block writes the file that a command names. UserError: it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): name another file with --out.") from error
 
 
 def render(runs: Sequence[Run]) -> str:

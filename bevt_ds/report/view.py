@@ -31,7 +31,7 @@ from bevt_ds.data.plan import PlanEntry, StreamId, clip_frames
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.stream import Resources, sample_name
 from bevt_ds.errors import UserError
-from bevt_ds.report.page import png_url
+from bevt_ds.report.page import png_url, writing
 
 SHOWN = 8  # frames of a clip
 HIDDEN = 0.5
@@ -200,7 +200,7 @@ def view_of(stream: Stream, i: int) -> dict[int, np.ndarray]:
 
 def write(found: Sequence[Sheet], path: Path, title: str) -> None:
     """One image of all sheets, or a page with an image of each. UserError: the file cannot be written."""
-    try:
+    with writing(path):
         if path.suffix == ".png":
             path.write_bytes(draw(found))
         else:
@@ -210,8 +210,6 @@ def write(found: Sequence[Sheet], path: Path, title: str) -> None:
                 for sheet in found
             )
             path.write_text(PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): name another file with --out.") from error
 
 
 def draw(found: Sequence[Sheet]) -> bytes:

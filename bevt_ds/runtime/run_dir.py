@@ -85,9 +85,14 @@ def _claim(config: TrainingConfig) -> Path:
     folder = Path(config.output_dir)
     require_fit(folder, config)
     make_folder(folder)
-    if owner := hold(folder):
-        raise UserError(f"output_dir={folder} is in use by another run ({owner}): end it, or name another folder.")
+    _require_alone(folder, hold(folder))
     return folder
+
+
+def _require_alone(folder: Path, owner: str | None) -> None:
+    """UserError: another run owns the folder."""
+    if owner:
+        raise UserError(f"output_dir={folder} is in use by another run ({owner}): end it, or name another folder.")
 
 
 def require_fit(folder: Path, config: TrainingConfig) -> None:
@@ -105,8 +110,7 @@ def require_writable(folder: Path) -> None:
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"output_dir={folder}: {there} is no folder that can be written to.")
-    if owner := owner_of(folder):
-        raise UserError(f"output_dir={folder} is in use by another run ({owner}): end it, or name another folder.")
+    _require_alone(folder, owner_of(folder))
 
 
 def folder_of(config: TrainingConfig) -> Path:

@@ -10,14 +10,13 @@ from typing import Self, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bevt_ds.errors import UserError
 from bevt_ds.kernels import resolve
 
 from ..inputs import require_frames
+from ..tensor_file import read_tensors
 from .dalle_pickle import read_pickled_module
 
 GROUPS, BLOCKS = 4, 2
@@ -189,10 +188,7 @@ def read_state(path: Path, part: str, key: str) -> dict[str, Tensor]:
         raise UserError(f"tokenizer file {path} does not exist: set {key} to DALL-E's {part}.pkl")
     if path.suffix != ".safetensors":
         return read_pickled_module(path, part)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    return read_tensors(path)
 
 
 def first_size(path: str | Path, part: str, state: dict[str, Tensor], name: str, axis: int = 0) -> int:
