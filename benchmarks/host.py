@@ -3,7 +3,8 @@
 `python -m benchmarks.host`: a thread does what a launching thread does, small operators one after the other, while the
 loader rests and while a batch is taken now and then, in turns. The system says how long the thread ran and how long it
 waited for a core; what is left of the time it waited for Python's lock, which the loader's threads had. That does not
-depend on how busy the machine is, as a rate would. Rows go to benchmarks/results/host-DEVICE.jsonl.
+depend on how busy the machine is, as a rate would. Then the same loader with decoders that cost nothing, in CPU seconds
+of its threads (host_free.py): Python's lock is not held for longer. Rows go to benchmarks/results/host-DEVICE.jsonl.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
+from benchmarks import host_free, report
 from benchmarks.common import RESULTS, append_row, machine, provenance, rows_of
 from benchmarks.decode import drawn_jpeg
 from benchmarks.loader_media import draw_clip
@@ -31,6 +32,7 @@ from bevt_ds.data.loader import Loader
 from bevt_ds.shards.pack import pack
 
 STREAMS = {"clips": (4, 0), "images": (0, 32)}  # of a micro-batch
+FREE_STREAMS = {"clips": (8, 0), "images": (0, 64)}  # the same where decoding costs nothing: a GPU's
 OPERATORS = 200  # between two looks at the clock
 
 
@@ -127,6 +129,18 @@ def shards(folder: Path, clips: int, images: int, size: str) -> Config:
     return Config("benchmark", data=data)
 
 
+def rows(config: Config, seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
+    """The facts of every row, without provenance."""
+    for is_free, streams in ((False, STREAMS), (True, FREE_STREAMS)):
+        for stream, (clips, images) in streams.items():
+            train = TrainConfig(global_clips=clips, global_images=images, micro_clips=clips, micro_images=images)
+            own = replace(config, train=train)
+            if is_free:
+                yield {"stream": stream, "decoders": "free", **host_free.measure(own, rounds)}
+            else:
+                yield {"stream": stream, **measure(own, seconds, rounds)}
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=4, help="drawn videos; default: %(default)s")
@@ -140,9 +154,7 @@ def main(words: list[str] | None = None) -> None:
     path = rows_of("host", origin["device"], arguments.out)
     with tempfile.TemporaryDirectory() as folder:
         config = shards(Path(folder), arguments.clips, arguments.images, arguments.size)
-        for stream, (clips, images) in STREAMS.items():
-            train = TrainConfig(global_clips=clips, global_images=images, micro_clips=clips, micro_images=images)
-            row = {"stream": stream, **measure(replace(config, train=train), arguments.seconds, arguments.rounds)}
+        for row in rows(config, arguments.seconds, arguments.rounds):
             append_row(path, {**row, **origin, **machine()})
             print(json.dumps(row), flush=True)
     report.write(path)

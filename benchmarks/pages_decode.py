@@ -81,13 +81,30 @@ neither ran nor waited for a core, by the system's count, so by Python's lock; o
 adds, median of the rounds. On a CPU the loader's threads also make pixels, which on a GPU DALI does."""
 
 
+GOAL = {"clips": 100, "images": 800}  # a second, next to a step on one GPU
+FREE = """## With decoders that cost nothing
+
+CPU time of all of the loader's threads where frames and pixels are there at once, as if a GPU made them: plan, masks,
+threads, reading, checks, index tensors. Python's lock is held for no longer than that. The calls by which a GPU is
+given its work come on top, and so do the masks of other ranks: each draws those of the whole global batch."""
+
+
 def host(rows: Rows) -> Page:
     """What the loader costs a thread next to it."""
     rows = newest(rows)
+    free = [row for row in rows if row.get("decoders") == "free"]
+    rows = [row for row in rows if row not in free]
     columns: Columns = {
         **fields("samples stream s | samples/s samples_per_s .1f | held up, loader at rest held_up_idle .2%"),
         **fields("held up, loader at work held_up_busy .2% | ms a sample held_up_per_sample_ms .3f"),
         "lowest to highest": lambda row: f"{row['lowest_ms']:.3f} to {row['highest_ms']:.3f}",
         **fields("rounds rounds d"),
     }
-    return Page("The loader next to a launching thread", [HOST, facts(rows), table(rows, columns)])
+    parts = [HOST, facts(rows), table(rows, columns)]
+    if free:
+        cost = fields("samples stream s | CPU ms a sample free_cpu_per_sample_ms .3f | highest highest_ms .3f")
+        shares = {row["stream"]: row["free_cpu_per_sample_ms"] / 1000 * GOAL[row["stream"]] for row in free}
+        sums = " + ".join(f"{share:.1%} ({GOAL[name]} {name}/s)" for name, share in shares.items())
+        parts += [FREE, facts(free), table(free, {**cost, **fields("rounds rounds d")})]
+        parts.append(f"At the rates that one GPU is to have: {sums} of a thread.")
+    return Page("The loader next to a launching thread", parts)

@@ -199,9 +199,8 @@ class StreamPlan:
         flip = bool(generator(seed, Use.FLIP, *place).random() < config.flip)
         jitter = NO_JITTER
         if self.kind == "image":
-            strengths = np.asarray(config.image_jitter)
             rng = generator(seed, Use.JITTER, *place)
-            jitter = tuple(rng.uniform(np.maximum(1 - strengths, 0), 1 + strengths).tolist())
+            jitter = tuple(rng.uniform(max(1 - strength, 0), 1 + strength) for strength in config.image_jitter)
         return start, phase, short_side, crop, flip, jitter
 
     def _fixed_view(self) -> tuple:

@@ -21,11 +21,14 @@ def test_host_benchmark_has_a_row_for_clips_and_one_for_images(tmp_path: Path, m
     monkeypatch.setattr(loader_media, "FRAMES", 20)
     monkeypatch.setattr(loader_media, "SIZES", {"64x48": (48, 64)})
     monkeypatch.setattr(decode, "IMAGE", (48, 64))
-    monkeypatch.setattr(host, "STREAMS", {"clips": (1, 0), "images": (0, 2)})
+    for name in ("STREAMS", "FREE_STREAMS"):
+        monkeypatch.setattr(host, name, {"clips": (1, 0), "images": (0, 2)})
     words = ["--clips", "2", "--images", "2", "--size", "64x48", "--seconds", "0.2", "--rounds", "1"]
     host.main([*words, "--out", str(tmp_path)])
     (path,) = tmp_path.glob("host-*.jsonl")
     rows = list(read_rows(path))
-    assert [row["stream"] for row in rows] == ["clips", "images"]
-    assert all(row["samples_per_s"] > 0 and 0 <= row["held_up_busy"] <= 1 for row in rows)
-    assert path.with_suffix(".md").exists()
+    assert [row["stream"] for row in rows] == ["clips", "images"] * 2
+    assert all(row["samples_per_s"] > 0 and 0 <= row["held_up_busy"] <= 1 for row in rows[:2])
+    assert all(row["decoders"] == "free" and row["free_cpu_per_sample_ms"] > 0 for row in rows[2:])
+    page = path.with_suffix(".md").read_text()
+    assert "(100 clips/s) + " in page and "(800 images/s) of a thread." in page

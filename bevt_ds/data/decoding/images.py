@@ -129,7 +129,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 def _require_end(data: bytes, scan: int, size: tuple[int, int] | None) -> tuple[int, int]:
     if size is None:
         raise BadSample("the JPEG has no frame header")
-    if data.find(b"\xff\xd9", scan) < 0:
+    if data.rfind(b"\xff\xd9", scan) < 0:  # from the end, where it is
         raise BadSample("the JPEG is cut: it has no end marker")
     # inside a scan 0xFF is followed by 0, so these two bytes are a marker
     if (scans := data.count(b"\xff\xda", scan)) > MOST_SCANS:
