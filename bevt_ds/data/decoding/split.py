@@ -27,7 +27,7 @@ _TRY_AGAIN = 100  # clips after which a lane that was too slow for any gets one,
 @dataclass
 class _Lane:
     places: int
-    seconds: float = 0.0  # a clip, in one place; 0: none is done yet
+    seconds: float = 0.0  # a clip, in one place; 0: not known yet
     given: int = 0  # clips that are in it or wait for a place
     passed_over: int = 0  # clips that others have got since its last
     done: int = 0
@@ -39,7 +39,7 @@ class _Lane:
 
     @property
     def rate(self) -> float:
-        """Clips a second of all its places; 0: none is done yet."""
+        """Clips a second of all its places; 0: not known yet."""
         return self.places / self.seconds if self.seconds else 0.0
 
 
@@ -71,7 +71,7 @@ class Split:
                 lane.given -= 1
 
     def rates(self) -> dict[str, float]:
-        """Clips a second of each lane, 0 before its first."""
+        """Clips a second of each lane; 0: not known yet."""
         with self._lock:
             return {name: lane.rate for name, lane in self._lanes.items()}
 
@@ -113,7 +113,8 @@ class Split:
 
     def _finished(self, lane: _Lane, seconds: float) -> None:
         with self._lock:
-            lane.seconds = (1 - _WEIGHT) * lane.seconds + _WEIGHT * seconds if lane.done else seconds
+            if lane.done >= lane.places:  # the first open sessions and start processes
+                lane.seconds = (1 - _WEIGHT) * lane.seconds + _WEIGHT * seconds if lane.seconds else seconds
             lane.done, lane.faults = lane.done + 1, 0
             total = sum(each.done for each in self._lanes.values())
         if total >= 100 and str(total).rstrip("0") == "1":  # 100, 1000, ...
