@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import numpy as np
 import torch
 
@@ -191,6 +192,21 @@ def torchcodec(device: str) -> Callable[[Setting], AbstractContextManager[Decode
     return in_threads(one)
 
 
+def pyav(setting: Setting, sample: Sample) -> int:
+    """As a data set with PyAV does it: from the keyframe in front of the first frame on, numbers by timestamps."""
+    with av.open(io.BytesIO(sample.data)) as container:
+        stream, wanted, images = container.streams.video[0], set(sample.numbers.tolist()), []
+        stream.codec_context.thread_count, ticks = 1, 1 / (stream.average_rate * stream.time_base)
+        container.seek(int(min(wanted) * ticks) + (stream.start_time or 0), stream=stream)
+        for frame in container.decode(stream):
+            number = round((frame.pts - (stream.start_time or 0)) / ticks)
+            if number in wanted:
+                images.append(frame.to_ndarray(format="rgb24"))
+            if number >= max(wanted):
+                break
+    return len(images)
+
+
 def decord(setting: Setting, sample: Sample) -> int:
     """Its wheel is for CPUs. It reads a file of its own kind from memory."""
     from decord import VideoReader, cpu
@@ -226,6 +242,7 @@ VIDEO_WAYS = {
     "DALI readers.video, NVDEC": Way(dali_reader, "cuda"),
     "torchcodec, CPU": Way(torchcodec("cpu"), needs=("torchcodec.decoders",)),
     "torchcodec, CUDA": Way(torchcodec("cuda"), "cuda", ("torchcodec.decoders",)),
+    "PyAV": Way(in_threads(pyav)),
     "decord, CPU": Way(in_threads(decord), needs=("decord",)),
     "PyNvVideoCodec, SimpleDecoder": Way(in_threads(pynvvideocodec), "cuda", ("PyNvVideoCodec",)),
 }
