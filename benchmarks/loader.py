@@ -29,7 +29,7 @@ from benchmarks.loader_media import SIZES, STRIDES, prepare, quality
 from bevt_ds.config.samples import DataConfig
 from bevt_ds.config.schema import Config, TrainConfig
 
-ROWS = RESULTS / "loader.jsonl"
+ROWS = "loader.jsonl"
 MICRO = 4  # clips a batch
 SOAK_CLIPS, SOAK_POINTS = 20_000, 20
 
@@ -116,20 +116,23 @@ def measure(folder: Path, row: str, sampling: str, seconds: float) -> dict[str, 
     }
 
 
-def soak(folder: Path) -> dict[str, Any]:
-    """Memory and open files while 20,000 clips go through the loader, 128 pixels wide to make it quick."""
+def soak(folder: Path, row: str, clips: int) -> dict[str, Any]:
+    """Memory and open files while clips go through the loader, 128 pixels wide to make it quick."""
     from bevt_ds.data.loader import Loader
 
-    config = configuration(folder, BACKENDS["ours, packed, fps="], "16x8")
+    config = configuration(folder, BACKENDS[row], "16x8")
     config = replace(config, data=replace(config.data, size=128, token_size=64, short_side=(144, 176)))
-    megabytes, files = [], []
-    with Loader(config) as loader:
+    megabytes, files, device = [], [], []
+    with Loader(config, device=BACKENDS[row].device) as loader:
         for _ in range(SOAK_POINTS):
-            for _ in islice(loader, SOAK_CLIPS // SOAK_POINTS // MICRO):
+            for _ in islice(loader, max(clips // SOAK_POINTS // MICRO, 1)):
                 pass
+            if torch.cuda.is_available():
+                free, total = torch.cuda.mem_get_info()
+                device.append(round((total - free) / 1e6))
             megabytes.append(round(memory("VmRSS") / 1e6))
             files.append(len(os.listdir("/proc/self/fd")))
-    return {"clips": SOAK_CLIPS, "rss_mb": megabytes, "open_files": files}
+    return {"clips": clips, "rss_mb": megabytes, "open_files": files, **({"device_mb": device} if device else {})}
 
 
 class Decoded(NamedTuple):
@@ -194,14 +197,18 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="only write loader.md and loader.png again")
     parser.add_argument("--measure", nargs=4, metavar=("ROW", "SAMPLING", "FOLDER", "SECONDS"), help="one row, as JSON")
     parser.add_argument("--soak", type=Path, metavar="FOLDER", help="memory over 20,000 clips, as JSON")
+    parser.add_argument("--no-soak", action="store_true", help="measure rows only")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
+    parser.add_argument("--soak-row", choices=BACKENDS, default="ours, packed, fps=", help="default: %(default)s")
+    parser.add_argument("--soak-clips", type=int, default=SOAK_CLIPS, help="default: %(default)s")
     arguments = parser.parse_args()
     if arguments.measure:
         row, sampling, folder, seconds = arguments.measure
         print(json.dumps(measure(Path(folder), row, sampling, float(seconds))))
     elif arguments.soak:
-        print(json.dumps(soak(arguments.soak)))
+        print(json.dumps(soak(arguments.soak, arguments.soak_row, arguments.soak_clips)))
     elif arguments.page:
-        report.write(ROWS)
+        report.write(arguments.out / ROWS)
     else:
         _run(arguments)
 
@@ -215,10 +222,12 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     for size, folder in folders.items():
         for shards, facts in quality(folder).items():
-            _record({"shards": shards, "size": size, **facts})
+            _record(arguments.out, {"shards": shards, "size": size, **facts})
     _measure_rows(folders, arguments)
-    _record({"soak": "340x256, packed, fps=", **in_own_process("--soak", str(folders["340x256"]))})
-    report.write(ROWS)
+    if not arguments.no_soak:
+        soaked = in_own_process("--soak", str(folders["340x256"]))
+        _record(arguments.out, {"soak": "340x256, packed, fps=", **soaked})
+    report.write(arguments.out / ROWS)
 
 
 def _measure_rows(folders: dict[str, Path], arguments: argparse.Namespace) -> None:
@@ -230,11 +239,11 @@ def _measure_rows(folders: dict[str, Path], arguments: argparse.Namespace) -> No
                         result = {"not_measured": "no CUDA device"}
                     else:
                         result = in_own_process("--measure", row, sampling, str(folder), str(arguments.seconds))
-                    _record({"row": row, "size": size, "sampling": sampling, "round": number, **result})
+                    _record(arguments.out, {"row": row, "size": size, "sampling": sampling, "round": number, **result})
 
 
-def _record(facts: dict[str, Any]) -> None:
-    append_row(ROWS, {**facts, **provenance("cpu"), **machine()})
+def _record(out: Path, facts: dict[str, Any]) -> None:
+    append_row(out / ROWS, {**facts, **provenance("cpu"), **machine()})
     print(json.dumps(facts), flush=True)
 
 
