@@ -91,9 +91,8 @@ given its work come on top, and so do the masks of other ranks: each draws those
 
 def host(rows: Rows) -> Page:
     """What the loader costs a thread next to it."""
-    rows = newest(rows)
-    free = [row for row in rows if row.get("decoders") == "free"]
-    rows = [row for row in rows if row not in free]
+    free = newest([row for row in rows if row.get("decoders") == "free"])
+    rows = newest([row for row in rows if row.get("decoders") != "free"])
     columns: Columns = {
         **fields("samples stream s | samples/s samples_per_s .1f | held up, loader at rest held_up_idle .2%"),
         **fields("held up, loader at work held_up_busy .2% | ms a sample held_up_per_sample_ms .3f"),
