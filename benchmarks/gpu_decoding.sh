@@ -36,8 +36,9 @@ step decode 150 python -m benchmarks.decode "${ways[@]}" "${files[@]}" --out "$o
 [ "$tiny" = 1 ] || step limit 45 python -m benchmarks.decode --way "our NVDEC sessions" --media h264 hevc --frames 128 --stride 1 \
     --batch 32 --lanes 1 2 4 7 14 "${files[@]}" --out "$out"
 words=(); for row in "${rows[@]}"; do words+=(--row "$row"); done
-step loader 120 python -m benchmarks.loader --folder "$out/videos" --videos "${videos[@]}" --seconds 3 --rounds 1 --no-soak --out "$out" "${words[@]}"
-step soak 100 python -m benchmarks.loader --soak "$out/videos/340x256" "${soak[@]}"
+step loader 180 python -m benchmarks.loader --folder "$out/videos" --videos "${videos[@]}" --seconds 3 --size 340x256 \
+    --sampling 16x8 --rounds 1 --no-soak --out "$out" "${words[@]}"
+step soak 100 python -m benchmarks.loader --soak "$out/videos/340x256-${videos[0]}" "${soak[@]}"
 
 step shards 45 python -c "
 import sys

@@ -197,6 +197,8 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="only write loader.md and loader.png again")
     parser.add_argument("--measure", nargs=4, metavar=("ROW", "SAMPLING", "FOLDER", "SECONDS"), help="one row, as JSON")
     parser.add_argument("--soak", type=Path, metavar="FOLDER", help="memory over 20,000 clips, as JSON")
+    parser.add_argument("--size", choices=SIZES, nargs="+", default=list(SIZES), help="of videos; default: all")
+    parser.add_argument("--sampling", choices=STRIDES, nargs="+", default=list(STRIDES), help="default: all")
     parser.add_argument("--no-soak", action="store_true", help="measure rows only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
     parser.add_argument("--soak-row", choices=BACKENDS, default="ours, packed, fps=", help="default: %(default)s")
@@ -217,6 +219,7 @@ def _run(arguments: argparse.Namespace) -> None:
     folders = {
         size: prepare(arguments.folder, size, count, arguments.real)
         for size, count in zip(SIZES, arguments.videos, strict=True)
+        if size in arguments.size
     }
     if arguments.prepare:
         return
@@ -233,7 +236,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _measure_rows(folders: dict[str, Path], arguments: argparse.Namespace) -> None:
     for number in range(arguments.rounds):
         for size, folder in folders.items():
-            for sampling in STRIDES:
+            for sampling in arguments.sampling:
                 for row in arguments.row or BACKENDS:
                     if BACKENDS[row].device == "cuda" and not torch.cuda.is_available():
                         result = {"not_measured": "no CUDA device"}

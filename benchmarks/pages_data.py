@@ -85,6 +85,8 @@ def _goals(groups: dict[str, Group]) -> Iterator[tuple[str, ...]]:
     for title, group in groups.items():
         rivals = [n for n in group if n.startswith("D") and n.endswith(", raw") and _middle(group, n) < float("inf")]
         for name, other, factor in LOADER_GOALS:
+            if not (other or rivals):
+                continue
             leanest = other or min(rivals, key=lambda n: _middle(group, n))
             fastest = other or max(rivals, key=lambda n: _middle(group, n, "clips_per_s"))
             if float("inf") in (_middle(group, leanest), _middle(group, name)):
