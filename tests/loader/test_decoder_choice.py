@@ -122,9 +122,10 @@ def test_dali_and_worker_decoders_give_equal_pixels(vp9: bytes, entry: Callable)
 def through_dali(monkeypatch: pytest.MonkeyPatch, decoder: str | None) -> None:
     """Clips go through DALI's graph, as on a GPU, with its decoder on the CPU or with the workers'."""
 
-    def reader(*arguments, pixels: ClipPixels) -> GraphReader:
+    def reader(*arguments, pixels: ClipPixels, **more) -> GraphReader:
         size = arguments[2].size
-        return GraphReader(*arguments, pixels=PixelPipeline("video", 2, size, size // 2, 1, dali_decoder=decoder))
+        graph = PixelPipeline("video", 2, size, size // 2, 1, dali_decoder=decoder)
+        return GraphReader(*arguments, pixels=graph, **more)
 
     monkeypatch.setattr(open_stream, "ClipReader", reader)
 

@@ -55,12 +55,12 @@ def read(clips: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
     def run(lanes: tuple[str, ...], gpu: FakeGpu | None = None, start_step: int = 0) -> tuple[list[Batch], Split]:
         splits: list[Split] = []
 
-        def reader(*arguments, pixels) -> GraphReader:
+        def reader(*arguments, pixels, **more) -> GraphReader:
             plan, shards, data, shared, *rest = arguments
             shared = replace(shared, gpu=gpu and GpuDecoder(shared.pool, gpu, sessions=2))
             splits.append(Split(dict.fromkeys(lanes, 2)) if lanes else None)
             graph = PixelPipeline("video", 2, data.size, data.size // 2, 1)
-            return GraphReader(plan, shards, data, shared, *rest, pixels=graph, split=splits[0])
+            return GraphReader(plan, shards, data, shared, *rest, pixels=graph, split=splits[0], **more)
 
         monkeypatch.setattr(open_stream, "ClipReader", reader)
         with Loader(clips, start_step=start_step) as loader:
