@@ -41,6 +41,8 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     frames = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), np.uint8)
     Path("clip.mp4").write_bytes(encode_mp4(frames))
     names = run("README.md", mask=torch.ones(1, 8, 14, 14, dtype=torch.bool))
+    assert names["vector"].shape == (256,) and names["tokens"].ndim == 4
+    assert names["shares"].keys() == {"left", "right"}
     assert names["features"].shape == (1, 16 * 14 * 14, 256)
     assert names["maps"].shape == (1, 256, 8, 7, 7)
     assert names["pooled"].shape == (256,)
