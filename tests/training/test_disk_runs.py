@@ -20,8 +20,8 @@ from bevt_ds.runtime.commit import what_is_kept
 from bevt_ds.runtime.console import CONSOLE, keep_console
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.run_dir import replace_folder, restore, write_json
-from bevt_ds.train import pretraining
 from bevt_ds.train.pretraining import Pretraining
+from bevt_ds.train.task import StreamsTask
 from tests.training.disk_runs import refusing
 from tests.training.processes import launch
 
@@ -104,17 +104,12 @@ def test_panel_that_cannot_be_drawn_is_named(tmp_path, part):
         Pretraining.draw(task, torch.zeros(1), path)
 
 
-def test_summary_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, monkeypatch):
+def test_summary_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path):
     path = tmp_path / "summary.json"
     write_json(path, {"before": 1})
-    monkeypatch.setattr(pretraining, "eval_batches", lambda *arguments, **more: [torch.zeros(1)])
-    monkeypatch.setattr(pretraining, "as_json", lambda summaries: summaries)
-    setup, targets = SimpleNamespace(folder=tmp_path), SimpleNamespace(evaluate=lambda engine, batches: {"video": 1})
-    task = SimpleNamespace(
-        setup=setup, ranks=ALONE, config=None, engine=None, targets=targets, draw=lambda shown, path: None
-    )
+    task = SimpleNamespace(setup=SimpleNamespace(folder=tmp_path), ranks=ALONE)
     with refusing("summary.json"), pytest.raises(DiskError, match=f"cannot write {path}"):
-        Pretraining.finish(task, iter(()))
+        StreamsTask.write_summary(task, {"video": 1}, "")
     assert json.loads(path.read_text()) == {"before": 1} and len(list(tmp_path.iterdir())) == 1
 
 
