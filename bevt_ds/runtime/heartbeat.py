@@ -272,7 +272,8 @@ def _accept(listener: socket.socket, token: str) -> Link | None:
 def kill(process: Process) -> None:
     """End a process that is frozen. One that has ended meanwhile is not there to be ended."""
     if process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may end right now
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def stacks() -> str:

@@ -34,12 +34,14 @@ class Stopped(Exception):
 
 
 def end_process(code: int, speak: Callable[[], None]) -> None:
-    """End this process at once, from any thread, after its last words."""
+    """End this process at once, from any thread, after its last words, with that code also where these fail."""
     backstop = threading.Timer(LAST_WORDS, os._exit, (code,))
     backstop.daemon = True
     backstop.start()
-    speak()
-    os._exit(code)
+    try:
+        speak()
+    finally:
+        os._exit(code)
 
 
 class StopRequest:

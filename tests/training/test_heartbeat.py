@@ -18,11 +18,12 @@ import pytest
 
 from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import RANK_LOST, STOPPED
-from bevt_ds.launcher import find
+from bevt_ds.launcher import Process, find
 from bevt_ds.runtime import heartbeat
 from bevt_ds.runtime.heartbeat import Heartbeat, kill, stacks
 from bevt_ds.runtime.place import MOVED, PATIENCE, USUAL, Place
 from bevt_ds.runtime.roll_call import LATE, RollCall
+from bevt_ds.runtime.signals import end_process
 from tests.training.processes import SECONDS
 
 DEADLINE = 10.0
@@ -314,6 +315,26 @@ def test_a_frozen_process_can_be_killed_and_only_the_one_that_was_meant():
     kill(process)
     assert child.wait(SECONDS) == -signal.SIGKILL
     kill(process)
+
+
+def test_a_process_that_ends_just_before_it_is_killed_is_no_error(monkeypatch):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    process = find(child.pid)
+    child.wait(SECONDS)
+    monkeypatch.setattr(Process, "is_alive", lambda process: True)
+    kill(process)
+
+
+def test_a_process_ends_with_its_code_also_where_its_last_words_fail(monkeypatch):
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    def speak() -> None:
+        raise OSError("no one reads")
+
+    with pytest.raises(OSError, match="no one reads"):
+        end_process(RANK_LOST, speak)
+    assert codes == [RANK_LOST]
 
 
 def test_stacks_show_every_thread():
