@@ -19,6 +19,13 @@ class BadSample(Exception):
         self.transient = transient
 
 
+class DecoderFailed(BadSample):
+    """The decoder died of a sample or did not end, each time it was tried: most likely it always will."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, transient=True)
+
+
 @dataclass(frozen=True)
 class Limits:
     """Caps that are checked on headers, before anything is allocated for the pixels."""

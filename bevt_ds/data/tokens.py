@@ -39,6 +39,7 @@ from bevt_ds.folders import weights_hash, weights_of
 
 CROP = ("crops", "size", "token_size", "short_side", "flip")  # of data.*: they decide which pixels a crop has
 OF_KIND = {"video": ("frames", "stride", "clips_per_video"), "image": ("image_jitter",)}
+FORMAT = 1  # to be raised where the same settings give other crops, pixels or ids than before
 TYPES = {"U16": "uint16", "I32": "int32"}  # of ids, by safetensors' names
 NOT_IDS = ("weights", "decoder")  # of tokenizer.*: paths, of which the first counts by what is there
 AGAIN = "remove it, and run `bevt tokens` with the words of this run"
@@ -85,6 +86,7 @@ def contract_of(config: Config, kind: str) -> dict[str, Any]:
     names = [f.name for f in fields(TokenizerConfig) if f.name not in NOT_IDS]
     there = bool(of.weights) and Path(of.weights).exists()
     return {
+        "format": FORMAT,
         **{f"data.{name}": getattr(config.data, name) for name in (*CROP, *OF_KIND[kind])},
         **{f"tokenizer.{name}": getattr(of, name) for name in names},
         "tokenizer.weights": f"sha256 {weights_hash(weights_of(of.weights))}" if there else of.weights,
@@ -178,15 +180,26 @@ def _read(path: Path, contract: Contract) -> tuple[dict, dict[str, np.ndarray], 
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             start = 8 + length + json.loads(file.read(length))["ids"]["data_offsets"][0]
-        if missing := {"contract", "keys", "unreadable"} - texts.keys():
-            raise ValueError(f"it has no {min(missing)}")
+        _require_types(texts)
         _require_same(path, texts["contract"], contract)
         expected = (len(texts["keys"]), *shape_of(contract))
-        if shape != expected or tensors["crcs"].shape != shape[:2] or dtype not in TYPES:
+        if shape != expected or dtype not in TYPES or [t.shape for t in tensors.values()] != [shape[:2], shape[:1]]:
             raise ValueError(f"its ids are {dtype} {list(shape)}, not {list(expected)}")
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{path} is no whole file of ids ({' '.join(str(error).split())[:SHOWN]}): {AGAIN}.") from error
     return texts, tensors, start, shape, np.dtype(TYPES[dtype])
+
+
+def _require_types(texts: Any) -> None:
+    """ValueError: a file's texts are not what `write_ids` writes."""
+    texts = texts if isinstance(texts, dict) else {}
+    for name, kind in (("contract", dict), ("keys", list), ("unreadable", list)):
+        if not isinstance(texts.get(name), kind):
+            raise ValueError(f"it has no {name}")
+    if not all(isinstance(key, str) for key in texts["keys"]):
+        raise ValueError("its keys are no texts")
+    if not all(isinstance(row, list) and [type(x) for x in row] == [int, int, str] for row in texts["unreadable"]):
+        raise ValueError("it does not say what is unreadable")
 
 
 def _require_same(path: Path, there: Contract, wanted: Contract) -> None:

@@ -75,7 +75,8 @@ def report_pretraining(asked: DryRun[Config], drawn: bool) -> tuple[str, list[st
     wanted = {} if drawn else pretraining_shards(config)
     shards, stops = _survey(asked, wanted)
     unopened = list(_target_faults(config)) if asked.is_sound else []
-    stops += _kept_faults(config, {key: wanted[key] for key in shards if shards[key].files}) if asked.is_sound else []
+    kept = {key: wanted[key] for key in shards if shards[key].files} if wanted else pretraining_shards(config)
+    stops += _kept_faults(config, kept) if asked.is_sound else []
     if not asked.is_sound or unopened:
         return _settings(asked), [*stops, *unopened, *common_faults(asked)]
     model = meta_model(config)

@@ -6,12 +6,14 @@ whole or not at all, so that one that is there is never made again.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +27,11 @@ from bevt_ds.config.recipes import PRETRAINING, get_recipe, recipe_for
 from bevt_ds.config.schema import Config
 from bevt_ds.config.validate import require_inputs, validate
 from bevt_ds.data.ledger import StageTimes
+from bevt_ds.data.limits import BadSample, DecoderFailed
 from bevt_ds.data.loader import fingerprint_of
 from bevt_ds.data.open_stream import Source, decoder_of, open_reader, open_resources
-from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
-from bevt_ds.data.reading.members import Shard
+from bevt_ds.data.plan import PlanEntry, SampleOrder, StreamId, StreamPlan
+from bevt_ds.data.reading.members import Member, Shard
 from bevt_ds.data.reading.remote import redacted
 from bevt_ds.data.stream import PendingBatch, Resources, StreamReader
 from bevt_ds.data.tokens import Contract, contract_of, open_all, place_of, require_own_names, shape_of, write_ids
@@ -92,7 +95,7 @@ def make_tokens(config: Config) -> int:
         for stream, (shards, used, micro) in streams.items()
         if used
     ]
-    return FOUND_FAULTS if any(left) else 0
+    return FOUND_FAULTS if any(left) and ranks.world == 1 else 0  # torchrun would end the other ranks with this one
 
 
 def make_stream(source: Source, config: Config, ranks: Ranks, tokenizer: Tokenizer) -> int:
@@ -107,13 +110,15 @@ def make_stream(source: Source, config: Config, ranks: Ranks, tokenizer: Tokeniz
         missing = [shard for shard in own if not there(shard)]
         open_all(shared.storage, folder, [shard for shard in own if there(shard)], kind, contract)
         for found in made(missing, source, config, ranks, tokenizer, shared) if missing else ():
-            unreadable += len({row for row, _ in found.unreadable})
+            unreadable += 0 if found.transient else len({row for row, _ in found.unreadable})
             unwritten += bool(found.transient)
             write(found, place_of(folder, found.shard.path, kind), contract, ranks)
     print(closing_line(kind, ranks, len(missing) - unwritten, unreadable, list(map(there, shards))), flush=True)
     if all(map(there, shards)):  # what a command that was killed had begun
-        for path in Path(folder).glob(f".*.{kind}.tokens.safetensors.*"):
-            path.unlink(missing_ok=True)
+        for shard in shards:
+            place = place_of(folder, shard.path, kind)
+            for path in place.parent.glob(f".{glob.escape(place.name)}.*"):
+                path.unlink(missing_ok=True)
     return unwritten
 
 
@@ -134,6 +139,20 @@ def closing_line(kind: str, ranks: Ranks, written: int, unreadable: int, there: 
     return f"{who}{kind}s: wrote {written} files{lost}; {sum(there)} of {len(there)} are there"
 
 
+class FirstReasons(Reasons):
+    """Reasons, and in `passing` the places (step, slot) whose reason may be gone at another try."""
+
+    def __init__(self, stream: StreamId) -> None:
+        super().__init__(stream)
+        self.passing: set[tuple[int, int]] = set()
+
+    def reject(self, entry: PlanEntry, member: Member, bad: BadSample, substitute: Member | None = None) -> None:
+        """As Ledger's."""
+        if bad.transient and not isinstance(bad, DecoderFailed) and not entry.attempt:
+            self.passing.add((entry.step, entry.slot))
+        super().reject(entry, member, bad, substitute)
+
+
 @dataclass
 class Made:
     """The ids of a shard's samples. transient: what kept a crop from being read, and may not come back."""
@@ -143,7 +162,7 @@ class Made:
     unreadable: dict[tuple[int, int], str]  # (sample, crop) -> why there are none
     transient: str = ""
 
-    def note(self, planned: PlanEntry, own: PlanEntry, ids: np.ndarray, ledger: Reasons) -> None:
+    def note(self, planned: PlanEntry, own: PlanEntry, ids: np.ndarray, ledger: FirstReasons) -> None:
         """Take up a crop that was planned, unless `own` stands in for it."""
         place, first = (planned.member, planned.crop_number), planned.slot
         if not own.attempt:
@@ -152,19 +171,39 @@ class Made:
         while (planned.step, first) not in ledger.reasons:  # the first of its group has the reason
             first -= 1
         reason = self.unreadable[place] = ledger.reasons[planned.step, first]
-        if ledger.skips.reason(ledger.stream, replace(planned, slot=first)):
+        if (planned.step, first) in ledger.passing:
             self.transient = f"sample {self.shard.keys[planned.member]!r}: {reason}"
+
+
+class ShardsInTurn(SampleOrder):
+    """The shards as they are listed, each a window of its own."""
+
+    def window_at(self, position: int) -> tuple[int, int]:
+        """As SampleOrder's; there is one epoch."""
+        return 0, int(np.searchsorted(np.cumsum(self.counts), position, side="right"))
+
+    def shards_in(self, epoch: int, window: int) -> list[int]:
+        """As SampleOrder's: a shard, and the next if there is one."""
+        return list(range(window, min(window + 2, len(self.counts))))
 
 
 class EveryCrop(StreamPlan):
     """Every crop of every sample once, in the order of the shards, all of it masked. A step is a micro-batch."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """As StreamPlan's."""
+        super().__init__(*arguments, **named)
+        self.order = ShardsInTurn(self.order.counts, self.seed, self.stream, window=1)
+
+    def window_at(self, step: int) -> tuple[int, int]:
+        """As StreamPlan's."""
+        return self.order.window_at(step * self.global_size // self.config.crops)
+
     def entry(self, step: int, slot: int, attempt: int = 0) -> PlanEntry:
         """As StreamPlan's."""
         sample, crop = divmod(step * self.global_size + slot, self.config.crops)
-        ends = np.cumsum(self.order.counts)
-        shard = int(np.searchsorted(ends, sample, side="right"))
-        member = sample - int(ends[shard] - self.order.counts[shard])
+        _, shard = self.order.window_at(sample)
+        member = sample - int(self.order.counts[:shard].sum())
         if attempt:
             shard, member = self.order.substitute(step, slot - slot % self.clips_per_sample, attempt)
         return PlanEntry(step, slot, attempt, shard, member, *self.fixed_crop(shard, member, crop))
@@ -183,7 +222,7 @@ def made(
     shards: Sequence[Shard], source: Source, config: Config, ranks: Ranks, tokenizer: Tokenizer, shared: Resources
 ) -> Iterator[Made]:
     """The ids of each shard in turn, with a progress bar on rank 0."""
-    kind, ledger, device = source.stream.kind, Reasons(source.stream), ranks.device
+    kind, ledger, device = source.stream.kind, FirstReasons(source.stream), ranks.device
     decoder = decoder_of(source, shards, config, shared, device, fingerprint_of({source.stream: shards}))
     reader = open_reader(source, shards, config, shared, device, decoder, ledger, make_plan=EveryCrop)
     steps, shape = reader.plan.steps(), shape_of(contract_of(config, kind))

@@ -12,6 +12,7 @@ from bevt_ds.config.samples import DataConfig
 from bevt_ds.config.validate import validate
 from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
 from bevt_ds.errors import UserError
+from bevt_ds.train.tokens import EveryCrop
 
 KEYS = [("a", "b", "c"), ("d", "e")]
 TREATMENT = ("start", "phase", "short_side", "crop", "flip", "jitter")
@@ -76,10 +77,29 @@ def test_substitute_has_its_own_crop_of_the_slots_turn() -> None:
     assert fixed[plan().keys[other.shard][other.member], 1] == {treatment(other)}
 
 
-@pytest.mark.parametrize("data", [{"crops": 0}, {}])
-def test_masks_and_held_out_views_are_as_without(data: dict) -> None:
-    assert (plan(**data).masks(3) == plan(crops=0).masks(3)).all()
-    held_out = plan(StreamId.EVAL_IMAGE, **data).entry(0, 1)
+def test_crops_are_those_of_the_files_written_so_far() -> None:
+    """Where this changes, kept ids are of other crops: raise bevt_ds.data.tokens.FORMAT."""
+    start, _, side, crop, flip, jitter, number = plan().fixed_crop(0, 0, 1)
+    assert (side, flip, number) == (297, False, 1)
+    assert (start, *crop, *jitter) == pytest.approx(
+        (0.329309, 0.193722, 0.676417, 0.696816, 1.229493, 0.889591), abs=1e-6
+    )
+
+
+def test_every_crop_is_made_in_the_order_of_the_shards() -> None:
+    """Each once; what is fetched ahead is what is read now and next."""
+    every = EveryCrop(StreamId.IMAGE, [3, 2], replace(DataConfig(), crops=3), 0, 4, KEYS)
+    entries = [every.entry(step, slot) for step, slots in enumerate(every.steps()) for slot in slots]
+    places = [(entry.shard, entry.member, entry.crop_number) for entry in entries]
+    members = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert places == [(*member, crop) for member in members for crop in range(3)]
+    windows = [every.order.shards_in(*every.window_at(step)) for step in range(4)]
+    assert windows == [[0, 1], [0, 1], [0, 1], [1]]
+
+
+def test_masks_and_held_out_views_are_as_without() -> None:
+    assert (plan().masks(3) == plan(crops=0).masks(3)).all()
+    held_out = plan(StreamId.EVAL_IMAGE).entry(0, 1)
     assert held_out == plan(StreamId.EVAL_IMAGE, crops=0).entry(0, 1)
 
 

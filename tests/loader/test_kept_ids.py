@@ -23,8 +23,9 @@ from bevt_ds.config.parse import set_value
 from bevt_ds.config.schema import Config
 from bevt_ds.config.targets import TokenizerConfig
 from bevt_ds.config.validate import validate
+from bevt_ds.data import tokens as kept_ids
 from bevt_ds.data.decoding.pool import DecodePool
-from bevt_ds.data.limits import BadSample
+from bevt_ds.data.limits import BadSample, DecoderFailed
 from bevt_ds.data.loader import LEDGER, Loader, OneRank
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.tokens import KeptIds, contract_of, open_all, open_ids, require_contract
@@ -141,22 +142,21 @@ def test_held_out_part_of_the_shards_may_be_any(kept: Config) -> None:
 
 
 def test_substitute_has_ids_of_its_own(kept: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = DecodePool.clips, []
+    """Of a sample that training cannot read, whatever `bevt tokens` could."""
+    real, bad = Storage.read, take(kept, 1)[0].image.keys[0].rpartition("/")[2]
 
-    def first_is_bad(self, *arguments, **more):
-        seen.append(1)
-        if len(seen) == 1:
+    def read(self, member):
+        if member.key == bad:
             raise BadSample("spoilt")
-        return real(self, *arguments, **more)
+        return real(self, member)
 
-    monkeypatch.setattr(DecodePool, "clips", first_is_bad)
+    monkeypatch.setattr(Storage, "read", read)
     (had,) = take(kept, 1, folder=tmp_path)
-    rejected = json.loads((tmp_path / LEDGER).read_text())
-    assert rejected["substitute"] in {key.partition("/")[2] for key in had.video.keys}
-    seen.clear()
     (made,) = take(live(kept), 1)
-    if had.video.keys == made.video.keys:  # the same of the two was first
-        assert torch.equal(had.video.targets, tokenize(TOKENIZER, made).video.targets)
+    rejected = [json.loads(line) for line in (tmp_path / LEDGER).read_text().splitlines()]
+    assert bad in {row["key"] for row in rejected}
+    assert had.image.keys == made.image.keys and bad not in {key.rpartition("/")[2] for key in had.image.keys}
+    assert torch.equal(had.image.targets, tokenize(TOKENIZER, made).image.targets)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -235,6 +235,57 @@ def test_file_is_not_written_where_a_sample_may_be_read_later(
     assert contents(tmp_path) == images
 
 
+def test_sample_that_fails_the_decoder_each_time_is_written_as_unreadable(
+    kept: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    real = DecodePool.clips
+    clip = take(kept, 1)[0].video.keys[0].rpartition("/")[2]
+    monkeypatch.setattr(Storage, "read", tagged := with_key(Storage.read))
+
+    def fails(self, data: bytes, *arguments, **more):
+        if tagged.keys.get(data) == clip:
+            raise DecoderFailed("the decoder died: no message (2 attempts)")
+        return real(self, data, *arguments, **more)
+
+    monkeypatch.setattr(DecodePool, "clips", fails)
+    run = replace(kept, tokens=str(tmp_path), train=replace(kept.train, global_images=0))
+    assert keep(run) == 0
+    assert "videos: wrote 3 files; 1 samples cannot be read" in capsys.readouterr().out
+
+
+def with_key(read: Callable) -> Callable:
+    """`read`, which notes the key of what it reads, by content."""
+
+    def noting(self, member):
+        data = read(self, member)
+        noting.keys[data] = member.key
+        return data
+
+    noting.keys = {}
+    return noting
+
+
+@pytest.mark.parametrize(("world", "code"), [(1, 1), (2, 0)])
+def test_rank_that_lacks_a_file_ends_no_other(kept: Config, tmp_path: Path, monkeypatch, capsys, world, code) -> None:
+    """Exit code 1 would make torchrun end them. What another command is writing stays."""
+    real, first = Storage.read, opened_keys(kept)[0]
+
+    def read(self, member):
+        if member.key == first:
+            raise BadSample("too late", transient=True)
+        return real(self, member)
+
+    other = tmp_path / ".mine-000000.tar.image.tokens.safetensors.x1"
+    other.write_bytes(b"being written")
+    monkeypatch.setattr(Storage, "read", read)
+    run = replace(kept, tokens=str(tmp_path), train=replace(kept.train, global_clips=0))
+    assert keep(run, world=world) == code
+    said = capsys.readouterr().out
+    assert "image-000000.tar: not written" in said and "cannot be read" not in said
+    monkeypatch.undo()
+    assert keep(run) == 0 and other.exists()
+
+
 def test_ids_beyond_the_vocabulary_are_refused(kept: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RandomProjectionTokenizer, "encode", lambda self, frames: self(frames) + IDS)
     with pytest.raises(UserError, match="ids outside of its vocabulary of 16"):
@@ -262,7 +313,14 @@ CHANGES = {  # of each field that decides ids: another value
 
 
 def test_every_field_of_the_contract_is_tried(kept: Config) -> None:
-    assert CHANGES.keys() == contract_of(kept, "video").keys() | contract_of(kept, "image").keys()
+    fields = contract_of(kept, "video").keys() | contract_of(kept, "image").keys()
+    assert CHANGES.keys() | {"format"} == fields
+
+
+def test_files_of_another_version_of_crops_or_ids_are_refused(kept: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_ids, "FORMAT", kept_ids.FORMAT + 1)
+    with pytest.raises(UserError, match=f"format={kept_ids.FORMAT - 1}, this run {kept_ids.FORMAT}"):
+        opened(kept)
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -288,6 +346,12 @@ def test_fields_that_decide_no_ids_may_differ(kept: Config, tmp_path: Path) -> N
         path.write_bytes(data)
         found.append(contract_of(set_value(kept, "tokenizer.weights", str(path)), "image")["tokenizer.weights"])
     assert found[0] != found[1] == found[2]
+
+
+def opened_keys(config: Config) -> tuple[str, ...]:
+    """The keys of the first shard of images."""
+    with closing(Storage(config.data)) as storage:
+        return storage.shards(config.data.images, "image")[0].keys
 
 
 def opened(config: Config) -> list[KeptIds]:
@@ -321,7 +385,28 @@ def spoilt_text(path: Path) -> None:
     save_file(load_file(path), path, {"tokens": "["})
 
 
-DAMAGE = [cut, empty, foreign, without_texts, other_shape, spoilt_text]
+def told(**changes: object) -> Callable[[Path], None]:
+    """A damage: other texts."""
+
+    def damage(path: Path) -> None:
+        with safe_open(path, "np") as file:
+            texts = json.loads(file.metadata()["tokens"]) | changes
+        save_file(load_file(path), path, {"tokens": json.dumps(texts)})
+
+    damage.__name__ = json.dumps(changes)
+    return damage
+
+
+def a_list(path: Path) -> None:
+    save_file(load_file(path), path, {"tokens": "[]"})
+
+
+def too_few_samples(path: Path) -> None:
+    rewritten(path, lambda tensors: tensors.update(samples=tensors["samples"][:-1]))
+
+
+DAMAGE = [cut, empty, foreign, without_texts, other_shape, spoilt_text, a_list, too_few_samples]
+DAMAGE += [told(contract=[]), told(keys=None), told(keys=[1]), told(unreadable=5), told(unreadable=[[0, 0]])]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)

@@ -76,6 +76,12 @@ def test_dry_run_holds_kept_ids_against_the_settings(dry, small, shards, tmp_pat
     assert missing.endswith("is missing: run `bevt tokens` with the words of this run, which makes it.")
 
 
+def test_dry_run_of_the_demo_asks_for_kept_ids_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # its shards are not drawn yet: no ids can be there
+    assert pretrain.main(["recipe=demo", "data.crops=2", "tokens=ids", "dry_run=true"]) == 2
+    assert capsys.readouterr().out.count("would stop") == 2
+
+
 def test_dry_run_lists_all_fields_out_of_bounds(dry, tmp_path):
     code, lines, stops = dry(**{"optim.lr": 0, "data.size": 65, "data.images": tmp_path / "none.tar"})
     assert code == 2

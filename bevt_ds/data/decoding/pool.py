@@ -24,7 +24,7 @@ import numpy as np
 
 from bevt_ds.data.decoding import subprocess_env
 from bevt_ds.data.decoding.geometry import Crop
-from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.limits import BadSample, DecoderFailed, Limits
 from bevt_ds.errors import UserError
 
 ATTEMPTS = 2  # a worker may hang or die for reasons that are not the sample's: memory, a stray signal
@@ -298,7 +298,7 @@ class DecodePool:
                     why = f"the decoder died: {death or 'no message'}"
                 worker = self._replaced(worker)
             else:
-                raise BadSample(f"{why} ({ATTEMPTS} attempts)", transient=True)
+                raise DecoderFailed(f"{why} ({ATTEMPTS} attempts)")
             if reply["resident"] > MOST_RESIDENT:
                 worker.kill()  # its memory stays
             if "bad" in reply:
