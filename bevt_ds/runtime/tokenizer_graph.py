@@ -7,6 +7,7 @@ filled up with zeros. With one shape cuDNN can also choose its algorithms by mea
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,63 +22,84 @@ WARM_UP = 2  # calls in the ordinary way before the capture
 DIFFERENT = 0.01  # share of ids that may be others: another algorithm rounds otherwise where two logits are close
 
 
+class _Graph(NamedTuple):
+    """A captured pass. Whoever holds it holds its memory."""
+
+    frames: Tensor  # its own, (FRAMES,3,v,v)
+    replay: Callable[[], None]
+    ids: Tensor  # its own, (FRAMES,v/8,v/8)
+
+
 class ReplayedTokenizer:
     """A tokenizer whose `encode` replays a graph, once that has given the ids of the ordinary way."""
 
-    def __init__(self, tokenizer: DalleTokenizer, switch: Switch, backend: Backend, say: Callable[[str], None]):
+    def __init__(
+        self,
+        tokenizer: DalleTokenizer,
+        switch: Switch,
+        backend: Backend,
+        say: Callable[[str], None],
+        world: int = 1,
+    ) -> None:
         """Args:
         switch: auto goes back to the ordinary way where capturing fails or gives other ids; on: an error.
         say: prints a line.
+        world: ranks. Of several, one goes back on its own with on too: they capture at different calls, since a rank
+            has none where nothing is masked, so they cannot agree there, and an error would leave the others waiting.
         """
         self.vocab_size, self._tokenizer = tokenizer.vocab_size, tokenizer
         self._switch, self._backend, self._say = switch, backend, say
+        self._raises = switch == "on" and world == 1
         self._calls, self._off = 0, False
-        self._frames: Tensor | None = None  # the graph's own, (FRAMES,3,v,v)
+        self._graph: _Graph | None = None
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64.
 
         Raises:
-            UserError: train.graphs=on, and it cannot be captured, or gives other ids; frames that are none.
+            UserError: train.graphs=on on one rank, and it cannot be captured, or gives other ids; frames that are none.
         """
-        if self._frames is not None and self._frames.shape[1:] == frames.shape[1:]:
+        if self._graph and self._graph.frames.shape[1:] == frames.shape[1:]:
             self._tokenizer.require(frames)
-            return self._replayed(frames)
+            return _replayed(self._graph, frames)
         ids = self._tokenizer.encode(frames)
         self._calls += 1
-        if self._calls > WARM_UP and not self._off and self._frames is None:
+        if self._calls > WARM_UP and not self._off and self._graph is None:
             self._prepare(frames, ids)
         return ids
 
-    def _replayed(self, frames: Tensor) -> Tensor:
-        """The ids, chunk by chunk."""
-        found = []
-        for chunk in frames.split(FRAMES):
-            self._frames[: len(chunk)].copy_(chunk)
-            self._frames[len(chunk) :].zero_()
-            self._replay()
-            found.append(self._ids[: len(chunk)].clone())  # the next chunk overwrites them
-        return torch.cat(found)
-
     def _prepare(self, frames: Tensor, expected: Tensor) -> None:
         """Capture, and keep the graph if its ids of these frames are the ordinary ones."""
-        self._frames = frames.new_zeros((FRAMES, *frames.shape[1:]))
-        run = lambda: self._tokenizer(self._frames).argmax(1)  # noqa: E731
+        own = frames.new_zeros((FRAMES, *frames.shape[1:]))
+        run = lambda: self._tokenizer(own).argmax(1)  # noqa: E731
         measures, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
         try:
             self._backend.warm_up(run)
-            ((self._replay, self._ids),) = self._backend.capture(run)
-            different = float((self._replayed(frames) != expected).double().mean())
+            ((replay, ids),) = self._backend.capture(run)
+            graph = _Graph(own, replay, ids)
+            different = float((_replayed(graph, frames) != expected).double().mean())
             problem = f"{different:.1%} of its ids are others than those of the ordinary way"
         except RuntimeError as error:
             different, problem = 1.0, f"it cannot be captured ({str(error).splitlines()[0]})"
         finally:
             torch.backends.cudnn.benchmark = measures
         if different <= DIFFERENT:
+            self._graph = graph
             return
-        self._frames, self._off = None, True
+        self._off = True
         line = f"train.graphs={self._switch}: the tokenizer is not replayed, {problem}"
-        if self._switch == "on":
+        if self._raises:
             raise UserError(f"{line}. Use train.graphs=auto or off.")
         self._say(f"{line}: it goes on without a graph.")
+
+
+def _replayed(graph: _Graph, frames: Tensor) -> Tensor:
+    """The ids, chunk by chunk."""
+    found = []
+    for chunk in frames.split(FRAMES):
+        graph.frames[: len(chunk)].copy_(chunk)
+        graph.frames[len(chunk) :].zero_()
+        graph.replay()
+        found.append(graph.ids[: len(chunk)].clone())  # the next chunk overwrites them
+    return torch.cat(found)

@@ -138,5 +138,6 @@ def replay_tokenizer(targets: Targets, engine: Engine, config: Config) -> None:
         and isinstance(targets, IdTargets)
         and isinstance(targets.tokenizer, DalleTokenizer)
     ):
-        say = partial(print, flush=True) if engine.ranks.is_main else lambda line: None
-        targets.encoder = ReplayedTokenizer(targets.tokenizer, config.train.graphs, CudaBackend(), say)
+        rank, world = engine.ranks.rank, engine.ranks.world  # each goes back on its own, so each says so
+        say = lambda line: print(f"rank {rank}: {line}" if world > 1 else line, flush=True)  # noqa: E731
+        targets.encoder = ReplayedTokenizer(targets.tokenizer, config.train.graphs, CudaBackend(), say, world)

@@ -1,5 +1,6 @@
 """The tokenizer as a graph, with a stand-in for the capture: chunks, the comparison, fallbacks."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ class Ids(Stand):
 
     def __init__(self, others=0):
         super().__init__()
-        self.others = others
+        self.others, self.held = others, []
 
     def _captured(self, run):
         self.captures += 1
@@ -29,6 +30,7 @@ class Ids(Stand):
             ids.copy_(run())
             ids.view(-1)[: self.others] += 1
 
+        self.held += [weakref.ref(replay), weakref.ref(ids)]
         return replay, ids
 
 
@@ -77,7 +79,7 @@ def test_frames_of_another_size_are_tokenized_as_written():
 
 
 def test_a_run_has_the_graph_of_dalle_where_its_encoder_has_graphs():
-    config, ranks = SimpleNamespace(train=SimpleNamespace(graphs="auto")), SimpleNamespace(is_main=True)
+    config, ranks = SimpleNamespace(train=SimpleNamespace(graphs="auto")), SimpleNamespace(rank=0, world=1)
     for replay, tokenizer, expected in (
         (print, make_tokenizer(), True),
         (None, make_tokenizer(), False),
@@ -104,3 +106,26 @@ def test_a_graph_that_cannot_be_relied_on_is_not_replayed(stand, reason):
     assert len(said) == 1
     with pytest.raises(UserError, match="train.graphs=on: the tokenizer is not replayed"):
         warmed(tokenizer, stand)
+
+
+def test_a_graph_that_gives_other_ids_is_not_kept():
+    """What holds a graph holds the memory of 16 frames on their way through the encoder."""
+    good, bad = Ids(), Ids(others=3)
+    kept, back = warmed(make_tokenizer(), good), warmed(make_tokenizer(), bad, "auto")
+    assert [all(ref() is not None for ref in good.held), any(ref() is not None for ref in bad.held)] == [True, False]
+    assert kept.encode(frames(4)).equal(back.encode(frames(4)))
+    assert (good.captures, bad.captures) == (1, 1), "nor is another one made"
+
+
+@pytest.mark.parametrize("stand", [Refusing(), Ids(others=3)], ids=["refused", "other ids"])
+def test_of_several_ranks_one_goes_back_on_its_own(stand, monkeypatch, capsys):
+    """Ranks capture at different calls: an error of one would leave the others waiting. Each says so by its number."""
+    monkeypatch.setattr("bevt_ds.train.pretraining.CudaBackend", lambda: stand)
+    tokenizer = make_tokenizer()
+    targets, module = IdTargets(tokenizer), SimpleNamespace(encoder=SimpleNamespace(replay=print))
+    engine = SimpleNamespace(ranks=SimpleNamespace(rank=1, world=2), module=module)
+    replay_tokenizer(targets, engine, SimpleNamespace(train=SimpleNamespace(graphs="on")))
+    for seed in range(WARM_UP + 2):
+        assert targets.encoder.encode(frames(5, seed=seed)).equal(tokenizer.encode(frames(5, seed=seed)))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("rank 1: train.graphs=on: the tokenizer is not replayed, ") and "without a graph" in line
