@@ -183,13 +183,20 @@ def test_worker_that_computes_is_waited_for(member: Load, monkeypatch) -> None:
     pool.close()
 
 
-@pytest.mark.parametrize("computed", [(0.5, 0.5), (0.5, 1e9)], ids=["it waits", "it computes for ever"])
-def test_worker_that_gets_no_further_in_its_start_ends_the_run(member: Load, monkeypatch, computed: tuple) -> None:
+@pytest.mark.parametrize(
+    ("computed", "message"),
+    [
+        ((0.5, 0.5), "got no further for 0.75 s. Is the disk"),
+        ((0.5, 1e9), "computed for more than 0.75 s and is not ready. `python -X importtime"),
+    ],
+    ids=["it waits", "it computes for ever"],
+)
+def test_worker_that_is_never_ready_ends_the_run(member: Load, monkeypatch, computed: tuple, message: str) -> None:
     monkeypatch.setattr(subprocess_env, "command", lambda *_: [sys.executable, "-c", "input()"])
     monkeypatch.setattr(pool_module, "START_SECONDS", 0.75)
     monkeypatch.setattr(pool_module, "cpu_seconds", partial(next, iter(computed)))
     pool = DecodePool(workers=1, seconds=600.0, limits=Limits())
-    with pytest.raises(CannotStart, match=f"process {pool.pids[0]} got no further for 0.75 s"):
+    with pytest.raises(CannotStart, match=f"process {pool.pids[0]} {message}"):
         pool.describe(member())
     pool.close()
 

@@ -153,17 +153,21 @@ class DecodeWorker:
         self._started = True
 
     def _is_ready(self) -> bool:
-        """Whether it says so, before START_SECONDS are over. CannotStart: in them it has got no further."""
+        """Whether it says so, before START_SECONDS are over. CannotStart: it has got no further, or not far enough."""
         before = cpu_seconds(self.pid)
         try:
             self._read(len(READY), time.monotonic() + START_SECONDS)
         except TimeoutError as error:
-            if not before < cpu_seconds(self.pid) <= START_SECONDS:
-                raise CannotStart(
-                    f"decode workers cannot start: process {self.pid} got no further for {START_SECONDS:g} s."
-                    " Is the disk with the Python environment readable?"
-                ) from error
-            return False
+            now = cpu_seconds(self.pid)
+            if before < now <= START_SECONDS:
+                return False
+            why = f"got no further for {START_SECONDS:g} s. Is the disk with the Python environment readable?"
+            if now > START_SECONDS:
+                why = (
+                    f"computed for more than {START_SECONDS:g} s and is not ready."
+                    " `python -X importtime -c 'import bevt_ds.data.decoding.worker'` shows which import takes so long."
+                )
+            raise CannotStart(f"decode workers cannot start: process {self.pid} {why}") from error
         return True
 
     def _death(self) -> WorkerDied:
