@@ -170,6 +170,12 @@ CASES = [
         video(lambda: plain("libsvtav1", (128, 128), preset="12")),
     ),
     Case("interlaced", WORKER, "libraries let a GPU deinterlace", video(OBSTACLES["H.264, interlaced"][0])),
+    Case(
+        "may be interlaced (H.264 or HEVC that does not exclude it)",
+        WORKER,
+        "the same",
+        video(OBSTACLES["H.264 that may be interlaced"][0]),
+    ),
     Case("H.264, lossless", WORKER, "a profile that NVDEC does not know", video(OBSTACLES["H.264, lossless"][0])),
     Case(
         "H.264, cropped at its left or top",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 
@@ -44,9 +45,18 @@ def layered() -> bytes:
     return remuxed(x265(), "mp4", payload=lambda i, d: struct.pack(">I", len(unit)) + unit + d if i == 0 else d)
 
 
+def unlabelled() -> bytes:
+    """HEVC whose general_progressive_source_flag is off, in its header and in its first packet's sets."""
+    flags = rb"(\x01\x60\x00\x00\x03?\x00)\x90"  # behind Main and what it is compatible with; units escape two zeros
+    data, count = re.subn(flags, b"\\1\x10", x265())
+    assert count == 3, "the header's own, and those of the video's and the sequence's parameter sets"
+    return data
+
+
 OBSTACLES = {
     "H.264, interlaced": (lambda: x264("tff=1"), "interlaced"),
-    "H.264 that may be interlaced": (lambda: x264("fake-interlaced=1"), "interlaced"),
+    "H.264 that may be interlaced": (lambda: x264("fake-interlaced=1"), "may be interlaced"),
+    "HEVC that may be interlaced": (unlabelled, "may be interlaced"),
     "H.264, lossless": (lambda: x264("qp=0"), "profile 244 of H.264"),
     "H.264, cropped at its left": (lambda: cropped(6, 0, 0, 0), "cropped at its left or top"),
     "H.264, cropped at its top": (lambda: cropped(0, 8, 0, 0), "cropped at its left or top"),
@@ -82,7 +92,7 @@ def test_video_that_a_gpu_would_show_otherwise_goes_to_a_worker(pool: DecodePool
     info = probe(data, Limits())
     assert info.gpu_obstacle == obstacle and not fits_gpu(vars(info))
     assert fits_gpu({**vars(info), "gpu_obstacle": ""}), "nothing else keeps it from a GPU"
-    with pytest.raises(GpuRefusal) as refusal:
+    with pytest.raises(GpuRefusal, match=f"{info.codec}, {obstacle}|mpeg4 is decoded by workers") as refusal:
         GpuDecoder(pool, gpu, sessions=1).clips(data, STARTS, 4, 2)
     assert not refusal.value.is_fault and not gpu.opened
     assert pooled_clips(pool, data, STARTS, 4, 2).shape == (2, 4, info.height, info.width, 3)

@@ -69,8 +69,8 @@ def gpu_obstacle(unit: Buffer) -> str:
     _, (*_, only_frames) = _sps(bits)
     if profile not in _GPU_PROFILES:  # lossless is 244, whatever its format
         return f"profile {profile} of H.264"
-    if not only_frames:  # libraries let NVDEC deinterlace these
-        return "interlaced"
+    if not only_frames:  # fields are allowed, and libraries let NVDEC deinterlace these
+        return "may be interlaced"
     bits.u(1)
     left, _, top, _ = [bits.ue() for _ in range(4)] if bits.u(1) else [0] * 4
     return "cropped at its left or top" if left or top else ""  # which libraries do not do

@@ -82,7 +82,7 @@ def gpu_obstacle(unit: Buffer) -> str:
     if profile not in _GPU_PROFILES:
         return f"profile {profile} of HEVC"
     if not bits.u(1):  # general_progressive_source_flag: libraries let NVDEC deinterlace the others
-        return "interlaced"
+        return "may be interlaced"
     bits.u(55)
     _skip_layers(bits, layers)
     bits.ue()

@@ -62,7 +62,7 @@ def refused(facts: Mapping[str, Any]) -> str:
     if facts["codec"] not in _HEADERS:
         return f"{facts['codec']} is decoded by workers"
     if facts["gpu_obstacle"]:
-        return f"it is {facts['gpu_obstacle']}"
+        return f"{facts['codec']}, {facts['gpu_obstacle']}"
     return "" if fits_gpu(facts) else "its container, size, format or order of frames is not for a GPU"
 
 
