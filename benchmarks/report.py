@@ -101,6 +101,7 @@ def table(rows: Iterable[Any], columns: Columns, names: int = 1) -> str:
     if not lines:
         return ""
     heads = [list(columns), ["---"] * len(columns)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]  # as in the progress bar of a failed run
     return "\n".join(f"| {' | '.join(line[i] for i in kept)} |" for line in [*heads, *lines]).replace("| --- ", "|---")
 
 

@@ -49,6 +49,11 @@ def test_empty_columns_are_left_out_and_failures_give_their_reason() -> None:
     assert table(rows, columns).splitlines() == lines
 
 
+def test_text_with_a_bar_stays_in_its_cell() -> None:
+    lines = table([{"fault": "25%|## | 12/48"}], {"fault": lambda row: row["fault"]}).splitlines()
+    assert lines[-1] == "| 25%\\|## \\| 12/48 |"
+
+
 def test_table_of_no_rows_is_empty() -> None:
     assert table([], fields("row name s")) == ""
 
