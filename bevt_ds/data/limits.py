@@ -39,6 +39,11 @@ class Limits:
     def of(cls, config: DataConfig) -> Limits:
         return cls(config.max_pixels, config.max_frames, config.max_file_bytes, config.max_clip_bytes)
 
+    def check_file(self, size: int) -> None:
+        """BadSample: a file of so many bytes is too large to be read."""
+        if size > self.file_bytes:
+            raise BadSample(f"it has {size} bytes, over data.max_file_bytes={self.file_bytes}")
+
     def check_size(self, width: int, height: int) -> None:
         """BadSample: no pixels, or too many."""
         if width <= 0 or height <= 0:

@@ -185,8 +185,7 @@ def _read(item: Item, kind: str, limits: Limits) -> bytes:
             raise BadSample("it is no regular file")  # a pipe would be waited for, for ever
         if item.extension not in EXTENSIONS[kind]:  # as a member of that name it would be no sample
             raise BadSample(f"it is no {kind} by its name, which ends with none of {', '.join(FILES[kind])}")
-        if facts.st_size > limits.file_bytes:
-            raise BadSample(f"it has {facts.st_size} bytes, over data.max_file_bytes={limits.file_bytes}")
+        limits.check_file(facts.st_size)
         return item.path.read_bytes()
     except OSError as error:
         raise BadSample(f"cannot read it: {error.strerror}") from error

@@ -28,8 +28,7 @@ _ALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length
 
 def check_image(data: bytes, limits: Limits) -> tuple[int, int]:
     """(width, height) of a JPEG or PNG. BadSample: neither of them, cut, or over a limit."""
-    if len(data) > limits.file_bytes:
-        raise BadSample(f"it has {len(data)} bytes, over data.max_file_bytes={limits.file_bytes}")
+    limits.check_file(len(data))
     if data.startswith(JPEG_MAGIC):
         width, height = _jpeg_size(data)
     elif data.startswith(PNG_MAGIC):

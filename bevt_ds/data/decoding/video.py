@@ -276,8 +276,7 @@ def check_container(data: bytes, limits: Limits) -> Container:
     """BadSample: no container that is read here, cut, contradicting itself, or over a limit."""
     if not data:
         raise BadSample("it is empty")
-    if len(data) > limits.file_bytes:
-        raise BadSample(f"it has {len(data)} bytes, over data.max_file_bytes={limits.file_bytes}")
+    limits.check_file(len(data))
     if data.startswith(MAGIC):
         return check_matroska(data, limits)
     if data[:4] == avi.MAGIC and data[8:12] == avi.KIND:

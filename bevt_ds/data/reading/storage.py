@@ -77,8 +77,7 @@ class Storage:
         StorageStalled: a local disk or file server does not answer. UserError: the cache cannot be used, or the remote
         shard has been replaced. CancelledError: `close` was called meanwhile.
         """
-        if member.size > self.limits.file_bytes:
-            raise BadSample(f"it has {member.size} bytes, over data.max_file_bytes={self.limits.file_bytes}")
+        self.limits.check_file(member.size)
         if member.is_remote:
             return self.executor.call(self._read_remote, member, place=member, deadline=self._fetching)
         return self.executor.call(read_member, member, self._config.verify, place=member, deadline=self._deadline)
