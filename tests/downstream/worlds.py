@@ -14,6 +14,7 @@ from torch import Tensor
 from bevt_ds.runtime.distributed import Ranks
 
 SECONDS = 60  # before a rank that waits for the others gives up
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @dataclass

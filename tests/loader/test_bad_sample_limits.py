@@ -41,6 +41,7 @@ from bevt_ds.data.stream import PendingBatch
 from bevt_ds.runtime.logging import SpeedMeter
 from bevt_ds.train.loop import report_wait, write_line
 from tests.loader.media import in_threads
+from tests.waiting import until
 
 MEMBER = Member("/data/s.tar", "k\x1b[31m", "mp4", 512, 10, 0)
 
@@ -368,9 +369,7 @@ def test_loader_prefetches_batches_up_to_its_limit(with_data: Callable[..., Conf
     """`prefetch` ready, one that waits for its place, and `prefetch` more being decoded; then it stops."""
     reader = NoReader()
     with BackgroundLoader(reader, 2, with_data(prefetch=3).data, ALONE, 5) as loader:
-        until = time.monotonic() + 10
-        while reader.finished < 4 and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(0.1)
+        until(lambda: (reader.finished, reader.begun) >= (4, 7))
+        time.sleep(0.1)  # for one that would go on
         assert (reader.finished, reader.begun) == (4, 7)
         assert list(islice(loader, 3)) == [(5, 0), (5, 1), (6, 0)]

@@ -29,6 +29,7 @@ from bevt_ds.data.reading.members import read_member
 from bevt_ds.errors import UserError
 from bevt_ds.launcher import find
 from tests.loader.media import decode_clip, pooled_clips
+from tests.waiting import until
 
 Load = Callable[[], bytes]
 CLIP = ([(0.3, 0.0)], 8, 2)
@@ -232,10 +233,7 @@ def test_workers_end_when_their_parent_is_killed(member: Load, is_alive: Callabl
     result = subprocess.run(command, env=subprocess_env.environment(), capture_output=True, text=True)
     pids = [int(word) for word in result.stdout.split()]
     assert len(pids) == 2
-    deadline = time.monotonic() + 10
-    while any(map(is_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(is_alive, pids))
+    until(lambda: not any(map(is_alive, pids)))
 
 
 def test_a_worker_ignores_what_a_launcher_sends_to_all(member: Load) -> None:
@@ -262,7 +260,4 @@ def test_a_busy_worker_ends_with_its_parent() -> None:
         child = find(int(parent.stdout.readline()))
         assert child.is_alive()
         parent.kill()
-    end = time.monotonic() + 60
-    while child.is_alive():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(lambda: not child.is_alive())

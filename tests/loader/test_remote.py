@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice, repeat
@@ -28,6 +27,7 @@ from bevt_ds.data.reading.shards import expand
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.errors import UserError
 from tests.loader.server import Server
+from tests.waiting import until
 
 NAME = "video-000000.tar"
 
@@ -95,9 +95,7 @@ def test_next_shuffle_window_is_prefetched(with_data, server: Server, tmp_path: 
         for path in (tmp_path / "cache").glob("*.tar"):
             path.unlink()
         reader.finish(reader.begin(0, 0))  # two clips of one shard
-        deadline = time.monotonic() + 10
-        while len(list((tmp_path / "cache").glob("*.tar"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: len(list((tmp_path / "cache").glob("*.tar"))) >= 2)
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 2  # the window that is read, and the one after it
 
 

@@ -25,12 +25,10 @@ from bevt_ds.interop.convert import main as convert
 from bevt_ds.model.weights import load_init
 from bevt_ds.runtime.checkpoint import Facts
 from bevt_ds.runtime.commit import save
-from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine_shards import require_readable
 from bevt_ds.runtime.pieces import SavedPieces, Snapshot
+from tests.downstream.worlds import ALONE
 from tests.hostile import hostile_pickles, hostile_safetensors, live_objects
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,8 @@ import torch
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.schema import Config
 from bevt_ds.runtime import commit
-from bevt_ds.train.loop import run_training
 from bevt_ds.train.task import Setup
-from tests.training.test_custom_task import WEIGHTS, Points, PointsLoader, Regression, make_engine, toy
+from tests.training.test_custom_task import WEIGHTS, Points, PointsLoader, Regression, regress, toy
 
 STEPS, COMMIT_EVERY, LAST = 20, 4, 10  # updates of a run, between commits, and until it is killed
 
@@ -103,15 +101,10 @@ def run(folder: Path, kill: Kill, is_killed: bool, resume: str) -> None:
     own = is_killed and int(os.environ["RANK"]) in kill.ranks
     if own and kill.place in CALLS:
         kill_in_call(CALLS[kill.place], before=kill.place == "sealed")
-
-    @contextmanager
-    def open_task(setup: Setup[Config]) -> Iterator[Halves]:
-        loader = HalvesLoader(setup, LAST if own and kill.place == "step" else STEPS)
-        engine, _ = setup.begin_engine(partial(make_engine, setup), loader.fingerprint)
-        yield Halves(setup, loader, engine, STEPS, 0.0, killed_in_commit=own and kill.place == "written")
-
+    last = LAST if own and kill.place == "step" else STEPS
+    task = partial(Halves, killed_in_commit=own and kill.place == "written")
     values = read_json(f"zero{kill.stage or 2}") | ({} if kill.stage else {"zero_optimization": {"stage": 0}})
-    run_training(replace(base, train=train, resume=resume), values, [], open_task)
+    regress(replace(base, train=train, resume=resume), lambda setup: HalvesLoader(setup, last), task, values)
 
 
 def kill_in_call(name: str, before: bool) -> None:

@@ -7,17 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from bevt_ds.config.deepspeed import read_json
-from bevt_ds.config.schema import Config
-from bevt_ds.train.loop import run_training
-from bevt_ds.train.task import Setup
-from tests.training.test_custom_task import PointsLoader, Regression, make_engine, toy
+from tests.training.test_custom_task import PointsLoader, Regression, regress, toy
 
 STEPS, STRIDE, COMMITS = 2000, 100, 50
 
@@ -46,14 +39,7 @@ def main(folder: Path) -> None:
     config = toy(folder / "run")
     train = replace(config.train, steps=STEPS, checkpoint_every=COMMITS)
     config = replace(config, train=train, optim=replace(config.optim, lr=0.01))
-
-    @contextmanager
-    def open_task(setup: Setup[Config]) -> Iterator[Counted]:
-        loader = PointsLoader(setup.first_step, STEPS, setup.folder / "checkpoints")
-        engine, _ = setup.begin_engine(partial(make_engine, setup), loader.fingerprint)
-        yield Counted(setup, loader, engine, STEPS, 0.0)
-
-    sys.exit(run_training(config, read_json("zero2"), [], open_task))
+    sys.exit(regress(config, lambda setup: PointsLoader(setup.first_step, STEPS, setup.folder), Counted))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -17,9 +16,7 @@ from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.schema import Config
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.guard import Guard
-from bevt_ds.train.loop import run_training
-from bevt_ds.train.task import Setup
-from tests.training.test_custom_task import STEPS, Points, PointsLoader, Regression, make_engine, toy
+from tests.training.test_custom_task import STEPS, Points, PointsLoader, regress, toy
 
 
 @dataclass(frozen=True)
@@ -56,15 +53,9 @@ def run(
     wrong: float = math.nan,
 ) -> tuple[int, str]:
     """Exit code and error of one run."""
-
-    @contextmanager
-    def open_task(setup: Setup[Config]) -> Iterator[Regression]:
-        loader = SpoiltLoader(setup.first_step, bad, removed, wrong)
-        engine, _ = setup.begin_engine(partial(make_engine, setup), loader.fingerprint)
-        yield Regression(setup, loader, engine, config.train.steps, 0.0)
-
     try:
-        return run_training(config, read_json(f"zero{stage}"), [], open_task), ""
+        make_loader = lambda setup: SpoiltLoader(setup.first_step, bad, removed, wrong)  # noqa: E731
+        return regress(config, make_loader, values=read_json(f"zero{stage}")), ""
     except UserError as error:
         return error.exit_code, str(error)
 

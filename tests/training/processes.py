@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.training.preloaded import Forked
+from tests.waiting import SECONDS
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240  # for one small run on a slow machine
 
 SMALL = {  # the demo recipe, smaller: 64 px, 4 frames, 2 clips and 4 images a forward pass
     "data.size": 64,

@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from bevt_ds.config.command_line import run
-from bevt_ds.config.deepspeed import read_json
-from bevt_ds.config.schema import Config
-from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.run_log import RunLog
-from bevt_ds.train.loop import run_training
-from bevt_ds.train.task import Setup
-from tests.training.test_custom_task import Line, Points, PointsLoader, Regression, toy
+from tests.training.test_custom_task import Line, Points, PointsLoader, Regression, regress, toy
 
 HELD_STEP = 12
 MEASURED_STEP = 5
@@ -32,7 +25,7 @@ PAUSE = 0.01  # seconds
 
 @dataclass(frozen=True)
 class Options:
-    """What a test says of a run. steps: of the task alone, so that another number is no other configuration."""
+    """What a test says of a run."""
 
     steps: int = 10**6
     resume: str = ""
@@ -81,26 +74,20 @@ class HeldRegression(Regression):
             self.every_so_often(step, log)
 
 
-def make_engine(setup: Setup[Config], config: Config) -> Engine:
-    model = HeldLine(setup.folder.parent / "save")
-    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
-    return Engine(model, config, setup.ds_values, setup.ranks, 3, groups, lambda step: config.optim.lr)
-
-
-def regress(folder: Path, options: Options) -> int:
+def main(folder: Path, options: Options) -> int:
     base = toy(folder)
     limits = {"grace_seconds": options.grace_seconds, "rank_deadline": options.rank_deadline}
     train = replace(base.train, global_clips=32, checkpoint_every=10, **limits)
     config = replace(base, train=train, resume=options.resume or base.resume)
-
-    @contextmanager
-    def open_task(setup: Setup[Config]) -> Iterator[HeldRegression]:
-        loader = PointsLoader(setup.first_step, 10**9, setup.folder)
-        engine, _ = setup.begin_engine(partial(make_engine, setup), loader.fingerprint)
-        yield HeldRegression(setup, loader, engine, options.steps, 0.0)
-
-    return run_training(config, read_json("zero2"), [], open_task, {f"train.{name}" for name in limits})
+    return regress(
+        config,
+        lambda setup: PointsLoader(setup.first_step, 10**9, setup.folder),
+        HeldRegression,
+        make_line=lambda setup: HeldLine(setup.folder.parent / "save"),
+        steps=options.steps,
+        free={f"train.{name}" for name in limits},
+    )
 
 
 if __name__ == "__main__":
-    run(lambda argv: regress(Path(argv[0]), Options(**json.loads(argv[1]))))
+    run(lambda argv: main(Path(argv[0]), Options(**json.loads(argv[1]))))

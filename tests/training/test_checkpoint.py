@@ -1,26 +1,25 @@
-"""The checkpoint folder without torch: damage, kills during a commit, retention, refusals on resume."""
+"""The checkpoint folder: commits of several ranks, retention, refusals on resume. Faults: test_commit_faults.py."""
 
-import json
 import os
-import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from bevt_ds.config.parse import set_value
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.errors import UserError
-from bevt_ds.folders import checkpoints
+from bevt_ds.folders import MANIFEST, checkpoints
 from bevt_ds.runtime import checkpoint, manifest
+from bevt_ds.runtime import commit as committing
 from bevt_ds.runtime.checkpoint import Facts, check_continues, find_damage, newest_valid, read_facts
 from bevt_ds.runtime.commit import save
 from bevt_ds.runtime.distributed import Ranks
+from bevt_ds.runtime.manifest import read_manifest
 from bevt_ds.runtime.run_dir import CHECKPOINTS, choose_folder, write_config
-from tests.downstream.worlds import on_ranks
+from tests.downstream.worlds import ALONE, on_ranks
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 FACTS = Facts(step=1, world=1, stage=2, config=get_recipe("demo"), data="abc", skips={"skips": []})
 
 
@@ -43,12 +42,6 @@ def test_newest_whole_checkpoint_is_found_with_its_facts(tmp_path):
     assert facts == replace(FACTS, step=10)
 
 
-def test_checkpoints_are_ordered_by_step_whatever_their_times(tmp_path):
-    for step, hours in ((2, 9), (10, 1), (7, 5)):
-        os.utime(commit(tmp_path, step), (3600 * hours, 3600 * hours))
-    assert newest_valid(tmp_path, ALONE)[1].step == 10
-
-
 def test_checkpoint_that_one_rank_cannot_see_is_damaged_for_all(tmp_path, monkeypatch):
     """A file server may show one machine what it does not yet show another."""
     for step in (1, 2):
@@ -65,49 +58,6 @@ def test_checkpoint_that_one_rank_cannot_see_is_damaged_for_all(tmp_path, monkey
 
 def test_nothing_to_continue_from(tmp_path):
     assert newest_valid(tmp_path, ALONE) is None
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest", "manifest gone"])
-def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, damage, capsys):
-    commit(tmp_path, 1)
-    newest = commit(tmp_path, 2)
-    victim = newest / "state" / "a.pt"
-    if damage == "flip":
-        data = bytearray(victim.read_bytes())
-        data[100] ^= 1
-        victim.write_bytes(data)
-    elif damage == "cut":
-        victim.write_bytes(victim.read_bytes()[:-1])
-    elif damage == "missing":
-        victim.unlink()
-    elif damage == "manifest":
-        manifest = newest / "manifest.json"
-        manifest.write_text(manifest.read_text().replace('"world": 1', '"world": 2'))
-    else:
-        (newest / "manifest.json").unlink()
-    found, facts = newest_valid(tmp_path, ALONE)
-    assert facts.step == 1
-    assert "step-00000002 is damaged" in capsys.readouterr().out
-
-
-def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path):
-    folder = commit(tmp_path, 1)
-    victim = folder / "state" / "a.pt"
-    whole = victim.read_bytes()
-    for bit in range(0, 8 * len(whole), 37):
-        data = bytearray(whole)
-        data[bit // 8] ^= 1 << bit % 8
-        victim.write_bytes(data)
-        assert find_damage(folder, ALONE) is not None
-    victim.write_bytes(whole)
-    assert find_damage(folder, ALONE) is None
-
-
-def test_all_checkpoints_damaged_is_an_error(tmp_path):
-    folder = commit(tmp_path, 1)
-    (folder / "state" / "b.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="no checkpoint is whole"):
-        newest_valid(tmp_path, ALONE)
 
 
 def test_checkpoint_retention(tmp_path):
@@ -138,8 +88,8 @@ def test_checkpoint_of_another_configuration_is_refused(now, part):
         check_continues(FACTS, now, Path("runs/x/checkpoints/step-00000001"))
 
 
-def test_checkpoint_resumes_on_any_layout_except_earlier_schemas():
-    elsewhere = replace(FACTS, world=2, stage=3)
+def test_checkpoint_resumes_on_any_layout_and_with_free_settings_except_earlier_schemas():
+    elsewhere = replace(FACTS, world=2, stage=3, config=set_value(FACTS.config, "train.log_every", 1))
     check_continues(FACTS, elsewhere, Path("x"))
     earlier = replace(FACTS, schema=1)
     check_continues(earlier, earlier, Path("x"))
@@ -147,15 +97,91 @@ def test_checkpoint_resumes_on_any_layout_except_earlier_schemas():
         check_continues(earlier, elsewhere, Path("x"))
 
 
-def test_settings_without_effect_on_the_result_may_change_on_resume():
-    now = replace(FACTS, config=set_value(FACTS.config, "train.log_every", 1))
-    check_continues(FACTS, now, Path("x"))
-
-
 def test_checkpoint_of_a_newer_schema_is_refused(tmp_path):
     folder = save(tmp_path, replace(FACTS, schema=manifest.SCHEMA + 1), [write_files], ALONE, 3)
     with pytest.raises(UserError, match="newer"):
         read_facts(folder)
+
+
+# The commit: fsync before the rename, and barriers between ranks
+
+LATE = 0.3  # seconds by which a rank lags behind, long enough for the others to run ahead if nothing stops them
+
+
+def record_disk_calls(monkeypatch) -> list[tuple[str, str]]:
+    """("sync", path) of every fsync and ("rename", target) of every rename from now on, in order."""
+    calls, fsync, rename = [], os.fsync, os.replace
+
+    def recorded_fsync(handle: int) -> None:
+        calls.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def recorded_rename(source, target) -> None:
+        calls.append(("rename", str(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_rename)
+    return calls
+
+
+def test_checkpoint_files_are_fsynced_before_the_rename(tmp_path, monkeypatch):
+    calls = record_disk_calls(monkeypatch)
+    final = commit(tmp_path, 1)
+    renamed = calls.index(("rename", str(final)))
+    aside = tmp_path / f".tmp-{final.name}"
+    synced = {path for call, path in calls[:renamed] if call == "sync"}
+    assert {str(aside / "state" / "a.pt"), str(aside / "state" / "b.pt"), str(aside)} <= synced
+    assert {str(aside / "state"), str(aside / MANIFEST)} <= synced
+    assert ("sync", str(tmp_path)) in calls[renamed:], "the folder that holds the new name"
+
+
+def own_file(ranks: Ranks, folder: Path) -> None:
+    """What each rank writes."""
+    (folder / f"rank-{ranks.rank}.pt").write_bytes(bytes(1000))
+
+
+def test_commit_waits_for_a_slow_rank(tmp_path):
+    """Rank 1 writes late: the manifest that rank 0 seals names its file all the same."""
+
+    def work(ranks: Ranks) -> None:
+        def write(folder: Path) -> None:
+            time.sleep(LATE * ranks.rank)
+            own_file(ranks, folder)
+
+        save(tmp_path, FACTS, [write], ranks, keep=2)
+
+    on_ranks(2, work)
+    found, _ = newest_valid(tmp_path, ALONE)
+    assert set(read_manifest(found)["files"]) == {"rank-0.pt", "rank-1.pt"}
+
+
+def test_no_rank_writes_before_the_folder_exists(tmp_path, monkeypatch):
+    begin = committing._begin
+
+    def late(aside: Path, needed: int) -> None:
+        time.sleep(LATE)
+        begin(aside, needed)
+
+    monkeypatch.setattr(committing, "_begin", late)
+    on_ranks(2, lambda ranks: save(tmp_path, FACTS, [lambda folder: own_file(ranks, folder)], ranks, keep=2))
+
+
+def test_no_rank_goes_on_before_the_checkpoint_exists(tmp_path, monkeypatch):
+    publish = committing._publish
+
+    def late(aside: Path, final: Path, manifest: str) -> None:
+        time.sleep(LATE)
+        publish(aside, final, manifest)
+
+    monkeypatch.setattr(committing, "_publish", late)
+
+    def work(ranks: Ranks) -> str | None:
+        final = save(tmp_path, FACTS, [lambda folder: own_file(ranks, folder)], ranks, keep=2)
+        return None if (final / MANIFEST).is_file() else "missing"
+
+    assert on_ranks(2, work) == [None, None]
+    assert on_ranks(2, lambda ranks: find_damage(tmp_path / "step-00000001", ranks)) == [None, None]
 
 
 # The run's folder
@@ -215,11 +241,3 @@ def test_unwritable_run_folder_is_named(tmp_path):
     blocked.write_text("")
     with pytest.raises(UserError, match="cannot write"):
         choose_folder(set_value(get_recipe("demo"), "output_dir", str(blocked / "run")), ALONE)
-
-
-def test_manifest_is_readable_json(tmp_path):
-    folder = commit(tmp_path, 3)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["step"] == 3
-    assert set(manifest["files"]) == {"state/a.pt", "state/b.pt"}
-    shutil.rmtree(folder)

@@ -20,11 +20,10 @@ from bevt_ds.folders import MANIFEST
 from bevt_ds.model.tensor_file import write_tensors
 from bevt_ds.runtime.checkpoint import Facts
 from bevt_ds.runtime.commit import save
-from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.pieces import SavedPieces, Snapshot
+from tests.downstream.worlds import ALONE
 from tests.training.disk_runs import refusing
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 FACTS = Facts(step=1, world=1, stage=2, config=get_recipe("demo"), data="abc", skips={}, loss=2.5)
 SHAPES = {"a.weight": [2, 3], "b": [4]}
 

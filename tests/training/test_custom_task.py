@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,23 +123,32 @@ def toy(folder: Path) -> Config:
     return replace(base, train=train, optim=optim, output_dir=str(folder))
 
 
-def make_engine(setup: Setup[Config], config: Config) -> Engine:
-    """The line under DeepSpeed."""
-    model = Line()
-    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
-    return Engine(model, config, setup.ds_values, setup.ranks, 3, groups, lambda step: config.optim.lr)
+def regress(
+    config: Config,
+    make_loader: Callable[[Setup[Config]], PointsLoader],
+    task: Callable[..., Regression] = Regression,
+    values: Mapping[str, Any] | None = None,
+    make_line: Callable[[Setup[Config]], Line] = lambda setup: Line(),
+    steps: int = 0,
+    free: Collection[str] = (),
+) -> int:
+    """Train; the exit code. values: of DeepSpeed's JSON, zero2 if none; free: settings that a command line has given.
 
+    steps: of the task alone, so that another number is no other configuration; 0: those of the configuration.
+    """
 
-def regress(config: Config, last: int = STEPS) -> int:
-    """Train; the process kills itself when it has done `last` steps and asks for the next batch."""
+    def make_engine(setup: Setup[Config], config: Config) -> Engine:
+        model = make_line(setup)
+        groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+        return Engine(model, config, setup.ds_values, setup.ranks, 3, groups, lambda step: config.optim.lr)
 
     @contextmanager
     def open_task(setup: Setup[Config]) -> Iterator[Regression]:
-        loader = PointsLoader(setup.first_step, last, setup.folder / "checkpoints")
+        loader = make_loader(setup)
         engine, _ = setup.begin_engine(partial(make_engine, setup), loader.fingerprint)
-        yield Regression(setup, loader, engine, STEPS, 0.0)
+        yield task(setup, loader, engine, steps or config.train.steps, 0.0)
 
-    return run_training(config, read_json("zero2"), [], open_task)
+    return run_training(config, values or read_json("zero2"), [], open_task, free)
 
 
 def lines(folder: Path) -> list[tuple]:
@@ -147,18 +157,13 @@ def lines(folder: Path) -> list[tuple]:
 
 
 def started(folder: Path, **changes: object) -> tuple[int, str]:
-    """The regression in a process of its own: DeepSpeed's groups live as long as theirs. changes: see `regress_as`.
+    """The regression in a process of its own: DeepSpeed's groups live as long as theirs. changes: see `main`.
 
     Returns exit code and output.
     """
     (rank,) = start_python(["-m", "tests.training.test_custom_task", str(folder), json.dumps(changes)], world=1)
     (output,) = wait_for([rank])
     return rank.returncode, output
-
-
-def regress_as(folder: Path, last: int = STEPS, resume: str = "", lr: float = 0.2) -> int:
-    base = toy(folder)
-    return regress(replace(base, resume=resume or base.resume, optim=replace(base.optim, lr=lr)), last)
 
 
 def test_custom_task_resumes_exactly_after_a_kill(tmp_path):
@@ -186,5 +191,12 @@ def test_task_that_has_not_learned_is_exit_code_1(tmp_path):
     assert output.endswith("not learned: the line is off\n")
 
 
+def main(folder: Path, last: int = STEPS, resume: str = "", lr: float = 0.2) -> int:
+    """The process kills itself when it has done `last` steps and asks for the next batch."""
+    base = toy(folder)
+    config = replace(base, resume=resume or base.resume, optim=replace(base.optim, lr=lr))
+    return regress(config, lambda setup: PointsLoader(setup.first_step, last, setup.folder / "checkpoints"))
+
+
 if __name__ == "__main__":
-    sys.exit(regress_as(Path(sys.argv[1]), **json.loads(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), **json.loads(sys.argv[2])))

@@ -22,10 +22,8 @@ from bevt_ds.runtime.console import CONSOLE, Tee
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.run_log import RunLog, keep_before
 from bevt_ds.runtime.run_record import RunRecord
-from tests.downstream.worlds import on_ranks
+from tests.downstream.worlds import ALONE, on_ranks
 from tests.training.processes import ROOT, environment
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 class FullFile(io.RawIOBase):

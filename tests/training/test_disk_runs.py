@@ -18,16 +18,15 @@ from bevt_ds.eval.visualize import Panel, save_grid
 from bevt_ds.exit_codes import DISK, FINISHED
 from bevt_ds.runtime.commit import what_is_kept
 from bevt_ds.runtime.console import CONSOLE, keep_console
-from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.run_dir import replace_folder, restore, write_json
 from bevt_ds.train.pretraining import Pretraining
 from bevt_ds.train.task import StreamsTask
+from tests.downstream.worlds import ALONE
 from tests.training.disk_runs import refusing
 from tests.training.processes import launch
 
 SLOW_SECONDS = 900  # ten engines, on a machine that may be busy
 FULL = os.strerror(ENOSPC)
-ALONE = Ranks(0, 1, torch.device("cpu"))
 NOTHING = "No checkpoint is there yet: make room, and start again."
 LAST = "Kept: step-00000048, step-00000024. Make room, then continue with resume=auto."
 

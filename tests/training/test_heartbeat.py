@@ -24,7 +24,7 @@ from bevt_ds.runtime.heartbeat import Heartbeat, kill, stacks
 from bevt_ds.runtime.place import MOVED, PATIENCE, USUAL, Place
 from bevt_ds.runtime.roll_call import LATE, RollCall
 from bevt_ds.runtime.signals import end_process
-from tests.training.processes import SECONDS
+from tests.waiting import SECONDS, until
 
 DEADLINE = 10.0
 
@@ -195,13 +195,6 @@ def crew(monkeypatch, killed) -> Iterator[Callable[..., Crew]]:
     yield make
     for one in made:
         one.leave()
-
-
-def until(holds: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def silence(beat: Heartbeat) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ import torch
 
 from tests.training.killed_runs import KILLS, STEPS
 from tests.training.preloaded import Forked
-from tests.training.processes import SECONDS, start_python
+from tests.training.processes import start_python
+from tests.waiting import until
 
 SLOW_SECONDS = 1800  # nine starts, on a machine that may be busy
 
@@ -24,10 +24,7 @@ def curve(folder: Path) -> list[tuple]:
 
 def end(ranks: list[Forked]) -> str:
     """Wait until all have ended or one is killed, upon which a launcher kills the others; what they said."""
-    deadline = time.monotonic() + SECONDS
-    while not any(codes := [rank.poll() for rank in ranks]) and None in codes:
-        assert time.monotonic() < deadline, ranks[0].output.read_text()
-        time.sleep(0.02)
+    until(lambda: any(codes := [rank.poll() for rank in ranks]) or None not in codes, told=ranks[0].output.read_text)
     for rank in ranks:
         rank.kill()
     return "\n".join(rank.communicate()[0] for rank in ranks)

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,10 @@ from bevt_ds.config.command_line import parse_arguments, resolve_config
 from bevt_ds.config.schema import Config
 from bevt_ds.exit_codes import RANK_LOST, STOPPED
 from tests.training.processes import ROOT
+from tests.waiting import SECONDS, until
 
 SLURM, MANIFEST = ROOT / "docs/launch/slurm.sh", ROOT / "docs/launch/pytorchjob.yaml"
 PAGE = (ROOT / "docs/launch.md").read_text()
-SECONDS = 120
 STAND_INS = {  # what of SLURM and Python the template calls: two tasks on one node
     "srun": """while [[ $1 == --* ]]; do shift; done
 for task in 0 1; do SLURM_NTASKS=2 SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks+=($!); done
@@ -90,10 +89,8 @@ def test_slurm_tasks_are_the_ranks_of_a_run(slurm, tmp_path):
 
 def test_slurm_script_waits_for_the_ranks_after_a_signal(slurm, tmp_path):
     """SIGTERM to the script itself, as SLURM sends it to all of a job: it ends after the ranks, with their code."""
-    job, deadline = slurm(STOPPED, UNTIL=str(tmp_path / "committed")), time.monotonic() + SECONDS
-    while not (tmp_path / "rank-1").exists() or not (tmp_path / "rank-0").exists():
-        assert job.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    job = slurm(STOPPED, UNTIL=str(tmp_path / "committed"))
+    until(lambda: (tmp_path / "rank-1").exists() and (tmp_path / "rank-0").exists())
     job.send_signal(signal.SIGTERM)
     (tmp_path / "committed").write_text("")
     output, _ = job.communicate(timeout=SECONDS)

@@ -6,10 +6,8 @@ import base64
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -20,18 +18,13 @@ import pytest
 
 from bevt_ds.exit_codes import DISK, FINISHED, NON_FINITE, NOT_LEARNED, RANK_LOST, STOPPED, USER_ERROR
 from tests.training.preloaded import Forked
-from tests.training.processes import ROOT, SECONDS, environment, start_python, wait_for
+from tests.training.processes import ROOT, SECONDS, environment, free_port, start_python, wait_for
 from tests.training.walking import DEADLINE
+from tests.waiting import until
 
 TESTS = "tests/training"
 BIN = Path(sys.executable).parent
 KILLED = -signal.SIGKILL
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def through_deepspeed(code: int) -> int:
@@ -113,10 +106,7 @@ class Launched:
         self.until(lambda: all((self.folder / f"{rank}.json").exists() for rank in range(self.world)))
 
     def until(self, holds: Callable[[], object]) -> None:
-        end = time.monotonic() + SECONDS
-        while not holds():
-            assert time.monotonic() < end, self.output.read_text()
-            time.sleep(0.05)
+        until(holds, told=self.output.read_text)
 
     def stopped(self) -> set[str]:
         """What the ranks say has stopped them, each after its commit."""
@@ -165,7 +155,7 @@ TERM, INT, USR1, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIG
 )
 def test_signals_through_each_launcher(launched, launcher, number, to, arrives):
     """All ranks commit and end, and nothing is left running."""
-    port = ["--master_port", free_port()] if launcher is DEEPSPEED else []
+    port = ["--master_port", str(free_port())] if launcher is DEEPSPEED else []
     run = launched([*launcher, *port], 1 if launcher is PYTHON else 2)
     run.wait_for_steps()
     send(run, number, to)
@@ -189,7 +179,7 @@ def test_lost_rank_under_each_launcher(launched, launcher, arrives, number):
 
     That a killed one is named does not show here: its launcher may end the other one first.
     """
-    port = ["--master_port", free_port()] if launcher is DEEPSPEED else []
+    port = ["--master_port", str(free_port())] if launcher is DEEPSPEED else []
     run = launched([*launcher, *port], 2, {DEADLINE: str(FROZEN_SECONDS)})
     run.wait_for_steps()
     os.kill(run.pid(1), number)

@@ -14,16 +14,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from bevt_ds.config.loggers import LogConfig
 from bevt_ds.config.recipes import demo
 from bevt_ds.config.validate import missing_inputs, problems
-from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.run_log import RunLog
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
+from tests.downstream.worlds import ALONE
 
 
 class WandbError(Exception):

@@ -12,13 +12,12 @@ import torch
 
 from bevt_ds.errors import NonFiniteError
 from bevt_ds.exit_codes import NON_FINITE
-from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.train import finetuning
 from bevt_ds.train.finetuning import Finetuning, read_scores, record_validation
 from bevt_ds.train.loop import save_checkpoint
+from tests.downstream.worlds import ALONE
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 GOOD, BAD = torch.ones(2), torch.tensor([1.0, math.nan])
 
 

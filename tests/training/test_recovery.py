@@ -16,14 +16,13 @@ from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import NON_FINITE
 from bevt_ds.runtime.checkpoint import Facts, read_facts
 from bevt_ds.runtime.continuing import go_on, require_steps
-from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.optim import learning_rate
 from bevt_ds.runtime.run_dir import CHECKPOINTS, read_config, write_config
 from bevt_ds.train.nonfinite import require_good
+from tests.downstream.worlds import ALONE
 from tests.training.processes import run_ranks
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 DEMO = replace(get_recipe("demo"), resume="auto")
 SKIPS = {"skips": [[0, 9, 1, 0, "timed out"]], "decoder": {"VIDEO": "cpu"}}
 

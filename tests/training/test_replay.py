@@ -28,11 +28,10 @@ from bevt_ds.runtime.guard import Verdict
 from bevt_ds.runtime.logging import StepSums
 from bevt_ds.train.narrowing import BACKWARD, FORWARD, culprits, run
 from bevt_ds.train.nonfinite import Watch
-from tests.downstream.worlds import on_ranks
+from tests.downstream.worlds import ALONE, on_ranks
 
 SIZES = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window": (2, 2, 2), "kernels": "torch"}
 IDS, STEP = 16, 7
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def pretraining() -> tuple[nn.Module, Batch]:

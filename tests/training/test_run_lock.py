@@ -13,17 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from bevt_ds import UserError
 from bevt_ds.config.parse import set_value
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.folders import MANIFEST
-from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.lock import LOCK, hold
 from bevt_ds.runtime.run_dir import choose_folder, write_config
+from tests.downstream.worlds import ALONE
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 HOLDER = """
 import sys, pathlib
 from bevt_ds.runtime.lock import hold

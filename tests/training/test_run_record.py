@@ -20,13 +20,11 @@ from bevt_ds.errors import UserError
 from bevt_ds.runtime.checkpoint import Facts
 from bevt_ds.runtime.console import Tee
 from bevt_ds.runtime.continuing import print_changes
-from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.logging import peak_bytes
 from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.runtime.run_record import RunRecord, commit_of, read_record, versions
+from tests.downstream.worlds import ALONE
 from tests.training.processes import environment
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def test_run_json_appends_each_start(tmp_path):

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from tests.training.processes import (
     start_ranks,
     wait_for,
 )
+from tests.waiting import until
 
 
 def test_losses_equal_the_golden_curve(tmp_path, shards):
@@ -127,7 +127,7 @@ def test_killed_pretraining_continues_bit_for_bit(tmp_path, small, whole, stage)
     settings, folder = {**small, **STOCHASTIC}, tmp_path / "killed"
     ranks = start_ranks({**settings, "output_dir": folder}, world=2, stage=stage)
     wait_for_step(folder / "log.jsonl", 2, ranks)
-    wait_for_commit(folder / "checkpoints")
+    until(lambda: any((folder / "checkpoints").glob("step-*")))  # written in the background
     for rank in ranks:
         rank.kill()
         rank.communicate()
@@ -140,19 +140,7 @@ def test_killed_pretraining_continues_bit_for_bit(tmp_path, small, whole, stage)
 
 
 def wait_for_step(log: Path, step: int, ranks: list[Forked]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while last_step(log) < step:
-        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0]
-        assert time.monotonic() < deadline, f"{log} did not reach step {step}"
-        time.sleep(0.02)
-
-
-def wait_for_commit(commits: Path) -> None:
-    """Checkpoints are written in the background."""
-    deadline = time.monotonic() + SECONDS
-    while not any(commits.glob("step-*")):
-        assert time.monotonic() < deadline, f"no checkpoint in {commits}"
-        time.sleep(0.02)
+    until(lambda: last_step(log) >= step, ranks)
 
 
 def last_step(log: Path) -> int:

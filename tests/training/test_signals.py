@@ -10,16 +10,14 @@ import time
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from bevt_ds import launcher
 from bevt_ds.exit_codes import STOPPED
 from bevt_ds.launcher import Process, find
-from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.signals import CAUGHT, Stopped, StopRequest
-from tests.training.processes import SECONDS
+from tests.downstream.worlds import ALONE
+from tests.waiting import SECONDS, until
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
@@ -36,13 +34,6 @@ class Two:
 
     def gather(self, value):
         return [value, self.other]
-
-
-def until(holds: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -15,9 +15,8 @@ from bevt_ds.config.validate import validate
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.train.spikes import FEWEST, FILE, WINDOW, Spikes
-from tests.downstream.worlds import on_ranks
+from tests.downstream.worlds import ALONE, on_ranks
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 DEVIATIONS, PARTS = 4.0, 4
 STEPS = np.random.default_rng(0).normal(3.0, 0.5, (WINDOW + 50, PARTS))  # the losses of micro-batches
 STEPS[40, 2] = STEPS[90, 0] = 9.0

@@ -12,8 +12,9 @@ import pytest
 
 from bevt_ds.exit_codes import FINISHED, RANK_LOST, STOPPED
 from tests.training.preloaded import Forked
-from tests.training.processes import SECONDS, start_python, wait_for
+from tests.training.processes import start_python, wait_for
 from tests.training.stoppable import HELD_STEP, MEASURED_STEP
+from tests.waiting import until
 
 STEPS = 30
 
@@ -45,12 +46,7 @@ class Run:
         self.until((self.place / f"{gate}.reached").exists)
 
     def until(self, holds: Callable[[], object]) -> None:
-        end = time.monotonic() + SECONDS
-        while not holds():
-            assert time.monotonic() < end and all(rank.poll() is None for rank in self.ranks), "\n".join(
-                rank.output.read_text() for rank in self.ranks
-            )
-            time.sleep(0.02)
+        until(holds, self.ranks)
 
     def log(self) -> list[tuple]:
         return [(line["step"], line["loss"], line["grad_norm"]) for line in self.lines() if "loss" in line]

@@ -12,13 +12,12 @@ import torch
 from bevt_ds.config.parse import set_value
 from bevt_ds.config.recipes import get_recipe
 from bevt_ds.config.schema import FinetuneConfig
-from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.run_log import RunLog
 from bevt_ds.runtime.signals import Stopped, StopRequest
 from bevt_ds.train import finetuning
 from bevt_ds.train.finetuning import Finetuning, validate
+from tests.downstream.worlds import ALONE
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 EPOCH, STEPS = 5, 12
 
 
