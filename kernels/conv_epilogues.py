@@ -1,8 +1,8 @@
 """What surrounds the convolutions of a frozen network, on channels-last maps: pixels in, bias, ReLU, residual, pooling.
 
 Letters: N images, C channels, H W pixels; a map (N, C, H, W) lies in memory as rows (N * H * W, C). Nothing here has a
-gradient. Every step is rounded to the map's dtype as PyTorch's separate operators round it, so results are the same
-bit for bit.
+gradient, so arguments that want one are refused. Every step is rounded to the map's dtype as PyTorch's separate
+operators round it, so results are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .configs import EPILOGUE_PIXELS, epilogue_tiles
-from .dispatch import custom_op, is_direct
+from .dispatch import custom_op, without_gradient
 from .launches import launch
 
 COLOURS = tl.constexpr(3)
@@ -182,19 +182,6 @@ def no_flops(*_, **__) -> int:
     return 0
 
 
-def scale_pixels(frames: Tensor, scale: float, shift: float, channels: int, half: bool) -> Tensor:
-    """`reference.scale_pixels` by the kernel."""
-    return (run_scale_pixels if is_direct(frames) else scale_pixels_op)(frames, scale, shift, channels, half)
-
-
-def bias_relu(h: Tensor, bias: Tensor) -> Tensor:
-    """`reference.bias_relu` by the kernel."""
-    return (run_bias_relu if is_direct(h, bias) else bias_relu_op)(h, bias)
-
-
-def residual_relu(
-    x: Tensor, x_bias: Tensor | None, branch: Tensor, bias: Tensor, gain: float, pool: int
-) -> tuple[Tensor, Tensor]:
-    """`reference.residual_relu` by the kernel."""
-    run = run_residual_relu if is_direct(x, branch, bias) else residual_relu_op
-    return run(x, x_bias, branch, bias, gain, pool)
+scale_pixels = without_gradient("scale_pixels", run_scale_pixels, scale_pixels_op)
+bias_relu = without_gradient("bias_relu", run_bias_relu, bias_relu_op)
+residual_relu = without_gradient("residual_relu", run_residual_relu, residual_relu_op)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .once import differentiable_once, refuse
+from .once import differentiable_once, refuse, refuse_gradients
 
 PLAIN = (Tensor, torch.nn.Parameter)
 Result = tuple[Tensor, ...]
@@ -25,6 +25,20 @@ def is_direct(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     return all(type(tensor) in PLAIN and not tensor.is_meta for tensor in tensors)
+
+
+def without_gradient(name: str, run: Callable[..., Any], op: Any) -> Callable[..., Any]:
+    """What to call for an operator that has no backward pass, and what runs it.
+
+    RuntimeError where an argument wants a gradient: the operator's result would pass for a constant.
+    """
+
+    def call(*inputs: Any) -> Any:
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        refuse_gradients(name, *tensors)
+        return (run if is_direct(*tensors) else op)(*inputs)
+
+    return call
 
 
 def custom_op(name: str, run: Callable[..., Any]) -> Any:

@@ -55,3 +55,12 @@ def differentiable_once(op: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     # torch.compile refuses second derivatives by itself, and does not trace this.
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return _Once.apply(op, *tensors)[1:] if wanted and not torch.compiler.is_compiling() else tensors
+
+
+def refuse_gradients(op: str, *tensors: Tensor | None) -> None:
+    """RuntimeError where autograd records and one of the arguments wants a gradient that `op` does not give."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            f"bevt_ds.kernels.{op} gives no gradient of an argument that wants one: call it under torch.no_grad(), or"
+            " detach the argument"
+        )

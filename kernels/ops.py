@@ -11,7 +11,7 @@ from torch import Tensor
 from . import torch_ops
 from .configs import NORM_CHANNELS
 from .geometry import Windows
-from .once import differentiable_once
+from .once import differentiable_once, refuse_gradients
 from .providers import resolve
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -129,8 +129,10 @@ def _norm_runs_kernels(provider: str, x: Tensor, weight: Tensor) -> bool:
     return runs
 
 
-def _same_type(x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both terms of a residual sum in the sum's dtype. ValueError where the shapes differ."""
+def _terms(op: str, x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both terms of a residual sum in the sum's dtype. ValueError where the shapes differ, RuntimeError where the
+    scale wants a gradient."""
+    refuse_gradients(op, scale)
     if x.shape != branch.shape or (scale is not None and scale.shape != x.shape[:1]):
         factors = None if scale is None else tuple(scale.shape)
         raise ValueError(f"a sum of {tuple(x.shape)} and {tuple(branch.shape)}, scale {factors}")
@@ -168,15 +170,15 @@ def add_norm(
     Args:
         x: (B, ..., C).
         branch: (B, ..., C), what is added.
-        scale: (B,), a factor of each sample's branch (drop path), or None for 1. It gets no gradient.
+        scale: (B,), a factor of each sample's branch (drop path), or None for 1. It may want no gradient.
         weight: (C,).
         bias: (C,), of the weight's dtype.
 
     Returns:
         x + scale branch, and its LayerNorm, both in the sum's dtype; the latter in fp32 under autocast on a GPU.
-        Raises ValueError where the shapes do not fit.
+        Raises ValueError where the shapes do not fit, RuntimeError where the scale wants a gradient.
     """
-    x, branch = _same_type(x, branch, scale)
+    x, branch = _terms("add_norm", x, branch, scale)
     if _autocast_widens(x):  # two dtypes, which no kernel writes at once
         total = add_scaled(x, branch, scale, provider)
         return total, layer_norm(total, weight, bias, eps, provider)
@@ -198,7 +200,7 @@ def norm_add(
     provider: str = "auto",
 ) -> Tensor:
     """x + scale LN(branch), for blocks with the norm behind a branch; arguments and errors as of `add_norm`."""
-    x, branch = _same_type(x, branch, scale)
+    x, branch = _terms("norm_add", x, branch, scale)
     x, branch = (x.float(), branch.float()) if _autocast_widens(branch) else (x, branch)
     if _norm_runs_kernels(provider, x, weight):
         from .norms import norm_add as run
@@ -210,7 +212,7 @@ def norm_add(
 
 def add_scaled(x: Tensor, branch: Tensor, scale: Tensor | None, provider: str = "auto") -> Tensor:
     """The residual sum alone: x + scale branch, arguments and errors as of `add_norm`."""
-    x, branch = _same_type(x, branch, scale)
+    x, branch = _terms("add_scaled", x, branch, scale)
     if scale is not None and _runs_kernels(provider, x):  # without a scale PyTorch's own sum is one kernel already
         from .norms import add_scaled as run
 

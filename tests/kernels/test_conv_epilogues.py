@@ -83,3 +83,38 @@ def test_epilogues_from_strided_memory_give_the_same_bits(device):
         assert same(*pair)
     frames = h[:, :3]
     assert same(*(conv_epilogues.scale_pixels(x, 0.8, 0.1, 8, False) for x in (strided(frames), frames)))
+
+
+def epilogues(wants):
+    """(epilogue, its tensors, the rest): tensor number `wants` of each wants a gradient."""
+    h, bias = torch.randn(2, 20, 4, 6), torch.randn(20)
+    calls = [
+        (conv_epilogues.scale_pixels, [h[:, :3]], (0.8, 0.1, 8, True)),
+        (conv_epilogues.bias_relu, [h, bias], ()),
+        (conv_epilogues.residual_relu, [h, bias, h, bias], (0.5, 2)),
+    ]
+    for call, tensors, rest in calls:
+        if wants < len(tensors):
+            tensors[wants] = tensors[wants].clone().requires_grad_()
+            yield call, tensors, rest
+
+
+@pytest.mark.parametrize("wants", range(4))
+def test_epilogues_refuse_an_argument_that_wants_a_gradient(wants, device):
+    """Their results would pass for constants. Under no_grad they run."""
+    found = list(epilogues(wants))
+    assert found
+    for call, tensors, rest in found:
+        for arrange in (torch.Tensor.to, lambda x, _: x.to("meta")):  # at once, and through the dispatcher
+            given = [arrange(x, device) for x in tensors]
+            with pytest.raises(RuntimeError, match="gives no gradient of an argument that wants one"):
+                call(*given, *rest)
+            with torch.no_grad():
+                call(*given, *rest)
+
+
+def test_vmap_over_an_epilogue_is_an_error(device):
+    for call, tensors, rest in epilogues(0):
+        stacked = [torch.stack([x.detach().to(device)] * 2) for x in tensors]
+        with pytest.raises(RuntimeError, match="vmap"):
+            torch.func.vmap(lambda *x, call=call, rest=rest: call(*x, *rest))(*stacked)

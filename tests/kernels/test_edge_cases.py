@@ -163,6 +163,18 @@ def test_arguments_that_want_no_gradient(provider, device):
             assert not op(*leaves).requires_grad, name
 
 
+def test_a_scale_that_wants_a_gradient_is_refused(provider, device):
+    """Sums give none of it; under no_grad it may be any tensor."""
+    x, weight = torch.randn(2, 4, 16, device=device), torch.ones(16, device=device)
+    scale = torch.ones(2, device=device, requires_grad=True)
+    for name, rest in (("add_norm", (weight, weight)), ("norm_add", (weight, weight)), ("add_scaled", ())):
+        run = partial(getattr(kernels, name), x, x, scale, *rest, provider=provider)
+        with pytest.raises(RuntimeError, match=f"kernels.{name} gives no gradient of an argument"):
+            run()
+        with torch.no_grad():
+            run()
+
+
 def test_under_autocast_attention_follows_its_input_and_the_head_takes_autocasts_type(provider, device):
     dtype = torch.float16
     ops = calls(provider, device, batch=1)
