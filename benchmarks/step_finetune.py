@@ -140,9 +140,9 @@ class EagerFinetuning:
 class OurFinetuning:
     """`bevt_ds.train.loop.train_step` of the program `finetune.py`, under ZeRO-2."""
 
-    def __init__(self, setting: FinetuneSetting, graphs: str = "off"):
+    def __init__(self, setting: FinetuneSetting, graphs: str = "off", precision: str = ""):
         config = setting.config
-        precision = {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]
+        precision = precision or {dtype: name for name, dtype in DTYPES.items()}[setting.dtype]
         config = replace(config, train=replace(config.train, precision=precision, graphs=graphs))
         setup = Setup(config, read_json("zero2"), Path(), setting.ranks, Commits(setting.ranks))
         names = tuple(map(str, range(setting.classes)))

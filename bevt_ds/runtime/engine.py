@@ -27,7 +27,7 @@ from bevt_ds.config.validate import zero_stage
 from bevt_ds.errors import UserError
 from bevt_ds.model.containers import FROZEN
 from bevt_ds.model.tensor_file import read_tensors
-from bevt_ds.runtime.bucket_sums import add_up_by_bucket
+from bevt_ds.runtime.bucket_sums import add_up_by_bucket, fill_by_bucket
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.engine_setup import make_optimizer, require_supported, splitter
 from bevt_ds.runtime.engine_shards import load_shard, take_up
@@ -91,6 +91,7 @@ class Engine:
         )
         self.ds.checkpoint_engine.load = load_shard
         add_up_by_bucket(self.ds.optimizer)
+        fill_by_bucket(self.ds.optimizer)
         self.guard = Guard(self.ds, safe_get_full_grad)
 
     def _begin(self, modules: Iterable[tuple[str, nn.Module]], settings: dict[str, Any]) -> None:

@@ -74,7 +74,8 @@ class ShardedGradient:
         self._numbers = [number for group in groups for number, _ in group]
         device = optimizer.single_partition_of_fp32_groups[0].device
         self._norms = norms_of(gradients) if gradients else torch.zeros(0, device=device)
-        sums = torch.stack([part.pow(2).sum() for part in self._norms.split([len(group) for group in groups])])
+        squares = self._norms.pow(2).split([len(group) for group in groups])
+        sums = torch.stack([part.sum() for part in squares])
         torch.distributed.all_reduce(sums, group=optimizer.dp_process_group)
         self.total = torch.linalg.vector_norm(sums.pow(0.5))
         optimizer.optimizer.found_inf = self.found_inf = flag_of(self.total)

@@ -30,7 +30,9 @@ SHAPES = 4  # that are captured; more would hold too much memory
 # Largest difference to the ordinary pass, relative to the largest value: a matrix product may take another algorithm.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 Run = Callable[[], Any]
-Pass = tuple[list[Tensor], list[Tensor | None]]
+Gradients = list[Tensor | None]
+Pass = tuple[list[Tensor], Gradients]
+Leave = Callable[[Gradients], None]
 
 
 class Backend(Protocol):
@@ -137,10 +139,10 @@ class _Replay(torch.autograd.Function):
     """A captured pass as a node of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, captured: Captured, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.captured, ctx.wants = captured, [x.requires_grad for x in tensors[:count]]
+    def forward(ctx: Any, captured: Captured, leave: Leave, _link: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.captured, ctx.leave, ctx.wants = captured, leave, [x.requires_grad for x in inputs]
         ctx.set_materialize_grads(False)
-        outputs = captured.forward(tensors[:count])
+        outputs = captured.forward(inputs)
         ctx.turn = captured.turn
         return tuple(x.detach() for x in outputs)
 
@@ -151,7 +153,62 @@ class _Replay(torch.autograd.Function):
             raise RuntimeError("train.graphs: the backward pass of an earlier forward pass, whose memory is taken")
         # Not detached: autograd then copies what it keeps, because the tensor has another owner.
         found = iter(ctx.captured.backward(gradients))
-        return None, None, *(next(found) if wants else None for wants in ctx.wants), *found
+        of_inputs = [next(found) if wants else None for wants in ctx.wants]
+        ctx.leave(list(found))
+        return None, None, None, *of_inputs
+
+
+class _Sum(torch.autograd.Function):
+    """Leads autograd from the replays of a forward pass to the parameters that they share.
+
+    The gradient of each is the sum of what the replays have `left`, all in a few multi-tensor kernels: left to autograd
+    it is a kernel or two for every parameter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, left: dict[str, Gradients], *parameters: Tensor) -> Tensor:
+        ctx.left, ctx.count = left, len(parameters)
+        ctx.set_materialize_grads(False)
+        return parameters[0].new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _link: None) -> tuple[Tensor | None, ...]:
+        passes = list(ctx.left.values())
+        ctx.left.clear()
+        return None, *(summed(passes) if passes else [None] * ctx.count)
+
+
+def summed(passes: Sequence[Gradients]) -> Gradients:
+    """Of each place the sum, in memory of its own; None where no pass has anything."""
+    total: Gradients = [None] * len(passes[0])
+    for gradients in passes:
+        new = [i for i, x in enumerate(gradients) if x is not None and total[i] is None]
+        more = [i for i, x in enumerate(gradients) if x is not None and total[i] is not None]
+        if more:
+            torch._foreach_add_([total[i] for i in more], [gradients[i] for i in more])
+        for i in new:
+            total[i] = torch.empty_like(gradients[i])
+        if new:
+            torch._foreach_copy_([total[i] for i in new], [gradients[i] for i in new])
+    return total
+
+
+class Link:
+    """What the replays of one forward pass share, by name: a tensor, and what they leave there in the backward pass."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters, self._left, self._taken = parameters, {}, set()
+        self.tensor = _Sum.apply(self._left, *parameters)
+
+    def take(self, name: str) -> Leave:
+        """What takes the gradients of a replay."""
+        self._taken.add(name)
+        return partial(self._left.__setitem__, name)
+
+    def serves(self, name: str, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether a replay of this name can belong to the same forward pass, as far as can be seen."""
+        return name not in self._taken and self.parameters is parameters
 
 
 class Graphs:
@@ -166,7 +223,8 @@ class Graphs:
         self._switch, self._backend, self._agree, self._say = switch, backend, agree, say
         self._captured: dict[tuple, Captured] = {}
         self._calls: dict[tuple, int] = {}
-        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._parameters: dict[nn.Module, list[nn.Parameter]] = {}
+        self._link: Link | None = None
         self._off = False
 
     def __call__(
@@ -178,22 +236,30 @@ class Graphs:
             UserError: train.graphs=on, and it cannot be captured, or gives other numbers.
         """
         key = (name, *((tuple(x.shape), x.dtype, x.requires_grad) for x in inputs))
-        if name not in self._parameters:
-            self._parameters[name] = [p for p in module.parameters() if p.requires_grad]
-        captured = self._captured.get(key)
+        if module not in self._parameters:
+            self._parameters[module] = [p for p in module.parameters() if p.requires_grad]
+        captured, parameters = self._captured.get(key), self._parameters[module]
         if captured is None or not captured.fits():
-            captured = None if self._off else self._prepare(key, function, inputs)
+            captured = None if self._off else self._prepare(key, function, inputs, parameters)
         if captured is None:
             return function(*inputs)
-        return _Replay.apply(captured, len(inputs), *inputs, *captured.parameters)
+        if self._link is None or not self._link.serves(name, parameters):
+            self._link = Link(parameters)
+        return _Replay.apply(captured, self._link.take(name), self._link.tensor, *inputs)
 
-    def _prepare(self, key: tuple, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Any:
+    def _prepare(
+        self,
+        key: tuple,
+        function: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        parameters: Sequence[nn.Parameter],
+    ) -> Any:
         """Capture once a shape has come often enough; None: not yet, or not at all."""
         self._calls[key] = self._calls.get(key, 0) + 1
         if self._calls[key] <= WARM_UP or (key not in self._captured and len(self._captured) == SHAPES):
             return None
         try:
-            captured = Captured(function, inputs, self._parameters[key[0]], self._backend)
+            captured = Captured(function, inputs, parameters, self._backend)
             problem = difference(captured, function, inputs)
         except RuntimeError as error:
             problem = f"it cannot be captured ({str(error).splitlines()[0]})"

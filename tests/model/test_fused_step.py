@@ -102,7 +102,7 @@ class Replays:
 
 
 def test_operators_of_a_step_with_graphs_are_bounded(monkeypatch):
-    """As above: four replays, and what lies outside the encoder; the sums of both streams' gradients among it."""
+    """As above: four replays, and what lies outside the encoder; one sum of both streams' gradients."""
     monkeypatch.setattr(graphs, "difference", lambda *_: None)  # no numbers to compare
     with torch.device("meta"):
         model = create_model("tiny", vocab_size=IDS, drop_path=0.2, kernels="triton").train()
@@ -113,7 +113,7 @@ def test_operators_of_a_step_with_graphs_are_bounded(monkeypatch):
         model(there).loss.backward()
     replays.count = 0
     model.zero_grad()
-    assert count_operators(lambda: model(there).loss.backward()) <= 212
+    assert count_operators(lambda: model(there).loss.backward()) <= 100
     assert replays.count == 4
 
 
