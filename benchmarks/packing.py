@@ -49,7 +49,7 @@ def decoded(data: bytes, stride: int, clips: int) -> Decoded:
         with opened(data, Limits()) as video:
             wanted = np.unique(clip_frames(start, video.total, FRAMES, stride))
             video.decode_into(wanted, lambda size: np.empty(size, np.uint8))
-            packets += len(needed(video.index, wanted.tolist()))
+            packets += sum(map(len, needed(video.index, wanted.tolist())))
     return Decoded(time.process_time() - began, packets)
 
 

@@ -26,7 +26,7 @@ class FakeGpu:
     def __init__(self, fault: Callable[[int], None] = lambda packets: None) -> None:
         self.fault, self.lock = fault, threading.Lock()
         self.opened: list[StreamKind] = []
-        self.closed = self.packets = self.clips = 0
+        self.closed = self.packets = self.stretches = 0
 
     def __call__(self, kind: StreamKind) -> FakeSession:
         with self.lock:
@@ -54,7 +54,7 @@ class FakeSession:
     def flush(self) -> Frames:
         yield from self._frames(None)
         with self._gpu.lock:
-            self._gpu.clips += 1
+            self._gpu.stretches += 1
         self._context = self._fresh()
 
     def context(self) -> AbstractContextManager:

@@ -158,12 +158,13 @@ def test_frames_from_any_start_equal_a_full_decode(kind: str) -> None:
     data = CACHED[kind]()
     shown = fully_decoded(data)
     assert len(shown) >= 3 and probe(data, LIMITS).frames == len(shown)
-    for start in range(len(shown)):
-        wanted = np.unique(np.minimum(start + 3 * np.arange(4), len(shown) - 1))
+    near, far = ((start, 3) for start in range(len(shown))), ((start, 11) for start in range(0, len(shown), 4))
+    for start, step in [*near, *far]:
+        wanted = np.unique(np.minimum(start + step * np.arange(4), len(shown) - 1))
         with opened(data, LIMITS) as video:
             got = {number: frame.to_ndarray() for number, frame in video.pick(wanted)}
         assert list(got) == wanted.tolist()
-        assert all(np.array_equal(shown[number], frame) for number, frame in got.items()), start
+        assert all(np.array_equal(shown[number], frame) for number, frame in got.items()), (start, step)
 
 
 @pytest.mark.parametrize("kind", ["MPEG-4, packed", "fragmented", "ProRes", "VP8, hidden frames", "HuffYUV"])
@@ -190,6 +191,13 @@ def test_decoding_seeks_to_a_keyframe_where_that_is_safe(kind: str) -> None:
     with opened(CACHED[kind](), LIMITS) as video:
         video.frames(np.array([25]))
         assert video.decoded <= 15
+
+
+@pytest.mark.parametrize("kind", FROM_THE_MIDDLE)
+def test_decoding_passes_over_what_lies_between_the_frames_wanted(kind: str) -> None:
+    with opened(CACHED[kind](), LIMITS) as video:
+        video.frames(np.array([2, 25]))
+        assert video.decoded <= (2 if kind == "ProRes" else 20)
 
 
 CPU_ONLY = ["H.264, times as decoded", "H.264, intra-refresh", "H.264, other sets on the way", "HEVC, open groups, cut"]

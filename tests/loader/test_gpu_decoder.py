@@ -51,15 +51,15 @@ def videos(make: SimpleNamespace) -> dict[str, bytes]:
 def test_gpu_frames_are_the_workers_by_number_and_bit_for_bit(
     pool: DecodePool, videos: dict[str, bytes], stride: int
 ) -> None:
-    gpu = FakeGpu()
+    gpu, stretches = FakeGpu(), 0
     decoder = GpuDecoder(pool, gpu, sessions=2)
     for name, data in videos.items():
         clips, reply = decoder.clips(data, STARTS, 8, stride)
         expected = pooled_clips(pool, data, STARTS, 8, stride)
         np.testing.assert_array_equal(torch.stack(clips).numpy(), expected, err_msg=name)
         assert reply["total"] == (5 if name == "short" else 40)
-    # Frames that no other refers to are not sent: of the B-frames between those that are wanted, at stride 3.
-    assert gpu.clips == len(videos) and gpu.closed == 0
+        stretches += len(reply["lengths"])
+    assert gpu.stretches == stretches and gpu.closed == 0
     assert gpu.opened == [StreamKind("h264", 160, 144), StreamKind("hevc", 160, 144)]
 
 
@@ -71,6 +71,20 @@ def test_gpu_gets_only_the_packets_that_a_clip_needs(pool: DecodePool, videos: d
     assert {first, last} <= set(reply["numbers"]) and last - first == 9
     assert len(reply["numbers"]) < 1 + max(reply["numbers"]) - min(reply["numbers"]), "spare frames are left out"
     assert len(payload) == sum(reply["sizes"]) and bytes(payload[:4]) == b"\0\0\0\1"
+
+
+def test_gpu_gets_no_packets_between_one_wanted_frame_and_the_next_ones_keyframe(
+    pool: DecodePool, videos: dict[str, bytes]
+) -> None:
+    gpu = FakeGpu()
+    decoder = GpuDecoder(pool, gpu, sessions=1)
+    for name in ("no B-frames", "open group", "hevc", "mkv"):
+        packets = gpu.packets
+        clips, reply = decoder.clips(videos[name], [(0.9, 0.0)], 2, 30)
+        np.testing.assert_array_equal(torch.stack(clips).numpy(), pooled_clips(pool, videos[name], [(0.9, 0.0)], 2, 30))
+        first, last = reply["wanted"]
+        assert last - first == 30 and len(reply["lengths"]) == 2, name
+        assert sum(reply["lengths"]) == gpu.packets - packets == len(reply["numbers"]) < 25, name
 
 
 def test_videos_that_are_not_for_nvdec_are_refused_without_a_session(pool: DecodePool, make: SimpleNamespace) -> None:
@@ -127,9 +141,10 @@ def test_codec_whose_frames_are_not_a_workers_is_refused_from_then_on(
     decoder = GpuDecoder(pool, gpu, sessions=1)
     with pytest.raises(GpuRefusal, match="its h264 frames are .* levels from a worker's"):
         decoder.clips(videos["h264"], STARTS, 8, 1)
+    packets = gpu.packets
     with pytest.raises(GpuRefusal, match="its h264 frames are") as later:
         decoder.clips(videos["mkv"], STARTS, 8, 1)
-    assert not later.value.is_fault and gpu.clips == 1
+    assert not later.value.is_fault and gpu.packets == packets > 0
 
 
 class Stub:

@@ -113,7 +113,7 @@ def test_chroma_elsewhere_sends_a_video_to_a_worker_and_condemns_no_codec(pool: 
         decoder.clips(make("chromaloc=2"), STARTS, 4, 2)
     assert not refusal.value.is_fault and not gpu.opened
     decoder.clips(make(), STARTS, 4, 2)
-    assert gpu.clips == 1
+    assert gpu.stretches >= 1
 
 
 def test_size_that_changes_on_the_way_is_not_for_a_gpu(pool: DecodePool) -> None:

@@ -96,7 +96,7 @@ def test_batches_are_the_same_whoever_decodes_and_after_a_resume(read: Callable,
         batches, split = read((NVDEC, WORKERS), gpu)
         require_equal(batches, expected)
         done = split.done()
-        assert (done[NVDEC] > 0) == (gpu.clips > 0) == (name != "dead"), name
+        assert (done[NVDEC] > 0) == (gpu.stretches > 0) == (name != "dead"), name
     require_equal(read((NVDEC, WORKERS), FakeGpu(), start_step=2)[0], expected[4:])
 
 
@@ -104,7 +104,7 @@ def test_gpu_alone_decodes_what_it_can_and_workers_the_rest(read: Callable, expe
     gpu = FakeGpu()
     batches, split = read((NVDEC,), gpu)
     require_equal(batches, expected)
-    assert split.done().keys() == {NVDEC} and gpu.clips >= split.done()[NVDEC] > 0
+    assert split.done().keys() == {NVDEC} and gpu.stretches >= split.done()[NVDEC] > 0
     assert len(gpu.opened) <= 2 + 2 * len(set(gpu.opened)), "sessions are kept, and two of three kinds at a time"
 
 

@@ -106,16 +106,18 @@ class Sets:
     """Parameter sets by kind and number: what slices refer to.
 
     in_header: those of the stream's header are still being read. changed: one was replaced after that, so that decoding
-    must begin before it.
+    must begin before it. slices: what follows from the first bytes of one, by these.
     """
 
     fields: dict[tuple[str, int], tuple] = field(default_factory=dict)
+    slices: dict[bytes, tuple] = field(default_factory=dict)
     in_header: bool = True
     changed: bool = False
 
     def put(self, kind: str, number: int, fields: tuple) -> None:
         self.changed |= not self.in_header and self.fields.get((kind, number)) != fields
         self.fields[kind, number] = fields
+        self.slices.clear()
 
 
 def order_count(low: int, bits: int, previous: int) -> int:

@@ -8,9 +8,12 @@ too. Where the two disagree, or the stream is of a kind that is not read here, t
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from av import Packet
@@ -45,6 +48,13 @@ class Entry:
     frame: int
 
 
+class Stretch(NamedTuple):
+    """Frames that are decoded in one go, and the last packet that they need."""
+
+    frames: list[int]  # their numbers, ascending
+    last: int
+
+
 @dataclass(frozen=True)
 class FrameIndex:
     """The frames of a video, numbered as a full decode shows them.
@@ -54,7 +64,7 @@ class FrameIndex:
     """
 
     total: int
-    entries: tuple[Entry, ...]  # both numbers ascend; the first is packet 0
+    entries: tuple[Entry, ...]  # both numbers ascend, that of the frame may stay; the first is packet 0
     times: np.ndarray | None
     lead: int = 0  # ticks from the first packet's time to the first frame's
     numbers: tuple[int, ...] | None = None
@@ -67,10 +77,33 @@ class FrameIndex:
         firsts = sorted({entry.frame for entry in self.entries})
         return max((b - a for a, b in pairwise([*firsts, self.total])), default=self.total)
 
+    @cached_property
+    def _firsts(self) -> list[int]:
+        return [entry.frame for entry in self.entries]
+
     def beginnings(self, frame: int) -> list[int]:
         """Packets from which to look for the frame, one after the other: the latest entries, and the first packet."""
-        before = [entry.packet for entry in reversed(self.entries) if entry.frame <= frame or entry.packet == 0]
-        return list(dict.fromkeys([*before[:_ATTEMPTS], 0]))
+        end = bisect_right(self._firsts, frame)
+        latest = [entry.packet for entry in reversed(self.entries[max(end - _ATTEMPTS, 0) : end])]
+        return list(dict.fromkeys([*latest, 0]))
+
+    def stretches(self, frames: Sequence[int]) -> list[Stretch]:
+        """The frames, which ascend, parted where packets can be passed over.
+
+        A stretch begins at an entry, where the one before it needs no packet from the one in front of that entry on.
+        The frames must be numbered.
+        """
+        packet_of = {number: i for i, number in enumerate(self.numbers)}
+        found: list[Stretch] = []
+        for frame in frames:
+            entry, packet = self.beginnings(frame)[0], packet_of[frame]
+            if found and entry <= found[-1].last + 1:
+                before, last = found[-1]
+                before.append(frame)
+                found[-1] = Stretch(before, max(last, packet))
+            else:
+                found.append(Stretch([frame], packet))
+        return found
 
 
 def index_frames(codec: Codec, packets: Sequence[Packet]) -> FrameIndex | None:
@@ -130,7 +163,9 @@ def _entries(coded: Sequence[Coded], in_order: np.ndarray, is_shown: np.ndarray)
     shown_before = np.cumsum(is_shown[in_order]) - is_shown[in_order]
     first = np.empty(len(coded), np.int64)  # number of the first frame that is shown with or after each
     first[in_order] = shown_before
-    return tuple(Entry(i, int(first[i]) if i else 0) for i, each in enumerate(coded) if each.entry)
+    entries = [Entry(i, int(first[i]) if i else 0) for i, each in enumerate(coded) if each.entry]
+    most = accumulate((entry.frame for entry in entries), max)
+    return tuple(entry for entry, least in zip(entries, most, strict=True) if entry.frame == least)
 
 
 def _mpeg4_frames(extradata: bytes, packets: Sequence[memoryview], keys: Sequence[bool]) -> list[Coded]:

@@ -51,7 +51,7 @@ class Session(Protocol):
         """Take a packet whose frame has that number; the frames that are ready."""
 
     def flush(self) -> Frames:
-        """The frames that are left. The next packet begins another clip."""
+        """The frames that are left. The next packet begins another stretch: parameter sets, then a keyframe."""
 
     def context(self) -> AbstractContextManager:
         """What the thread that uses its frames enters, such as a CUDA stream; at its end all has been done."""
@@ -177,7 +177,7 @@ def wanted_frames(session: Session, kind: StreamKind, reply: dict[str, Any], pay
     """The frames that are wanted, as they are stored: uint8 (n,H+H/2,W). GpuRefusal: not all of them come out."""
     rows = {number: row for row, number in enumerate(reply["wanted"])}
     stored, shape = None, (kind.height * 3 // 2, kind.width)
-    for number, frame in decoded(session, reply["numbers"], reply["sizes"], payload):
+    for number, frame in decoded(session, reply, payload):
         if (row := rows.pop(number, None)) is None:
             continue
         if frame.shape != shape:
@@ -190,9 +190,11 @@ def wanted_frames(session: Session, kind: StreamKind, reply: dict[str, Any], pay
     return stored
 
 
-def decoded(session: Session, numbers: Sequence[int], sizes: Sequence[int], payload: np.ndarray) -> Frames:
+def decoded(session: Session, reply: dict[str, Any], payload: np.ndarray) -> Frames:
     """All frames of a clip's packets, which lie one behind the other in `payload`."""
-    data = memoryview(payload)
-    for number, (begin, end) in zip(numbers, pairwise(accumulate(sizes, initial=0)), strict=True):
+    data, ends = memoryview(payload), frozenset(accumulate(reply["lengths"]))
+    places = pairwise(accumulate(reply["sizes"], initial=0))
+    for count, (number, (begin, end)) in enumerate(zip(reply["numbers"], places, strict=True), start=1):
         yield from session.decode(data[begin:end], number)
-    yield from session.flush()
+        if count in ends:
+            yield from session.flush()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from bevt_ds.data.decoding.bitstream import Bits, Buffer, Coded, Sets, Unknown, messages, order_count, units
 
 _HEADER = 24  # bytes, in which the needed part of a slice's header lies
+_ALIKE = 2  # bytes, which are enough of it where frames are shown as they are coded
 _WITH_CHROMA_FORMAT = frozenset({100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135})  # profiles
 _SLICE, _IDR, _SEI, _SPS, _PPS = 1, 5, 6, 7, 8
 _RECOVERY_POINT = 6
@@ -125,7 +126,8 @@ def _skip_scaling(bits: Bits, lists: int) -> None:
 
 def _first_slice(sets: Sets, packet: memoryview, length: int, is_key: bool) -> _Slice:
     if length and not is_key and len(packet) > length and packet[length] & 31 == _SLICE:  # most are: no need to look
-        return _slice(sets, packet[length : length + _HEADER], False)
+        head = bytes(packet[length : length + _HEADER])
+        return sets.slices.get(head[:_ALIKE]) or _slice(sets, head, False)
     is_random = False
     for unit in units(packet, length):
         kind = unit[0] & 31
@@ -149,7 +151,10 @@ def _slice(sets: Sets, head: Buffer, is_random: bool) -> _Slice:
     of, _ = sets.fields["pps", bits.ue()]
     number_bits, order_bits, apart, only_frames, _ = sets.fields["sps", of]
     if only_frames and not order_bits:
-        return _Slice(kind == _IDR, is_random, is_reference, 0, 0)
+        found = _Slice(kind == _IDR, is_random, is_reference, 0, 0)
+        if not is_random and 8 * len(head) - bits.left <= 8 * _ALIKE:
+            sets.slices[bytes(head[:_ALIKE])] = found
+        return found
     bits.u(2 * apart + number_bits)
     if not only_frames and bits.u(1):  # a field: two packets may make a frame
         raise Unknown

@@ -25,10 +25,10 @@ _START = b"\0\0\0\1"
 def packets(data: bytes, limits: Limits, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """{"choice", "positions", "frames", "stride"} -> {"sizes"} of packets (Annex B), and the packets one by one.
 
-    "numbers": of each packet's frame. "wanted": those that clips need, ascending. "places": for each clip, which of
-    them each of its frames is, (k,F). "codec", "width", "height", "full_range". "total": frames of the video.
-    "refused" alone, with "total": it is not for a GPU. The first frame is decoded, so that what cannot be decoded at
-    all gets no further. BadSample.
+    "numbers": of each packet's frame. "lengths": how many packets each stretch has, which is decoded by itself.
+    "wanted": those that clips need, ascending. "places": for each clip, which of them each of its frames is, (k,F).
+    "codec", "width", "height", "full_range". "total": frames of the video. "refused" alone, with "total": it is not
+    for a GPU. The first frame is decoded, so that what cannot be decoded at all gets no further. BadSample.
     """
     began = time.perf_counter()
     with opened(data, limits) as video:
@@ -43,7 +43,7 @@ def packets(data: bytes, limits: Limits, request: dict[str, Any]) -> tuple[dict[
         chosen = [choose(video.total, frames, request["stride"], position) for position in request["positions"]]
         wanted, places = np.unique(chosen, return_inverse=True)
         limits.check_clip(len(wanted), *video.size)
-        numbers, parts = coded(video, wanted)
+        numbers, parts, lengths = coded(video, wanted)
     reply |= {
         "codec": info.codec,
         "width": video.size[0],
@@ -53,6 +53,7 @@ def packets(data: bytes, limits: Limits, request: dict[str, Any]) -> tuple[dict[
         "places": places.reshape(len(chosen), frames).tolist(),
         "numbers": numbers,
         "sizes": [len(part) for part in parts],
+        "lengths": lengths,
     }
     return reply, b"".join(parts)
 
@@ -85,22 +86,27 @@ def unlike_nv12(frame: av.VideoFrame) -> str:
     return "" if np.array_equal(*pair) else "its chroma lies elsewhere than NVDEC's pixels are made of"
 
 
-def coded(video: Video, wanted: np.ndarray) -> tuple[list[int], list[bytes]]:
-    """Packets that the frames `wanted` need, in order of coding, and the number of each one's frame."""
+def coded(video: Video, wanted: np.ndarray) -> tuple[list[int], list[bytes], list[int]]:
+    """Packets that the frames `wanted` need: the number of each one's frame, their bytes, how many each stretch has."""
     codec = video.codec
     sets, length = _HEADERS[codec.name](codec.extradata)
-    chosen = needed(video.index, wanted.tolist())
-    parts = [annex_b(units(memoryview(video.packets[i]), length)) for i in chosen]
-    parts[0] = annex_b(sets) + parts[0]
-    return [video.index.numbers[i] for i in chosen], parts
+    numbers, parts, lengths = [], [], []
+    for chosen in needed(video.index, wanted.tolist()):
+        first, *others = (annex_b(units(memoryview(video.packets[i]), length)) for i in chosen)
+        parts += [annex_b(sets) + first, *others]
+        numbers += [video.index.numbers[i] for i in chosen]
+        lengths.append(len(chosen))
+    return numbers, parts, lengths
 
 
-def needed(index: FrameIndex, wanted: Sequence[int]) -> list[int]:
-    """The packets from the last entry in front of the first frame on, less what no other frame refers to."""
-    frames, numbers = frozenset(wanted), index.numbers
-    first = index.beginnings(wanted[0])[0]
-    last = max(i for i, number in enumerate(numbers) if number in frames)
-    return [i for i in range(first, last + 1) if numbers[i] in frames or not index.spare[i]]
+def needed(index: FrameIndex, wanted: Sequence[int]) -> list[list[int]]:
+    """The packets of each stretch: from the last entry in front of its first frame on, less what no other refers to."""
+    numbers = index.numbers
+    chosen = []
+    for frames, last in index.stretches(wanted):
+        first, kept = index.beginnings(frames[0])[0], frozenset(frames)
+        chosen.append([i for i in range(first, last + 1) if numbers[i] in kept or not index.spare[i]])
+    return chosen
 
 
 def annex_b(parts: Collection[Buffer]) -> bytes:

@@ -22,7 +22,7 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from bevt_ds.data.decoding import avi, bitstream, h264, hevc
-from bevt_ds.data.decoding.frame_index import Codec, FrameIndex, counted, index_frames
+from bevt_ds.data.decoding.frame_index import Codec, FrameIndex, Stretch, counted, index_frames
 from bevt_ds.data.decoding.geometry import UPRIGHT, Box, Turn, turn_of_matrix
 from bevt_ds.data.decoding.matroska import MAGIC, check_matroska
 from bevt_ds.data.decoding.mp4 import FIRST, check_mp4
@@ -221,33 +221,47 @@ class Video:
 
     def pick(self, numbers: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
         """The decoded frames with these numbers, which ascend, as they are stored. BadSample: not all are there."""
-        wanted = deque(numbers.tolist())
-        for packet in self.index.beginnings(wanted[0]):
-            self.stream.codec_context.flush_buffers()
-            needed = frozenset(wanted)
-            for number, frame in enumerate(self._source.frames()) if self._is_counted else self._from(packet, needed):
-                self.decoded += 1
-                if number not in needed:
-                    continue
-                if number != wanted[0]:
-                    break  # one before it did not come: decoding must begin earlier
-                _require_size(frame, self._stored_size)
-                if frame.rotation and turn_of_frame(frame) != self.turn:
-                    raise BadSample(f"its frame {number} is turned in another way than its first")
-                yield wanted.popleft(), frame
+        for stretch in self._stretches(numbers.tolist()):
+            wanted = deque(stretch.frames)
+            for first in self.index.beginnings(wanted[0]):
+                yield from self._found(first, stretch.last, wanted)
                 if not wanted:
-                    return
-        raise BadSample(f"{len(wanted)} of the {len(numbers)} frames needed do not come out of the decoder")
+                    break
+            else:
+                raise BadSample(f"{len(wanted)} of the {len(numbers)} frames needed do not come out of the decoder")
 
-    def _from(self, first: int, wanted: Collection[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Frames and their numbers, decoding from a packet on, in order of the numbers.
+    def _stretches(self, numbers: list[int]) -> list[Stretch]:
+        if self._is_counted:
+            return [Stretch(numbers, len(self.packets) - 1)]
+        return self.index.stretches(numbers)
+
+    def _found(self, first: int, last: int, wanted: deque[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The frames of `wanted` with their numbers, taken off its front, as far as packets first to last give them."""
+        self.stream.codec_context.flush_buffers()
+        needed = frozenset(wanted)
+        frames = enumerate(self._source.frames()) if self._is_counted else self._from(first, last, needed)
+        for number, frame in frames:
+            self.decoded += 1
+            if number not in needed:
+                continue
+            if number != wanted[0]:
+                return  # one before it did not come: decoding must begin earlier
+            _require_size(frame, self._stored_size)
+            if frame.rotation and turn_of_frame(frame) != self.turn:
+                raise BadSample(f"its frame {number} is turned in another way than its first")
+            yield wanted.popleft(), frame
+            if not wanted:
+                return
+
+    def _from(self, first: int, last: int, wanted: Collection[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Frames and their numbers, decoding packets `first` to `last`, in order of the numbers.
 
         A frame that is not wanted and that no other refers to is not decoded: the decoder passes over its packet. The
         decoder hands on a packet's time to its frame; here that is the frame's number.
         """
         context, index = self.stream.codec_context, self.index
         skips, is_skipping = self._source.codec.name in _SKIPPING, None
-        for i, packet in enumerate(self._source.packets[first:], start=first):
+        for i, packet in enumerate(self._source.packets[first : last + 1], start=first):
             packet.pts = number = index.numbers[i]
             if skips and is_skipping != (skip := index.spare[i] and number not in wanted):
                 context.skip_frame, is_skipping = "NONREF" if skip else "DEFAULT", skip
@@ -431,6 +445,7 @@ class RgbWriter:
 def filters(frame: av.VideoFrame, chain: Sequence[tuple[str, str]]) -> Graph:
     """FFmpeg's filters, by name and arguments, one behind the other, for frames like this one."""
     graph, size = Graph(), {"width": frame.width, "height": frame.height}
+    graph.threads = 1  # else it starts one for each core, for every clip
     source = graph.add_buffer(**size, format=frame.format, time_base=Fraction(1))
     graph.link_nodes(source, *(graph.add(*each) for each in chain), graph.add("buffersink")).configure()
     return graph
