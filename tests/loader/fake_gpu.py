@@ -11,7 +11,7 @@ import av
 import numpy as np
 import torch
 
-from bevt_ds.data.decoding.gpu_decoder import Frames, GpuRefusal, StreamKind
+from bevt_ds.data.decoding.sessions import Frames, GpuRefusal, StreamKind
 
 
 def nv12(frame: av.VideoFrame) -> np.ndarray:
@@ -35,7 +35,7 @@ class FakeGpu:
 
 
 class FakeSession:
-    """A session of gpu_decoder.py in which FFmpeg decodes. Its frames are in one memory, as those of a GPU may be."""
+    """A session of sessions.py in which FFmpeg decodes. Its frames are in one memory, as those of a GPU may be."""
 
     def __init__(self, gpu: FakeGpu, kind: StreamKind) -> None:
         self._gpu, self._kind = gpu, kind

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,13 +11,14 @@ import pytest
 import torch
 
 from bevt_ds.data.decoding import gpu_decoder
-from bevt_ds.data.decoding.gpu_decoder import GpuDecoder, GpuRefusal, Sessions, StreamKind
+from bevt_ds.data.decoding.gpu_decoder import GpuDecoder
 from bevt_ds.data.decoding.nvdec import NvdecSession
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.decoding.rgb import rgb_of_nv12
+from bevt_ds.data.decoding.sessions import GpuRefusal, StreamKind
 from bevt_ds.data.limits import BadSample, Limits
 from tests.loader.fake_gpu import FakeGpu, refusing
-from tests.loader.media import in_threads, pooled_clips, remuxed
+from tests.loader.media import pooled_clips, remuxed
 
 STARTS = [(0.0, 0.0), (0.4, 0.5), (0.999, 0.9)]
 HEVC = {"x265-params": "log-level=none:keyint=8"}
@@ -145,71 +145,6 @@ def test_codec_whose_frames_are_not_a_workers_is_refused_from_then_on(
     with pytest.raises(GpuRefusal, match="its h264 frames are") as later:
         decoder.clips(videos["mkv"], STARTS, 8, 1)
     assert not later.value.is_fault and gpu.packets == packets > 0
-
-
-class Stub:
-    """A session of which only its life matters."""
-
-    def __init__(self, closed: list[StreamKind], kind: StreamKind) -> None:
-        self.close = lambda: closed.append(kind)
-
-
-@pytest.fixture
-def kinds() -> list[StreamKind]:
-    return [StreamKind("h264", 16 * n, 16) for n in range(1, 5)]
-
-
-@pytest.fixture
-def kept() -> tuple[Sessions, list[StreamKind], list[StreamKind]]:
-    """Two sessions at most; kinds that were opened, and closed, in order."""
-    opened: list[StreamKind] = []
-    closed: list[StreamKind] = []
-    return Sessions(lambda kind: opened.append(kind) or Stub(closed, kind), 2), opened, closed
-
-
-def test_sessions_are_used_again_by_kind_and_the_longest_resting_gives_way(kept: tuple, kinds: list) -> None:
-    sessions, opened, closed = kept
-    for kind in (kinds[0], kinds[1], kinds[0], kinds[2]):
-        with sessions.session(kind):
-            pass
-    assert opened == kinds[:3] and closed == [kinds[1]] and sessions.opened == 3
-    with ExitStack() as both:
-        both.enter_context(sessions.session(kinds[0]))
-        both.enter_context(sessions.session(kinds[0]))
-    assert opened == [*kinds[:3], kinds[0]] and closed == [kinds[1], kinds[2]]
-    sessions.close()
-    assert len(closed) == 4
-
-
-def test_threads_wait_for_sessions_and_all_get_one(kept: tuple, kinds: list) -> None:
-    sessions, opened, closed = kept
-
-    def use(number: int) -> None:
-        for i in range(20):
-            with sessions.session(kinds[(number + i) % 4]):
-                assert len(opened) - len(closed) <= 2
-
-    in_threads(use, range(6))
-    sessions.close()
-    assert sorted(opened) == sorted(closed)
-
-
-def test_session_that_cannot_be_opened_takes_no_ones_place(kinds: list) -> None:
-    def fail(kind: StreamKind) -> Stub:
-        raise GpuRefusal("no memory")
-
-    sessions = Sessions(fail, 1)
-    for _ in range(3):
-        with pytest.raises(GpuRefusal, match="no memory"), sessions.session(kinds[0]):
-            pass
-
-
-def test_session_in_use_while_all_are_closed_is_closed_behind_its_clip(kept: tuple, kinds: list) -> None:
-    sessions, _, closed = kept
-    with sessions.session(kinds[0]):
-        sessions.close()
-        assert not closed
-    assert closed == [kinds[0]]
 
 
 class Library:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from bevt_ds.data.decoding.gpu_decoder import GpuDecoder, GpuRefusal
+from bevt_ds.data.decoding.gpu_decoder import GpuDecoder
 from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.decoding.sessions import GpuRefusal
 from bevt_ds.data.decoding.video import fits_gpu, probe
 from bevt_ds.data.limits import BadSample, Limits
 from tests.loader.fake_gpu import FakeGpu

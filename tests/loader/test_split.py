@@ -15,7 +15,8 @@ import torch
 from bevt_ds.batch import Batch
 from bevt_ds.config.schema import Config
 from bevt_ds.data import open_stream
-from bevt_ds.data.decoding.gpu_decoder import GpuDecoder, GpuRefusal
+from bevt_ds.data.decoding.gpu_decoder import GpuDecoder
+from bevt_ds.data.decoding.sessions import GpuRefusal, Sessions
 from bevt_ds.data.decoding.split import Split
 from bevt_ds.data.graph_stream import NVDEC, WORKERS, GraphReader
 from bevt_ds.data.loader import Loader
@@ -52,12 +53,17 @@ def clips(config: Config, make: SimpleNamespace, tmp_path_factory: pytest.TempPa
 def read(clips: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
     """Batches of a run whose clips go through DALI's graph on the CPU, decoded by these lanes; and the split."""
 
-    def run(lanes: tuple[str, ...], gpu: FakeGpu | None = None, start_step: int = 0) -> tuple[list[Batch], Split]:
+    def run(
+        lanes: tuple[str, ...], gpu: FakeGpu | None = None, start_step: int = 0, seconds: float = 60.0
+    ) -> tuple[list[Batch], Split]:
         splits: list[Split] = []
 
         def reader(*arguments, pixels, **more) -> GraphReader:
             plan, shards, data, shared, *rest = arguments
-            shared = replace(shared, gpu=gpu and GpuDecoder(shared.pool, gpu, sessions=2))
+            decoder = gpu and GpuDecoder(shared.pool, gpu, sessions=2)
+            if decoder:
+                decoder.sessions = Sessions(gpu, 2, seconds)
+            shared = replace(shared, gpu=decoder)
             splits.append(Split(dict.fromkeys(lanes, 2)) if lanes else None)
             graph = PixelPipeline("video", 2, data.size, data.size // 2, 1)
             return GraphReader(plan, shards, data, shared, *rest, pixels=graph, split=splits[0], **more)
@@ -106,6 +112,23 @@ def test_gpu_alone_decodes_what_it_can_and_workers_the_rest(read: Callable, expe
     require_equal(batches, expected)
     assert split.done().keys() == {NVDEC} and gpu.stretches >= split.done()[NVDEC] > 0
     assert len(gpu.opened) <= 2 + 2 * len(set(gpu.opened)), "sessions are kept, and two of three kinds at a time"
+
+
+@pytest.mark.parametrize("lanes", [(NVDEC,), (NVDEC, WORKERS)])
+def test_decoder_that_hangs_is_given_up_and_the_run_goes_on(
+    read: Callable, expected: list[Batch], lanes: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    released, before = threading.Event(), set(threading.enumerate())
+    gpu = FakeGpu(lambda packets: released.wait(60.0) and None)
+    batches, split = read(lanes, gpu, seconds=0.1)
+    require_equal(batches, expected)
+    assert split.done()[NVDEC] == 0 and 1 <= len(gpu.opened) <= 2 and gpu.closed == 0
+    refusals = [record.message for record in caplog.records if "goes from NVDEC to a worker" in record.message]
+    assert len(refusals) == 1 and "it has not answered within 0.1 s" in refusals[0]
+    released.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60.0)
+    assert gpu.closed == len(gpu.opened) and set(threading.enumerate()) <= before
 
 
 @pytest.fixture

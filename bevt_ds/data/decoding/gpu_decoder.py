@@ -10,10 +10,10 @@ Shape letters: F frames, H W pixels.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,117 +21,21 @@ from torch import Tensor
 
 from bevt_ds.data.decoding.pool import DecodePool, Reply
 from bevt_ds.data.decoding.rgb import rgb_of_nv12
+from bevt_ds.data.decoding.sessions import Frames, GpuRefusal, Session, Sessions, StreamKind
 
 _CLOSE = 2.0  # levels of 255 in the mean: how far a codec's first frames may be from a worker's
-
-
-class GpuRefusal(Exception):
-    """A clip that a worker must decode. is_fault: the decoder failed; else such files are not given to it."""
-
-    def __init__(self, reason: str, is_fault: bool = True) -> None:
-        super().__init__(reason)
-        self.is_fault = is_fault
-
-
-class StreamKind(NamedTuple):
-    """What a session can go on with without being made again."""
-
-    codec: str  # by FFmpeg's name
-    width: int
-    height: int
-
-
-Frames = Iterable[tuple[int, Tensor]]  # number, and uint8 (H+H/2,W), valid until the session is asked again
-
-
-class Session(Protocol):
-    """A decoder of one kind of stream. Raises GpuRefusal where it cannot go on; it is closed then."""
-
-    def decode(self, packet: memoryview, number: int) -> Frames:
-        """Take a packet whose frame has that number; the frames that are ready."""
-
-    def flush(self) -> Frames:
-        """The frames that are left. The next packet begins another stretch: parameter sets, then a keyframe."""
-
-    def context(self) -> AbstractContextManager:
-        """What the thread that uses its frames enters, such as a CUDA stream; at its end all has been done."""
-
-    def close(self) -> None: ...
-
-
-class Sessions:
-    """At most `most` sessions, each for one thread at a time; others wait. Those that rest are kept for their kind."""
-
-    def __init__(self, open_session: Callable[[StreamKind], Session], most: int) -> None:
-        self._open, self._most, self._count = open_session, most, 0
-        self._idle: list[tuple[StreamKind, Session]] = []  # the one that has rested longest comes first
-        self._changed, self._is_closed = threading.Condition(), False
-        self.opened = 0  # since the start
-
-    @contextmanager
-    def session(self, kind: StreamKind) -> Iterator[Session]:
-        """A session that is in no other's hands; where the block raises, it is closed."""
-        session = self._taken(kind)
-        try:
-            yield session
-        except BaseException:
-            self._drop(session)
-            raise
-        with self._changed:
-            if not self._is_closed:
-                self._idle.append((kind, session))
-                self._changed.notify()
-                return
-        self._drop(session)
-
-    def close(self) -> None:
-        """Close those that rest, and the others once they would."""
-        with self._changed:
-            resting, self._idle, self._is_closed = self._idle, [], True
-        for _, session in resting:
-            self._drop(session)
-
-    def _taken(self, kind: StreamKind) -> Session:
-        with self._changed:
-            while True:
-                if (at := next((i for i, (of, _) in enumerate(self._idle) if of == kind), None)) is not None:
-                    return self._idle.pop(at)[1]
-                if self._count < self._most or self._idle:
-                    break
-                self._changed.wait()
-            old = self._idle.pop(0)[1] if self._count == self._most else None
-            self._count += old is None
-            self.opened += 1
-        try:
-            if old:
-                old.close()
-            return self._open(kind)
-        except BaseException:
-            self._forget()
-            raise
-
-    def _drop(self, session: Session) -> None:
-        try:
-            session.close()
-        finally:
-            self._forget()
-
-    def _forget(self) -> None:
-        with self._changed:
-            self._count -= 1
-            self._changed.notify()
 
 
 class GpuDecoder:
     """Decodes clips of H.264 and HEVC videos; threads may share it.
 
-    pool: workers that open the files. sessions: how many at a time. The first clip of each codec is decoded by a worker
-    too: where the two are not alike, the codec is refused from then on.
+    pool: workers that open the files; a session has as long for a clip as they. sessions: how many at a time. The
+    first clip of each codec is decoded by a worker too: where the two are not alike, the codec is refused from then on.
     """
 
     def __init__(self, pool: DecodePool, open_session: Callable[[StreamKind], Session], sessions: int) -> None:
         self._pool = pool
-        self.sessions = Sessions(open_session, sessions)
+        self.sessions = Sessions(open_session, sessions, pool.seconds)
         self.lanes = sessions
         self._lock, self._proved = threading.Lock(), {}  # codec -> why it is refused, or ""
 
@@ -156,10 +60,7 @@ class GpuDecoder:
     def _clips(self, reply: dict[str, Any], payload: np.ndarray) -> Tensor:
         """uint8 (k,F,H,W,3)."""
         kind = StreamKind(reply["codec"], reply["width"], reply["height"])
-        with self.sessions.session(kind) as session, session.context():
-            stored = wanted_frames(session, kind, reply, payload)
-            images = rgb_of_nv12(stored, reply["full_range"])
-            return images[torch.tensor(reply["places"], device=images.device)]
+        return self.sessions.run(kind, partial(images_of, kind=kind, reply=reply, payload=payload))
 
     def _prove(self, codec: str, clips: Sequence[Tensor], data: bytes, clip: dict[str, Any]) -> None:
         """Compare with a worker's frames, once for each codec."""
@@ -171,6 +72,13 @@ class GpuDecoder:
             self._proved[codec] = why
         if why:
             raise GpuRefusal(why)
+
+
+def images_of(session: Session, kind: StreamKind, reply: dict[str, Any], payload: np.ndarray) -> Tensor:
+    """The frames of each clip, as `packets` asks for them: uint8 (k,F,H,W,3)."""
+    with session.context():
+        images = rgb_of_nv12(wanted_frames(session, kind, reply, payload), reply["full_range"])
+        return images[torch.tensor(reply["places"], device=images.device)]
 
 
 def wanted_frames(session: Session, kind: StreamKind, reply: dict[str, Any], payload: np.ndarray) -> Tensor:

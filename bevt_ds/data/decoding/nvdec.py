@@ -1,4 +1,4 @@
-"""NVDEC through PyNvVideoCodec (MIT; the extra `gpu`): a session of gpu_decoder.py. Not run on a GPU yet.
+"""NVDEC through PyNvVideoCodec (MIT; the extra `gpu`): a session of sessions.py. Not run on a GPU yet.
 
 What it relies on in that library, whose 2.2.4 has these names: a decoder is made once and takes streams of the same
 size one after the other; an empty packet ends a stream and brings out what is left; a frame carries its packet's
@@ -15,8 +15,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from bevt_ds.data.decoding.gpu_decoder import Frames, GpuDecoder, GpuRefusal, StreamKind
+from bevt_ds.data.decoding.gpu_decoder import GpuDecoder
 from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.decoding.sessions import Frames, GpuRefusal, StreamKind
 
 SESSIONS = 14  # two for each engine of an H100 or H200: one is fed while the other decodes. Not measured
 _LIBRARY = "PyNvVideoCodec"

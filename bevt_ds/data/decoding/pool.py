@@ -232,7 +232,7 @@ class DecodePool:
     """
 
     def __init__(self, workers: int, seconds: float, limits: Limits) -> None:
-        self._seconds, self._limits, self._closed = seconds, asdict(limits), False
+        self.seconds, self._limits, self._closed = seconds, asdict(limits), False
         self._count, self._workers = workers, {DecodeWorker() for _ in range(workers)}
         self._idle: queue.SimpleQueue[DecodeWorker | None] = queue.SimpleQueue()
         for worker in self._workers:
@@ -294,10 +294,10 @@ class DecodePool:
                 worker = self._replaced(worker)
             for _ in range(ATTEMPTS):
                 try:
-                    reply, payload = worker.ask({**request, "limits": self._limits}, data, self._seconds)
+                    reply, payload = worker.ask({**request, "limits": self._limits}, data, self.seconds)
                     break
                 except TimeoutError:
-                    why = f"not decoded within {self._seconds:g} s"
+                    why = f"not decoded within {self.seconds:g} s"
                 except WorkerDied as death:
                     why = f"the decoder died: {death or 'no message'}"
                 worker = self._replaced(worker)

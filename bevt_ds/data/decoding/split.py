@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from bevt_ds.data.decoding.gpu_decoder import GpuRefusal
+from bevt_ds.data.decoding.sessions import GpuRefusal
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
