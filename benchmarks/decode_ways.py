@@ -17,6 +17,7 @@ import av
 import numpy as np
 import torch
 
+from bevt_ds.data.decoding.geometry import Crop
 from bevt_ds.data.decoding.pool import DecodePool
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.plan import clip_frames
@@ -25,6 +26,7 @@ PART = (
     (0.15, 0.2),
     (0.7, 0.55),
 )  # of an image, from where and how much: a crop of 224 of 500x375 at the short side 288
+CROP = Crop(short_side=256, y=0.5, x=0.5, size=224)
 DEADLINE = 120.0  # seconds for a sample of a worker
 
 
@@ -46,6 +48,7 @@ class Setting:
     stride: int = 8
     index: bool = True  # DALI's build_index
     listed: bool = True  # frames by their numbers; else by start and stride
+    whole: bool = True  # all of a frame; else what a crop of 224 pixels needs
 
 
 Decode = Callable[[Sequence[Sample]], int]  # a batch -> how many frames came out
@@ -77,14 +80,17 @@ class Way:
 
 @contextmanager
 def workers(setting: Setting) -> Iterator[Decode]:
-    """Our decode workers, as a run has them: whole frames, in memory that is shared with this process."""
+    """Our decode workers, as a run has them: in memory that is shared with this process; on a CPU the crop's part."""
     with ExitStack() as closing:
         pool = DecodePool(setting.lanes, DEADLINE, Limits())
         closing.callback(pool.close)
         threads = closing.enter_context(ThreadPoolExecutor(setting.batch))
 
+        crops = None if setting.whole else [CROP]
+
         def one(sample: Sample) -> int:
-            with pool.clips(sample.data, [(sample.start, 0.0)], setting.frames, setting.stride) as decoded:
+            start = (sample.start, 0.0)
+            with pool.clips(sample.data, [start], setting.frames, setting.stride, crops=crops) as decoded:
                 return decoded.places.size
 
         yield lambda samples: sum(threads.map(one, samples))
@@ -153,31 +159,37 @@ def dali(device: str, kind: str) -> Callable[[Setting], AbstractContextManager[D
     return opened
 
 
-@contextmanager
-def dali_reader(setting: Setting) -> Iterator[Decode]:
-    """DALI's reader of files, which chooses its clips itself: the first batch's files, clips one after the other."""
-    from nvidia.dali import Pipeline, fn
+def dali_reader(device: str) -> Callable[[Setting], AbstractContextManager[Decode]]:
+    """DALI's reader of files, which chooses its clips itself: the first batch's files, clips one after the other.
 
-    with tempfile.TemporaryDirectory() as folder:
-        graph: list[Pipeline] = []
+    device: "gpu", or "cpu", for which only the experimental one is made.
+    """
 
-        def decode(samples: Sequence[Sample]) -> int:
-            if not graph:
-                names = [Path(folder) / f"{i}.mp4" for i in range(len(samples))]
-                for path, sample in zip(names, samples, strict=True):
-                    path.write_bytes(sample.data)
-                graph.append(Pipeline(setting.batch, setting.lanes, 0, prefetch_queue_depth=1))
-                with graph[0]:
-                    clip = {"sequence_length": setting.frames, "stride": setting.stride}
-                    reader = fn.readers.video(
-                        device="gpu", filenames=list(map(str, names)), random_shuffle=True, **clip
-                    )
-                    graph[0].set_outputs(reader)
-                graph[0].build()
-            (out,) = graph[0].run()
-            return sum(shape[0] for shape in out.shape())
+    @contextmanager
+    def opened(setting: Setting) -> Iterator[Decode]:
+        from nvidia.dali import Pipeline, fn
 
-        yield decode
+        readers = fn.readers if device == "gpu" else fn.experimental.readers
+        with tempfile.TemporaryDirectory() as folder:
+            graph: list[Pipeline] = []
+
+            def decode(samples: Sequence[Sample]) -> int:
+                if not graph:
+                    names = [Path(folder) / f"{i}.mp4" for i in range(len(samples))]
+                    for path, sample in zip(names, samples, strict=True):
+                        path.write_bytes(sample.data)
+                    gpu = 0 if device == "gpu" else None
+                    graph.append(Pipeline(setting.batch, setting.lanes, gpu, prefetch_queue_depth=1))
+                    with graph[0]:
+                        clip = {"sequence_length": setting.frames, "stride": setting.stride, "random_shuffle": True}
+                        graph[0].set_outputs(readers.video(device=device, filenames=list(map(str, names)), **clip))
+                    graph[0].build()
+                (out,) = graph[0].run()
+                return sum(shape[0] for shape in out.shape())
+
+            yield decode
+
+    return opened
 
 
 def torchcodec(device: str) -> Callable[[Setting], AbstractContextManager[Decode]]:
@@ -235,11 +247,12 @@ def in_threads(one: Callable[[Setting, Sample], int]) -> Callable[[Setting], Abs
 
 OF_DALI = ("index", "listed")
 VIDEO_WAYS = {
-    "our workers": Way(workers),
+    "our workers": Way(workers, varies=("whole",)),
     "our NVDEC sessions": Way(nvdec_sessions, "cuda", ("PyNvVideoCodec",), codecs=frozenset({"h264", "hevc"})),
     "DALI decoders.video, CPU": Way(dali("cpu", "video"), codecs=frozenset({"vp9"}), varies=OF_DALI),
     "DALI decoders.video, NVDEC": Way(dali("mixed", "video"), "cuda", varies=OF_DALI),
-    "DALI readers.video, NVDEC": Way(dali_reader, "cuda"),
+    "DALI experimental.readers.video, CPU": Way(dali_reader("cpu"), codecs=frozenset({"vp9"})),
+    "DALI readers.video, NVDEC": Way(dali_reader("gpu"), "cuda"),
     "torchcodec, CPU": Way(torchcodec("cpu"), needs=("torchcodec.decoders",)),
     "torchcodec, CUDA": Way(torchcodec("cuda"), "cuda", ("torchcodec.decoders",)),
     "PyAV": Way(in_threads(pyav)),

@@ -5,12 +5,17 @@ from __future__ import annotations
 from .report import Columns, Page, Panel, Row, Rows, facts, fields, grouped, newest, table
 
 DECODE = """\
-Made by `python -m benchmarks.decode`: a decoder alone, from a file's bytes in memory to RGB; no crop, no network. A
-video's sample is a clip of 16 frames, `stride` apart, from a drawn place in a drawn video of 10 s at 30 frames/s; an
+Made by `python -m benchmarks.decode`: a decoder alone, from a file's bytes in memory to RGB, no network. A video's
+sample is a clip of 16 frames, `stride` apart, from a drawn place in a drawn video of 10 s at 30 frames/s; an
 image's is the whole of a drawn JPEG. Milliseconds a batch: the first, in which sessions, graphs and indexes are made,
 and the median of those after the second, with the 20th and 80th percentile. CPU milliseconds are of all
-processes."""
-OPTIONS = {"index": "no index", "listed": "start and stride", "fresh": "the same clips again"}  # where they are False
+processes. With `--rounds` all take turns, and a row is of the round in which it took the least of them."""
+OPTIONS = {  # where they are False
+    "index": "no index",
+    "listed": "start and stride",
+    "fresh": "the same clips again",
+    "whole": "what a crop of 224 needs",
+}
 
 
 def decode(rows: Rows) -> Page:
@@ -23,7 +28,7 @@ def decode(rows: Rows) -> Page:
 
 
 def _options(row: Row) -> str:
-    return ", ".join(text for name, text in OPTIONS.items() if not row[name])
+    return ", ".join(text for name, text in OPTIONS.items() if not row.get(name, True))
 
 
 COLUMNS: Columns = {

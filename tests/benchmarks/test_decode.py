@@ -54,13 +54,11 @@ def test_decode_benchmark_measures_cpu_ways_and_gives_reasons_for_the_others(row
     (part, *_), (whole, *_) = by_way["DALI decoders.image_slice, CPU"], by_way["DALI decoders.image, CPU"]
     assert part["samples_per_s"] > 0 and part.keys() == whole.keys()
     measured = by_way["our workers"] + by_way["DALI decoders.video, CPU"] + by_way["DALI decoders.image, CPU"]
-    assert [(row["fresh"], row["index"], row["listed"]) for row in measured] == [
-        *((fresh, True, True) for fresh in (True, False)),
-        (True, True, True),
-        (False, True, True),
-        (True, False, True),
-        (True, True, False),
-        *((fresh, True, True) for fresh in (True, False)),
+    plain, again = (True, True, True, True), (False, True, True, True)
+    assert [(row["fresh"], row["index"], row["listed"], row["whole"]) for row in measured] == [
+        *(plain, again, (True, True, True, False)),
+        *(plain, again, (True, False, True, True), (True, True, False, True)),
+        *(plain, again),
     ]
     assert all(row["samples_per_s"] > 0 and row["first_ms"] > 0 and row["commit"] for row in measured)
     for row in measured:
@@ -76,13 +74,30 @@ def test_repeated_streams_are_the_same_clips_and_fresh_ones_are_not() -> None:
     assert [[s.data for s in next(fresh)] for _ in range(3)] == [[b"a", b"b"], [b"c", b"a"], [b"b", b"c"]]
 
 
+def test_ways_take_turns_and_the_round_with_the_least_cpu_time_counts() -> None:
+    cases = [decode.Case(way, Setting(batch=batch), fresh=True) for way in "ab" for batch in (1, 2)]
+    costs = {"a": iter((3.0, 4.0, 2.0, 5.0)), "b": iter((None,))}
+    turns: list[str] = []
+
+    def facts_of(case: decode.Case) -> dict:
+        turns.append(case.way)
+        cost = next(costs[case.way])
+        return {"not_measured": "broken"} if cost is None else {"cpu_s_per_sample": cost}
+
+    assert [*decode.least(cases, 2, facts_of).values()] == [
+        {"cpu_s_per_sample": 2.0}, {"cpu_s_per_sample": 4.0}, {"not_measured": "broken"}
+    ]  # fmt: skip
+    assert turns == ["a", "a", "b", "a", "a"]
+
+
 def test_what_a_library_raises_becomes_the_reason_of_its_row() -> None:
     @contextmanager
     def broken(setting: Setting):
         raise OSError("no driver\nmore lines")
         yield
 
-    row = decode.measure(Way(broken), [b""], [0], Setting(), True, 0.0)
+    case = decode.Case("broken", Setting(), fresh=True)
+    row = decode.measure({"broken": Way(broken)}, case, [b""], [0], 0.0)
     assert row == {"not_measured": "OSError: no driver"}
     assert Way(broken, needs=("no_such_module",)).reason("h264") == "no_such_module: No module named 'no_such_module'"
     assert Way(broken, codecs=frozenset({"vp9"})).reason("h264") == "it does not know h264"
