@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bevt_ds.data.decoding.images import check_image, image_decoder
@@ -37,7 +35,7 @@ class GraphReader(StreamReader):
         """split: deals clips out to the GPU's decoder and the workers. What the first refuses a worker decodes."""
         super().__init__(*arguments, **more)
         self.pixels, self.split = pixels, split
-        self._refusals = 0  # batches in a row that DALI refused and the CPU decoded
+        self._refusals, self._refused = 0, -1  # batches in a row that DALI refused and the CPU decoded; the last one
 
     def _sample(self, pending: PendingBatch, i: int, group: list[PlanEntry]) -> list:
         """What the graph takes for each clip, or for the image.
@@ -84,16 +82,21 @@ class GraphReader(StreamReader):
         for i in range(len(pending.samples)):
             clips += self._settled(pending, i)
             self.ledger.end_row()
-        if self._refusals < MOST_REFUSALS or not self.pixels.dali_decoder:
-            try:
-                pixels = self._run(clips, pending.entries, pending.masked)
-                self._refusals = 0
-            except BadSample as bad:  # DALI does not say which
-                pixels = self._run(self._as_frames(pending, str(bad)), pending.entries, pending.masked)
-        else:
-            pixels = self._run(self._as_frames(pending), pending.entries, pending.masked)
+        if pending.refusal:  # by the graph of another process; the samples are counted
+            return self._run(self._as_frames(pending), pending.entries, pending.masked)
+        pixels = self._accepted(pending, clips) or self._run(self._as_frames(pending), pending.entries, pending.masked)
         self.ledger.accept(len(pending.samples))
         return pixels
+
+    def _accepted(self, pending: PendingBatch, clips: list) -> tuple[Tensor, Tensor] | None:
+        """Pixels and view; None where DALI's decoder refuses one of the clips, or gets no more."""
+        if self._refusals >= MOST_REFUSALS and self.pixels.dali_decoder:
+            return None
+        try:
+            return self._run(clips, pending.entries, pending.masked)
+        except BadSample as bad:  # DALI does not say which
+            pending.refusal = str(bad)
+            return None
 
     def _run(self, clips: list, entries: list[PlanEntry], masked: np.ndarray) -> tuple[Tensor, Tensor]:
         """Through the graph; clips that arrive as frames, though DALI decodes, go through one without a decoder."""
@@ -101,7 +104,7 @@ class GraphReader(StreamReader):
         if all(pipeline is pipelines[0] for pipeline in pipelines):
             return pipelines[0].run(clips, entries, masked)
         samples = zip(pipelines, clips, entries, masked, strict=True)
-        return _joined([pixels.run([clip], [entry], frames[None]) for pixels, clip, entry, frames in samples])
+        return self.pixels.joined([p.run([clip], [entry], frames[None]) for p, clip, entry, frames in samples])
 
     def _pipeline(self, clip: Any) -> PixelPipeline:
         return self._frames_pixels if self.pixels.dali_decoder and isinstance(clip, np.ndarray) else self.pixels
@@ -110,11 +113,8 @@ class GraphReader(StreamReader):
     def _frames_pixels(self) -> PixelPipeline:
         return self.pixels.without_decoder()
 
-    def _as_frames(self, pending: PendingBatch, refusal: str = "") -> list[np.ndarray]:
-        """All samples decoded without DALI's decoder of videos, or its GPU's of images; substitutes for bad ones.
-
-        refusal: what DALI has said.
-        """
+    def _as_frames(self, pending: PendingBatch) -> list[np.ndarray]:
+        """All samples decoded without DALI's decoder of videos, or its GPU's of images; substitutes for bad ones."""
         bad, executor = self.ledger.bad, self.shared.storage.executor
         for i, sample in enumerate(pending.samples):
             pending.samples[i] = executor.submit(self._decoded, sample.result(), self._group(pending, i))
@@ -128,10 +128,18 @@ class GraphReader(StreamReader):
                 except BadSample as refused:
                     self._substitute(pending, i, refused)
             self.ledger.end_row()
-        if refusal and self.ledger.bad == bad:  # nothing is wrong with any of them
-            self._refusals += 1
-            self._say(refusal)
+        if pending.refusal:
+            self._note_refusal(pending, is_fault=self.ledger.bad == bad)
         return clips
+
+    def _note_refusal(self, pending: PendingBatch, is_fault: bool) -> None:
+        """Count a batch that DALI has refused. is_fault: though nothing is wrong with any of its samples."""
+        if pending.number > self._refused + 1:  # it has taken others since
+            self._refusals = 0
+        self._refused = pending.number
+        if is_fault:
+            self._refusals += 1
+            self._say(pending.refusal)
 
     def _decoded(self, clips: list, group: list[PlanEntry]) -> list[np.ndarray]:
         """A sample's frames, or its image, by the CPU, if they are not decoded yet. BadSample."""
@@ -143,11 +151,3 @@ class GraphReader(StreamReader):
         if self._refusals in (1, MOST_REFUSALS):
             what = "decodes no more" if self._refusals > 1 else "refuses a batch that the CPU decodes"
             log.warning("DALI's decoder of %ss %s: %s", self.plan.kind, what, refusal)
-
-
-def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One micro-batch of several. On a GPU it is made when this returns, for the parts' memory is free then."""
-    joined = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    if joined[0].is_cuda:
-        torch.cuda.current_stream(joined[0].device).synchronize()
-    return joined

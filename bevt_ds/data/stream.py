@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -65,6 +66,8 @@ class PendingBatch:
     ids: np.ndarray | None = None  # int64 (B,T,h,w), of images T = 1, where they are kept: no view is needed then
     count: int = 0  # masked cells of the global batch
     pixels: ClipBatch | None = None  # where clips are written on a CPU
+    number: int = 0  # of those that its reader has begun
+    refusal: str = ""  # why DALI's decoder has refused it
 
 
 def sample_name(member: Member) -> str:
@@ -92,15 +95,16 @@ class SampleReader(ABC):
         self.shared, self.ledger, self.limits = shared, ledger, Limits.of(config)
         self._span, self._short = (config.frames - 1) * stride + 1, threading.Semaphore(1)
         self._window: tuple[int, int] | None = None
-        self._remote = any(shard.is_remote for shard in shards)
+        self._remote, self._begun = any(shard.is_remote for shard in shards), count()
 
     def begin(self, step: int, slots: range) -> PendingBatch:
         """Start on a micro-batch."""
         if self._remote:
             self._fetch_ahead(step)
-        pending = PendingBatch(step, slots, [e for slot in slots if (e := self.plan.entry(step, slot))])
+        entries = [e for slot in slots if (e := self.plan.entry(step, slot))]
+        pending = PendingBatch(step, slots, entries, number=next(self._begun))
         self._prepare(pending)
-        k, entries = self.plan.clips_per_sample, pending.entries
+        k = self.plan.clips_per_sample
         pending.samples = [self._start(pending, i, entries[i * k : (i + 1) * k]) for i in range(len(entries) // k)]
         return pending
 

@@ -16,13 +16,15 @@ Shape letters: B samples, T frames, S crop side, v side of the tokenizer's view.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali import math as dali_math
 from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from torch import Tensor
 
 from bevt_ds.batch import MEAN, STD
@@ -83,7 +85,7 @@ class PixelPipeline:
         if 2 * token_size != size:
             raise ValueError(f"token_size must be half of size, got {token_size} and {size}")
         self.kind, self.times = kind, times or StageTimes()
-        self.dali_decoder = ("cpu" if kind == "image" else "") if dali_decoder is None else dali_decoder
+        self.dali_decoder = decoder_of(kind, dali_decoder)
         self._settings, self._views = (batch_size, size, threads, device), views
         self._place = f"cuda:{device}" if on_device and device is not None else ""
         self._build()
@@ -128,12 +130,24 @@ class PixelPipeline:
         BadSample: DALI cannot decode one of them; it does not say which. The next run is as if there had been none: a
         test holds it.
         """
+        return self.run_on(graph_inputs(self.kind, self.dali_decoder, payloads, entries), masked)
+
+    def run_on(self, inputs: Mapping[str, Any], masked: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The same of what `graph_inputs` has made, which must stay until this returns."""
         with self.times.measured("augment", lanes=self._settings[2]):
-            for name, values in self._inputs(payloads, entries).items():
-                self.graph.feed_input(name, values)
+            for name, values in inputs.items():
+                self.graph.feed_input(name, values if name == "frames" and self._place else _listed(values))
             outputs = self._run_graph()
         with self.times.measured("copy"):
             return self._copied(outputs, np.flatnonzero(masked))
+
+    @staticmethod
+    def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """One micro-batch of several. On a GPU it is made when this returns, for the parts' memory is free then."""
+        joined = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        if joined[0].is_cuda:
+            torch.cuda.current_stream(joined[0].device).synchronize()
+        return joined
 
     def _copied(self, outputs: tuple, frames: np.ndarray) -> tuple[Tensor, Tensor]:
         """The graph's outputs as tensors of their own, for DALI uses its buffers again; of the views only `frames`."""
@@ -155,35 +169,48 @@ class PixelPipeline:
             raise BadSample(f"DALI cannot decode it: {reason}", transient=out_of_memory) from error
 
     def _decoded(self):
-        """The graph's input as images: HWC, or FHWC for a clip."""
+        """The graph's input as images: HWC, or FHWC for a clip. A copy of them would be made under Python's lock."""
         if not self.dali_decoder:
             where, layout = "gpu" if self._place else "cpu", "HWC" if self.kind == "image" else "FHWC"
-            return fn.external_source(name="frames", dtype=types.UINT8, layout=layout, device=where)
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8)
+            own = None if self._place else True
+            return fn.external_source(name="frames", dtype=types.UINT8, layout=layout, device=where, no_copy=own)
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, no_copy=True)
         if self.kind == "image":
             return decoded_images(encoded, self.dali_decoder)
         numbers = fn.external_source(name="frame_numbers", dtype=types.INT32)
         return fn.decoders.video(encoded, device=self.dali_decoder, frames=numbers)
 
-    def _inputs(self, payloads: Sequence, entries: Sequence[PlanEntry]) -> dict[str, list]:
-        inputs = {
-            "short_side": [np.float32(e.short_side) for e in entries],
-            "crop_y": [np.float32(e.crop[0]) for e in entries],
-            "crop_x": [np.float32(e.crop[1]) for e in entries],
-            "flip": [np.int32(e.flip) for e in entries],
-        }
-        if self.kind == "image":
-            matrices = [jitter_matrix(e.jitter) for e in entries]
-            inputs["jitter_matrix"] = [matrix for matrix, _ in matrices]
-            inputs["jitter_luma"] = [share for _, share in matrices]
-        if not self.dali_decoder:
-            inputs["frames"] = list(payloads)
-        elif self.kind == "image":
-            inputs["encoded"] = [np.frombuffer(data, np.uint8) for data in payloads]
-        else:
-            inputs["encoded"] = [np.frombuffer(data, np.uint8) for data, _ in payloads]
-            inputs["frame_numbers"] = [numbers.astype(np.int32) for _, numbers in payloads]
-        return inputs
+
+def decoder_of(kind: str, dali_decoder: str | None) -> str:
+    """What a PixelPipeline does where it is not told."""
+    return ("cpu" if kind == "image" else "") if dali_decoder is None else dali_decoder
+
+
+def graph_inputs(kind: str, dali_decoder: str, payloads: Sequence, entries: Sequence[PlanEntry]) -> dict[str, Any]:
+    """What a graph is fed with, by name: arrays of all samples, float32 (B,...) or int32 (B,), or a list."""
+    inputs: dict[str, Any] = {
+        "short_side": np.array([e.short_side for e in entries], np.float32),
+        "crop_y": np.array([e.crop[0] for e in entries], np.float32),
+        "crop_x": np.array([e.crop[1] for e in entries], np.float32),
+        "flip": np.array([e.flip for e in entries], np.int32),
+    }
+    if kind == "image":
+        matrices, shares = zip(*(jitter_matrix(e.jitter) for e in entries), strict=True)
+        inputs |= {"jitter_matrix": np.stack(matrices), "jitter_luma": np.array(shares, np.float32)}
+    if not dali_decoder:
+        return inputs | {"frames": list(payloads)}
+    if kind == "image":
+        return inputs | {"encoded": [np.frombuffer(data, np.uint8) for data in payloads]}
+    files, numbers = zip(*payloads, strict=True)
+    inputs["encoded"] = [np.frombuffer(data, np.uint8) for data in files]
+    return inputs | {"frame_numbers": [n.astype(np.int32) for n in numbers]}
+
+
+def _listed(arrays: np.ndarray | Sequence[np.ndarray]) -> TensorListCPU:
+    """An array of all samples, or one of each, as DALI has them, uncopied; it would ask each a dozen questions."""
+    if isinstance(arrays, np.ndarray):
+        return TensorListCPU(arrays)
+    return TensorListCPU([TensorCPU(array) for array in arrays], contiguous=False)
 
 
 def _own_copies(outputs: tuple, frames: np.ndarray) -> tuple[Tensor, Tensor]:
