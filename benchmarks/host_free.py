@@ -60,7 +60,7 @@ class FreeDecoder:
 def free_reader(config: Config) -> Iterator[BatchReader]:
     """A reader of batches whose frames and pixels are there at once."""
 
-    def opened(source, shards, config, shared, device, decoder, ledger, *_: Any) -> GraphReader:
+    def opened(source, shards, config, shared, device, decoder, ledger, *_: Any, **__: Any) -> GraphReader:
         data, kind = config.data, source.stream.kind
         plan = StreamPlan(source.stream, list(map(len, shards)), data, config.train.seed, source.global_size)
         split = Split({NVDEC: FreeDecoder.lanes, WORKERS: data.workers}) if kind == "video" else None
