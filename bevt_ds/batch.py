@@ -8,6 +8,7 @@ w = W/16 the mask grid, v = H/2 the side of the tokenizer's image, S the side of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -62,6 +63,12 @@ class Stream:
         frames = self.pixels.shape[2] if self.pixels.ndim == 5 else 1
         masked = masked.repeat_interleave(frames // masked.shape[1], 1)
         return (masked.flatten().cumsum(0).view_as(masked) - 1).masked_fill(~masked, -1)
+
+    def with_pixels(self, pixels: Tensor, view: Tensor) -> Stream:
+        """The same stream with other pixels; its rows, which have been checked, are not looked at again."""
+        made = copy(self)
+        vars(made).update(pixels=pixels, view=view)
+        return made
 
     def only(self, samples: Sequence[int]) -> Stream:
         """The same stream with these of its samples alone, on the host. `view` and `count` stay as they are."""

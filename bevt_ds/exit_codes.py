@@ -25,7 +25,7 @@ MEANINGS = {
     NON_FINITE: "too many steps whose loss or gradient was not finite; weights that are not, or differ between ranks",
     STORAGE_STALLED: "a disk or file server did not answer within `data.read_seconds`",
     DISK: "what the run writes could not be written: full disk, quota, read-only or vanished folder",
-    RANK_LOST: "a rank was killed, or was silent for `train.rank_deadline`",
+    RANK_LOST: "a rank or its loader was killed, or a rank was silent for `train.rank_deadline`",
     STOPPED: "stopped by a signal or by its launcher's end; `resume=auto` continues",
     INTERRUPTED: "Ctrl-C before a run has begun, or of another command",
     CLOSED_PIPE: "no one reads what it prints, as behind `| head`",

@@ -39,11 +39,11 @@ DATA_LAYERS = [  # the same within data/
     {"limits", "masks"},
     {"plan"},
     {"reading", "decoding"},
-    {"ledger", "pixels", "holdout", "tokens"},
+    {"ledger", "side_stream", "pixels", "holdout", "tokens"},
     {"stream", "decoder_choice", "labels"},
     {"graph_stream"},
     {"open_stream"},
-    {"loader"},
+    {"loader", "process"},
     {"files", "labelled_reader", "labelled_loader", "view_reader"},
 ]
 

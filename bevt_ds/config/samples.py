@@ -103,6 +103,14 @@ class DataConfig(SamplingConfig):
         0.4,
         0.4,
     )
+    loader_process: A[
+        Literal["auto", "on", "off"],
+        F(
+            "read and decode in a process of its own, whose Python does not hold up the thread that trains; auto: on a"
+            " GPU, unless NVDEC decodes clips",
+            resume="free",
+        ),
+    ] = "auto"
     token_size: A[int, F("side of the tokenizer's view: half of size", least=1)] = 112
     mask: MaskConfig = field(default_factory=MaskConfig)
 

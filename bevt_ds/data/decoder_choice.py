@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,14 @@ def resumed_decoders(state: dict[str, Any] | None, setting: str, on_gpu: bool) -
     state: BackgroundLoader.state of the run that is resumed. setting: data.decoder.
     """
     return (state or {}).get("decoder", {}) if setting == "auto" and on_gpu else {}
+
+
+def settled_decoders(kinds: Mapping[str, str], setting: str, state: dict[str, Any] | None) -> dict[str, str] | None:
+    """Stream -> where it is decoded on a GPU; None: that must be measured. kinds: stream -> "video" or "image"."""
+    known = resumed_decoders(state, setting, on_gpu=True)
+    names = {"image": "cpu" if setting == "cpu" else "gpu", "video": None if setting == "auto" else setting}
+    decoders = {stream: known.get(stream, names[kind]) for stream, kind in kinds.items()}
+    return None if None in decoders.values() else decoders
 
 
 def _stored(place: Path, candidates: Collection[str]) -> dict[str, float] | None:

@@ -26,6 +26,7 @@ from bevt_ds.errors import UserError
 
 log = logging.getLogger(__name__)
 
+LEDGER = "bad_samples.jsonl"  # in the folder of a run
 ALWAYS_ALLOWED = 10  # bad samples of a stream, however few have been read
 IN_A_ROW = 100  # bad samples with no good one between them: something systematic
 
@@ -56,10 +57,24 @@ class Skips:
     def __init__(self, state: dict[str, Any] | None = None) -> None:
         self._lock = threading.Lock()
         self._reasons = {tuple(place): reason for *place, reason in (state or {}).get("skips", [])}
+        self._added: dict[tuple, str] = {}
 
     def add(self, stream: StreamId, entry: PlanEntry, reason: str) -> None:
+        added = {(int(stream), entry.step, entry.slot, entry.attempt): reason}
+        self.update(added)
         with self._lock:
-            self._reasons[int(stream), entry.step, entry.slot, entry.attempt] = reason
+            self._added |= added
+
+    def update(self, reasons: Mapping[tuple, str]) -> None:
+        """Take over what `added` has returned in another process."""
+        with self._lock:
+            self._reasons |= reasons
+
+    def added(self) -> dict[tuple, str]:
+        """Those met since the last call: (stream, step, slot, attempt) -> reason."""
+        with self._lock:
+            added, self._added = self._added, {}
+        return added
 
     def reason(self, stream: StreamId, entry: PlanEntry) -> str | None:
         """Why this place is skipped, or None."""

@@ -12,8 +12,9 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -22,20 +23,22 @@ import torch
 
 from bevt_ds.batch import Batch, LabelledBatch, Stream
 from bevt_ds.config.samples import ReadingConfig
-from bevt_ds.config.schema import Config, UnlabelledConfig
+from bevt_ds.config.schema import UnlabelledConfig
 from bevt_ds.config.validate import micro_steps
-from bevt_ds.data.decoder_choice import resumed_decoders
+from bevt_ds.data.decoder_choice import resumed_decoders, settled_decoders
 from bevt_ds.data.holdout import split
-from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, StageTimes, bottleneck, require_few_bad
-from bevt_ds.data.open_stream import LANES, Source, decoder_of, open_reader, open_resources
+from bevt_ds.data.ledger import LEDGER, DataLimitError, Ledger, Skips, StageTimes, bottleneck, require_few_bad
+from bevt_ds.data.open_stream import LANES, Source, decoder_of, has_kept_ids, open_reader, open_resources
 from bevt_ds.data.plan import StreamId, slots_of
+from bevt_ds.data.process.messages import Opening
+from bevt_ds.data.process.remote import LoaderLost, RemoteReader
 from bevt_ds.data.reading.deadline import StorageStalled
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.storage import Storage
+from bevt_ds.data.side_stream import SideStream, record_stream
 from bevt_ds.data.stream import PendingBatch, Resources, StreamReader
 from bevt_ds.data.tokens import KeptIds, contract_of, open_all
-
-LEDGER = "bad_samples.jsonl"
+from bevt_ds.errors import UserError
 
 
 class Ranks(Protocol):
@@ -61,36 +64,6 @@ class OneRank:
 
 
 ALONE = OneRank()
-
-
-class SideStream:
-    """A CUDA stream on which batches for a GPU are made, next to what the training step computes.
-
-    Without it what the loader's thread starts would go to the stream on which the training step computes: each would
-    wait for all that the other has started.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-
-    @contextmanager
-    def context(self) -> Iterator[None]:
-        """What the block starts on the GPU is done when the block ends."""
-        with torch.cuda.stream(self._stream):
-            yield
-            self._stream.synchronize()
-
-
-def record_stream(batch: Batch | Stream | LabelledBatch) -> None:
-    """Tell CUDA's allocator that the caller's stream uses the tensors of a batch, or of its streams.
-
-    They were made on another stream, for which their memory would be free again as soon as nothing refers to them.
-    """
-    for value in vars(batch).values():
-        if isinstance(value, Stream):
-            record_stream(value)
-        elif isinstance(value, torch.Tensor) and value.is_cuda:
-            value.record_stream(torch.cuda.current_stream(value.device))
 
 
 class RankReader(ABC):
@@ -159,7 +132,10 @@ class RankReader(ABC):
 
 
 class BatchReader(RankReader):
-    """Makes the micro-batches of pretraining. The arguments: see RankReader."""
+    """Makes the micro-batches of pretraining. The arguments: see RankReader.
+
+    sent: where each stream is decoded, by its name, if another process makes the pixels; see open_reader.
+    """
 
     def __init__(
         self,
@@ -169,8 +145,9 @@ class BatchReader(RankReader):
         device: torch.device | str,
         folder: Path | None,
         state: dict[str, Any] | None = None,
+        sent: Mapping[str, str] | None = None,
     ) -> None:
-        self._config, self._sources, self._state = config, sources, state
+        self._config, self._sources, self._state, self._sent = config, sources, state, sent or {}
         super().__init__(config.data, {s.stream: s.micro_size for s in sources}, ranks, device, folder, state)
 
     def _open(self, shared: Resources) -> dict[StreamId, StreamReader]:
@@ -178,7 +155,7 @@ class BatchReader(RankReader):
         shards = {s.stream: _samples(s, shared.storage, config.data.holdout) for s in self._sources}
         self.samples = {stream.kind: sum(map(len, parts)) for stream, parts in shards.items()}
         self.fingerprint = fingerprint_of(shards)
-        known = resumed_decoders(self._state, config.data.decoder, self.is_on_gpu)
+        known = self._sent or resumed_decoders(self._state, config.data.decoder, self.is_on_gpu)
         readers = {}
         for s in self._sources:
             samples = shards[s.stream]
@@ -186,7 +163,8 @@ class BatchReader(RankReader):
             if decoder is None or (decoder in LANES and shared.gpu is None):
                 decoder = decoder_of(s, samples, config, shared, device, self.fingerprint)
             ledger, kept = self.ledgers[s.stream], self._kept(s, samples, shared.storage)
-            readers[s.stream] = open_reader(s, samples, config, shared, device, decoder, ledger, kept)
+            parts, is_sent = (s, samples, config, shared, device, decoder, ledger, kept), bool(self._sent)
+            readers[s.stream] = open_reader(*parts, is_sent=is_sent)
             if self.is_on_gpu:
                 self.decoder_choices[s.stream.name] = decoder
         return readers
@@ -194,13 +172,24 @@ class BatchReader(RankReader):
     def _kept(self, source: Source, shards: Sequence[Shard], storage: Storage) -> list[KeptIds]:
         """The ids that a training's configuration names, of each shard. UserError: they are not those of this run."""
         config, kind = self._config, source.stream.kind
-        if source.stream.held_out or not isinstance(config, Config) or not config.tokens:
+        if not has_kept_ids(config, source.stream):
             return []
         return open_all(storage, config.tokens, shards, kind, contract_of(config, kind))
 
     def _joined(self, parts: dict[StreamId, Stream]) -> Batch:
         streams = {stream.kind: part for stream, part in parts.items()}
         return Batch(streams.get("video"), streams.get("image"))
+
+    @property
+    def may_be_refused(self) -> bool:
+        """Whether DALI decodes what this reader sends."""
+        return any(reader.pixels.dali_decoder for reader in self._readers.values() if self._sent)
+
+    def refused(self, pending: dict[StreamId, PendingBatch], kind: str, reason: str) -> Stream:
+        """The stream of that kind, decoded, of a micro-batch that is finished, where DALI has refused what was sent."""
+        ((stream, part),) = ((stream, part) for stream, part in pending.items() if stream.kind == kind)
+        part.refusal = reason
+        return self._readers[stream].finish(part)
 
     @property
     def steps_an_epoch(self) -> float:
@@ -233,7 +222,12 @@ class BackgroundLoader:
     """
 
     def __init__(
-        self, reader: RankReader, micro_steps: int, config: ReadingConfig, ranks: Ranks, start_step: int = 0
+        self,
+        reader: RankReader | RemoteReader,
+        micro_steps: int,
+        config: ReadingConfig,
+        ranks: Ranks,
+        start_step: int = 0,
     ) -> None:
         self.micro_steps, self.fingerprint = micro_steps, reader.fingerprint
         self._reader, self._config, self._ranks = reader, config, ranks
@@ -316,12 +310,14 @@ class BackgroundLoader:
     def _judge(self, prepared: _Prepared) -> None:
         """Raise where this rank, another, or all of them together cannot go on; the same on every rank."""
         error = prepared.item if isinstance(prepared.item, BaseException) else None
-        over, stalled = isinstance(error, DataLimitError), isinstance(error, StorageStalled)
-        failed = error is not None and not over and not stalled
-        numbers = [int(over), int(stalled), int(failed), *prepared.counts]
-        limits, stalls, failures, *counts = self._ranks.sum_counts(numbers)
+        kinds = (DataLimitError, StorageStalled, LoaderLost, BaseException)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), None)
+        numbers = [*(int(kind is each) for each in kinds), *prepared.counts]
+        limits, stalls, losses, failures, *counts = self._ranks.sum_counts(numbers)
         if error is not None:
             raise error
+        if losses:
+            raise LoaderLost("the loader's process of another rank is lost; see that rank's output")
         if failures:
             raise RuntimeError("reading data has failed on another rank; the reason is in that rank's output")
         if stalls:
@@ -376,10 +372,34 @@ class Loader(BackgroundLoader):
         state: dict[str, Any] | None = None,
     ) -> None:
         parts = micro_steps(config, ranks.world)
-        reader = BatchReader(config, _training_sources(config), ranks, device, folder, state)
+        reader = _opened(config, ranks, torch.device(device), folder, state)
         # How many samples are trained on, by kind; steps in which each of the first kind is read once.
         self.samples, self.steps_an_epoch = reader.samples, reader.steps_an_epoch
+        self.place = "a process of its own" if isinstance(reader, RemoteReader) else "the process that trains"
         super().__init__(reader, parts, config.data, ranks, start_step)
+
+
+def _opened(
+    config: UnlabelledConfig, ranks: Ranks, device: torch.device, folder: Path | None, state: dict[str, Any] | None
+) -> BatchReader | RemoteReader:
+    """A reader in this process or, as data.loader_process says, in one of its own; that has no NVDEC sessions."""
+    sources, setting, is_on_gpu = _training_sources(config), config.data.loader_process, device.type == "cuda"
+    here = partial(BatchReader, config, sources, ranks, device, folder, state)
+    if setting == "off" or (setting == "auto" and not is_on_gpu):
+        return here()
+    decoders = None
+    if is_on_gpu:
+        kinds = {source.stream.name: source.stream.kind for source in sources}
+        decoders = settled_decoders(kinds, config.data.decoder, state)
+        if decoders is None:  # a reader measures them
+            with closing(here()) as reader:
+                decoders = reader.decoder_choices
+        if not LANES.keys().isdisjoint(decoders.values()):
+            if setting == "on":
+                raise UserError("data.loader_process=on: NVDEC sessions are the trainer's; use data.decoder=cpu or gpu")
+            return here()
+    opening = Opening(config, sources, ranks.rank, ranks.world, folder, state, decoders)
+    return RemoteReader(opening, device, SideStream(device).context if is_on_gpu else nullcontext)
 
 
 def eval_batches(

@@ -13,8 +13,8 @@ from functools import partial
 
 import torch
 
-from bevt_ds.config.samples import ReadingConfig
-from bevt_ds.config.schema import UnlabelledConfig
+from bevt_ds.config.samples import DataConfig, ReadingConfig
+from bevt_ds.config.schema import Config, UnlabelledConfig
 from bevt_ds.data.decoder_choice import MEASURED, choose, clips_per_second, cores
 from bevt_ds.data.decoding.nvdec import SESSIONS, nvdec, why_not
 from bevt_ds.data.decoding.pool import DecodePool
@@ -24,6 +24,7 @@ from bevt_ds.data.ledger import DataLimitError, Ledger, Skips, StageTimes
 from bevt_ds.data.limits import Limits
 from bevt_ds.data.pixels.cpu_pixels import ClipPixels, compute_on_one_core
 from bevt_ds.data.pixels.pipeline import PixelPipeline
+from bevt_ds.data.pixels.sent import SentPixels
 from bevt_ds.data.plan import StreamId, StreamPlan
 from bevt_ds.data.reading.index import cache_home
 from bevt_ds.data.reading.members import Shard
@@ -82,32 +83,55 @@ def open_reader(
     ledger: Ledger,
     kept: Sequence[KeptIds] = (),
     make_plan: type[StreamPlan] = StreamPlan,
+    is_sent: bool = False,
 ) -> StreamReader:
-    """A reader of one stream's micro-batches. kept: the ids of each shard's crops; without, a batch has none."""
+    """A reader of one stream's micro-batches. kept: the ids of each shard's crops; without, a batch has none.
+
+    is_sent: another process makes the pixels, by DALI's graphs. A batch then has what these are fed with; see sent.py.
+    """
     data, kind = config.data, source.stream.kind
     counts = [len(shard) for shard in shards]
     keys = [shard.keys for shard in shards]
     plan = make_plan(source.stream, counts, data, config.train.seed, source.global_size, keys)
     parts = (plan, shards, data, shared, ledger, data.stride)
+    if is_sent:
+        return GraphReader(*parts, pixels=SentPixels(kind, _dali_decoder(decoder)), kept=kept)
     if kind == "video" and device.type != "cuda":
         return ClipReader(*parts, pixels=ClipPixels(data.size), kept=kept)
     split = None
     if kind == "video" and decoder in LANES:
         places = {NVDEC: shared.gpu.lanes, WORKERS: data.workers}
         split = Split({name: places[name] for name in LANES[decoder]})
-    pixels = PixelPipeline(
-        kind,
+    pixels = open_graph(source, data, device, decoder, shared.times, views=not kept)
+    return GraphReader(*parts, pixels=pixels, split=split, kept=kept)
+
+
+def open_graph(
+    source: Source, data: DataConfig, device: torch.device, decoder: str, times: StageTimes, views: bool
+) -> PixelPipeline:
+    """DALI's graph of one stream. decoder: see `decoder_of`. views: whether the tokenizer's are made."""
+    is_video = source.stream.kind == "video"
+    return PixelPipeline(
+        source.stream.kind,
         source.micro_size,
         data.size,
         data.token_size,
-        max(data.threads, NVDECS) if decoder == "gpu" and kind == "video" else data.threads,
+        max(data.threads, NVDECS) if decoder == "gpu" and is_video else data.threads,
         device=(device.index or 0) if device.type == "cuda" else None,
-        dali_decoder="mixed" if decoder == "gpu" else None,
-        times=shared.times,
-        on_device=split is not None,
-        views=not kept,
+        dali_decoder=_dali_decoder(decoder),
+        times=times,
+        on_device=is_video and decoder in LANES,
+        views=views,
     )
-    return GraphReader(*parts, pixels=pixels, split=split, kept=kept)
+
+
+def _dali_decoder(decoder: str) -> str | None:
+    return "mixed" if decoder == "gpu" else None
+
+
+def has_kept_ids(config: UnlabelledConfig, stream: StreamId) -> bool:
+    """Whether a stream's ids are read from files, so that no view is needed."""
+    return isinstance(config, Config) and bool(config.tokens) and not stream.held_out
 
 
 def decoder_of(

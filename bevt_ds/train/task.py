@@ -210,7 +210,8 @@ class StreamsTask(Task[StreamsT, Batch]):
     def describe(self) -> str:
         samples = " and ".join(f"{n:,} {kind}s" for kind, n in self.loader.samples.items())
         epoch = self.loader.steps_an_epoch
-        return f"{samples} to train on; {self.steps:,} steps, {epoch:,.1f} an epoch: {self.steps / epoch:,.2f} epochs"
+        steps = f"{self.steps:,} steps, {epoch:,.1f} an epoch: {self.steps / epoch:,.2f} epochs"
+        return f"{samples} to train on, read by {self.loader.place}; {steps}"
 
     def held_out(self) -> list[Batch]:
         """All held-out samples of this rank; rank 0 lists those that are bad."""

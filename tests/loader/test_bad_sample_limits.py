@@ -155,12 +155,12 @@ def test_bad_sample_limits(good: int, bad: int, fraction: float, stops: bool) ->
 def test_ranks_share_counts_of_good_and_bad_samples(
     with_data: Callable[..., Config], clips_per_video: int, videos: int
 ) -> None:
-    """No stall, no failure; good and bad videos, good and bad images, up to the micro-batch that is handed out."""
+    """No limit, stall, loss or failure; good and bad videos, then images, up to the micro-batch that is handed out."""
     told = []
     ranks = SimpleNamespace(rank=0, world=1, sum_counts=lambda n: told.append(n) or n)
     with Loader(with_data(clips_per_video=clips_per_video), ranks) as loader:
         list(islice(loader, 3))
-    assert told == [[0, 0, 0, videos * i, 0, 4 * i, 0] for i in (1, 2, 3)]
+    assert told == [[0, 0, 0, 0, videos * i, 0, 4 * i, 0] for i in (1, 2, 3)]
 
 
 def entry(step: int, slot: int = 0, attempt: int = 0) -> PlanEntry:

@@ -251,7 +251,7 @@ def test_a_worker_ignores_what_a_launcher_sends_to_all(member: Load) -> None:
 def test_a_busy_worker_ends_with_its_parent() -> None:
     """One that waits for work has its pipe closed; one that decodes must look for itself."""
     wait = "import time; print(flush=True); time.sleep(600)"
-    work = f"from bevt_ds.data.decoding.worker import begin_watch; begin_watch(); {wait}"
+    work = f"from bevt_ds.data.decoding.subprocess_env import begin_watch; begin_watch(); {wait}"
     start = (
         f"child = subprocess.Popen([sys.executable, '-c', {work!r}], stdout=subprocess.PIPE); child.stdout.readline()"
     )

@@ -23,7 +23,8 @@ MAY_CHANGE = {  # the right answers
     "free": """
         output_dir init_from init_head resume dry_run model.checkpointing model.recompute model.recompute_every
         model.compile model.kernels
-        data.decoder data.workers data.threads data.readers data.prefetch data.decode_seconds data.read_seconds
+        data.decoder data.loader_process data.workers data.threads data.readers data.prefetch
+        data.decode_seconds data.read_seconds
         data.verify data.max_bad_fraction data.cache_dir data.cache_bytes data.remote_seconds data.allow_pipe
         data.videos data.images data.eval_videos data.eval_images data.train data.val data.classes data.expected_val
         train.log_every train.checkpoint_every train.keep_checkpoints train.max_skipped train.grace_seconds

@@ -1,12 +1,17 @@
-"""How this package starts its own helper processes."""
+"""How this package starts its own helper processes, and how these end with it."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import bevt_ds
+
+LOOK_EVERY = 1.0  # seconds
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -19,3 +24,21 @@ def environment() -> dict[str, str]:
     root = str(Path(bevt_ds.__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def ignore_signals() -> None:
+    """Those that ask to stop: a terminal or launcher sends them to all processes, and the parent decides."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def begin_watch() -> None:
+    """From now on, end this process when its parent dies, whatever it is at."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_EVERY)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

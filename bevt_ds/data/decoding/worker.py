@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from bevt_ds.data.decoding.geometry import Box, Crop, source_box
 from bevt_ds.data.decoding.images import decode_image, describe_image
 from bevt_ds.data.decoding.packets import packets
 from bevt_ds.data.decoding.pool import LENGTH, READY, SharedMemory
+from bevt_ds.data.decoding.subprocess_env import begin_watch, ignore_signals
 from bevt_ds.data.decoding.transcode import Profile, transcode
 from bevt_ds.data.decoding.verify import verify_video
 from bevt_ds.data.decoding.video import opened, probe
@@ -34,7 +34,6 @@ from bevt_ds.data.plan import CHOICES
 
 Answer = tuple[dict[str, Any], bytes]
 Work = Callable[[bytes, Limits, dict[str, Any]], Answer]
-LOOK_EVERY = 1.0  # seconds
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -42,8 +41,7 @@ def main() -> None:
     """Serve until the pipe closes, or the parent dies."""
     begin_watch()
     av.logging.set_level(av.logging.PANIC)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a terminal or launcher sends them to all; the parent decides
+    ignore_signals()
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     gc.freeze()  # what has been imported stays: no collection needs to look at it
     works = {**WORKS, "clips": partial(clips, SharedMemory(int(sys.argv[1])))}
@@ -55,18 +53,6 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"])
         serve(works, request, requests.read(request["size"]), replies)
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def begin_watch() -> None:
-    """From now on, end this process when its parent dies, whatever it is at."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(LOOK_EVERY)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def serve(works: dict[str, Work], request: dict[str, Any], data: bytes, replies: BinaryIO) -> None:
