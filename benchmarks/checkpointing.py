@@ -10,9 +10,6 @@ alike. FLOPs are the plan's; saved bytes are what autograd keeps at the end of t
 
 from __future__ import annotations
 
-import argparse
-import os
-import time
 from dataclasses import replace
 from statistics import median
 
@@ -25,7 +22,7 @@ from bevt_ds.plan.activations import counting_saved
 from bevt_ds.plan.compute import flops
 
 from . import report
-from .common import RESULTS, append_row, provenance, rows_of
+from .common import add_row, command_line, cpu_seconds, in_turns, rows_of
 from .step_batch import resident_batch
 
 MODEL, FRAMES, SIZE, CLIPS, IMAGES, IDS = "swin_t", 4, 96, 1, 2, 512
@@ -54,9 +51,7 @@ class Way:
 
     def step(self) -> float:
         """CPU seconds of a forward and backward pass."""
-        began = time.process_time()
-        self.model(self.batch).loss.backward()
-        return time.process_time() - began
+        return cpu_seconds(lambda: self.model(self.batch).loss.backward())
 
     def saved(self) -> int:
         """Bytes that wait for the backward pass."""
@@ -77,16 +72,10 @@ class Way:
 def measure(model: str, rounds: int) -> list[dict[str, object]]:
     """A row for each way."""
     ways = [Way(name, model) for name in WAYS]
-    times: dict[str, list[float]] = {way.name: [] for way in ways}
-    for number in range(-1, rounds):  # the first warms up
-        for way in ways if number % 2 else ways[::-1]:
-            seconds = way.step()
-            if number >= 0:
-                times[way.name].append(seconds)
-    plain = times["none"]
+    times = in_turns({way.name: way.step for way in ways}, rounds, warm=1)
     rows = []
     for way in ways:
-        ratios = [after / before for after, before in zip(times[way.name], plain, strict=True)]
+        ratios = [after / before for after, before in zip(times[way.name], times["none"], strict=True)]
         rows.append({
             "op": "checkpointing",
             "model": model,
@@ -99,21 +88,18 @@ def measure(model: str, rounds: int) -> list[dict[str, object]]:
             "cpu_ratio_high": round(max(ratios), 4),
             "flops_ratio": round(way.flops(model) / ways[0].flops(model), 4),
             "saved_mb": round(way.saved() / 1e6, 2),
-            "provenance": provenance("cpu"),
-            "load": os.getloadavg()[0],
         })  # fmt: skip
     return rows
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command_line(__doc__, rounds=9)
     parser.add_argument("--model", default=MODEL, help="preset; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=9, help="passes of each way; default: %(default)s")
     options = parser.parse_args()
-    path = rows_of("checkpointing", "cpu", RESULTS)
+    path = rows_of("checkpointing", "cpu", options.out)
     for row in measure(options.model, options.rounds):
-        append_row(path, row)
+        add_row(path, row)
     print(report.write(path))
 
 

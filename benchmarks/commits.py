@@ -33,7 +33,7 @@ from bevt_ds.runtime.pieces import SavedPieces
 from tests.training.processes import launch
 
 from . import report
-from .common import RESULTS, append_row, machine, provenance, rows_of
+from .common import add_row, append_row, command_line, provenance, read_rows, rows_of
 
 CASES = [
     (stage, precision) for stage in range(4) for precision in ("fp32", "bf16") if (stage, precision) != (0, "bf16")
@@ -120,23 +120,21 @@ def work(job: dict[str, Any]) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command_line(__doc__, rounds=3)
     parser.add_argument("--model", default="swin_t", help="preset; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="launches; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         return work(options.work)
+    path = rows_of("commits", provenance("cpu")["device"], options.out)
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             job = json.dumps({"model": options.model, "round": number, "folder": folder})
             output = launch(["-m", "benchmarks.commits", "--work", job], RANKS, seconds=3600)
-            if not (rows := Path(folder, "rows.jsonl")).exists():
+            if not (rows := list(read_rows(Path(folder, "rows.jsonl")))):
                 raise RuntimeError(output[-4000:])
-            path = rows_of("commits", provenance("cpu")["device"], options.out)
-            for line in rows.read_text().splitlines():
-                append_row(path, json.loads(line) | provenance("cpu") | machine())
+            for row in rows:
+                add_row(path, row)
     print(report.write(path))
 
 

@@ -1,23 +1,26 @@
-"""What every benchmark needs: timing, ceilings of the machine, and where a number comes from."""
+"""What every benchmark needs: its options, timing, ceilings of the machine, and where a number comes from."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 SPIN = 4_000_000  # clocks, about 2 ms: longer than a host takes to enqueue forward and backward of any competitor
 EXPS_PER_CLOCK = 16  # exp2 of a streaming multiprocessor per clock, compute capability 8.0 and 9.0
 
@@ -77,6 +80,37 @@ def measure(run: Callable[[], Any], device: str, budget_ms: float = 100.0) -> Ti
     return (time_on_gpu if device == "cuda" else time_on_cpu)(run, budget_ms)
 
 
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    """CPU time of one run of `work`, all threads of this process."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def family() -> list[int]:
+    """This process and all that it has started."""
+    process = psutil.Process()
+    return [process.pid, *(child.pid for child in process.children(recursive=True))]
+
+
+def cpu_seconds_of(pids: Sequence[int]) -> float:
+    """User and system time of processes so far, and those of their children that ended."""
+    return sum(sum(psutil.Process(pid).cpu_times()[:4]) for pid in pids)
+
+
+def in_turns(works: Mapping[str, Callable[[], float]], rounds: int, warm: int = 0) -> dict[str, list[float]]:
+    """What each work returns in each round, so that other load on the machine affects all alike; who begins alternates.
+
+    warm: rounds before these, which are not kept.
+    """
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(-warm, rounds):
+        for name in list(works)[:: 1 if number % 2 else -1]:
+            value = works[name]()
+            found[name] += [value] * (number >= 0)
+    return found
+
+
 def peak_megabytes(run: Callable[[], Any], device: str) -> float | None:
     """Memory that `run` needs above what is allocated before it; None on a CPU, where torch does not count."""
     if device != "cuda":
@@ -124,8 +158,7 @@ def commit() -> str:
         return named
 
     def git(*command: str) -> str:
-        root = Path(__file__).parents[1]
-        return subprocess.run(["git", *command], check=True, capture_output=True, text=True, cwd=root).stdout.strip()
+        return subprocess.run(["git", *command], check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
@@ -168,6 +201,21 @@ def read_rows(path: Path) -> Iterator[dict]:
     """The rows that an earlier run left."""
     if path.exists():
         yield from (json.loads(line) for line in path.read_text().splitlines())
+
+
+def command_line(description: str, rounds: int | None = None, out: Path = RESULTS) -> argparse.ArgumentParser:
+    """A parser with what most benchmarks take: where the rows go, and how often each is measured (None: no such)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=out, help="the rows' " + ("file" if out.suffix else "folder"))
+    if rounds:
+        parser.add_argument("--rounds", type=int, default=rounds, help="of measuring; default: %(default)s")
+    return parser
+
+
+def add_row(path: Path, facts: dict[str, Any], device: str = "cpu") -> None:
+    """Print what was measured, and append it with where it is from."""
+    print(json.dumps(facts), flush=True)
+    append_row(path, {**facts, "provenance": provenance(device) | machine()})
 
 
 def append_row(path: Path, row: dict) -> None:

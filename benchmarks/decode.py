@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
@@ -25,9 +23,8 @@ import torch
 from PIL import Image
 
 from benchmarks import report
-from benchmarks.common import RESULTS, append_row, machine, provenance, quantiles, reason, rows_of
+from benchmarks.common import add_row, command_line, cpu_seconds_of, family, provenance, quantiles, reason, rows_of
 from benchmarks.decode_ways import IMAGE_WAYS, VIDEO_WAYS, Decode, Sample, Setting, Way, samples
-from benchmarks.loader import cpu_seconds, family
 from benchmarks.loader_media import draw_clip
 from bevt_ds.data.decoder_choice import cores
 from bevt_ds.data.decoding.transcode import Profile, transcode
@@ -119,12 +116,12 @@ def timed(decode: Decode, batches: Iterator[list[Sample]], setting: Setting, sec
     decode(next(batches))
     first = time.perf_counter() - began
     decode(next(batches))
-    times, frames, cpu, began = [], 0, cpu_seconds(family()), time.perf_counter()
+    times, frames, cpu, began = [], 0, cpu_seconds_of(family()), time.perf_counter()
     while len(times) < 3 or time.perf_counter() - began < seconds:
         batch, start = next(batches), time.perf_counter()
         frames += decode(batch)
         times.append(1000 * (time.perf_counter() - start))
-    cpu, clips = cpu_seconds(family()) - cpu, setting.batch * len(times)
+    cpu, clips = cpu_seconds_of(family()) - cpu, setting.batch * len(times)
     return {
         "first_ms": round(1000 * first, 1),
         **quantiles(times).in_ms(),
@@ -171,7 +168,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     kinds, ways = [*RAW, *PACKED, "jpeg"], [*VIDEO_WAYS, *IMAGE_WAYS]
     parser.add_argument("--media", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--way", nargs="+", choices=ways, default=ways)
@@ -185,14 +182,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", default="340x256", help="of videos; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=2.0, help="a row; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=1, help="in which all take turns; the least CPU time counts")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
     arguments = parser.parse_args(words)
     av.logging.set_level(av.logging.PANIC)
-    origin = provenance("cuda" if torch.cuda.is_available() else "cpu")
-    path = rows_of("decode", origin["device"], arguments.out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = rows_of("decode", provenance(device)["device"], arguments.out)
     for row in rows(arguments):
-        append_row(path, {**row, **origin, **machine()})
-        print(json.dumps(row), flush=True)
+        add_row(path, row, device)
     report.write(path)
 
 

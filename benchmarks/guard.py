@@ -13,12 +13,10 @@ guard-DEVICE.jsonl.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import product, repeat
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -32,7 +30,7 @@ from bevt_ds.runtime import flat_norms, guard
 from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.engine_setup import start_ranks
 
-from .common import RESULTS, append_row, provenance, rows_of
+from .common import add_row, command_line, cpu_seconds, in_turns, provenance, rows_of
 from .step_batch import resident_batch
 from .step_levers import Levers
 from .step_providers import Ours, Setting, configuration
@@ -91,43 +89,35 @@ def measure(setting: Setting, stage: int, precision: str, rounds: int) -> list[d
     if stage:
         with as_deepspeed():
             steps["deepspeed"] = Ours(setting, Levers(), stage=stage, precision=precision)
-    inside = {"no check": unchecked}
-    cpu_ms: dict[str, list[float]] = {name: [] for name in steps}
+
+    def cpu_of(name: str) -> float:
+        with unchecked() if name == "no check" else nullcontext():
+            return cpu_seconds(partial(steps[name], batches))
+
     rows = []
-    for name, step in steps.items():
-        with inside.get(name, mock.MagicMock)():
-            for _ in range(WARM_UP):
-                step(batches)
-            with Traffic() as traffic:
-                step(batches)
+    for name in steps:
+        in_turns({name: partial(cpu_of, name)}, 0, warm=WARM_UP)
+        with Traffic() as traffic:
+            cpu_of(name)
         rows.append({"variant": name, "operators": traffic.operators, "bytes": traffic.bytes, "reads": traffic.reads})
-    for _ in range(rounds):
-        for name, step in steps.items():
-            with inside.get(name, mock.MagicMock)():
-                began = time.process_time()
-                step(batches)
-                cpu_ms[name].append(1e3 * (time.process_time() - began))
-    base = median(cpu_ms["no check"])
+    seconds = in_turns({name: partial(cpu_of, name) for name in steps}, rounds)
+    base = median(seconds["no check"])
     for row in rows:
-        own = median(cpu_ms[row["variant"]])
-        row |= {"cpu_ms": round(own, 2), "share": round(own / base - 1, 4), "rounds": rounds}
-    return [{"stage": stage, "precision": precision} | row for row in rows]
+        own = median(seconds[row["variant"]])
+        row |= {"cpu_ms": round(1e3 * own, 2), "share": round(own / base - 1, 4), "rounds": rounds}
+    return [{"op": "guard", "stage": stage, "precision": precision} | row for row in rows]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = command_line(__doc__, rounds=9)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args(argv)
     setting = Setting(configuration("tiny", 1, 2), "none", start_ranks())
-    source = provenance(setting.device.type)
+    device = setting.device.type
+    path = rows_of("guard", provenance(device)["device"], arguments.out)
     for stage, precision in PLACES:
         for row in measure(setting, stage, precision, arguments.rounds) if stage in arguments.stages else ():
-            append_row(
-                rows_of("guard", source["device"], arguments.out), {"op": "guard"} | row | {"provenance": source}
-            )
-            print(*row.values(), flush=True)
+            add_row(path, row, device)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ of its threads (host_free.py): Python's lock is not held for longer. Rows go to 
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import threading
 import time
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import host_free, report
-from benchmarks.common import RESULTS, append_row, machine, provenance, rows_of
+from benchmarks.common import add_row, command_line, provenance, rows_of
 from benchmarks.decode import drawn_jpeg
 from benchmarks.loader_media import draw_clip
 from bevt_ds.config.schema import Config, DataConfig, TrainConfig
@@ -142,21 +140,17 @@ def rows(config: Config, seconds: float, rounds: int) -> Iterator[dict[str, Any]
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rounds=5)
     parser.add_argument("--clips", type=int, default=4, help="drawn videos; default: %(default)s")
     parser.add_argument("--images", type=int, default=16, help="drawn images; default: %(default)s")
     parser.add_argument("--size", default="340x256", help="of videos; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=4.0, help="a window; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
     arguments = parser.parse_args(words)
-    origin = provenance("cpu")
-    path = rows_of("host", origin["device"], arguments.out)
+    path = rows_of("host", provenance("cpu")["device"], arguments.out)
     with tempfile.TemporaryDirectory() as folder:
         config = shards(Path(folder), arguments.clips, arguments.images, arguments.size)
         for row in rows(config, arguments.seconds, arguments.rounds):
-            append_row(path, {**row, **origin, **machine()})
-            print(json.dumps(row), flush=True)
+            add_row(path, row)
     report.write(path)
 
 

@@ -8,10 +8,8 @@ decode workers too: they hardly depend on how busy the machine is, as a step's t
 
 from __future__ import annotations
 
-import argparse
-import os
-import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.common import RESULTS, append_row, machine, provenance
+from benchmarks.common import RESULTS, add_row, command_line, cpu_seconds, cpu_seconds_of, family, in_turns
 from bevt_ds.config.recipes import demo, vq_in1k
 from bevt_ds.config.schema import Config
 from bevt_ds.config.targets import TokenizerConfig
@@ -49,30 +47,16 @@ def tokenizer_of(name: str, folder: Path) -> TokenizerConfig:
     return TokenizerConfig(name, str(folder / weights)) if weights else demo().tokenizer
 
 
-def shards(folder: Path) -> Path:
-    """A shard of drawn clips and one of images."""
+def config_of(name: str, folder: Path) -> Config:
+    """The demo on shards of drawn clips and images, with its ids kept."""
+    base, kinds = demo(), ("video", "image")
     if not (folder / "shards").exists():
         draw(folder / "media", CLIPS, IMAGES)
-        for kind in ("video", "image"):
+        for kind in kinds:
             pack(folder / "media", folder / "shards", kind, kind)
-    return folder / "shards"
-
-
-def config_of(name: str, folder: Path) -> Config:
-    """The demo on these shards, with its ids kept."""
-    base, where = demo(), shards(folder)
-    patterns = {f"{kind}s": f"{where}/{kind}-*.tar" for kind in ("video", "image")}
+    patterns = {f"{kind}s": f"{folder}/shards/{kind}-*.tar" for kind in kinds}
     data = replace(base.data, **patterns, eval_videos="", eval_images="", crops=1)
     return replace(base, data=data, tokenizer=tokenizer_of(name, folder), tokens=str(folder / f"ids-{name}"))
-
-
-def cpu_seconds(loader: Loader) -> float:
-    """Of this process and of the loader's workers."""
-    ticks = 0
-    for pid in loader.worker_pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])  # user, system
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def step_seconds(config: Config, targets: Targets, model: BEVT, count: int) -> float:
@@ -81,52 +65,38 @@ def step_seconds(config: Config, targets: Targets, model: BEVT, count: int) -> f
     with Loader(config) as loader:
         for step in range(WARM + count):
             if step == WARM:
-                began = cpu_seconds(loader)
+                began = cpu_seconds_of(family())
             batch = targets.fill(next(loader))
             optimizer.zero_grad()
             model(batch).loss.backward()
             optimizer.step()
-        return (cpu_seconds(loader) - began) / count
+        return (cpu_seconds_of(family()) - began) / count
 
 
 def row_of(name: str, folder: Path, rounds: int, count: int) -> dict[str, Any]:
     """One tokenizer: CPU seconds of making the ids of a clip's and of an image's crop, and of a step each way."""
     config = config_of(name, folder)
-    before = time.process_time()
-    made = not Path(config.tokens).exists() and make_tokens(config) == 0
-    making = time.process_time() - before if made else None
+    making = None if Path(config.tokens).exists() else cpu_seconds(lambda: make_tokens(config))
     targets = open_targets(config, CPU, torch.float32)
     options = asdict(config.model)
     model = create_model(options.pop("name"), **targets.head, **options).train()
-    times: dict[str, list[float]] = {"made": [], "kept": []}
-    for _ in range(rounds):
-        times["made"].append(step_seconds(replace(config, tokens=""), targets, model, count))
-        times["kept"].append(step_seconds(config, targets, model, count))
+    ways = {"made": replace(config, tokens=""), "kept": config}
+    times = in_turns({way: partial(step_seconds, own, targets, model, count) for way, own in ways.items()}, rounds)
     sizes = {kind: path.stat().st_size for kind in ("video", "image") for path in Path(config.tokens).glob(f"{kind}-*")}
     saved = 1 - median(times["kept"]) / median(times["made"])
-    row = {
-        "tokenizer": name,
-        **times,
-        "saved": saved,
-        "making": making,
-        "bytes": sizes,
-        "clips": CLIPS,
-        "images": IMAGES,
-    }
-    return row | {"steps": count, "provenance": provenance("cpu") | machine()}
+    row = {"tokenizer": name, **times, "saved": saved, "making": making, "bytes": sizes}
+    return row | {"clips": CLIPS, "images": IMAGES, "steps": count}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rounds=3, out=RESULTS / "kept-ids.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("runs/kept-ids"))
     parser.add_argument("--tokenizers", nargs="+", default=["random_projection", "vq", "dalle"])
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="of each round and way")
-    parser.add_argument("--out", type=Path, default=RESULTS / "kept-ids.jsonl")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.tokenizers:
-        append_row(arguments.out, row_of(name, arguments.folder.resolve(), arguments.rounds, arguments.steps))
+        add_row(arguments.out, row_of(name, arguments.folder.resolve(), arguments.rounds, arguments.steps))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 
 from benchmarks import report
-from benchmarks.common import RESULTS, append_row, machine, provenance
+from benchmarks.common import add_row, command_line, cpu_seconds_of, family
 from benchmarks.loader_media import SIZES, STRIDES, prepare, quality
 from bevt_ds.config.samples import DataConfig
 from bevt_ds.config.schema import Config, TrainConfig
@@ -97,13 +96,13 @@ def measure(folder: Path, row: str, sampling: str, seconds: float) -> dict[str, 
     next(batches)
     first = time.perf_counter() - began
     counts = [list(islice(batches, 8))[-1]]  # what was prepared ahead must not count as fast
-    began, cpu, decoders_cpu = time.perf_counter(), cpu_seconds(family()), cpu_seconds(counts[0].decoders)
+    began, cpu, decoders_cpu = time.perf_counter(), cpu_seconds_of(family()), cpu_seconds_of(counts[0].decoders)
     while time.perf_counter() - began < seconds:
         counts.append(next(batches))
     if backend.device == "cuda":
         torch.cuda.synchronize()
-    elapsed, cpu = time.perf_counter() - began, cpu_seconds(family()) - cpu
-    decoders_cpu = cpu_seconds(counts[-1].decoders) - decoders_cpu
+    elapsed, cpu = time.perf_counter() - began, cpu_seconds_of(family()) - cpu
+    decoders_cpu = cpu_seconds_of(counts[-1].decoders) - decoders_cpu
     clips, decoded = MICRO * (len(counts) - 1), counts[-1].frames - counts[0].frames
     return {
         "clips_per_s": round(clips / elapsed, 2),
@@ -158,17 +157,6 @@ def _batches(config: Config, backend: Backend) -> Iterator[Decoded]:
                 yield Decoded(loader.decoded_frames, loader.worker_pids)
 
 
-def family() -> list[int]:
-    """This process and all that it has started."""
-    process = psutil.Process()
-    return [process.pid, *(child.pid for child in process.children(recursive=True))]
-
-
-def cpu_seconds(pids: list[int]) -> float:
-    """User and system time, and those of children that ended."""
-    return sum(sum(psutil.Process(pid).cpu_times()[:4]) for pid in pids)
-
-
 def memory(field: str) -> int:
     """Bytes of all processes, VmRSS (now) or VmHWM (at most); what processes share is counted for each."""
     status = [Path(f"/proc/{pid}/status").read_text() for pid in family()]
@@ -186,12 +174,11 @@ def in_own_process(*arguments: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, rounds=2)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bevt-loader-benchmark")
     parser.add_argument("--videos", type=int, nargs=2, default=(200, 60), help="drawn videos of each size")
     parser.add_argument("--real", type=Path, help="a folder of real videos to go with them")
     parser.add_argument("--seconds", type=float, default=5.0, help="a row and round")
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--row", choices=BACKENDS, action="append", help="default: all")
     parser.add_argument("--prepare", action="store_true", help="only make the videos and shards")
     parser.add_argument("--page", action="store_true", help="only write loader.md and loader.png again")
@@ -200,7 +187,6 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, nargs="+", default=list(SIZES), help="of videos; default: all")
     parser.add_argument("--sampling", choices=STRIDES, nargs="+", default=list(STRIDES), help="default: all")
     parser.add_argument("--no-soak", action="store_true", help="measure rows only")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
     parser.add_argument("--soak-row", choices=BACKENDS, default="ours, packed, fps=", help="default: %(default)s")
     parser.add_argument("--soak-clips", type=int, default=SOAK_CLIPS, help="default: %(default)s")
     arguments = parser.parse_args()
@@ -225,11 +211,11 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     for size, folder in folders.items():
         for shards, facts in quality(folder).items():
-            _record(arguments.out, {"shards": shards, "size": size, **facts})
+            add_row(arguments.out / ROWS, {"shards": shards, "size": size, **facts})
     _measure_rows(folders, arguments)
     if not arguments.no_soak:
         soaked = in_own_process("--soak", str(folders["340x256"]))
-        _record(arguments.out, {"soak": "340x256, packed, fps=", **soaked})
+        add_row(arguments.out / ROWS, {"soak": "340x256, packed, fps=", **soaked})
     report.write(arguments.out / ROWS)
 
 
@@ -242,12 +228,8 @@ def _measure_rows(folders: dict[str, Path], arguments: argparse.Namespace) -> No
                         result = {"not_measured": "no CUDA device"}
                     else:
                         result = in_own_process("--measure", row, sampling, str(folder), str(arguments.seconds))
-                    _record(arguments.out, {"row": row, "size": size, "sampling": sampling, "round": number, **result})
-
-
-def _record(out: Path, facts: dict[str, Any]) -> None:
-    append_row(out / ROWS, {**facts, **provenance("cpu"), **machine()})
-    print(json.dumps(facts), flush=True)
+                    facts = {"row": row, "size": size, "sampling": sampling, "round": number, **result}
+                    add_row(arguments.out / ROWS, facts)
 
 
 if __name__ == "__main__":

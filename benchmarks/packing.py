@@ -7,8 +7,6 @@ benchmarks/results/packing-DEVICE.jsonl.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import av
 import numpy as np
 
 from benchmarks import report
-from benchmarks.common import RESULTS, append_row, machine, provenance, rows_of
+from benchmarks.common import add_row, command_line, provenance, rows_of
 from benchmarks.loader_media import draw_clip, psnr
 from bevt_ds.data.decoding.packets import needed
 from bevt_ds.data.decoding.transcode import CRF, Profile, transcode
@@ -82,22 +80,18 @@ def profiles(codecs: Sequence[str], keyframes: Sequence[int], rates: Sequence[fl
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--media", type=Path, help="folder of .mp4 files; default: 4 drawn videos of 10 s")
     parser.add_argument("--codec", nargs="+", choices=sorted(CRF), default=sorted(CRF))
     parser.add_argument("--keyframe-every", type=int, nargs="+", default=KEYFRAMES)
     parser.add_argument("--fps", type=float, nargs="+", choices=STRIDES, default=list(STRIDES))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
     arguments = parser.parse_args(words)
     av.logging.set_level(av.logging.PANIC)
     paths = sorted(arguments.media.glob("*.mp4")) if arguments.media else []
     sources = [path.read_bytes() for path in paths] or [draw_clip(i, "340x256") for i in range(4)]
-    kind, origin = ("real" if paths else "drawn"), provenance("cpu")
-    path = rows_of("packing", origin["device"], arguments.out)
+    path = rows_of("packing", provenance("cpu")["device"], arguments.out)
     for profile in profiles(arguments.codec, arguments.keyframe_every, arguments.fps):
-        facts = {"media": kind, **row(sources, profile)}
-        append_row(path, {**facts, **origin, **machine()})
-        print(json.dumps(facts), flush=True)
+        add_row(path, {"media": "real" if paths else "drawn", **row(sources, profile)})
     report.write(path)
 
 

@@ -6,17 +6,15 @@ that are in the page cache; the variants take turns, so that other load on the m
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import trange
 
 from benchmarks import report
-from benchmarks.common import RESULTS, append_row, machine, provenance, quantiles
+from benchmarks.common import RESULTS, add_row, command_line, cpu_seconds, in_turns, quantiles
 from benchmarks.loader_media import SIZES, draw_clip
 from bevt_ds.config.samples import DataConfig
 from bevt_ds.data.decoding.video import opened
@@ -32,11 +30,9 @@ KIB = (20, 160, 2000)  # an image, a clip of ten seconds at 340x256, one at 1280
 SAMPLES = 32
 
 
-def cpu_ms(work: Callable[[], object], times: int) -> float:
-    began = time.process_time()
-    for _ in range(times):
-        work()
-    return 1000 * (time.process_time() - began) / times
+def cpu_ms(work: Callable[[], object], samples: int) -> float:
+    """Of a sample."""
+    return 1000 * cpu_seconds(work) / samples
 
 
 def write_shard(path: Path, kib: int) -> list[Member]:
@@ -69,22 +65,16 @@ def decoding() -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    arguments = command_line(__doc__, rounds=15, out=ROWS).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        works: dict[str, tuple[Callable[[], object], int]] = {name: (work, 1) for name, work in decoding().items()}
+        works = {name: partial(cpu_ms, work, 1) for name, work in decoding().items()}
         for kib in KIB:
             members = write_shard(Path(folder) / f"{kib}.tar", kib)
-            works |= {f"{name}, {kib} KiB": (work, SAMPLES) for name, work in reading(members).items()}
-        spent: dict[str, list[float]] = {name: [] for name in works}
-        for _ in trange(rounds, disable=None):
-            for name, (work, samples) in works.items():
-                spent[name].append(cpu_ms(work, 1) / samples)
+            works |= {f"{name}, {kib} KiB": partial(cpu_ms, work, SAMPLES) for name, work in reading(members).items()}
+        spent = in_turns(works, arguments.rounds)
     for name, values in spent.items():
-        facts = {"row": name, **vars(quantiles(values)), "rounds": rounds}
-        append_row(ROWS, {**facts, **provenance("cpu"), **machine()})
-    print(report.write(ROWS))
+        add_row(arguments.out, {"row": name, **vars(quantiles(values)), "rounds": arguments.rounds})
+    print(report.write(arguments.out))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from those of the last run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,16 +18,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from . import report
-from .common import RESULTS, append_row, rows_of
+from .common import ROOT, append_row, command_line, rows_of
 from .scaling_worker import Job
 
-ROOT = Path(__file__).parents[1]
 MOST_RANKS = 8
 SMALL = {"model": "tiny", "micro_clips": 2, "micro_images": 8, "steps": 5}  # 2 CPU cores: a quarter of a second
 LARGE = {"model": "swin_b", "micro_clips": 8, "micro_images": 64, "steps": 20}
@@ -83,13 +80,11 @@ def main() -> None:
     """The command."""
     gpus = torch.cuda.device_count()
     sizes = LARGE if gpus else SMALL
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command_line(__doc__, rounds=1)
     parser.add_argument("--ranks", type=numbers, default=default_ranks(gpus), help="default: %(default)s")
     parser.add_argument("--zero", type=numbers, default=[1, 2, 3], help="ZeRO stages; default: %(default)s")
     parser.add_argument("--model", default=sizes["model"], help="preset; default: %(default)s")
     parser.add_argument("--steps", type=int, default=sizes["steps"], help="timed steps a launch; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=1, help="launches of every row; default: %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     if gpus and max(options.ranks) > gpus:
         parser.error(f"--ranks {max(options.ranks)}: this machine has {gpus} GPUs")

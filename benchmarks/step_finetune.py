@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from bevt_ds.batch import LabelledBatch
+from bevt_ds.batch import DTYPES, LabelledBatch
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.recipes import finetune_demo, finetune_k400
 from bevt_ds.config.schema import FinetuneConfig
@@ -24,7 +24,6 @@ from bevt_ds.model.presets import create_classifier
 from bevt_ds.rng import sample_key
 from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import DTYPES
 from bevt_ds.runtime.flops import encoder_macs, training_flops
 from bevt_ds.runtime.optim import layer_decay_groups
 from bevt_ds.train.finetuning import Finetuning, make_engine

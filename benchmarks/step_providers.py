@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bevt_ds.batch import Batch
+from bevt_ds.batch import DTYPES, Batch
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.graphs import Graphs
 from bevt_ds.config.recipes import joint_swin_b
@@ -26,7 +26,6 @@ from bevt_ds.model.presets import create_model
 from bevt_ds.model.tokenizers import DalleTokenizer, RandomProjectionTokenizer, Tokenizer
 from bevt_ds.runtime.background import Commits
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import DTYPES
 from bevt_ds.runtime.graphs import CudaBackend
 from bevt_ds.runtime.optim import parameter_groups
 from bevt_ds.runtime.tokenizer_graph import ReplayedTokenizer

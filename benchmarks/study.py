@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.common import RESULTS, append_row, machine, provenance, read_rows
+from benchmarks.common import RESULTS, ROOT, append_row, machine, provenance, read_rows
 from benchmarks.pages_data import best_rate
 from benchmarks.study_baseline import copy_accuracy
 from benchmarks.study_data import draw_classes, prepare
@@ -34,7 +34,6 @@ from benchmarks.study_runs import ARMS, Scale, finetune, masked_accuracy, pretra
 from bevt_ds.config.command_line import run
 from bevt_ds.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 ROWS = RESULTS / "study.jsonl"
 DOCS = ROOT / "docs"
 

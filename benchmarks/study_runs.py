@@ -12,11 +12,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.common import read_rows
+from benchmarks.common import ROOT, read_rows
 from benchmarks.study_data import FRAMES, SIZE
 from benchmarks.study_motion import COURSES
 
-ROOT = Path(__file__).parents[1]
 ARMS = ("scratch", "images", "joint")
 CLIPS, IMAGES = 16, 8  # a step of joint pretraining
 IMAGES_A_CLIP = FRAMES // 2  # images with as many tokens as a clip
@@ -86,7 +85,7 @@ def pretrain(folder: Path, scale: Scale, arm: str, more: Sequence[str] = ()) -> 
         *more,
     )
     if not (folder / arm / "weights").exists():
-        _call("pretrain", words, folder / f"{arm}.log")
+        call("pretrain", words, folder / f"{arm}.log")
     *_, last = read_rows(folder / arm / "log.jsonl")
     return ", ".join(f"{name} {last[name]:.3f}" for name in ("loss_video", "loss_image") if name in last)
 
@@ -120,14 +119,11 @@ def finetune(folder: Path, scale: Scale, arm: str, seed: int, lr: float) -> dict
         f"output_dir={run}",
         "resume=auto",
     )
-    _call("finetune", words, folder / f"{run.name}.log")
+    call("finetune", words, folder / f"{run.name}.log")
     test = run / "test"
     if not (test / "scores.json").exists():
-        _call(
-            "evaluate",
-            (f"weights={run}", f"data.val={_shards(folder, 'test')}", f"output_dir={test}"),
-            folder / f"{run.name}.test.log",
-        )
+        words = (f"weights={run}", f"data.val={_shards(folder, 'test')}", f"output_dir={test}")
+        call("evaluate", words, folder / f"{run.name}.test.log")
     scores = json.loads((test / "scores.json").read_text())
     last = json.loads((run / "summary.json").read_text())["last"]
     classes = {row["name"]: row["accuracy"] for row in scores["classes"]}
@@ -138,14 +134,13 @@ def _shards(folder: Path, split: str) -> str:
     return str(folder / "shards" / f"{split}-0*.tar")
 
 
-def _call(entry: str, words: tuple[str, ...], log: Path) -> None:
+def call(entry: str, words: tuple[str, ...], log: Path) -> None:
     """Run `bevt_ds/{entry}.py` on one core. RuntimeError with the end of its output where it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "bevt_ds" / f"{entry}.py"), *words]
     with log.open("w") as output:
-        code = subprocess.run(
-            command, stdout=output, stderr=output, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        ).returncode
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        code = subprocess.run(command, stdout=output, stderr=output, cwd=ROOT, env=environment).returncode
     if code:
         end = "\n".join(log.read_text().splitlines()[-TAIL:])
         raise RuntimeError(f"{entry} ended with code {code}; the end of {log}:\n{end}")

@@ -7,7 +7,6 @@ scratch. Runs that are there are kept: stop it and start it at will.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.common import RESULTS, append_row, machine, provenance, read_rows
+from benchmarks.common import RESULTS, add_row, command_line, read_rows
 from benchmarks.study import SMALL
 from benchmarks.study_data import prepare
 from benchmarks.study_runs import Scale, finetune, pretrain
@@ -43,7 +42,7 @@ def carry_out(folder: Path, scale: Scale, out: Path) -> None:
     jobs = [(arm, seed) for seed in scale.seeds for arm in ARMS]
 
     def note(row: dict[str, Any]) -> None:
-        append_row(out, row | {"scale": asdict(scale), "provenance": provenance("cpu") | machine()})
+        add_row(out, row | {"scale": asdict(scale)})
 
     def tune(job: tuple[str, int]) -> None:
         arm, seed = job
@@ -57,10 +56,9 @@ def carry_out(folder: Path, scale: Scale, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, out=RESULTS / "targets.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("runs/targets"))
     parser.add_argument("--seeds", type=int, default=3, help="of the fine-tuning, each with training clips of its own")
-    parser.add_argument("--out", type=Path, default=RESULTS / "targets.jsonl")
     arguments = parser.parse_args(argv)
     scale = replace(SMALL, seeds=tuple(range(arguments.seeds)))
     arguments.out.unlink(missing_ok=True)

@@ -7,31 +7,22 @@ there are kept. The demo's own tokenizer and a network that was not trained stan
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, append_row, provenance
+from benchmarks.common import RESULTS, add_row, command_line
 from benchmarks.study_data import prepare
+from benchmarks.study_runs import call
 from bevt_ds.model.presets import create_model
 
-ROOT = Path(__file__).parents[1]
 QUANTISERS = ("ema", "fsq")
 ARMS = (*QUANTISERS, "random_projection", "untrained")
 LABELLED = {"train": 192, "val": 192}  # clips
 PROBE = "probe.kind=linear precision=fp32 data.frames=8 data.stride=1 data.size=128 data.short_side=128"
 VIEWS = "views.clips=1 views.crops=1 views.short_side=128 views.micro_videos=16"
-
-
-def call(entry: str, *words: str) -> None:
-    """Run `bevt_ds/{entry}.py`; CalledProcessError: it failed, its output was printed."""
-    subprocess.run([sys.executable, ROOT / "bevt_ds" / f"{entry}.py", *words], check=True, env=os.environ)
 
 
 def row_of(folder: Path, arm: str) -> dict[str, Any]:
@@ -43,13 +34,14 @@ def row_of(folder: Path, arm: str) -> dict[str, Any]:
     if (summary := weights / "summary.json").exists():
         found = json.loads(summary.read_text())
         row |= {f"gain_{stream}": found[stream]["gain"] for stream in ("video", "image")}
-    return row | {"probe_top1": probed(folder, weights), "provenance": provenance("cpu")}
+    return row | {"probe_top1": probed(folder, weights)}
 
 
 def reconstruction(run: Path, quantiser: str) -> dict[str, float]:
     """Train a tokenizer by the demo's recipe; figures of held-out images."""
     if not (run / "summary.json").exists():
-        call("train_tokenizer", "recipe=vq_demo", f"model.quantiser={quantiser}", f"output_dir={run}")
+        words = ("recipe=vq_demo", f"model.quantiser={quantiser}", f"output_dir={run}")
+        call("train_tokenizer", words, run.with_suffix(".log"))
     found = json.loads((run / "summary.json").read_text())["image"]
     return {name: found[name] for name in ("psnr", "explained", "codebook_use", "codebook_perplexity")}
 
@@ -59,7 +51,7 @@ def pretrained(folder: Path, arm: str) -> Path:
     run = folder / f"joint-{arm}"
     own = (f"tokenizer.weights={folder / arm}", "tokenizer.name=vq") if arm in QUANTISERS else ()
     if not (run / "summary.json").exists():
-        call("pretrain", "recipe=demo", *own, f"output_dir={run}")
+        call("pretrain", ("recipe=demo", *own, f"output_dir={run}"), run.with_suffix(".log"))
     return run
 
 
@@ -78,18 +70,18 @@ def probed(folder: Path, weights: Path) -> float:
     prepare(shards, LABELLED)
     if not (out / "scores.json").exists():
         names = (f"data.{split}={shards / split}-0*.tar" for split in LABELLED)
-        call("probe", f"weights={weights}", f"output_dir={out}", *names, *PROBE.split(), *VIEWS.split())
+        words = (f"weights={weights}", f"output_dir={out}", *names, *PROBE.split(), *VIEWS.split())
+        call("probe", words, out.with_suffix(".log"))
     return float(json.loads((out / "scores.json").read_text())["top1"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, out=RESULTS / "tokenizers.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("runs/tokenizers"))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "tokenizers.jsonl")
     arguments = parser.parse_args()
     for arm in arguments.arms:
-        append_row(arguments.out, row_of(arguments.folder.resolve(), arm))
+        add_row(arguments.out, row_of(arguments.folder.resolve(), arm))
 
 
 if __name__ == "__main__":

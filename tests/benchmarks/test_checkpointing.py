@@ -1,7 +1,7 @@
 """What recomputing costs and saves is measured in turns, and put on a page."""
 
 from benchmarks import checkpointing, report
-from benchmarks.common import append_row
+from benchmarks.common import add_row
 
 
 def test_rows_of_every_way(tmp_path, monkeypatch):
@@ -14,6 +14,6 @@ def test_rows_of_every_way(tmp_path, monkeypatch):
     costs = [rows[name]["flops_ratio"] for name in ("none", "attention", "every block")]
     assert costs == sorted(set(costs)) and costs[-1] < 4 / 3
     for row in rows.values():
-        append_row(tmp_path / "checkpointing-cpu.jsonl", row)
+        add_row(tmp_path / "checkpointing-cpu.jsonl", row)
     page = report.write(tmp_path / "checkpointing-cpu.jsonl")
     assert "| attention of every second block |" in page and "* commit: " in page

@@ -60,7 +60,7 @@ def test_decode_benchmark_measures_cpu_ways_and_gives_reasons_for_the_others(row
         *(plain, again, (True, False, True, True), (True, True, False, True)),
         *(plain, again),
     ]
-    assert all(row["samples_per_s"] > 0 and row["first_ms"] > 0 and row["commit"] for row in measured)
+    assert all(row["samples_per_s"] > 0 and row["first_ms"] > 0 and row["provenance"]["commit"] for row in measured)
     for row in measured:
         frames = 1 if row["media"] == "jpeg" else 16
         assert row["wanted_frames_per_s"] == pytest.approx(frames * row["samples_per_s"], rel=0.01)
