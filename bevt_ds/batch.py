@@ -22,6 +22,7 @@ from bevt_ds.errors import UserError
 IGNORE = -100  # the target of a padding row
 MEAN = (123.675, 116.28, 103.53)  # of 8-bit RGB: pixels are (level - MEAN) / STD (PT configuration of the original)
 STD = (58.395, 57.12, 57.375)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by the name of a precision
 Part = TypeVar("Part", "Stream", "LabelledBatch")
 
 

@@ -55,13 +55,14 @@ def weights_hash(path: Path) -> str:
     """SHA-256 of a file of weights, or of a folder's model.safetensors; of several files, of all their hashes."""
     one = path / TENSORS if path.is_dir() else path
     if one.is_file():
-        return _file_hash(one)
+        return file_hash(one)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return hashlib.sha256(
-        "".join(f"{_file_hash(file)}  {file.relative_to(path)}\n" for file in files).encode()
+        "".join(f"{file_hash(file)}  {file.relative_to(path)}\n" for file in files).encode()
     ).hexdigest()
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

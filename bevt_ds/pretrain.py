@@ -15,11 +15,9 @@ except ImportError as error:
 require_own_package(__file__)
 
 from collections.abc import Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from bevt_ds.config.command_line import DryRun, run, start_training  # noqa: E402
-from bevt_ds.config.recipes import get_recipe  # noqa: E402
 from bevt_ds.config.schema import Config  # noqa: E402
 from bevt_ds.data.masks import check_empty_masks  # noqa: E402
 
@@ -54,26 +52,18 @@ def check_masks(config: Config) -> list[str]:
 
 def train(config: Config, values: dict[str, Any], notes: list[str], given: set[str]) -> int:
     """Draw the demo's shards if they are the run's and absent; import what needs torch, and run."""
-    from bevt_ds.shards.synthetic.draw import ensure_demo_shards
+    from bevt_ds.shards.synthetic.draw import draw_what_is_read
     from bevt_ds.train.pretraining import pretrain
 
-    if is_drawn(config):
-        ensure_demo_shards(Path(config.data.videos).parent)
-
+    draw_what_is_read(config)
     return pretrain(config, values, notes, given)
-
-
-def is_drawn(config: Config) -> bool:
-    """Whether a run reads the demo's shards alone, which it draws itself where they are absent."""
-    data, demo = config.data, get_recipe("demo", Config).data
-    return all(getattr(data, key) == getattr(demo, key) for key in ("videos", "images", "eval_videos", "eval_images"))
 
 
 def report(asked: DryRun[Config]) -> tuple[str, list[str]]:
     """What a dry run prints, and what would stop the run."""
     from bevt_ds.train.dry_run import report_pretraining
 
-    return report_pretraining(asked, is_drawn(asked.config))
+    return report_pretraining(asked)
 
 
 if __name__ == "__main__":

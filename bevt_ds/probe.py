@@ -17,7 +17,6 @@ from collections.abc import Sequence  # noqa: E402
 
 from bevt_ds.config.command_line import run, start_inference  # noqa: E402
 from bevt_ds.config.schema import ProbeRunConfig  # noqa: E402
-from bevt_ds.errors import UserError  # noqa: E402
 
 USAGE = """\
 usage: deepspeed bevt_ds/probe.py weights=RUN_OR_WEIGHTS data.train=SHARDS data.val=SHARDS [key=value ...]
@@ -52,9 +51,7 @@ def starting_point(weights: str, recipe: str = "") -> ProbeRunConfig:
     """
     from bevt_ds.eval.results import one_view
 
-    if recipe:
-        raise UserError("a probe has no recipe: sampling is the probed run's, the rest is probe.* and data.*.")
-    return one_view(ProbeRunConfig, weights)
+    return one_view(ProbeRunConfig, weights, recipe)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ except ImportError as error:
 require_own_package(__file__)
 
 from collections.abc import Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from bevt_ds.config.command_line import DryRun, run, start_training  # noqa: E402
-from bevt_ds.config.recipes import get_recipe  # noqa: E402
 from bevt_ds.config.tokenizing import TokenizerTrainingConfig  # noqa: E402
 
 USAGE = """\
@@ -45,26 +43,18 @@ def main(argv: Sequence[str]) -> int:
 
 def train(config: TokenizerTrainingConfig, values: dict[str, Any], notes: list[str], given: set[str]) -> int:
     """Draw the demo's shards if they are the run's and absent; import what needs torch, and run."""
-    from bevt_ds.shards.synthetic.draw import ensure_demo_shards
+    from bevt_ds.shards.synthetic.draw import draw_what_is_read
     from bevt_ds.train.tokenizing import train_tokenizer
 
-    if is_drawn(config):
-        ensure_demo_shards(Path(config.data.images).parent)
-
+    draw_what_is_read(config)
     return train_tokenizer(config, values, notes, given)
-
-
-def is_drawn(config: TokenizerTrainingConfig) -> bool:
-    """Whether a run reads the demo's images, which it draws itself where they are absent."""
-    demo = get_recipe("vq_demo", TokenizerTrainingConfig).data
-    return (config.data.images, config.data.videos) == (demo.images, demo.videos)
 
 
 def report(asked: DryRun[TokenizerTrainingConfig]) -> tuple[str, list[str]]:
     """What a dry run prints, and what would stop the run."""
     from bevt_ds.train.dry_run import report_tokenizing
 
-    return report_tokenizing(asked, is_drawn(asked.config))
+    return report_tokenizing(asked)
 
 
 if __name__ == "__main__":

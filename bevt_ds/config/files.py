@@ -63,7 +63,7 @@ def read_overrides(path: str) -> dict[str, str]:
     if not isinstance(values, dict):
         raise UserError(f"config={path}: expected keys and values, as in `train: {{steps: 100}}`.")
     found: dict[str, str] = {}
-    for key, value in _flat(values):
+    for key, value in dotted(values):
         if key in found:
             raise UserError(f"config={path}: {key} is given twice.")
         if value is None:
@@ -72,10 +72,11 @@ def read_overrides(path: str) -> dict[str, str]:
     return found
 
 
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested settings under dotted keys, as `key=value` writes them."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from dotted(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

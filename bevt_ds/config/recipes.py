@@ -306,6 +306,13 @@ def recipe_for(name: str, kind: type[RunT], given: Mapping[str, str]) -> RunT:
     return _on_own_data(config, given, is_new) if isinstance(config, UnlabelledConfig) else config
 
 
+def is_drawn(config: UnlabelledConfig) -> bool:
+    """Whether a run reads the demo's shards alone, which it draws itself where they are absent."""
+    drawn, keys = demo().data, ("videos", "images", "eval_videos", "eval_images")
+    used = {key: shards for key in keys if (shards := getattr(config.data, key))}
+    return bool(used) and all(shards == getattr(drawn, key) for key, shards in used.items())
+
+
 def _on_own_data(config: UnlabelledT, given: Mapping[str, str], is_new: bool) -> UnlabelledT:
     """A recipe for other shards than its own: the demo's held-out shards and its check of the result leave.
 

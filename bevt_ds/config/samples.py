@@ -94,12 +94,12 @@ class DataConfig(SamplingConfig):
             " sample's key, whatever the seed; 0: new ones every time, as the original"
         ),
     ] = 0
-    short_side: A[tuple[int, int], F("scale jitter: the short side is resized to a length in here (PT)", least=1)] = (
-        256,
+    short_side: A[tuple[int, int], F("scale jitter: the short side is resized to a length in here", least=1)] = (
+        256,  # PT
         320,
     )
-    image_jitter: A[tuple[float, float, float], F("brightness, contrast, saturation; of images only (PT)")] = (
-        0.4,
+    image_jitter: A[tuple[float, float, float], F("brightness, contrast, saturation; of images only")] = (
+        0.4,  # PT
         0.4,
         0.4,
     )

@@ -105,7 +105,7 @@ class AdamWConfig:
 class OptimConfig(AdamWConfig):
     """The optimizer of pretraining (PT, and mmcv's defaults that PT relies on)."""
 
-    warmup_steps: A[int, F("steps of linear warm-up (PT: 10 epochs)", resume="override")] = 9370
+    warmup_steps: A[int, F("steps of linear warm-up (the original: 10 epochs)", resume="override")] = 9370
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,9 @@ class StreamsTrainConfig(LoopConfig):
     epochs: A[
         int, F("passes over the videos, or images if there are only these; in place of steps", resume="override")
     ] = 0
-    steps: A[int, F("optimizer steps (PT: 150 epochs of 240k clips); 0: from epochs", resume="override")] = 140_550
+    steps: A[int, F("optimizer steps (the original: 150 epochs of 240k clips); 0: from epochs", resume="override")] = (
+        140_550
+    )
     global_images: A[int, F("images a step, over all ranks; 0: no image stream")] = 2048
     micro_images: A[int, F("images a rank takes in one forward pass", resume="free")] = 32
     eval_batches: A[int, F("held-out micro-batches of the closing summary", least=1, resume="free")] = 4
@@ -321,7 +323,7 @@ class FinetuneConfig(TrainingConfig):
 class InferenceConfig(RunConfig):
     """What every measurement of trained weights has. What is not given is the choice of the run that they are from."""
 
-    weights: A[str, "what is tested: a run's folder, saved weights, or an official file"] = ""
+    weights: A[str, "trained weights: a run's folder, saved weights, or an official file"] = ""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     precision: A[Precision, "compute type of the network; probabilities are averaged, and probes fitted, in fp32"] = (

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 import torch
 from torch import Tensor
 
+from bevt_ds.batch import DTYPES
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.samples import LabelledDataConfig
 from bevt_ds.config.schema import EvaluateConfig
@@ -23,7 +24,6 @@ from bevt_ds.kernels import resolve
 from bevt_ds.model.classifier import VideoClassifier
 from bevt_ds.model.weights import read_weights
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import DTYPES
 from bevt_ds.runtime.joining import joined_to_measure
 
 

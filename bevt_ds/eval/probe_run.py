@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from bevt_ds.batch import DTYPES
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.schema import ProbeConfig, ProbeRunConfig
 from bevt_ds.data.labels import expected_count, read_classes
@@ -25,7 +26,6 @@ from bevt_ds.eval.videos import each_video, require_decodable_sets, shards_of
 from bevt_ds.folders import weights_of
 from bevt_ds.model.video_swin import VideoSwin
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import DTYPES
 from bevt_ds.runtime.joining import joined_to_measure
 
 

@@ -61,14 +61,16 @@ def sampling_of(weights: str) -> tuple[FinetuneConfig | Config, LabelledDataConf
     return run, labelled_as(run.data) if isinstance(run, Config) else run.data
 
 
-def one_view(kind: type[InferenceT], weights: str, **views: int) -> InferenceT:
+def one_view(kind: type[InferenceT], weights: str, recipe: str, **views: int) -> InferenceT:
     """A measurement of one view of each sample, sampled as by the run that the weights are from, else the original's.
 
     views: further fields of ViewsConfig.
 
     Raises:
-        UserError: another version of this project wrote the run.
+        UserError: a recipe is named, or another version of this project wrote the run.
     """
+    if recipe:
+        raise UserError(f"{kind.program} has no recipe: sampling is that of the weights' run, the rest is key=value.")
     run, data = sampling_of(weights)
     return kind(
         recipe=run.recipe,

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bevt_ds.batch import DTYPES
 from bevt_ds.config.features import FeaturesRunConfig
 from bevt_ds.data.labelled_reader import LabelledShards
 from bevt_ds.data.ledger import StageTimes
@@ -41,7 +42,6 @@ from bevt_ds.interop.feature_files import (
 from bevt_ds.model.frozen_swin import FrozenModel, load_frozen
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime.distributed import Ranks, ranks_of
-from bevt_ds.runtime.engine import DTYPES
 
 
 def extract(config: FeaturesRunConfig) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import bevt_ds
 from bevt_ds.config.features import FeaturesConfig, FeaturesRunConfig
+from bevt_ds.config.files import dotted
 from bevt_ds.config.parse import to_dict
 from bevt_ds.data.reading.members import Shard
 from bevt_ds.data.reading.remote import redacted
@@ -106,20 +107,12 @@ def require_same_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
             pass
         finally:
             aside.unlink()
-    there = _flat(json.loads(path.read_text(encoding="utf-8")))
-    wanted = _flat(json.loads(json.dumps(manifest)))
+    there = dict(dotted(json.loads(path.read_text(encoding="utf-8"))))
+    wanted = dict(dotted(json.loads(json.dumps(manifest))))
     other = [key for key in wanted if key.split(".")[0] not in FREE and there.get(key) != wanted[key]]
     if other:
         values = ", ".join(f"{key}={there.get(key)} (this command: {wanted[key]})" for key in other)
         raise UserError(f"{folder} has features of other settings: {values}. Name another OUT, or remove it.")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
 
 
 # Files

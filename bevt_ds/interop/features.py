@@ -70,9 +70,7 @@ def starting_point(weights: str, recipe: str = "") -> FeaturesRunConfig:
     """
     from bevt_ds.eval.results import one_view
 
-    if recipe:
-        raise UserError("features have no recipe: sampling is the weights' run's, the rest is features.* and data.*.")
-    return one_view(FeaturesRunConfig, weights, micro_videos=8)
+    return one_view(FeaturesRunConfig, weights, recipe, micro_videos=8)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from bevt_ds.batch import Batch, Stream
+from bevt_ds.batch import DTYPES, Batch, Stream
 from bevt_ds.config.schema import Config, TrainingConfig
 from bevt_ds.data.masks import ROW_BUCKET
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bevt_ds.batch import Batch
+from bevt_ds.batch import DTYPES, Batch
 from bevt_ds.config.deepspeed import read_json, resolve
 from bevt_ds.config.graphs import why_without_graphs
 from bevt_ds.config.schema import Config, FinetuneConfig, TrainingConfig
@@ -21,7 +21,7 @@ from bevt_ds.model.presets import SIZES, create_classifier, create_model
 from bevt_ds.runtime.gpus import Gpu, gpu_named, gpu_of
 from bevt_ds.runtime.tokenizer_graph import FRAMES
 
-from .activations import DTYPES, Activations, micro_batch, trace
+from .activations import Activations, micro_batch, trace
 from .compute import Rates, arch_of, flops, rates
 from .graphs import graph_bytes
 from .memory import USABLE, WIDTHS, bucket_bytes, checkpoint_bytes, input_bytes, state_bytes, surface_bytes

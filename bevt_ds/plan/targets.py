@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bevt_ds.batch import DTYPES
 from bevt_ds.config.schema import Config, TrainingConfig
 from bevt_ds.config.targets import TeacherConfig, TokenizerConfig
 from bevt_ds.folders import weights_of
@@ -22,7 +23,7 @@ from bevt_ds.model.weights import read_weights
 from bevt_ds.runtime.flops import encoder_macs
 from bevt_ds.runtime.tokenizer import open_tokenizer, vocabulary_of
 
-from .activations import DTYPES, Alive
+from .activations import Alive
 
 UNREAD = ("dalle",)  # tokenizers whose sizes are known without their file
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bevt_ds.config.files import dotted
 from bevt_ds.disk import in_words, writing
 from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import FINISHED, FOUND_FAULTS
 from bevt_ds.folders import CHECKPOINTS, MANIFEST, WEIGHTS, checkpoint_folders
 from bevt_ds.model.tensor_file import read_tensors, require_finite, write_tensors
-from bevt_ds.report.compare import aligned
-from bevt_ds.report.run_files import flat
+from bevt_ds.report.compare import aligned, side_by_side
 from bevt_ds.runtime.checkpoint import RESHARDING, find_damage
 from bevt_ds.runtime.distributed import Ranks
 from bevt_ds.runtime.manifest import file_problems, read_manifest
@@ -82,7 +82,7 @@ def _facts(manifest: Mapping[str, Any]) -> list[str]:
     if not manifest:
         return ["-"] * 5
     loss = manifest.get("loss")
-    precision = str(flat(manifest["config"]).get("train.precision", "-"))
+    precision = str(dict(dotted(manifest["config"])).get("train.precision", "-"))
     numbers = [str(manifest[name]) for name in ("step", "world", "stage")]
     return [*numbers, precision, "-" if loss is None else f"{loss:.4f}"]
 
@@ -104,19 +104,12 @@ def diff(arguments: argparse.Namespace) -> int:
     names = [str(folder) for folder in folders]
     facts = [{name: manifest.get(name) for name in FACTS} for manifest in manifests]
     parts = [
-        _differences("fact", names, facts),
-        _differences("setting", names, [flat(manifest["config"]) for manifest in manifests]),
+        side_by_side("fact", names, facts),
+        side_by_side("setting", names, [dict(dotted(manifest["config"])) for manifest in manifests]),
         _tensor_differences(folders, all(manifest["schema"] >= RESHARDING for manifest in manifests)),
     ]
     print("\n\n".join(filter(None, parts)) or "no difference")
     return FOUND_FAULTS if any(parts) else FINISHED
-
-
-def _differences(title: str, names: Sequence[str], values: Sequence[Mapping[str, Any]]) -> str:
-    keys = dict.fromkeys(key for each in values for key in each)
-    rows = [[key, *(str(each.get(key, "-")) for each in values)] for key in keys]
-    rows = [row for row in rows if row[1] != row[2]]
-    return aligned([[title, *names], *rows]) if rows else ""
 
 
 def _tensor_differences(folders: Sequence[Path], by_pieces: bool) -> str:

@@ -6,11 +6,12 @@ Reads `config.json` and `log.jsonl` only, so it works while a run goes on, and o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bevt_ds.report.run_files import flat, read_run, read_settings
+from bevt_ds.config.files import dotted
+from bevt_ds.report.run_files import read_run, read_settings
 
 ABSENT = "-"
 
@@ -31,32 +32,35 @@ def compare(folders: Sequence[Path], equal_too: bool = False) -> str:
     Raises:
         UserError: a folder without a readable config.json.
     """
-    settings = [flat(read_settings(folder)) for folder in folders]
-    rows = {
-        key: [str(each.get(key, ABSENT)) for each in settings] for key in dict.fromkeys(k for s in settings for k in s)
-    }
-    kept = {key: values for key, values in rows.items() if equal_too or len(set(values)) > 1}
-    logged = [read_run(folder).last for folder in folders]
-    measured = {key: [_shown(values.get(key)) for values in logged] for key in _keys(logged)}
     names = [str(folder) for folder in folders]
-    parts = [_table("setting", names, kept) if kept else "the settings are equal"]
-    parts.append(_table("last logged", names, measured) if measured else "nothing is logged yet")
-    return "\n\n".join(parts)
+    settings = side_by_side("setting", names, [dict(dotted(read_settings(folder))) for folder in folders], equal_too)
+    logged = side_by_side("last logged", names, [read_run(folder).last for folder in folders], True, number)
+    return "\n\n".join([settings or "the settings are equal", logged or "nothing is logged yet"])
 
 
-def _keys(dicts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All keys, each once, in the order in which they first occur."""
-    return list(dict.fromkeys(key for values in dicts for key in values))
+def side_by_side(
+    title: str,
+    names: Sequence[str],
+    dicts: Sequence[Mapping[str, Any]],
+    equal_too: bool = False,
+    form: Callable[[Any], str] = str,
+) -> str:
+    """A table with a row for each key in which the dicts differ (or for all); empty where there is none."""
+    rows = [[key, *cells] for key, cells in by_key(dicts, form).items() if equal_too or len(set(cells)) > 1]
+    return aligned([[title, *names], *rows]) if rows else ""
 
 
-def _shown(value: Any) -> str:
+def by_key(dicts: Sequence[Mapping[str, Any]], form: Callable[[Any], str] = str) -> dict[str, list[str]]:
+    """key -> the value of each dict as text, keys in the order in which they first occur."""
+    keys = dict.fromkeys(key for values in dicts for key in values)
+    return {key: [form(values[key]) if key in values else ABSENT for values in dicts] for key in keys}
+
+
+def number(value: Any) -> str:
+    """A value as a table shows it."""
     if value is None:
         return ABSENT
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _table(title: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    return aligned([[title, *names], *([key, *values] for key, values in rows.items())])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

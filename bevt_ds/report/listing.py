@@ -9,8 +9,7 @@ from pathlib import Path
 from bevt_ds.config.files import CONFIG
 from bevt_ds.errors import UserError
 from bevt_ds.folders import CHECKPOINTS, LOG
-from bevt_ds.report.compare import aligned
-from bevt_ds.report.page import number
+from bevt_ds.report.compare import aligned, number
 from bevt_ds.report.run_files import Run, read_run
 
 COLUMNS = ("run", "state", "recipe", "step", "loss", "clips/s", "images/s", "data wait", "last line")

@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 import bevt_ds
 from bevt_ds.errors import UserError
 from bevt_ds.report.charts import line_chart
+from bevt_ds.report.compare import by_key, number
 from bevt_ds.report.run_files import Run, read_run
 
 MOST_PANELS, MOST_ROWS = 8, 12  # of a run, spread evenly over its steps
@@ -164,8 +165,7 @@ def blind_loss(run: Run, key: str) -> list[tuple[str, float]]:
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
     """key -> the value of each run, of settings in which runs differ; none of one run."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    values = {key: [str(run.settings.get(key, "-")) for run in runs] for key in keys}
+    values = by_key([run.settings for run in runs])
     return {key: each for key, each in values.items() if len(set(each)) > 1 and key != "output_dir"}
 
 
@@ -185,13 +185,6 @@ def spread_evenly(items: Sequence[Any], most: int) -> list[Any]:
 def png_url(data: bytes) -> str:
     """A PNG inside the page."""
     return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def number(value: Any) -> str:
-    """A value as a table shows it."""
-    if value is None:
-        return "-"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _caption(step: int) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bevt_ds.config.files import CONFIG
+from bevt_ds.config.files import CONFIG, dotted
 from bevt_ds.config.parse import to_dict
 from bevt_ds.config.recipes import RECIPES
 from bevt_ds.data.loader import LEDGER
@@ -111,17 +111,17 @@ def read_run(folder: Path) -> Run:
             damage.append(str(error))
             return default
 
-    settings = part(lambda: read_settings(folder), {})
+    settings, found = part(lambda: read_settings(folder), {}), checkpoints(folder / CHECKPOINTS)
     return Run(
         folder=folder,
-        settings=flat(settings),
-        recipe_settings=flat(recipe_settings(settings.get("recipe", ""))),
+        settings=dict(dotted(settings)),
+        recipe_settings=dict(dotted(recipe_settings(settings.get("recipe", "")))),
         rows=part(lambda: read_rows(folder / LOG, damage), []),
         starts=part(lambda: entries(folder / RECORD, read_record(folder / RECORD), START, damage), []),
         changes=part(lambda: read_changes(folder / CHANGES, damage), []),
         summary=part(lambda: read_summary(folder / SUMMARY), {}),
         bad=part(lambda: bad_samples(folder / LEDGER), Counter()),
-        commits=[part(lambda c=c: read_commit(c), Commit(c.name, -1, 0.0, None)) for c in commits_of(folder)],
+        commits=[part(lambda c=c: read_commit(c), Commit(c.name, -1, 0.0, None)) for c in found],
         panels=part(lambda: list(panels_of(folder, damage)), []),
         running=part(lambda: owner_of(folder), None),
         damage=damage,
@@ -180,14 +180,6 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted keys, as `key=value` writes them."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
 def recipe_settings(name: str) -> dict[str, Any]:
     """The settings of a recipe, nested; empty where there is none of this name."""
     make = next((recipes[name] for recipes in RECIPES.values() if name in recipes), None)
@@ -229,10 +221,6 @@ def bad_samples(path: Path) -> Counter[tuple[str, str]]:
         except (ValueError, KeyError, TypeError):
             continue  # a line that a kill cut short
     return Counter(places.values())
-
-
-def commits_of(folder: Path) -> list[Path]:
-    return checkpoints(folder / CHECKPOINTS)
 
 
 def read_commit(folder: Path) -> Commit:

@@ -19,7 +19,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
-from bevt_ds.batch import Batch
+from bevt_ds.batch import DTYPES, Batch
 from bevt_ds.config.deepspeed import resolve
 from bevt_ds.config.engines import ranks_a_node, room_problems
 from bevt_ds.config.schema import TrainingConfig
@@ -34,7 +34,6 @@ from bevt_ds.runtime.engine_shards import load_shard, take_up
 from bevt_ds.runtime.guard import Guard, Verdict
 from bevt_ds.runtime.pieces import COUNTERS, MOMENTS, WEIGHTS, Piece, SavedPieces, Snapshot, share, take_snapshot
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TAG = "state"
 COUNTED = ("skipped_steps", "global_steps", "global_samples")  # what DeepSpeed's engine counts
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes in its dynamic loss scaler

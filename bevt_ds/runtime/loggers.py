@@ -28,7 +28,6 @@ from bevt_ds.disk import cannot_write
 BOARD = "tensorboard"
 IDS = "loggers.json"  # in a run's folder: under which id each service knows the run
 PROJECT = "bevt_ds"  # where the environment names none
-MOST_PARAMS = 100  # that MLflow takes at once
 
 
 class Logger(Protocol):

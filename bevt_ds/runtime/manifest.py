@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bevt_ds.errors import UserError
-from bevt_ds.folders import MANIFEST
+from bevt_ds.folders import MANIFEST, file_hash
 
 SCHEMA = 2
 LARGEST = 64 << 20  # bytes of a manifest that is read
@@ -120,15 +120,9 @@ def file_problems(folder: Path, files: Mapping[str, Any]) -> list[str]:
 
 def content_problems(folder: Path, files: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Of these files, those whose contents are not as the manifest says."""
-    return [f"{n} has changed since it was written" for n in names if digest_of(folder / n) != files[n]["sha256"]]
+    return [f"{n} has changed since it was written" for n in names if file_hash(folder / n) != files[n]["sha256"]]
 
 
 def entry_of(path: Path) -> dict[str, Any]:
     """What a manifest says of a file."""
-    return {"size": path.stat().st_size, "sha256": digest_of(path)}
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": file_hash(path)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ import torch
 from bevt_ds.data.reading.index import write_atomic
 from bevt_ds.disk import DiskError, writing
 from bevt_ds.errors import UserError
+from bevt_ds.folders import file_hash
 from bevt_ds.runtime.distributed import Ranks
 
 RECORD = "run.json"
@@ -60,7 +60,7 @@ class RunRecord:
         )
         for name, file in (files or {}).items():
             if file:
-                self._entries[-1][name] = {"file": file, "sha256": sha256_of(Path(file))}
+                self._entries[-1][name] = {"file": file, "sha256": file_hash(Path(file))}
 
     def __enter__(self) -> RunRecord:
         self._write()
@@ -135,9 +135,3 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's architecture."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,6 +19,7 @@ from torch import nn
 from bevt_ds.config.command_line import DryRun
 from bevt_ds.config.engines import ranks_a_node, room_problems
 from bevt_ds.config.parse import to_dict
+from bevt_ds.config.recipes import is_drawn
 from bevt_ds.config.schema import Config, FinetuneConfig, StreamsTrainConfig, TrainingConfig, UnlabelledConfig
 from bevt_ds.config.tokenizing import TokenizerTrainingConfig
 from bevt_ds.config.validate import micro_steps, missing_inputs, target_files, zero_stage
@@ -69,10 +70,10 @@ class Shards(NamedTuple):
     samples: int | None
 
 
-def report_pretraining(asked: DryRun[Config], drawn: bool) -> tuple[str, list[str]]:
-    """What a run would be, line by line, and what would stop it. `drawn`: it draws its shards itself."""
+def report_pretraining(asked: DryRun[Config]) -> tuple[str, list[str]]:
+    """What a run would be, line by line, and what would stop it."""
     config = asked.config
-    wanted = {} if drawn else pretraining_shards(config)
+    wanted = {} if is_drawn(config) else pretraining_shards(config)
     shards, stops = _survey(asked, wanted)
     unopened = list(_target_faults(config)) if asked.is_sound else []
     kept = {key: wanted[key] for key in shards if shards[key].files} if wanted else pretraining_shards(config)
@@ -82,7 +83,7 @@ def report_pretraining(asked: DryRun[Config], drawn: bool) -> tuple[str, list[st
     model = meta_model(config)
     flops = expected_step_flops(config, model.arch)
     plan = _plan_of_streams(config, model, shards, flops, f"masked head, no recompute, no {maker(config)}")
-    supply = _supply_of_streams(config, shards, plan.steps, drawn)
+    supply = _supply_of_streams(config, shards, plan.steps)
     stops += _room_faults(asked, model)
     stops += common_faults(asked, lambda init: fit_init(model, init, head=config.init_head))
     return _text(asked, plan, supply), stops
@@ -122,15 +123,15 @@ def report_finetuning(asked: DryRun[FinetuneConfig]) -> tuple[str, list[str]]:
     return _text(asked, plan, supply), stops
 
 
-def report_tokenizing(asked: DryRun[TokenizerTrainingConfig], drawn: bool) -> tuple[str, list[str]]:
+def report_tokenizing(asked: DryRun[TokenizerTrainingConfig]) -> tuple[str, list[str]]:
     """The same for the training of a tokenizer."""
     config = asked.config
-    shards, stops = _survey(asked, {} if drawn else unlabelled_shards(config))
+    shards, stops = _survey(asked, {} if is_drawn(config) else unlabelled_shards(config))
     if not asked.is_sound:
         return _settings(asked), [*stops, *common_faults(asked)]
     model = make_tokenizer(config.model)
     plan = _plan_of_streams(config, model, shards, tokenizing_flops(config), "no perceptual network")
-    supply = _supply_of_streams(config, shards, plan.steps, drawn)
+    supply = _supply_of_streams(config, shards, plan.steps)
     stops += [*_fault(lambda: make_perceptual(config)), *_room_faults(asked, model)]
     stops += common_faults(asked, lambda init: load_start(config, init))
     return _text(asked, plan, supply), stops
@@ -144,12 +145,10 @@ def _plan_of_streams(
     return Plan(parameters, steps, _batch(train, 0), _batch(train, 1), flops, flops_of)
 
 
-def _supply_of_streams(
-    config: UnlabelledConfig, shards: Mapping[str, Shards], steps: int | None, drawn: bool
-) -> list[str]:
+def _supply_of_streams(config: UnlabelledConfig, shards: Mapping[str, Shards], steps: int | None) -> list[str]:
     data, train = config.data, config.train
     reads = {"data.videos": train.global_clips / data.clips_per_video, "data.images": train.global_images}
-    lines = ["shards         drawn by the run itself"] if drawn else _supply(shards, reads, steps)
+    lines = ["shards         drawn by the run itself"] if is_drawn(config) else _supply(shards, reads, steps)
     if not train.steps:
         lines.append(f"epochs         {train.epochs}, of all but about {data.holdout:.1%} that is held out")
     return lines

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bevt_ds.batch import Batch
+from bevt_ds.batch import DTYPES, Batch
 from bevt_ds.config.schema import Config
 from bevt_ds.data.loader import Loader
 from bevt_ds.eval.held_out import as_json, as_table, shortfall
@@ -21,7 +21,7 @@ from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.presets import create_model, require_same_sizes
 from bevt_ds.model.tokenizers import DalleTokenizer
 from bevt_ds.runtime import run_dir
-from bevt_ds.runtime.engine import DTYPES, Engine
+from bevt_ds.runtime.engine import Engine
 from bevt_ds.runtime.graphs import CudaBackend, make_graphs
 from bevt_ds.runtime.logging import expected_step_flops, step_metrics
 from bevt_ds.runtime.optim import freeze_unused, parameter_groups

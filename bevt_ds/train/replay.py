@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bevt_ds.batch import Batch, LabelledBatch
+from bevt_ds.batch import DTYPES, Batch, LabelledBatch
 from bevt_ds.config.parse import from_dict
 from bevt_ds.config.schema import Config, FinetuneConfig
 from bevt_ds.errors import UserError
@@ -32,7 +32,6 @@ from bevt_ds.runtime.bundle import MODEL, Bundle, Place, read_bundle
 from bevt_ds.train.classification import classification_loss
 from bevt_ds.train.narrowing import FORWARD, Layer, Outcome, culprits, is_finite, run
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = {"BEVT": (BEVT, Config), "VideoClassifier": (VideoClassifier, FinetuneConfig)}
 Sample = tuple[str, int]  # stream, and number within it
 Batches = Batch | LabelledBatch

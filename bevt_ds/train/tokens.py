@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import bevt_ds
-from bevt_ds.batch import Batch
+from bevt_ds.batch import DTYPES, Batch
 from bevt_ds.config.command_line import parse_arguments, run
 from bevt_ds.config.help import page
 from bevt_ds.config.parse import apply_overrides
@@ -42,8 +42,7 @@ from bevt_ds.exit_codes import FOUND_FAULTS
 from bevt_ds.model.tokenizers import Tokenizer, tokenize
 from bevt_ds.progress import progress_bar
 from bevt_ds.runtime.distributed import Ranks, ranks_of
-from bevt_ds.runtime.engine import DTYPES
-from bevt_ds.shards.synthetic.draw import ensure_demo_shards
+from bevt_ds.shards.synthetic.draw import draw_what_is_read
 from bevt_ds.train.targets import open_targets
 
 USAGE = """\
@@ -71,9 +70,7 @@ def main(argv: Sequence[str]) -> int:
     if not config.tokens or config.target != "ids":
         raise UserError("bevt tokens needs data.crops=K, how many crops a sample has, and tokens=DIR, where they go.")
     require_inputs(config)
-    demo = get_recipe("demo", Config).data
-    if (config.data.videos, config.data.images) == (demo.videos, demo.images):
-        ensure_demo_shards(Path(demo.videos).parent)
+    draw_what_is_read(config)
     return make_tokens(config)
 
 

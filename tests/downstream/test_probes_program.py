@@ -89,7 +89,7 @@ def test_probe_takes_the_sampling_of_the_run(run, tmp_path):
     ("word", "part"),
     [
         ("data.train=", "data.train is empty"),
-        ("recipe=demo", "a probe has no recipe"),
+        ("recipe=demo", "probe.py has no recipe"),
         ("probe.kind=forest", "attentive, linear, knn"),
         ("probe.k=0", "at least 1"),
         ("data.workers=0", "data.workers=0: must be at least 1"),

@@ -175,7 +175,7 @@ def test_folder_of_other_settings_is_refused(world, alone, word, monkeypatch):
         (["W", "S"], "OUT is missing"),
         (["W", "S", "O", "more"], "'more' comes after WEIGHTS, SHARDS and OUT"),
         (["W", "S", "O", "features.kind=image", "views.clips=2"], "an image has no clips along time"),
-        (["W", "S", "O", "recipe=demo"], "features have no recipe"),
+        (["W", "S", "O", "recipe=demo"], "bevt features has no recipe"),
         (["W", "S", "O", "features.chunk=0"], "features.chunk=0: must be at least 1"),
     ],
 )

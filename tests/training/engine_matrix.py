@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bevt_ds.batch import DTYPES
 from bevt_ds.config.deepspeed import read_json
 from bevt_ds.config.recipes import demo
 from bevt_ds.config.schema import Config
@@ -28,7 +29,7 @@ from bevt_ds.model.containers import read_deepspeed
 from bevt_ds.runtime.checkpoint import Facts
 from bevt_ds.runtime.continuing import Build, begin_engine
 from bevt_ds.runtime.distributed import Ranks
-from bevt_ds.runtime.engine import DTYPES, FROZEN, TAG, Engine
+from bevt_ds.runtime.engine import FROZEN, TAG, Engine
 from bevt_ds.runtime.engine_setup import start_ranks
 from bevt_ds.runtime.pieces import AVERAGE, SavedPieces
 

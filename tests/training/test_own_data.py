@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from bevt_ds.config.parse import apply_overrides
-from bevt_ds.config.recipes import demo, recipe_for
+from bevt_ds.config.recipes import demo, is_drawn, recipe_for, vq_demo
 from bevt_ds.config.samples import DataConfig
 from bevt_ds.config.schema import Config, FinetuneConfig
 from bevt_ds.config.validate import validate
@@ -110,6 +110,13 @@ def test_demo_settings_do_not_apply_to_own_shards():
     assert (both.data.eval_videos, both.data.eval_images, both.train.min_gain) == ("e.tar", "", 0.1)
     assert both.train.global_images == demo().train.global_images
     assert configured("demo", data__videos=demo().data.videos, train__log_every="10") == demo()
+
+
+def test_shards_are_drawn_only_for_runs_that_read_the_demo_s_alone():
+    assert is_drawn(demo()) and is_drawn(vq_demo()) and is_drawn(configured("demo", data__eval_images=""))
+    assert not is_drawn(configured("demo", data__videos="mine.tar"))
+    assert not is_drawn(configured("demo", data__eval_videos="mine.tar"))
+    assert not is_drawn(configured("small"))  # which names none
 
 
 def test_small_recipe_trains_on_given_streams():

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bevt_ds.config.recipes import is_drawn
+from bevt_ds.config.schema import UnlabelledConfig
 from bevt_ds.data.decoding import subprocess_env
 from bevt_ds.errors import UserError
 from bevt_ds.runtime.lock import NO_LOCKS
@@ -43,6 +45,12 @@ def draw(folder: Path, clips: int, images: int, seed: int = 0, jobs: int | None 
                 part.kill()
         if any(codes):
             raise RuntimeError(f"drawing failed, exit codes {codes}")
+
+
+def draw_what_is_read(config: UnlabelledConfig) -> None:
+    """The demo's shards where a run reads them and they are absent. UserError: as `ensure_demo_shards`."""
+    if is_drawn(config):
+        ensure_demo_shards(Path(config.data.images or config.data.videos).parent)
 
 
 def ensure_demo_shards(folder: Path) -> None:
