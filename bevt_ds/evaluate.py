@@ -13,11 +13,11 @@ except ImportError as error:
     sys.exit(f"error: {error}. Run `pip install -e .` in the checkout with {sys.executable}, or `make env`.")
 require_own_package(__file__)
 
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Sequence
 
-from bevt_ds.config.command_line import run, start_inference  # noqa: E402
-from bevt_ds.config.recipes import get_recipe  # noqa: E402
-from bevt_ds.config.schema import Config, EvaluateConfig, FinetuneConfig  # noqa: E402
+from bevt_ds.config.command_line import run, start_inference
+from bevt_ds.config.recipes import get_recipe
+from bevt_ds.config.schema import Config, EvaluateConfig, FinetuneConfig
 
 USAGE = """\
 usage: deepspeed bevt_ds/evaluate.py weights=RUN_OR_WEIGHTS [data.val=SHARDS] [recipe=NAME] [key=value ...]

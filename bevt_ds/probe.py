@@ -13,10 +13,10 @@ except ImportError as error:
     sys.exit(f"error: {error}. Run `pip install -e .` in the checkout with {sys.executable}, or `make env`.")
 require_own_package(__file__)
 
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Sequence
 
-from bevt_ds.config.command_line import run, start_inference  # noqa: E402
-from bevt_ds.config.schema import ProbeRunConfig  # noqa: E402
+from bevt_ds.config.command_line import run, start_inference
+from bevt_ds.config.schema import ProbeRunConfig
 
 USAGE = """\
 usage: deepspeed bevt_ds/probe.py weights=RUN_OR_WEIGHTS data.train=SHARDS data.val=SHARDS [key=value ...]

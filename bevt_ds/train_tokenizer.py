@@ -14,11 +14,11 @@ except ImportError as error:
     sys.exit(f"error: {error}. Run `pip install -e .` in the checkout with {sys.executable}, or `make env`.")
 require_own_package(__file__)
 
-from collections.abc import Sequence  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Sequence
+from typing import Any
 
-from bevt_ds.config.command_line import DryRun, run, start_training  # noqa: E402
-from bevt_ds.config.tokenizing import TokenizerTrainingConfig  # noqa: E402
+from bevt_ds.config.command_line import DryRun, run, start_training
+from bevt_ds.config.tokenizing import TokenizerTrainingConfig
 
 USAGE = """\
 usage: deepspeed bevt_ds/train_tokenizer.py [--deepspeed_config FILE] recipe=NAME [key=value ...]

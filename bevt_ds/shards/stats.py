@@ -12,21 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend comes first
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
-
-from bevt_ds.config.samples import DataConfig  # noqa: E402
-from bevt_ds.data.decoding.pool import DecodePool  # noqa: E402
-from bevt_ds.data.limits import BadSample, Limits  # noqa: E402
-from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan  # noqa: E402
-from bevt_ds.data.reading.members import Member, Shard  # noqa: E402
-from bevt_ds.data.reading.storage import Storage  # noqa: E402
-from bevt_ds.errors import UserError  # noqa: E402
+from bevt_ds.config.samples import DataConfig
+from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.limits import BadSample, Limits
+from bevt_ds.data.plan import PlanEntry, StreamId, StreamPlan
+from bevt_ds.data.reading.members import Member, Shard
+from bevt_ds.data.reading.storage import Storage
+from bevt_ds.errors import UserError
 
 Facts = Sequence[dict[str, Any]]
 NUMBERS = {
@@ -77,7 +74,8 @@ def plot(facts: Facts, path: Path) -> None:
     panels = [*_numbers(facts).items(), *_classes(facts).items()]
     columns = min(len(panels), COLUMNS) or 1
     rows = -(-len(panels) // columns) or 1
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     figure.suptitle(f"{len(facts)} samples")
     for axis, (name, values) in zip(axes.flat, panels, strict=False):
         _draw_panel(axis, name, values)
@@ -89,8 +87,6 @@ def plot(facts: Facts, path: Path) -> None:
             figure.savefig(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write the plots to {path}: {error}") from error
-    finally:
-        plt.close(figure)
 
 
 def _draw_panel(axis: Axes, name: str, values: np.ndarray | Counter[str]) -> None:
