@@ -3,8 +3,9 @@
 `python -m benchmarks.host`: a thread does what a launching thread does, small operators one after the other, while the
 loader rests and while a batch is taken now and then, in turns. The system says how long the thread ran and how long it
 waited for a core; what is left of the time it waited for Python's lock, which the loader's threads had. That does not
-depend on how busy the machine is, as a rate would. Then the same loader with decoders that cost nothing, in CPU seconds
-of its threads (host_free.py): Python's lock is not held for longer. Rows go to benchmarks/results/host-DEVICE.jsonl.
+depend on how busy the machine is, as a rate would. Then the CPU seconds of Python's threads, whose lock is not held for
+longer, where decoders and pixels cost nothing: all of the loader's (host_free.py), and what is left of it where it has
+a process of its own (host_apart.py). Rows go to benchmarks/results/host-DEVICE.jsonl.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import host_free, report
+from benchmarks import host_apart, host_free, report
 from benchmarks.common import add_row, command_line, provenance, rows_of
 from benchmarks.decode import drawn_jpeg
 from benchmarks.loader_media import draw_clip
@@ -30,7 +31,7 @@ from bevt_ds.data.loader import Loader
 from bevt_ds.shards.pack import pack
 
 STREAMS = {"clips": (4, 0), "images": (0, 32)}  # of a micro-batch
-FREE_STREAMS = {"clips": (8, 0), "images": (0, 64)}  # the same where decoding costs nothing: a GPU's
+FREE_STREAMS = {"clips": (8, 0), "images": (0, 64), "both": (8, 64)}  # the same where decoding costs nothing: a GPU's
 OPERATORS = 200  # between two looks at the clock
 
 
@@ -134,7 +135,8 @@ def rows(config: Config, seconds: float, rounds: int) -> Iterator[dict[str, Any]
             train = TrainConfig(global_clips=clips, global_images=images, micro_clips=clips, micro_images=images)
             own = replace(config, train=train)
             if is_free:
-                yield {"stream": stream, "decoders": "free", **host_free.measure(own, rounds)}
+                for place, part in (("here", host_free), ("apart", host_apart)):
+                    yield {"stream": stream, "decoders": "free", "loader": place, **part.measure(own, rounds)}
             else:
                 yield {"stream": stream, **measure(own, seconds, rounds)}
 

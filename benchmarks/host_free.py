@@ -88,7 +88,7 @@ def batches(reader: BatchReader, first: int, count: int, ahead: int) -> None:
 
 
 def measure(config: Config, rounds: int, steps: int = 40) -> dict[str, Any]:
-    """CPU milliseconds a sample of all threads: the least of the rounds, for what disturbs only adds."""
+    """CPU milliseconds a sample of all threads: the least of the rounds, as what disturbs only adds."""
     size = config.train.micro_clips + config.train.micro_images
     costs = []
     with free_reader(config) as reader:

@@ -17,18 +17,19 @@ def test_held_up_is_what_is_neither_running_nor_waiting_for_a_core() -> None:
     assert launched.wall >= 0.01 and launched.ran > 0 and launched.queued >= 0
 
 
-def test_host_benchmark_has_a_row_for_clips_and_one_for_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_benchmark_has_rows_of_the_loader_here_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_media, "FRAMES", 20)
     monkeypatch.setattr(loader_media, "SIZES", {"64x48": (48, 64)})
     monkeypatch.setattr(decode, "IMAGE", (48, 64))
-    for name in ("STREAMS", "FREE_STREAMS"):
-        monkeypatch.setattr(host, name, {"clips": (1, 0), "images": (0, 2)})
+    monkeypatch.setattr(host, "STREAMS", {"clips": (1, 0), "images": (0, 2)})
+    monkeypatch.setattr(host, "FREE_STREAMS", {"both": (1, 2)})
     words = ["--clips", "2", "--images", "2", "--size", "64x48", "--seconds", "0.2", "--rounds", "1"]
     host.main([*words, "--out", str(tmp_path)])
     (path,) = tmp_path.glob("host-*.jsonl")
     rows = list(read_rows(path))
-    assert [row["stream"] for row in rows] == ["clips", "images"] * 2
+    assert [row["stream"] for row in rows] == ["clips", "images", "both", "both"]
+    assert [row["loader"] for row in rows[2:]] == ["here", "apart"]
     assert all(row["samples_per_s"] > 0 and 0 <= row["held_up_busy"] <= 1 for row in rows[:2])
     assert all(row["decoders"] == "free" and row["free_cpu_per_sample_ms"] > 0 for row in rows[2:])
     page = path.with_suffix(".md").read_text()
-    assert "(100 clips/s) + " in page and "(800 images/s) of a thread." in page
+    assert page.count("| both | apart |") == 1 and "| of a thread |" in page
