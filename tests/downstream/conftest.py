@@ -68,3 +68,22 @@ def labelled(labelled_shards: Path) -> LabelledDataConfig:
         threads=1,
         shuffle_window=2,
     )
+
+
+@pytest.fixture(scope="session")
+def finetune_settings(labelled_shards: Path) -> dict[str, object]:
+    """Of a small run on the small shards, with everything random switched on but the mixing of clips."""
+    return {
+        "data.train": f"{labelled_shards}/train-*.tar",
+        "data.val": f"{labelled_shards}/val-*.tar",
+        "data.size": 32,
+        "data.short_side": 40,
+        "data.frames": 4,
+        "data.flip": 0.5,
+        "data.randaugment": "2,7",
+        "data.erasing": 0.5,
+        "model.window": "2,2,2",
+        "model.drop_path": 0.3,
+        "model.dropout": 0.5,
+        "train.log_every": 1,
+    }

@@ -34,9 +34,12 @@ def run_jobs(folder: Path, jobs: list[dict], world: int = 1, seconds: float = SE
 
 
 def words(settings: dict[str, object], stage: int = 2, recipe: str = "finetune_demo") -> list[str]:
-    """A command line."""
-    config = ["--deepspeed_config", f"{ROOT}/ds_configs/zero{stage}.json"]
-    return [*config, f"recipe={recipe}", *(f"{key}={value}" for key, value in settings.items())]
+    """A command line. Stage 0, for which the project ships no JSON, has one next to the run's folder."""
+    path = ROOT / "ds_configs" / f"zero{stage}.json"
+    if stage == 0:
+        path = Path(f"{settings['output_dir']}.json")
+        path.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    return ["--deepspeed_config", str(path), f"recipe={recipe}", *(f"{key}={value}" for key, value in settings.items())]
 
 
 def branch(run: Path, new: Path, step: int) -> None:

@@ -7,8 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from bevt_ds.eval import multi_view as evaluation
 from bevt_ds.evaluate import main, starting_point
 from bevt_ds.model.classifier import VideoClassifier
 from bevt_ds.model.presets import create_classifier, create_model
-from tests.downstream.worlds import on_ranks
+from tests.downstream.worlds import main_on_ranks
 from tests.training.processes import ROOT, SECONDS, environment
 
 NAMES = ("run", "sit", "walk")
@@ -56,16 +54,8 @@ def words(run: Path, labelled_shards: Path, *more: str) -> list[str]:
     return [f"weights={run}", f"data.val={labelled_shards}/val-*.tar", "views.clips=2", "views.crops=3", *SIZE, *more]
 
 
-def evaluated(arguments: list[str], world: int, monkeypatch) -> None:
-    """The program on so many ranks of this process."""
-
-    def on_rank(ranks):
-        mine.ranks = ranks
-        assert main(arguments) == 0
-
-    mine = threading.local()
-    monkeypatch.setattr(evaluation, "joined_to_measure", lambda: nullcontext(mine.ranks))
-    on_ranks(world, on_rank)
+def evaluated(arguments: list[str], world: int = 1) -> None:
+    main_on_ranks(world, evaluation, main, arguments)
 
 
 def read(folder: Path) -> tuple[pyarrow.Table, dict]:
@@ -76,8 +66,7 @@ def read(folder: Path) -> tuple[pyarrow.Table, dict]:
 def alone(tmp_path_factory, run, labelled_shards) -> Path:
     """The results of one rank."""
     folder = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        evaluated(words(run, labelled_shards, f"output_dir={folder}"), 1, monkeypatch)
+    evaluated(words(run, labelled_shards, f"output_dir={folder}"))
     return folder
 
 
@@ -94,8 +83,8 @@ def test_evaluation_writes_metrics_predictions_and_confusion(alone, run):
     assert Image.open(alone / "confusion.png").width > 300
 
 
-def test_one_and_three_ranks_predict_the_same_bits(alone, tmp_path, run, labelled_shards, monkeypatch):
-    evaluated(words(run, labelled_shards, f"output_dir={tmp_path}"), 3, monkeypatch)
+def test_one_and_three_ranks_predict_the_same_bits(alone, tmp_path, run, labelled_shards):
+    evaluated(words(run, labelled_shards, f"output_dir={tmp_path}"), 3)
     (one, first), (three, second) = read(alone), read(tmp_path)
     assert one.equals(three, check_metadata=True)
     assert {k: first[k] for k in first if k != "config"} == {k: second[k] for k in second if k != "config"}
@@ -117,13 +106,9 @@ def test_evaluation_under_a_launcher_with_two_ranks(alone, tmp_path, run, labell
     assert np.abs(difference).max() < 1e-4
 
 
-def test_results_go_next_to_the_run(run, labelled_shards, monkeypatch):
+def test_results_go_next_to_the_run(run, labelled_shards):
     for number in (1, 2):
-        evaluated(
-            words(run, labelled_shards, "views.clips=1", "views.crops=1")[:1] + words(run, labelled_shards)[1:2] + SIZE,
-            1,
-            monkeypatch,
-        )
+        evaluated(words(run, labelled_shards)[:2] + SIZE)
         assert (run / f"eval-{number}" / "scores.json").is_file()
 
 
@@ -135,7 +120,7 @@ def test_evaluation_takes_the_configuration_of_the_run(run):
     assert starting_point(str(run), "finetune_ssv2").views.clips == 1
 
 
-def test_coverage_counts_missing_and_damaged_videos(tmp_path, run, labelled_shards, monkeypatch, capsys):
+def test_coverage_counts_missing_and_damaged_videos(tmp_path, run, labelled_shards, capsys):
     """A damaged video, and twelve that are stated beyond those of the shards."""
     for tar in labelled_shards.glob("val-*.tar"):
         shutil.copy(tar, tmp_path)
@@ -146,7 +131,7 @@ def test_coverage_counts_missing_and_damaged_videos(tmp_path, run, labelled_shar
         "data.expected_val=19",
         f"output_dir={tmp_path}/out",
     ]
-    evaluated([*arguments, *SIZE], 1, monkeypatch)
+    evaluated([*arguments, *SIZE])
     printed = capsys.readouterr().out
     assert "6 of 19 expected (31.6%)" in printed
     assert "3 of 3 occur" in printed
@@ -179,10 +164,10 @@ def damage(tar: Path, key: str) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_evaluation_mistakes_are_named(run, labelled_shards, monkeypatch, change, part):
+def test_evaluation_mistakes_are_named(run, labelled_shards, change, part):
     settings = {"weights": str(run), "data.val": f"{labelled_shards}/val-*.tar"} | change
     with pytest.raises(UserError, match=re.escape(part)):
-        evaluated([f"{key}={value}" for key, value in settings.items()], 1, monkeypatch)
+        evaluated([f"{key}={value}" for key, value in settings.items()])
 
 
 def test_kernels_that_cannot_run_are_refused(run, labelled_shards, monkeypatch):
@@ -191,46 +176,46 @@ def test_kernels_that_cannot_run_are_refused(run, labelled_shards, monkeypatch):
 
     monkeypatch.setattr(evaluation, "resolve", refuse)
     with pytest.raises(UserError, match="kernels=triton cannot run on cpu"):
-        evaluated(words(run, labelled_shards, "kernels=triton"), 1, monkeypatch)
+        evaluated(words(run, labelled_shards, "kernels=triton"))
 
 
-def test_pretraining_run_is_not_a_classifier(tmp_path, labelled_shards, monkeypatch):
+def test_pretraining_run_is_not_a_classifier(tmp_path, labelled_shards):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(demo())))
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(UserError, match="no classifier: fine-tune it first"):
-        evaluated(words(tmp_path, labelled_shards), 1, monkeypatch)
+        evaluated(words(tmp_path, labelled_shards))
     create_model("tiny", vocab_size=8).save_pretrained(tmp_path / "exported")
     with pytest.raises(UserError, match="no classifier: fine-tune it first"):
-        evaluated(words(tmp_path / "exported", labelled_shards), 1, monkeypatch)
+        evaluated(words(tmp_path / "exported", labelled_shards))
 
 
-def test_labels_are_checked_against_the_classifier(tmp_path, labelled_shards, monkeypatch):
+def test_labels_are_checked_against_the_classifier(tmp_path, labelled_shards):
     classifier(("run", "sit", "walked")).save_pretrained(tmp_path / "weights")
     arguments = [f"weights={tmp_path}/weights", "recipe=finetune_demo", f"data.val={labelled_shards}/val-*.tar"]
     with pytest.raises(UserError, match="'walk', which is none of the 3 classes 'run', 'sit', 'walked'"):
-        evaluated(arguments, 1, monkeypatch)
+        evaluated(arguments)
 
 
-def test_mixed_names_and_numbers_as_labels_are_refused(tmp_path, run, pack_labelled, monkeypatch):
+def test_mixed_names_and_numbers_as_labels_are_refused(tmp_path, run, pack_labelled):
     """The weights know both the name and the number: without a word one of the two would be a mistake."""
     pattern = pack_labelled(tmp_path, "val", ["walk", "1"])
     with pytest.raises(UserError, match="numbers in some samples and names in others.*clip-00.*'walk'.*clip-01.*'1'"):
-        evaluated([f"weights={run}", f"data.val={pattern}"], 1, monkeypatch)
+        evaluated([f"weights={run}", f"data.val={pattern}"])
 
 
 @pytest.mark.parametrize(
     ("lines", "part"),
     [("run\nsit\nwalk\nfly\n", "names 4 classes, the classifier has 3"), ("sit\nrun\nwalk\n", "'sit' where .* 'run'")],
 )
-def test_class_names_are_checked_against_the_classifier(tmp_path, run, labelled_shards, monkeypatch, lines, part):
+def test_class_names_are_checked_against_the_classifier(tmp_path, run, labelled_shards, lines, part):
     (tmp_path / "names.txt").write_text(lines)
     with pytest.raises(UserError, match=part):
-        evaluated(words(run, labelled_shards, f"data.classes={tmp_path}/names.txt"), 1, monkeypatch)
+        evaluated(words(run, labelled_shards, f"data.classes={tmp_path}/names.txt"))
 
 
-def test_evaluation_results_are_not_overwritten(alone, run, labelled_shards, monkeypatch):
+def test_evaluation_results_are_not_overwritten(alone, run, labelled_shards):
     with pytest.raises(UserError, match="holds scores.json already"):
-        evaluated(words(run, labelled_shards, f"output_dir={alone}"), 1, monkeypatch)
+        evaluated(words(run, labelled_shards, f"output_dir={alone}"))
 
 
 def test_evaluate_help_lists_every_field(capsys):

@@ -19,39 +19,16 @@ CLOSE = 1e-5  # of weights and their average, which are moved by up to 1e-2
 
 
 @pytest.fixture
-def settings(labelled_shards: Path) -> dict[str, object]:
-    """Everything random but mixing, which ties the micro-batch; six clips a step, a validation at the end."""
-    return {
-        "data.train": f"{labelled_shards}/train-*.tar",
-        "data.val": f"{labelled_shards}/val-*.tar",
-        "data.size": 32,
-        "data.short_side": 40,
-        "data.frames": 4,
-        "data.flip": 0.5,
-        "data.randaugment": "2,7",
-        "data.erasing": 0.5,
-        "model.window": "2,2,2",
-        "model.drop_path": 0.3,
-        "model.dropout": 0.5,
-        "train.epochs": 20,
-        "train.global_clips": 6,
-        "train.micro_clips": 1,
-        "train.log_every": 1,
-        "train.val_every": 20,
-        "train.checkpoint_every": 1,
-        "train.keep_checkpoints": STEPS,
-        "optim.warmup_epochs": 3,
-        "optim.ema": 0.1,
-    }
+def settings(finetune_settings: dict[str, object]) -> dict[str, object]:
+    """No mixing, which ties the micro-batch; six clips a step, a validation at the end."""
+    length = {"train.epochs": STEPS, "train.global_clips": 6, "train.micro_clips": 1, "optim.warmup_epochs": 3}
+    kept = {"train.val_every": STEPS, "train.checkpoint_every": 1, "train.keep_checkpoints": STEPS, "optim.ema": 0.1}
+    return {**finetune_settings, **length, **kept}
 
 
 def line(settings: dict[str, object], folder: Path, stage: int = 2, **more: object) -> list[str]:
     """The words of a run at a ZeRO stage."""
-    own = words({**settings, **more, "output_dir": folder}, max(stage, 1))
-    if stage == 0:
-        own[1] = str(folder.with_suffix(".json"))
-        Path(own[1]).write_text(json.dumps({"zero_optimization": {"stage": 0}}))
-    return own
+    return words({**settings, **more, "output_dir": folder}, stage)
 
 
 def link(settings: dict[str, object], before: Path, folder: Path, step: int, stage: int = 2, **more: object) -> dict:

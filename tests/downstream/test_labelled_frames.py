@@ -19,10 +19,6 @@ GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data/golden/cl
 FRAMES = 32
 
 
-def cases(name: str) -> list:
-    return [pytest.param(key, value, id=f"{name}-{key}") for key, value in GOLDEN[name].items()]
-
-
 def planned(total: int, sampling: str, clips: int) -> list[list[int]]:
     """Frame numbers of every clip that a test plans of a video."""
     config = LabelledDataConfig(sampling=sampling, frames=FRAMES, stride=2)
@@ -31,31 +27,26 @@ def planned(total: int, sampling: str, clips: int) -> list[list[int]]:
     return [CHOICES[entry.choice](total, FRAMES, 2, position).tolist() for position in positions]
 
 
-@pytest.mark.parametrize(("total", "expected"), cases("k400_test_32x2_4clips"))
-def test_frames_of_four_dense_test_clips(total: str, expected: list[list[int]]) -> None:
-    assert planned(int(total), "dense", 4) == expected
+@pytest.mark.parametrize(
+    ("name", "sampling", "clips"),
+    [
+        ("k400_test_32x2_4clips", "dense", 4),
+        ("k400_val_32x2_1clip", "dense", 1),
+        ("ssv2_test_uniform32", "segments", 1),
+    ],
+)
+def test_frames_of_test_clips_equal_the_original(name: str, sampling: str, clips: int) -> None:
+    """Those of one clip stand without a list around them."""
+    for total, expected in GOLDEN[name].items():
+        assert planned(int(total), sampling, clips) == (expected if clips > 1 else [expected]), total
 
 
-@pytest.mark.parametrize(("total", "expected"), cases("k400_val_32x2_1clip"))
-def test_frames_of_one_dense_clip(total: str, expected: list[int]) -> None:
-    assert planned(int(total), "dense", 1) == [expected]
-
-
-@pytest.mark.parametrize(("total", "expected"), cases("ssv2_test_uniform32"))
-def test_frames_at_the_middles_of_segments(total: str, expected: list[int]) -> None:
-    assert planned(int(total), "segments", 1) == [expected]
-
-
-@pytest.mark.parametrize(("image", "expected"), cases("three_crop_boxes_x0y0x1y1_by_height_x_width"))
-def test_three_test_crops(image: str, expected: list[list[int]]) -> None:
-    height, width = map(int, image.split("x"))
-    assert [corners(box) for box in view_boxes(height, width, 224, 3)] == expected
-
-
-@pytest.mark.parametrize(("image", "expected"), cases("center_crop_box_x0y0x1y1_by_height_x_width"))
-def test_centre_test_crop(image: str, expected: list[int]) -> None:
-    height, width = map(int, image.split("x"))
-    assert [corners(box) for box in view_boxes(height, width, 224, 1)] == [expected]
+@pytest.mark.parametrize(("name", "crops"), [("three_crop_boxes", 3), ("center_crop_box", 1)])
+def test_crops_of_test_clips_equal_the_original(name: str, crops: int) -> None:
+    for image, expected in GOLDEN[f"{name}_x0y0x1y1_by_height_x_width"].items():
+        height, width = map(int, image.split("x"))
+        boxes = [corners(box) for box in view_boxes(height, width, 224, crops)]
+        assert boxes == (expected if crops > 1 else [expected]), image
 
 
 def corners(box: Box) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -30,6 +29,7 @@ from bevt_ds.data.plan import LabelledPlan
 from bevt_ds.errors import UserError
 from bevt_ds.rng import Use
 from tests.batches import assert_same
+from tests.loader.media import repacked
 
 TRAIN = FinetuneTrainConfig(global_clips=6, micro_clips=1, seed=3)
 VIEWS = ViewsConfig(clips=2, crops=3, short_side=72, micro_videos=2)
@@ -64,9 +64,7 @@ def test_labelled_batch_shapes_dtypes_and_count(labelled: LabelledDataConfig) ->
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_labelled_batches_on_a_gpu_equal_those_on_a_cpu(
-    labelled: LabelledDataConfig, batches: list[LabelledBatch]
-) -> None:
+def test_labelled_batches_on_a_gpu_equal_those_on_a_cpu(labelled, batches) -> None:
     for on_cpu, on_gpu in zip(batches, take(labelled, 12, device="cuda:0"), strict=True):
         assert {on_gpu.pixels.device, on_gpu.labels.device, on_gpu.sample_keys.device} == {torch.device("cuda", 0)}
         torch.testing.assert_close(on_gpu.pixels.cpu(), on_cpu.pixels)
@@ -74,16 +72,12 @@ def test_labelled_batches_on_a_gpu_equal_those_on_a_cpu(
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_get_disjoint_shares_of_the_labelled_batch(
-    labelled: LabelledDataConfig, batches: list[LabelledBatch], world: int
-) -> None:
+def test_ranks_get_disjoint_shares_of_the_labelled_batch(labelled, batches, world: int) -> None:
     by_rank = [take(labelled, 12 // world, ranks=OneRank(rank, world)) for rank in range(world)]
     assert_same([by_rank[i % world][i // world] for i in range(12)], batches)
 
 
-def test_labelled_loader_started_at_a_later_step_gives_the_same_batches(
-    labelled: LabelledDataConfig, batches: list[LabelledBatch]
-) -> None:
+def test_labelled_loader_started_at_a_later_step_gives_the_same_batches(labelled, batches) -> None:
     assert_same(take(replace(labelled, workers=2, threads=2, prefetch=1), 6, start_step=1), batches[6:])
 
 
@@ -131,9 +125,7 @@ def decoded(video: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("flip", "least", "most"), [(0.0, 0, 0), (0.5, 1, 5), (1.0, 6, 6)])
-def test_training_pixels_equal_the_original_steps_in_opencv(
-    labelled: LabelledDataConfig, labelled_videos: dict[str, bytes], flip: float, least: int, most: int
-) -> None:
+def test_training_pixels_equal_the_original_steps_in_opencv(labelled, labelled_videos, flip, least, most: int) -> None:
     """Two resizes, each within a level; see clip_pixels.py. Never a flip where direction is the label."""
     plain = replace(labelled, randaugment=(0, 0), erasing=0.0, flip=flip)
     plan = LabelledPlan([4, 4, 3], plain, TRAIN.seed, TRAIN.global_clips)
@@ -152,9 +144,7 @@ def test_training_pixels_equal_the_original_steps_in_opencv(
     assert least <= flips <= most
 
 
-def test_test_views_equal_the_original_steps_in_opencv(
-    labelled: LabelledDataConfig, labelled_videos: dict[str, bytes]
-) -> None:
+def test_test_views_equal_the_original_steps_in_opencv(labelled, labelled_videos) -> None:
     """20 frames hold starts 0 to 4 of a span of 16: the middles of their halves are 1 and 3."""
     batch = next(labelled_loader.test_batches(labelled, replace(VIEWS, short_side=66)))
     for video, name in zip(batch.pixels, labelled_videos, strict=False):
@@ -203,9 +193,7 @@ def test_single_test_crop_is_the_middle_one_of_three(labelled: LabelledDataConfi
     assert torch.equal(one.pixels, three.pixels[:, 2::3])
 
 
-def test_video_shorter_than_the_clip_is_repeated(
-    labelled: LabelledDataConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_video_shorter_than_the_clip_is_repeated(labelled, caplog) -> None:
     long = replace(labelled, frames=24, stride=1)  # of 20 frames
     video = views(long)[0].pixels[0, 0]
     assert torch.equal(video[:, 20:], video[:, :4]) and not torch.equal(video[:, 20:], video[:, 4:8])
@@ -214,9 +202,7 @@ def test_video_shorter_than_the_clip_is_repeated(
     assert len(caplog.messages) == 2
 
 
-def test_video_as_long_as_the_clip_gives_no_warning(
-    labelled: LabelledDataConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_video_as_long_as_the_clip_gives_no_warning(labelled, caplog) -> None:
     dense = (20, 1), (10, 2)  # the last frame of the latter is the 19th
     exact = [replace(labelled, frames=frames, stride=stride) for frames, stride in dense]
     for config in (*exact, replace(labelled, frames=20, sampling="segments")):
@@ -230,23 +216,13 @@ def damaged(labelled: LabelledDataConfig, labelled_shards: Path, tmp_path: Path)
     """The shards of a split in one tar, in which a video is cut after half of its bytes."""
 
     def build(split: str, broken: int) -> str:
-        out = tmp_path / f"{split}-000000.tar"
-        with tarfile.open(out, "w") as new:
-            for shard in sorted(labelled_shards.glob(f"{split}-*.tar")):
-                with tarfile.open(shard) as old:
-                    for info in old:
-                        file = old.extractfile(info)
-                        if info.name == f"clip-{broken:02d}.mp4":
-                            info.size //= 2
-                        new.addfile(info, file)
-        return str(out)
+        cut = lambda name, data: data[: len(data) // (2 if name == f"clip-{broken:02d}.mp4" else 1)]  # noqa: E731
+        return repacked(labelled_shards.glob(f"{split}-*.tar"), tmp_path / f"{split}-000000.tar", cut)
 
     return build
 
 
-def test_bad_training_video_is_replaced_and_listed(
-    labelled: LabelledDataConfig, damaged: Callable, tmp_path: Path
-) -> None:
+def test_bad_training_video_is_replaced_and_listed(labelled, damaged, tmp_path) -> None:
     config = replace(labelled, train=damaged("train", 4))
     whole = take(config, 12, folder=tmp_path)
     events = [json.loads(line) for line in (tmp_path / LEDGER).read_text().splitlines()]
@@ -257,9 +233,7 @@ def test_bad_training_video_is_replaced_and_listed(
     assert_same(take(config, 6, start_step=1), whole[6:])
 
 
-def test_bad_validation_video_is_left_out_and_listed(
-    labelled: LabelledDataConfig, damaged: Callable, tmp_path: Path
-) -> None:
+def test_bad_validation_video_is_left_out_and_listed(labelled, damaged, tmp_path) -> None:
     found = views(replace(labelled, val=damaged("val", 4)), folder=tmp_path)
     events = [json.loads(line) for line in (tmp_path / LEDGER).read_text().splitlines()]
     assert [event["key"] for event in events] == ["clip-04"] and events[0]["stream"] == "test"
@@ -267,9 +241,7 @@ def test_bad_validation_video_is_left_out_and_listed(
     assert found[2].labels.tolist() == [-1, (2 + 5) % 3] and found[2].keys[0] == ""
 
 
-def test_validation_video_that_timed_out_is_tried_again(
-    labelled: LabelledDataConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_video_that_timed_out_is_tried_again(labelled, monkeypatch) -> None:
     real, asked = DecodePool.clips, []
 
     def first_takes_long(self: DecodePool, *arguments, **named):
@@ -302,9 +274,7 @@ def test_abandoned_test_batches_end_their_processes(labelled: LabelledDataConfig
     assert threading.active_count() == before
 
 
-def test_labelled_fingerprint_depends_on_labels(
-    labelled: LabelledDataConfig, pack_labelled: Callable, tmp_path: Path
-) -> None:
+def test_labelled_fingerprint_depends_on_labels(labelled, pack_labelled, tmp_path) -> None:
     others = pack_labelled(tmp_path, "train", ["run", "sit", "walk", "walk"] + ["sit"] * 7)
     prints = set()
     for train in (labelled.train, labelled.train, others):
@@ -328,9 +298,7 @@ def test_labelled_fingerprint_depends_on_labels(
         ({"decoder": "gpu"}, "data.decoder=gpu"),
     ],
 )
-def test_labelled_data_mistakes_are_named_before_reading(
-    labelled: LabelledDataConfig, changes: dict, message: str
-) -> None:
+def test_labelled_data_mistakes_are_named_before_reading(labelled, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         LabelledLoader(replace(labelled, **changes), TRAIN)
 

@@ -48,9 +48,7 @@ def tar(labelled_shards: Path, tmp_path: Path) -> Callable[[set[str]], str]:
 
 
 @pytest.mark.parametrize("field", ["train", "val"])
-def test_finetuning_on_undecodable_videos_does_not_start(
-    labelled: LabelledDataConfig, tar: Callable, field: str
-) -> None:
+def test_finetuning_on_undecodable_videos_does_not_start(labelled, tar: Callable, field: str) -> None:
     with pytest.raises(UserError, match=rf"^data\.{field}: {DAMAGE}"):
         LabelledLoader(replace(labelled, **{field: tar(set())}), TRAIN)
 
@@ -62,9 +60,7 @@ def test_one_decodable_video_is_enough_to_start(labelled: LabelledDataConfig, ta
 
 
 @pytest.mark.parametrize("field", ["train", "val"])
-def test_online_probe_on_undecodable_videos_does_not_start(
-    labelled: LabelledDataConfig, tar: Callable, field: str
-) -> None:
+def test_online_probe_on_undecodable_videos_does_not_start(labelled, tar: Callable, field: str) -> None:
     data = DataConfig(frames=8, stride=2, size=64, token_size=32, short_side=(72, 80), workers=1, threads=1)
     probe = replace(OnlineProbeConfig(2, labelled.train, labelled.val), **{field: tar(set())})
     config = Config("test", data=data, train=TrainConfig(steps=5, micro_clips=2), probe=probe)
@@ -72,9 +68,7 @@ def test_online_probe_on_undecodable_videos_does_not_start(
         on_ranks(1, lambda ranks: OnlineProbe(config, 8, ranks, config.train.steps))
 
 
-def test_probe_on_undecodable_videos_does_not_start(
-    labelled: LabelledDataConfig, tar: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_probe_on_undecodable_videos_does_not_start(labelled, tar: Callable, tmp_path, monkeypatch) -> None:
     """Nor does it make a folder; its test set would be opened after all features of the training set."""
     monkeypatch.setattr(probing, "joined_to_measure", lambda: nullcontext(Ranks(0, 1, torch.device("cpu"))))
     monkeypatch.setattr(probing, "load_encoder", lambda config, ranks: None)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from bevt_ds.errors import UserError
 from bevt_ds.eval import probe_run as probing
 from bevt_ds.model.presets import create_model
 from bevt_ds.probe import main, starting_point
-from tests.downstream.worlds import on_ranks
+from tests.downstream.worlds import main_on_ranks
 
 SIZE = ["data.size=64", "views.short_side=72", "views.micro_videos=2", "probe.least_steps=10", "probe.batch=4"]
 
@@ -38,23 +36,16 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-def probed(run: Path, shards: Path, world: int, monkeypatch, *more: str, val: str = "val") -> None:
+def probed(run: Path, shards: Path, world: int, *more: str, val: str = "val") -> None:
     """The program on so many ranks of this process, tested on the split `val`."""
-
-    def on_rank(ranks):
-        mine.ranks = ranks
-        splits = [f"data.train={shards}/train-*.tar", f"data.val={shards}/{val}-*.tar"]
-        assert main([f"weights={run}", *splits, *SIZE, *more]) == 0
-
-    mine = threading.local()
-    monkeypatch.setattr(probing, "joined_to_measure", lambda: nullcontext(mine.ranks))
-    on_ranks(world, on_rank)
+    splits = [f"data.train={shards}/train-*.tar", f"data.val={shards}/{val}-*.tar"]
+    main_on_ranks(world, probing, main, [f"weights={run}", *splits, *SIZE, *more])
 
 
 @pytest.mark.parametrize("kind", ["attentive", "linear", "knn"])
-def test_probe_command_on_ranks_differs_by_rounding_only(tmp_path, run, labelled_shards, monkeypatch, kind):
+def test_probe_command_on_ranks_differs_by_rounding_only(tmp_path, run, labelled_shards, kind):
     for world in (1, 2):
-        probed(run, labelled_shards, world, monkeypatch, f"probe.kind={kind}", f"output_dir={tmp_path}/{world}")
+        probed(run, labelled_shards, world, f"probe.kind={kind}", f"output_dir={tmp_path}/{world}")
     alone, both = (pyarrow.parquet.read_table(tmp_path / name / "predictions.parquet") for name in "12")
     assert alone["key"].equals(both["key"])
     one, two = (np.array(table["probabilities"].to_pylist()) for table in (alone, both))
@@ -64,9 +55,9 @@ def test_probe_command_on_ranks_differs_by_rounding_only(tmp_path, run, labelled
     assert (values["videos"], values["training_videos"], values["config"]["probe"]["kind"]) == (7, 11, kind)
 
 
-def test_knn_probe_of_the_training_set_is_perfect(tmp_path, run, labelled_shards, monkeypatch):
+def test_knn_probe_of_the_training_set_is_perfect(tmp_path, run, labelled_shards):
     arguments = ["probe.kind=knn", "probe.k=1", f"output_dir={tmp_path}"]
-    probed(run, labelled_shards, 1, monkeypatch, *arguments, val="train")
+    probed(run, labelled_shards, 1, *arguments, val="train")
     assert json.loads((tmp_path / "scores.json").read_text())["top1"] == 1
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -63,3 +66,16 @@ def on_ranks(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
     ranks = [ThreadRanks(rank, world, torch.device("cpu"), meeting) for rank in range(world)]
     with ThreadPoolExecutor(world) as threads:
         return list(threads.map(work, ranks))
+
+
+def main_on_ranks(world: int, joining: ModuleType, main: Callable[[list[str]], int], words: list[str]) -> None:
+    """A measuring program on so many ranks of this process; `joining` is the module in which it joins them."""
+    mine = threading.local()
+
+    def on_rank(ranks: Ranks) -> None:
+        mine.ranks = ranks
+        assert main(words) == 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joining, "joined_to_measure", lambda: nullcontext(mine.ranks))
+        on_ranks(world, on_rank)
