@@ -138,5 +138,5 @@ def released() -> Iterator[threading.Event]:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> ShardCache:
-    """An empty cache that waits for half a second."""
-    return ShardCache(tmp_path / "cache", 1 << 30, seconds=0.5, first_pause=0.01)
+    """An empty cache that waits for a second."""
+    return ShardCache(tmp_path / "cache", 1 << 30, seconds=1.0, first_pause=0.01)

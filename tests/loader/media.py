@@ -6,7 +6,7 @@ import io
 import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import av
 import numpy as np
 from nvidia.dali import fn, pipeline_def
+from PIL import Image
 from torch import Tensor
 
 from bevt_ds.data.decoding.geometry import Crop
@@ -37,21 +38,51 @@ def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return list(threads.map(work, items))
 
 
-def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
-    """A tar by Python's own tarfile: not the writer that the package uses."""
+def write_tar(
+    path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT, special: Iterable[tarfile.TarInfo] = ()
+) -> Path:
+    """A tar by Python's own tarfile: not the writer that the package uses. special: members behind those."""
     with tarfile.open(path, "w", format=format) as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+        for info in special:
+            tar.addfile(info)
     return path
 
 
-def special_member(name: str, kind: bytes) -> tarfile.TarInfo:
+def repacked(tars: Iterable[Path], out: Path, change: Callable[[str, bytes], bytes]) -> str:
+    """A tar of all members of others, in order of their names; change: what becomes of a member's name and data."""
+    members: dict[str, bytes] = {}
+    for path in sorted(tars):
+        with tarfile.open(path) as tar:
+            members |= {info.name: change(info.name, tar.extractfile(info).read()) for info in tar}
+    return str(write_tar(out, members))
+
+
+def special_member(name: str, kind: bytes, to: str = "/etc/passwd") -> tarfile.TarInfo:
     """A member that is no file: a link, a device, a folder."""
     info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, "/etc/passwd"
+    info.type, info.linkname = kind, to
     return info
+
+
+def encoded(pixels: np.ndarray, encoding: str, orientation: int | None = None) -> bytes:
+    """An image file, with an EXIF orientation."""
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, encoding, exif=exif)
+    return buffer.getvalue()
+
+
+def deep_jpeg() -> bytes:
+    """Of 12 bits a level, which DALI does not decode."""
+    data = encoded(noise(20, 30), "JPEG")
+    frame = data.index(b"\xff\xc0")
+    return data[: frame + 4] + b"\x0c" + data[frame + 5 :]
 
 
 def noise(*shape: int, seed: int = 0, softness: float = 30.0) -> np.ndarray:

@@ -152,9 +152,7 @@ def test_bad_sample_limits(good: int, bad: int, fraction: float, stops: bool) ->
 
 
 @pytest.mark.parametrize(("clips_per_video", "videos"), [(1, 2), (2, 1)])
-def test_ranks_share_counts_of_good_and_bad_samples(
-    with_data: Callable[..., Config], clips_per_video: int, videos: int
-) -> None:
+def test_ranks_share_counts_of_good_and_bad_samples(with_data, clips_per_video: int, videos: int) -> None:
     """No limit, stall, loss or failure; good and bad videos, then images, up to the micro-batch that is handed out."""
     told = []
     ranks = SimpleNamespace(rank=0, world=1, sum_counts=lambda n: told.append(n) or n)

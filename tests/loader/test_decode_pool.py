@@ -85,9 +85,7 @@ def test_decode_worker_imports_neither_torch_nor_dali() -> None:
     assert json.loads(output) == []
 
 
-def test_killed_worker_is_replaced_and_its_sample_decoded_again(
-    pool: DecodePool, member: Load, expected: np.ndarray
-) -> None:
+def test_killed_worker_is_replaced_and_its_sample_decoded_again(pool, member, expected) -> None:
     first = set(pool.pids)
     for pid in first:
         os.kill(pid, signal.SIGKILL)
@@ -110,9 +108,7 @@ def test_worker_killed_during_a_sample_is_replaced(member: Load, expected: np.nd
         pool.close()
 
 
-def test_sample_of_a_hanging_worker_goes_to_a_new_one_d19(
-    pool: DecodePool, member: Load, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sample_of_a_hanging_worker_goes_to_a_new_one_d19(pool, member, expected, monkeypatch) -> None:
     """D19: also where the others hang too. The first attempt has 0.3 s, a process that starts has more."""
     at_once(pool, member, 8)  # both have started
     stuck, real = set(pool.pids), pool._replaced
@@ -144,9 +140,7 @@ def test_sample_that_always_hangs_is_bad_after_two_deadlines(member: Load, monke
     pool.close()
 
 
-def test_worker_over_its_memory_limit_is_replaced_d23(
-    pool: DecodePool, member: Load, expected: np.ndarray, monkeypatch
-) -> None:
+def test_worker_over_its_memory_limit_is_replaced_d23(pool, member, expected, monkeypatch) -> None:
     """D23: its answer still counts; the next sample gets a fresh process. Below the bound no one is replaced."""
     first = set(pool.pids)
     with pool.clips(member(), *CLIP) as decoded:

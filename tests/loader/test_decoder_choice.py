@@ -88,9 +88,7 @@ def test_decoder_measurement_ignores_the_first_batch(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("changed", ["workers", "threads", "frames", "stride", "size", "clips_per_video"])
-def test_decoder_is_measured_again_for_other_data_settings(
-    config: Config, monkeypatch: pytest.MonkeyPatch, changed: str
-) -> None:
+def test_decoder_is_measured_again_for_other_data_settings(config, monkeypatch, changed: str) -> None:
     asked = []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(open_stream, "choose", lambda candidates, facts, folder: asked.append(facts) or "gpu")
@@ -131,14 +129,7 @@ def through_dali(monkeypatch: pytest.MonkeyPatch, decoder: str | None) -> None:
 
 
 @pytest.mark.parametrize("clips_per_video", [1, 2])
-def test_clips_that_dali_cannot_decode_go_to_workers(
-    tmp_path: Path,
-    make: SimpleNamespace,
-    vp9: bytes,
-    config: Config,
-    monkeypatch: pytest.MonkeyPatch,
-    clips_per_video: int,
-) -> None:
+def test_clips_that_dali_cannot_decode_go_to_workers(tmp_path, make, vp9, config, monkeypatch, clips_per_video) -> None:
     """VP9 by DALI, H.264 in 4:4:4 by a worker, in one batch: the same images as by workers alone."""
     other = make.clip(make.noise(12, 72, 96, seed=1), "mp4", "libx264", pixel_format="yuv444p")
     tar = make.tar(tmp_path / "s.tar", {"a.webm": vp9, "b.mp4": other, "c.webm": vp9, "d.mp4": other})
@@ -157,9 +148,7 @@ def test_clips_that_dali_cannot_decode_go_to_workers(
         assert torch.equal(a.video.pixels, b.video.pixels)
 
 
-def test_video_that_fails_in_dali_is_decoded_by_a_worker(
-    tmp_path: Path, make: SimpleNamespace, vp9: bytes, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_video_that_fails_in_dali_is_decoded_by_a_worker(tmp_path, make, vp9: bytes, config, monkeypatch) -> None:
     """With the rest of its batch: no sample is lost to what a GPU cannot decode, and nothing is rebuilt."""
     tar = make.tar(tmp_path / "s.tar", {f"{i}.webm": vp9 for i in range(4)})
     train = replace(config.train, global_images=0, micro_images=0)
@@ -206,9 +195,7 @@ def test_decoder_auto_measures_videos_on_a_gpu_only(with_data: Callable[..., Con
     assert [chosen(with_data(decoder=name)) for name in ("gpu", "cpu")] == ["gpu", "cpu"]
 
 
-def test_decoder_auto_measures_nvdec_and_the_split_where_their_library_is(
-    with_data: Callable[..., Config], chosen: Callable
-) -> None:
+def test_decoder_auto_measures_nvdec_and_the_split_where_their_library_is(with_data, chosen) -> None:
     """They are asked for by installing it; what was measured without it is not taken for an answer."""
     candidates, facts = chosen(with_data(), shared=SimpleNamespace(gpu="a decoder"))
     assert candidates == ("gpu", "cpu", "nvdec", "split") and facts != chosen(with_data())[1]
@@ -218,9 +205,7 @@ def test_decoder_auto_measures_nvdec_and_the_split_where_their_library_is(
 
 
 @pytest.mark.parametrize("name", ["nvdec", "split"])
-def test_nvdec_needs_a_gpu_and_its_library(
-    with_data: Callable[..., Config], chosen: Callable, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_nvdec_needs_a_gpu_and_its_library(with_data, chosen, monkeypatch, name: str) -> None:
     with pytest.raises(UserError, match=f"data.decoder={name} needs a CUDA device"):
         chosen(with_data(decoder=name), device="cpu")
     monkeypatch.setattr(nvdec, "_LIBRARY", "no_such_library")

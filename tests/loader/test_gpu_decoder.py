@@ -48,9 +48,7 @@ def videos(make: SimpleNamespace) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("stride", [1, 3])
-def test_gpu_frames_are_the_workers_by_number_and_bit_for_bit(
-    pool: DecodePool, videos: dict[str, bytes], stride: int
-) -> None:
+def test_gpu_frames_are_the_workers_by_number_and_bit_for_bit(pool, videos, stride: int) -> None:
     gpu, stretches = FakeGpu(), 0
     decoder = GpuDecoder(pool, gpu, sessions=2)
     for name, data in videos.items():
@@ -133,9 +131,7 @@ def test_failing_session_is_closed_and_the_next_clip_gets_another(pool: DecodePo
     assert (len(gpu.opened), gpu.closed) == (2, 1)
 
 
-def test_codec_whose_frames_are_not_a_workers_is_refused_from_then_on(
-    pool: DecodePool, videos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codec_whose_frames_are_not_a_workers_is_refused_from_then_on(pool, videos, monkeypatch) -> None:
     monkeypatch.setattr(gpu_decoder, "rgb_of_nv12", lambda frames, full: 255 - rgb_of_nv12(frames, full))
     gpu = FakeGpu()
     decoder = GpuDecoder(pool, gpu, sessions=1)

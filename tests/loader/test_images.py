@@ -19,6 +19,7 @@ from bevt_ds.data.decoding.images import decode_image, describe_image, turn_of
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.shards.check import check, survey
 from bevt_ds.shards.pack import pack
+from tests.loader.media import deep_jpeg, encoded
 
 LIMITS = Limits()
 ROTATIONS = {1: 0, 2: 0, 3: 180, 4: 180, 5: 270, 6: 90, 7: 90, 8: 270}
@@ -30,24 +31,13 @@ def decoder() -> ImageDecoder:
     return ImageDecoder()
 
 
-def encoded(pixels: np.ndarray, encoding: str, orientation: int | None = None) -> bytes:
-    exif = Image.Exif()
-    if orientation is not None:
-        exif[0x112] = orientation
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, encoding, exif=exif)
-    return buffer.getvalue()
-
-
 def segment(marker: int, content: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
 
 
 @pytest.mark.parametrize("encoding", ["JPEG", "PNG"])
 @pytest.mark.parametrize("orientation", [None, *range(10)])
-def test_exif_orientation_is_read_as_dali_reads_it(
-    make: SimpleNamespace, decoder: ImageDecoder, encoding: str, orientation: int | None
-) -> None:
+def test_exif_orientation_is_read_as_dali_reads_it(make, decoder, encoding: str, orientation: int | None) -> None:
     data = encoded(make.noise(32, 48), encoding, orientation)
     stored = decoder.decode(encoded(make.noise(32, 48), encoding))
     turn = turn_of(data)
@@ -101,8 +91,7 @@ def test_images_that_dali_decodes_pass_the_check(tmp_path: Path, make: SimpleNam
 
 def test_images_that_dali_cannot_decode_fail_the_check(tmp_path: Path, make: SimpleNamespace) -> None:
     good = encoded(make.noise(32, 48), "JPEG")
-    frame = good.index(b"\xff\xc0")
-    deep = good[: frame + 4] + b"\x0c" + good[frame + 5 :]  # 12 bits a level
+    deep = deep_jpeg()
     tar = make.tar(tmp_path / "s.tar", {"a.jpg": deep, "b.jpg": good, "c.jpg": deep, "d.jpg": good})
     report = check([str(tar)], jobs=1)
     assert [finding["key"] for finding in report.findings] == ["a", "c"]

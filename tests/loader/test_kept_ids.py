@@ -212,9 +212,7 @@ def test_sample_that_cannot_be_read_has_no_ids_and_is_replaced(faulty: Config, t
     assert "has no ids of it" in json.loads((tmp_path / LEDGER).read_text().splitlines()[0])["reason"]
 
 
-def test_file_is_not_written_where_a_sample_may_be_read_later(
-    kept: Config, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_file_is_not_written_where_a_sample_may_be_read_later(kept, tmp_path, monkeypatch, capsys) -> None:
     real, seen = Storage.read, []
 
     def late(self, member):
@@ -235,9 +233,7 @@ def test_file_is_not_written_where_a_sample_may_be_read_later(
     assert contents(tmp_path) == images
 
 
-def test_sample_that_fails_the_decoder_each_time_is_written_as_unreadable(
-    kept: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_sample_that_fails_the_decoder_each_time_is_written_as_unreadable(kept, tmp_path, monkeypatch, capsys) -> None:
     real = DecodePool.clips
     clip = take(kept, 1)[0].video.keys[0].rpartition("/")[2]
     monkeypatch.setattr(Storage, "read", tagged := with_key(Storage.read))

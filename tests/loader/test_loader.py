@@ -27,13 +27,12 @@ from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import LEDGER, Loader, OneRank, eval_batches
 from bevt_ds.data.plan import StreamId
 from bevt_ds.data.reading.index import load_shard
-from bevt_ds.data.reading.members import Member
+from bevt_ds.data.reading.members import Member, split_name
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.errors import UserError
 from bevt_ds.train.loop import report_bad
 from tests.batches import assert_same
-
-MEMBER = Callable[..., Config]
+from tests.loader.media import repacked
 
 
 def take(config: Config, batches: int, **arguments) -> list[Batch]:
@@ -85,9 +84,7 @@ def test_token_view_and_pixels_show_the_same_crop(batches: list[Batch]) -> None:
 
 
 @pytest.mark.parametrize("resumed_at", [1, 2])
-def test_loader_started_at_a_later_step_gives_the_same_batches(
-    config: Config, batches: list[Batch], resumed_at: int
-) -> None:
+def test_loader_started_at_a_later_step_gives_the_same_batches(config, batches, resumed_at: int) -> None:
     later = take(config, 6 - 2 * resumed_at, start_step=resumed_at)
     assert_same(later, batches[2 * resumed_at :])
 
@@ -132,13 +129,6 @@ def test_no_held_out_shards_give_no_batches(with_data: Callable) -> None:
     assert list(eval_batches(with_data(eval_videos="", eval_images=""))) == []
 
 
-def test_loader_measures_wait_seconds(config: Config) -> None:
-    with Loader(config) as loader:
-        next(loader)
-        assert loader.wait_seconds() > 0
-        assert loader.wait_seconds() == 0
-
-
 def test_closing_the_loader_ends_threads_and_processes(config: Config, is_alive: Callable[[int], bool]) -> None:
     loader = Loader(config)
     next(loader)
@@ -149,9 +139,7 @@ def test_closing_the_loader_ends_threads_and_processes(config: Config, is_alive:
     assert not loader._thread.is_alive()
 
 
-def test_fingerprint_depends_on_data_not_on_paths(
-    config: Config, with_data: Callable, shards: Path, tmp_path: Path
-) -> None:
+def test_fingerprint_depends_on_data_not_on_paths(config, with_data, shards, tmp_path) -> None:
     for shard in shards.glob("*.tar"):
         shutil.copy(shard, tmp_path / shard.name)
     moved = with_data(videos=f"{tmp_path}/video-*.tar", images=f"{tmp_path}/image-*.tar")
@@ -174,24 +162,11 @@ def damaged(shards: Path, tmp_path: Path, with_data: Callable) -> Callable[..., 
     """Shards in which some samples are broken before they are indexed, so that only decoding can tell."""
 
     def build(broken: dict[str, Callable[[bytes], bytes]], kind: str = "image") -> Config:
-        import tarfile
+        def change(name: str, data: bytes) -> bytes:
+            key, extension = split_name(name)
+            return broken[key](data) if key in broken and extension != "json" else data
 
-        from bevt_ds.data.reading.members import split_name
-
-        out = tmp_path / f"{kind}-000000.tar"
-        with tarfile.open(out, "w") as new:
-            for shard in sorted(shards.glob(f"{kind}-*.tar")):
-                with tarfile.open(shard) as old:
-                    for info in old:
-                        data = old.extractfile(info).read()
-                        key, extension = split_name(info.name)
-                        if key in broken and extension != "json":
-                            data = broken[key](data)
-                        info.size = len(data)
-                        import io
-
-                        new.addfile(info, io.BytesIO(data))
-        return with_data(**{f"{kind}s": str(out)})
+        return with_data(**{f"{kind}s": repacked(shards.glob(f"{kind}-*.tar"), tmp_path / f"{kind}-0.tar", change)})
 
     return build
 

@@ -158,9 +158,7 @@ def test_pack_writes_an_index_for_each_tar(source: Path, tmp_path: Path, monkeyp
     assert shards[1] == load_shard(str(moved / packed.shards[1].name), fresh=True)
 
 
-def test_pack_overwrites_nothing_and_leaves_no_partial_shard(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pack_overwrites_nothing_and_leaves_no_partial_shard(source, tmp_path, monkeypatch) -> None:
     pack(source, tmp_path / "out", "image", "train")
     with pytest.raises(UserError, match="train-000000.tar exists"):
         pack(source, tmp_path / "out", "image", "train", shard_samples=1)
@@ -329,9 +327,7 @@ def test_ctrl_c_of_shards_command_is_one_line(source: Path, tmp_path: Path, monk
         ["-m", "bevt_ds.pretrain", "--help"],
     ],
 )
-def test_closed_stdout_of_shards_command_is_no_traceback(
-    tmp_path: Path, make: SimpleNamespace, words: list[str], with_errors: bool
-) -> None:
+def test_closed_stdout_of_shards_command_is_no_traceback(tmp_path, make, words: list[str], with_errors: bool) -> None:
     """What `| head` and `2>&1 | head` do."""
     tar = str(make.tar(tmp_path / "s.tar", {"a.mp4": b""}))
     reader, writer = os.pipe()

@@ -17,7 +17,7 @@ from bevt_ds.data.decoding.images import check_image
 from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.pixels.pipeline import LUMA, PixelPipeline, jitter_matrix, lanczos4_taps
 from bevt_ds.data.plan import PlanEntry
-from tests.loader.media import images_of
+from tests.loader.media import encoded, images_of
 
 S, V = 96, 48
 ROUNDING = 1e-3  # levels: single precision through normalising and back
@@ -106,9 +106,7 @@ def test_token_view_taps_are_symmetric_and_sum_to_one() -> None:
 
 
 @pytest.mark.parametrize("jitter", [(1.3, 0.7, 1.4), (0.6, 1.4, 0.6), (1.4, 1.4, 1.4), (1.0, 1.0, 1.0)])
-def test_dali_colour_jitter_equals_double_precision(
-    image: PixelPipeline, make: SimpleNamespace, entry: Callable, jitter: tuple
-) -> None:
+def test_dali_colour_jitter_equals_double_precision(image: PixelPipeline, make, entry, jitter: tuple) -> None:
     """Three factors in sequence in double precision, clipped once; the mean luma is the whole image's."""
     drawn = make.noise(120, 150)
     pixels, _ = images_of(image, [encode(drawn)], [entry(short_side=120, crop=(0.3, 0.7), jitter=jitter)])
@@ -130,9 +128,7 @@ def test_dali_without_jitter_is_the_identity() -> None:
 
 
 @pytest.mark.parametrize(("mode", "suffix"), [("L", "PNG"), ("RGBA", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG")])
-def test_grey_cmyk_and_alpha_images_become_rgb(
-    image: PixelPipeline, make: SimpleNamespace, entry, mode, suffix
-) -> None:
+def test_grey_cmyk_and_alpha_images_become_rgb(image: PixelPipeline, make, entry, mode, suffix) -> None:
     buffer = io.BytesIO()
     Image.fromarray(make.noise(110, 130)).convert(mode).save(buffer, suffix)
     pixels, view = images_of(image, [buffer.getvalue()], [entry(short_side=100)])
@@ -210,11 +206,8 @@ def test_progressive_jpeg_passes() -> None:
 
 def test_dali_applies_exif_orientation(image: PixelPipeline, make: SimpleNamespace, entry: Callable) -> None:
     """Orientation 6, a quarter turn, as OpenCV's reader applies it too."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    Image.fromarray(make.noise(110, 130)).save(buffer, "JPEG", quality=95, exif=exif)
-    upright = cv2.imdecode(np.frombuffer(buffer.getvalue(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    jpeg = encoded(make.noise(110, 130), "JPEG", 6)
+    upright = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     assert upright.shape == (130, 110, 3)
-    pixels, _ = images_of(image, [buffer.getvalue()], [entry(short_side=110)])
+    pixels, _ = images_of(image, [jpeg], [entry(short_side=110)])
     assert np.abs(levels(pixels[0]) - opencv_crop(upright, entry(short_side=110))).mean() < 0.5

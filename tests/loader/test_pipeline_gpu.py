@@ -20,8 +20,7 @@ from bevt_ds.data.limits import BadSample, Limits
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.shards.synthetic.draw_worker import encode_jpeg, encode_mp4
-from tests.loader.media import decode_clip, images_of, numbers_of, pooled_clips, shades
-from tests.loader.test_fault_reference import deep_jpeg
+from tests.loader.media import decode_clip, deep_jpeg, images_of, numbers_of, pooled_clips, shades
 
 S, V = 96, 48
 LEVEL = 2 / 255  # what decoders of one file may differ by on average

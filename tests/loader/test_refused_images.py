@@ -20,8 +20,8 @@ from bevt_ds.data.graph_stream import MOST_REFUSALS
 from bevt_ds.data.limits import BadSample
 from bevt_ds.data.loader import Loader
 from bevt_ds.data.pixels.pipeline import PixelPipeline
-from tests.loader.media import noise, write_tar
-from tests.loader.test_fault_reference import deep_jpeg
+from tests.loader import media
+from tests.loader.media import deep_jpeg, noise, write_tar
 
 
 def encoded(mode: str, kind: str, **options: object) -> bytes:
@@ -30,12 +30,6 @@ def encoded(mode: str, kind: str, **options: object) -> bytes:
         image = Image.fromarray(np.arange(8000, dtype=np.uint16).reshape(80, 100))
     image.convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def turned() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return encoded("RGB", "JPEG", exif=exif)
 
 
 def cut() -> bytes:
@@ -48,7 +42,7 @@ ODD = {
     "cmyk.jpg": encoded("CMYK", "JPEG"),
     "grey.jpg": encoded("L", "JPEG"),
     "progressive.jpg": encoded("RGB", "JPEG", progressive=True),
-    "turned.jpg": turned(),
+    "turned.jpg": media.encoded(noise(80, 100, softness=8.0), "JPEG", 6),
     "cut.jpg": cut(),
     "sixteen.png": encoded("I;16", "PNG"),
     "palette.png": encoded("P", "PNG"),
@@ -101,9 +95,7 @@ def require_equal(batches: list[Batch], expected: list[Batch]) -> None:
         assert torch.equal(a.image.pixels, b.image.pixels) and torch.equal(a.image.view, b.image.view)
 
 
-def test_images_that_a_decoder_refuses_now_and_then_are_the_cpus(
-    images: Callable, refuse: Callable, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_images_that_a_decoder_refuses_now_and_then_are_the_cpus(images: Callable, refuse: Callable, caplog) -> None:
     """Colours, depths, turns and a cut: none is lost, and all have the pixels that they have in an accepted batch."""
     config = images(ODD)
     expected, bad = read(config, 12)
@@ -116,9 +108,7 @@ def test_images_that_a_decoder_refuses_now_and_then_are_the_cpus(
     assert set(said) == {"DALI's decoder of images refuses a batch that the CPU decodes: nvJPEG says no"}
 
 
-def test_decoder_that_refuses_all_images_gets_no_more(
-    images: Callable, refuse: Callable, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_decoder_that_refuses_all_images_gets_no_more(images: Callable, refuse: Callable, caplog) -> None:
     config = images(ODD)
     expected, _ = read(config, MOST_REFUSALS + 6)
     asked, _ = refuse(lambda number: True)

@@ -50,9 +50,7 @@ def test_fetch_survives_stalls_cuts_and_http_errors_d24(server: Server, cache: S
     ("faults", "requests", "message"),
     [(["404"], 1, "HTTP 404"), (["403"], 1, "HTTP 403"), (["500"] * 5, 5, "HTTP 500"), (["cut"] * 5, 5, "cut after")],
 )
-def test_fetch_reports_http_refusal(
-    server: Server, cache: ShardCache, faults: list, requests: int, message: str
-) -> None:
+def test_fetch_reports_http_refusal(server, cache, faults: list, requests: int, message: str) -> None:
     server.faults = list(faults)
     with pytest.raises(RemoteError, match=f"{NAME}: .*{message}"):
         cache.local(server.url(NAME))

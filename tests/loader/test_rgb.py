@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import av
 import numpy as np
 import pytest
@@ -28,9 +26,7 @@ def by_worker(frame: av.VideoFrame) -> np.ndarray:
 
 @pytest.mark.parametrize(("codec", "shape"), CASES)
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuvj420p"])
-def test_rgb_equals_the_workers_bit_for_bit(
-    make: SimpleNamespace, codec: str, pixel_format: str, shape: tuple, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rgb_equals_the_workers_bit_for_bit(make, codec: str, pixel_format: str, shape: tuple, monkeypatch) -> None:
     """Colours that change from pixel to pixel; wild levels, which no RGB has; a few frames at a time."""
     rng, options = np.random.default_rng(1), {"x265-params": "log-level=none"} if codec == "libx265" else {}
     images = rng.choice(np.array([0, 255], np.uint8), (4, *shape, 3))

@@ -68,9 +68,7 @@ def test_cache_smaller_than_its_shards_still_reads_every_sample(server: Server, 
 
 
 @pytest.mark.parametrize("times", [1, 1000])
-def test_copy_evicted_before_it_is_opened_is_fetched_again(
-    server: Server, cache: ShardCache, monkeypatch, times: int
-) -> None:
+def test_copy_evicted_before_it_is_opened_is_fetched_again(server, cache, monkeypatch, times: int) -> None:
     """By another process, whose shards need the room: it is fetched again, a few times."""
     real, left = ShardCache.local, iter(range(times))
 
@@ -106,9 +104,7 @@ def small_disk(monkeypatch: pytest.MonkeyPatch, cache: ShardCache) -> Callable[[
     return lambda size: room.__setitem__(0, size)
 
 
-def test_full_disk_evicts_other_shards(
-    server: Server, cache: ShardCache, small_disk: Callable[[int], None], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_full_disk_evicts_other_shards(server, cache, small_disk, caplog) -> None:
     names = ["video-000000.tar", "video-000001.tar", "image-000000.tar"]
     sizes = [len(server.files[name]) for name in names]
     small_disk(max(sizes[0] + sizes[1], sizes[1] + sizes[2]))
@@ -198,9 +194,7 @@ def test_symlink_in_the_cache_is_not_followed(server: Server, cache: ShardCache,
 
 
 @pytest.mark.parametrize("same_size", [False, True])
-def test_remote_shard_replaced_between_runs_stops_then_reindexes(
-    server: Server, tmp_path: Path, make, same_size: bool
-) -> None:
+def test_remote_shard_replaced_between_runs_stops_then_reindexes(server, tmp_path, make, same_size: bool) -> None:
     """Found when it is fetched: the run stops, since its plan is of the old one; the next start indexes the new."""
     url, name = server.url("s.tar"), "s.tar"
     server.files[name] = make.tar(tmp_path / name, {"a.jpg": b"old", "b.jpg": b"old"}).read_bytes()

@@ -6,7 +6,6 @@ import bz2
 import errno
 import gzip
 import io
-import json
 import lzma
 import os
 import tarfile
@@ -29,7 +28,7 @@ from bevt_ds.data.reading.shards import expand, has_wildcard
 from bevt_ds.data.reading.storage import Storage
 from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
-from tests.loader.media import load_shards, special_member
+from tests.loader.media import load_shards
 
 
 @pytest.fixture
@@ -92,9 +91,7 @@ ODD_NAMES += [
         ("e{1,2}/{x,y?}.tar", ["e{1,2}/x", "e{1,2}/y?"], False),
     ],
 )
-def test_existing_name_is_not_a_pattern(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, names: list[str], is_glob: bool
-) -> None:
+def test_existing_name_is_not_a_pattern(tmp_path, monkeypatch, pattern: str, names: list[str], is_glob: bool) -> None:
     for name in ODD_NAMES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -167,37 +164,7 @@ def test_members_are_read_by_their_offset(tmp_path: Path, make: SimpleNamespace,
     assert shard.only("video").keys == ("3", "x" * 150)
 
 
-def test_only_regular_files_of_a_tar_are_samples(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        for name, kind in [("link.jpg", tarfile.SYMTYPE), ("dev.jpg", tarfile.CHRTYPE), ("d.jpg", tarfile.DIRTYPE)]:
-            tar.addfile(special_member(name, kind))
-        info = tarfile.TarInfo("real.jpg")
-        info.size = 4
-        tar.addfile(info, io.BytesIO(b"data"))
-    assert load_shard(str(tmp_path / "s.tar")).keys == ("real",)
-
-
-def test_index_is_kept_and_used_again(tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    tar = make.tar(tmp_path / "s.tar", MEMBERS)
-    shard = load_shard(str(tar))
-    assert Path(f"{tar}{SUFFIX}").exists()
-    monkeypatch.setattr(index_module, "scan", lambda *_: pytest.fail("scanned again"))
-    assert load_shard(str(tar)) == shard
-
-
-def test_rewritten_tar_is_indexed_again(tmp_path: Path, make: SimpleNamespace) -> None:
-    tar = make.tar(tmp_path / "s.tar", {"a.jpg": b"1111"})
-    old = load_shard(str(tar)).member(0)
-    make.tar(tar, {"b.jpg": b"2222"})
-    os.utime(tar, (1, 1))
-    assert load_shard(str(tar)).keys == ("b",)
-    with pytest.raises(BadSample, match="rewritten"):
-        read_member(old)
-
-
-def test_tar_that_is_being_written_is_not_indexed(
-    tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tar_that_is_being_written_is_not_indexed(tmp_path, make, monkeypatch) -> None:
     """Its index would be of a part, with the size of the whole."""
     tar = make.tar(tmp_path / "s.tar", MEMBERS)
 
@@ -221,19 +188,6 @@ def test_damaged_index_is_made_again(tmp_path: Path, make: SimpleNamespace, dama
     assert load_shard(str(tar)) == shard
 
 
-@pytest.mark.parametrize(("column", "value"), [("offsets", [1 << 40] * 4), ("sizes", [-1] * 4), ("keys", ["a"])])
-def test_index_with_offsets_outside_the_tar_is_made_again(
-    tmp_path: Path, make: SimpleNamespace, column: str, value: list
-) -> None:
-    tar = make.tar(tmp_path / "s.tar", MEMBERS)
-    shard = load_shard(str(tar))
-    place = Path(f"{tar}{SUFFIX}")
-    stored = json.loads(place.read_text()) | {column: value}
-    del stored["digest"]
-    place.write_text(json.dumps(stored | {"digest": index_module.index_digest(stored)}))
-    assert load_shard(str(tar)) == shard
-
-
 def state(folder: Path) -> dict[Path, tuple[int, int]]:
     """Size and time of a folder and of all that is in it."""
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in (folder, *folder.iterdir())}
@@ -251,9 +205,7 @@ def no_scan(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(index_module, "scan", lambda *_: pytest.fail("scanned again"))
 
 
-def test_loader_keeps_indexes_of_foreign_shards_in_the_cache(
-    tmp_path: Path, make: SimpleNamespace, user_cache: Path, no_scan: Callable[[], None]
-) -> None:
+def test_loader_keeps_indexes_of_foreign_shards_in_the_cache(tmp_path, make, user_cache, no_scan) -> None:
     folder = tmp_path / "foreign"
     folder.mkdir()
     tar = make.tar(folder / "s-000000.tar", MEMBERS)
@@ -267,9 +219,7 @@ def test_loader_keeps_indexes_of_foreign_shards_in_the_cache(
     assert state(folder) == before
 
 
-def test_index_next_to_a_foreign_shard_is_read_and_left_as_it_is(
-    tmp_path: Path, make: SimpleNamespace, user_cache: Path, no_scan: Callable[[], None]
-) -> None:
+def test_index_next_to_a_foreign_shard_is_read_and_left_as_it_is(tmp_path, make, user_cache, no_scan) -> None:
     folder = tmp_path / "foreign"
     folder.mkdir()
     tar = make.tar(folder / "s.tar", MEMBERS)

@@ -33,9 +33,7 @@ def run_stats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return lambda shards: cli.main(["shards", "stats", shards, *words])
 
 
-def test_stats_reports_bad_videos_and_unreadable_shards(
-    run_stats, shards: Path, scenes, make, tmp_path: Path, capsys
-) -> None:
+def test_stats_reports_bad_videos_and_unreadable_shards(run_stats, shards, scenes, make, tmp_path, capsys) -> None:
     """Bad are the first video, a whole shard, and the end of one that was cut; another holds no video."""
     video = encode_mp4(scenes[0])
     make.tar(tmp_path / "a.tar", {"bad.mp4": video[:500], "good.mp4": video})
@@ -109,9 +107,7 @@ def test_check_hashing_has_a_deadline(packed: Path, monkeypatch, released: threa
 
 @pytest.mark.parametrize("verb", ["index", "check", "stats"])
 @pytest.mark.parametrize(("call", "pattern"), [("stat", "a.tar"), ("scandir", "*.tar")])
-def test_check_listing_has_a_deadline(
-    verb: str, call: str, pattern: str, tmp_path: Path, monkeypatch, released: threading.Event, capsys
-) -> None:
+def test_check_listing_has_a_deadline(verb, call: str, pattern: str, tmp_path, monkeypatch, released, capsys) -> None:
     real, folder = getattr(os, call), tmp_path / "dead"
     folder.mkdir()
     monkeypatch.setattr(

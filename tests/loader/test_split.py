@@ -189,9 +189,7 @@ def test_a_slow_lane_is_tried_again_and_may_win(clock: SimpleNamespace) -> None:
     assert lanes[:90].count("gpu") == 0 < lanes[:110].count("gpu") and set(lanes[-50:]) == {"gpu"}
 
 
-def test_a_lane_that_fails_always_is_left_alone_and_says_so_once(
-    clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_lane_that_fails_always_is_left_alone_and_says_so_once(clock: SimpleNamespace, caplog) -> None:
     split, calls = Split({"gpu": 1}, lambda: clock.now), []
 
     def fail() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import subprocess
@@ -15,7 +14,7 @@ from bevt_ds import cli
 from bevt_ds.data.reading.index import load_shard
 from bevt_ds.data.reading.members import read_member
 from bevt_ds.errors import UserError
-from tests.loader.media import encode_clip, load_shards, shades
+from tests.loader.media import encode_clip, load_shards, shades, special_member, write_tar
 
 SPARSE_FORMATS = {
     "gnu": ["--format=gnu"],
@@ -64,23 +63,10 @@ def test_tar_truncated_inside_a_sparse_member_is_refused(tmp_path: Path) -> None
 
 def linked_tar(path: Path) -> Path:
     """Two videos, a store of data under another name, and every kind of link to them."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in {"./a.mp4": VIDEO, "store/1": VIDEO + b"1", "a.cls": b"7"}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-        for name, kind, to in [
-            ("b.mp4", tarfile.LNKTYPE, "./a.mp4"),
-            ("c.mp4", tarfile.LNKTYPE, "b.mp4"),
-            ("d.mp4", tarfile.LNKTYPE, "store/1"),
-            ("d.cls", tarfile.LNKTYPE, "a.cls"),
-            ("e.mp4", tarfile.LNKTYPE, "later.mp4"),
-            ("f.mp4", tarfile.SYMTYPE, "a.mp4"),
-        ]:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, to
-            tar.addfile(info)
-    return path
+    links = {"b.mp4": "./a.mp4", "c.mp4": "b.mp4", "d.mp4": "store/1", "d.cls": "a.cls", "e.mp4": "later.mp4"}
+    special = [special_member(name, tarfile.LNKTYPE, to) for name, to in links.items()]
+    special.append(special_member("f.mp4", tarfile.SYMTYPE, "a.mp4"))
+    return write_tar(path, {"./a.mp4": VIDEO, "store/1": VIDEO + b"1", "a.cls": b"7"}, special=special)
 
 
 def test_hard_links_are_read(tmp_path: Path) -> None:
@@ -108,10 +94,6 @@ def test_skipped_members_are_named_by_every_command(tmp_path: Path, capsys, capl
 
 
 def test_first_of_many_skipped_members_are_named(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        for i in range(30):
-            info = tarfile.TarInfo(f"{i}.mp4")
-            info.type = tarfile.FIFOTYPE
-            tar.addfile(info)
+    write_tar(tmp_path / "s.tar", {}, special=(special_member(f"{i}.mp4", tarfile.FIFOTYPE) for i in range(30)))
     note = load_shard(str(tmp_path / "s.tar")).ignored_note()
     assert note.startswith("30 passed over: '0.mp4', no regular file; '1.mp4'") and note.endswith("; and 10 more")

@@ -5,7 +5,6 @@ Never indexed, it is refused by name or gives every sample that is whole. With i
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import tarfile
@@ -20,6 +19,7 @@ from bevt_ds.data.reading.index import SUFFIX, load_shard
 from bevt_ds.data.reading.members import BLOCK, Shard, read_member
 from bevt_ds.data.reading.tar_scan import scan
 from bevt_ds.errors import UserError
+from tests.loader.media import write_tar
 
 LONG = "x" * 120  # a name that takes a PAX record before its header
 NAMES = ["a.jpg", "a.cls", f"{LONG}.jpg", "c.mp4"]
@@ -35,11 +35,7 @@ class Tar:
         rng = np.random.default_rng(3)
         self.payloads = [rng.bytes(size) for size in SIZES]
         self.payloads[1] = b"3"
-        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-            for name, payload in zip(NAMES, self.payloads, strict=True):
-                info = tarfile.TarInfo(name)
-                info.size = len(payload)
-                tar.addfile(info, io.BytesIO(payload))
+        write_tar(path, dict(zip(NAMES, self.payloads, strict=True)))
         with tarfile.open(path) as tar:
             infos = tar.getmembers()
         self.begins = [info.offset for info in infos]
