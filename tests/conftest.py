@@ -21,7 +21,13 @@ REASONS = {
     "gpu": "need a CUDA device (make test-gpu)",
     "slow": "take longer than CI allows (make test-all)",
 }
+# Files of minutes, which start many processes: begun first, so that of several pytest processes none ends late.
+LONGEST = ("test_kills", "test_own_videos", "test_runs", "test_launchers", "test_stopping", "test_engine_matrix")
 _deselected: Counter[str] = Counter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

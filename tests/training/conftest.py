@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.shared import shared_folder
-from tests.training.processes import ROOT, SMALL
+from tests.training.processes import SMALL, copied_shards
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> dict[str, object]:
-    """The committed shards, as settings; copied, so that the index written next to them is not committed."""
-    folder = tmp_path_factory.mktemp("shards")
-    for tar in (ROOT / "tests" / "data" / "shards").glob("*.tar"):
-        shutil.copy(tar, folder)
-    return {"data.videos": folder / "clips-000000.tar", "data.images": folder / "images-000000.tar"}
+    return copied_shards(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture

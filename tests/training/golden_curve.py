@@ -6,11 +6,10 @@ To be done only where the losses are meant to change; the commit says why.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
-from tests.training.processes import ROOT, SMALL, Finished, run_ranks
+from tests.training.processes import ROOT, SMALL, Finished, copied_shards, run_ranks
 
 FILE = ROOT / "tests" / "data" / "golden_curve.json"
 KEPT = ("step", "loss_video", "loss_image", "lr", "grad_norm")
@@ -24,10 +23,7 @@ def curve_run(folder: Path, shards: dict[str, object]) -> Finished:
 def main() -> None:
     """Run and write."""
     with tempfile.TemporaryDirectory() as folder:
-        for tar in (ROOT / "tests" / "data" / "shards").glob("*.tar"):
-            shutil.copy(tar, folder)
-        shards = {"data.videos": f"{folder}/clips-000000.tar", "data.images": f"{folder}/images-000000.tar"}
-        run = curve_run(Path(folder, "run"), shards)
+        run = curve_run(Path(folder, "run"), copied_shards(Path(folder)))
         if run.code:
             raise SystemExit(run.output)
         lines = [json.dumps({k: line[k] for k in KEPT}) for line in run.log()]

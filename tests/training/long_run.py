@@ -1,6 +1,6 @@
 """2,000 steps of test_custom_task.py, a log line each and 40 commits: `python -m tests.training.long_run DIR`.
 
-Every STRIDE steps a line of DIR/held.jsonl has what the process holds.
+Every STRIDE steps a line of DIR/rows.jsonl has what the process holds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Counted(Regression):
         super().after_step()
         if self.updates % STRIDE == 0:
             self.setup.commits.wait()
-            with (self.setup.folder / "held.jsonl").open("a") as file:
+            with (self.setup.folder.parent / "rows.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self.updates} | held()) + "\n")
 
 

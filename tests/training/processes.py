@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import socket
 import sys
 from contextlib import suppress
@@ -70,6 +71,13 @@ def command(stage: int, settings: dict[str, object]) -> list[str]:
     return ["bevt_ds/pretrain.py", "--deepspeed_config", f"ds_configs/zero{stage}.json", *words]
 
 
+def copied_shards(folder: Path) -> dict[str, object]:
+    """The committed shards, as settings; copied, so that the index written next to them is not committed."""
+    for tar in (ROOT / "tests" / "data" / "shards").glob("*.tar"):
+        shutil.copy(tar, folder)
+    return {"data.videos": folder / "clips-000000.tar", "data.images": folder / "images-000000.tar"}
+
+
 def start_ranks(settings: dict[str, object], world: int, stage: int = 2) -> list[Forked]:
     """Start the ranks of one run without a launcher."""
     return start_python(command(stage, settings), world)
@@ -98,6 +106,15 @@ def run_ranks(folder: Path, settings: dict[str, object], world: int = 1, stage: 
 def launch(arguments: list[str], world: int, seconds: float = SECONDS) -> str:
     """Run `python ARGUMENTS` on so many ranks to the end; the output of all of them."""
     return "\n".join(wait_for(start_python(arguments, world), seconds))
+
+
+def launch_rows(module: str, folder: Path, world: int, *words: str, seconds: float = SECONDS) -> list[dict]:
+    """What `python -m tests.training.MODULE FOLDER WORDS` on so many ranks writes to FOLDER/rows.jsonl."""
+    path = folder / "rows.jsonl"
+    path.unlink(missing_ok=True)
+    output = launch(["-m", f"tests.training.{module}", str(folder), *words], world, seconds)
+    assert path.exists(), output
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def wait_for(ranks: list[Forked], seconds: float = SECONDS) -> list[str]:

@@ -33,7 +33,7 @@ from benchmarks.common import append_row, machine, provenance
 from benchmarks.pages_runs import soak as describe
 from bevt_ds.exit_codes import RANK_LOST, STOPPED
 from tests.training.preloaded import Forked
-from tests.training.processes import ROOT, SMALL, command, start_python
+from tests.training.processes import ROOT, SMALL, command, copied_shards, start_python
 
 CASES = [
     (stage, precision) for stage in range(4) for precision in ("fp32", "bf16") if (stage, precision) != (0, "bf16")
@@ -231,7 +231,7 @@ def compare(run: Run, whole: Run, is_exact: bool, close: float) -> tuple[list[st
 
 def soak(root: Path, kinds: list[str], seed: int, number: int = 0) -> Iterator[dict[str, object]]:
     """A row for each run from that number on, until no strikes are left in `kinds`, which are taken from its end."""
-    data, wholes = shards(root), {}
+    data, wholes = copied_shards(root), {}
     while kinds:
         began, case = time.monotonic(), CASES[number % len(CASES)]
         if case not in wholes:
@@ -280,13 +280,6 @@ def struck(run: Run, kinds: list[str], is_exact: bool, rng: random.Random) -> Ta
         ranks = run.start(tally.worlds[-1])
     end(run, ranks, tally)
     return tally
-
-
-def shards(root: Path) -> dict[str, object]:
-    """The committed shards, as settings; copied, so that the index written next to them is not committed."""
-    for tar in (ROOT / "tests" / "data" / "shards").glob("*.tar"):
-        shutil.copy(tar, root)
-    return {"data.videos": root / "clips-000000.tar", "data.images": root / "images-000000.tar"}
 
 
 def mixed(kills: int, signals: int, freezes: int, seed: int) -> list[str]:

@@ -139,9 +139,7 @@ def test_kill_at_every_file_system_call_of_a_commit(tmp_path, keep):
         commit_step(root, 1, keep)
         if not killed_at(point, lambda root=root: commit_step(root, 2, keep)):
             break
-        found, facts = newest_valid(root, ALONE)
-        assert facts.step in (1, 2), point
-        assert find_damage(found, ALONE) is None
+        assert newest_valid(root, ALONE)[1].step in (1, 2), point
         commit_step(root, 3, keep)
         assert newest_valid(root, ALONE)[1].step == 3
         assert [path.name for path in root.iterdir() if path.name.startswith(".tmp")] == []

@@ -1,10 +1,8 @@
 """The engine equals AdamW at every ZeRO stage, precision, number of ranks and micro-steps."""
 
-import json
-
 import pytest
 
-from tests.training.processes import launch
+from tests.training.processes import launch_rows
 
 SLOW_SECONDS = 1800
 ROWS = {
@@ -23,12 +21,8 @@ SAME_LOSS = {"fp32": 1e-6, "bf16": 4e-3}  # relative, over 20 steps
 
 def run_matrix(folder, world: int, words: str = "") -> list[dict]:
     """The rows that the matrix writes on `world` ranks."""
-    path = folder / "rows.jsonl"
-    path.unlink(missing_ok=True)
-    output = launch(["-m", "tests.training.engine_matrix", str(folder), *words.split()], world, SLOW_SECONDS)
-    assert path.exists(), output
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == ROWS[words], output
+    rows = launch_rows("engine_matrix", folder, world, *words.split(), seconds=SLOW_SECONDS)
+    assert len(rows) == ROWS[words], rows
     return rows
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import pytest
 
-from tests.training.processes import launch
+from tests.training.processes import launch_rows
 
 SECONDS = 1800
 Rows = dict[tuple, dict]  # by model, configuration, stage and precision
@@ -21,12 +20,10 @@ def measured(tmp_path_factory) -> Callable[[int], Rows]:
     def rows(world: int) -> Rows:
         if world not in known:
             folder = tmp_path_factory.mktemp(f"world{world}")
-            output = launch(["-m", "tests.training.engine_scale", str(folder)], world, SECONDS)
-            assert (folder / "rows.jsonl").is_file(), output
-            found = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+            found = launch_rows("engine_scale", folder, world, seconds=SECONDS)
             keys = ("model", "config", "stage", "precision")
             known[world] = {tuple(row[key] for key in keys): row for row in found}
-            assert len(known[world]) == (9 if world == 2 else 7), output
+            assert len(known[world]) == (9 if world == 2 else 7), found
         return known[world]
 
     return rows
@@ -49,9 +46,7 @@ def test_stages_and_ranks_compute_the_same_losses(measured, world):
 @pytest.mark.parametrize("world", [1, 2])
 def test_offloading_to_the_host_computes_the_same_losses(measured, tmp_path, world):
     """DeepSpeed compiles its CPU AdamW at the first use, which takes minutes."""
-    output = launch(["-m", "tests.training.engine_scale", str(tmp_path), "zero3_offload_cpu"], world, SECONDS)
-    assert (tmp_path / "rows.jsonl").is_file(), output
-    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    (row,) = launch_rows("engine_scale", tmp_path, world, "zero3_offload_cpu", seconds=SECONDS)
     assert row["losses"] == pytest.approx(measured(1)["tiny", "zero1", 0, "fp32"]["losses"], rel=1e-5)
     assert row["the seed's"] and row["live"] < 0.8
 

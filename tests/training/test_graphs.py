@@ -47,6 +47,13 @@ class Refusing(Stand):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
+def replayed_layer():
+    """A layer, what captures it, its graphs, and a call of it that gives the sum of its outputs."""
+    layer, stand = torch.nn.Linear(3, 3), Stand()
+    graphs = Graphs("on", stand, lambda holds: holds, print)
+    return layer, stand, graphs, lambda: graphs("layer", lambda x: [layer(x)], [torch.ones(2, 3)], layer)[0].sum()
+
+
 def make_network():
     torch.manual_seed(0)
     return BEVT(**SIZES, drop_path=0.3, kernels="torch").train()
@@ -99,9 +106,7 @@ def test_training_with_graphs_gives_the_bits_of_training_without():
 
 def test_gradients_of_parameters_do_not_lie_in_the_memory_of_the_graph():
     """The next micro-step overwrites that memory, while the sum of gradients must stay."""
-    layer, stand = torch.nn.Linear(3, 3), Stand()
-    graphs = Graphs("on", stand, lambda holds: holds, print)
-    call = lambda: graphs("layer", lambda x: [layer(x)], [torch.ones(2, 3)], layer)[0].sum()  # noqa: E731
+    layer, _, graphs, call = replayed_layer()
     for _ in range(WARM_UP + 1):
         layer.zero_grad()
         call().backward()
@@ -158,9 +163,7 @@ def test_what_cannot_be_relied_on_is_not_replayed(stand, agree, reason):
 
 
 def test_parameters_that_have_moved_are_captured_again():
-    layer, stand = torch.nn.Linear(3, 3), Stand()
-    graphs = Graphs("on", stand, lambda holds: holds, print)
-    call = lambda: graphs("layer", lambda x: [layer(x)], [torch.ones(2, 3)], layer)[0].sum()  # noqa: E731
+    layer, stand, _, call = replayed_layer()
     for _ in range(WARM_UP + 2):
         call().backward()
     assert stand.captures == 2
@@ -171,9 +174,7 @@ def test_parameters_that_have_moved_are_captured_again():
 
 def test_backward_pass_of_an_earlier_forward_pass_is_an_error():
     """Its memory is taken: a gradient would be another batch's."""
-    layer, stand = torch.nn.Linear(3, 3), Stand()
-    graphs = Graphs("on", stand, lambda holds: holds, print)
-    call = lambda: graphs("layer", lambda x: [layer(x)], [torch.ones(2, 3)], layer)[0].sum()  # noqa: E731
+    _, _, _, call = replayed_layer()
     for _ in range(WARM_UP + 1):
         call().backward()
     first, _ = call(), call()

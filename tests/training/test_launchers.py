@@ -1,10 +1,11 @@
-"""What arrives through each launcher: exit codes of its ranks, and signals to it or to a rank. docs/reliability.md."""
+"""What arrives through each launcher: exit codes of its ranks, signals to it or to a rank; the table of exit codes."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,13 +17,14 @@ from types import MappingProxyType
 
 import pytest
 
+from bevt_ds import exit_codes
 from bevt_ds.exit_codes import DISK, FINISHED, NON_FINITE, NOT_LEARNED, RANK_LOST, STOPPED, USER_ERROR
 from tests.training.preloaded import Forked
 from tests.training.processes import ROOT, SECONDS, environment, free_port, start_python, wait_for
-from tests.training.walking import DEADLINE
+from tests.training.short_ranks import DEADLINE
 from tests.waiting import until
 
-TESTS = "tests/training"
+PROGRAM = "tests/training/short_ranks.py"
 BIN = Path(sys.executable).parent
 KILLED = -signal.SIGKILL
 
@@ -31,17 +33,17 @@ def through_deepspeed(code: int) -> int:
     """The part of it that watches the ranks; test_signals_through_each_launcher has the command."""
     world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
     launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={free_port()}"]
-    return ended([Forked([*launcher, f"{TESTS}/ending.py", str(code)], environment())])[0]
+    return ended([Forked([*launcher, "tests/training/ending.py", str(code)], environment())])[0]
 
 
 def through_torchrun(code: int) -> int:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return ended([Forked([*launcher, f"{TESTS}/ending.py", str(code)], environment())])[0]
+    return ended([Forked([*launcher, "tests/training/ending.py", str(code)], environment())])[0]
 
 
 def by_themselves(code: int) -> int:
     """Plain `python`, and ranks that each have their own variables, as from `srun`: nothing is in between."""
-    ((first, second),) = [ended(start_python([f"{TESTS}/ending.py", str(code)], 2))]
+    ((first, second),) = [ended(start_python(["tests/training/ending.py", str(code)], 2))]
     assert first == second
     return first
 
@@ -81,7 +83,7 @@ class Launched:
         self.output = folder / "output"
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [*launcher, f"{TESTS}/walking.py", str(folder)],
+                [*launcher, PROGRAM, "walk", str(folder)],
                 cwd=ROOT,
                 env=environment(MARK=self.mark, **extra),
                 stdout=output,
@@ -200,3 +202,30 @@ def send(run: Launched, number: int, to: str) -> None:
 
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_no_other_meets_ends(rank):
+    """One is killed before the ranks have met: the others end, with the code for it and one line."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    lonely = Forked([PROGRAM, "meet"], environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)))
+    said = lonely.communicate(240)[0]
+    assert lonely.returncode == RANK_LOST, said
+    where = f"127.0.0.1:{place['MASTER_PORT']}"
+    assert f"error: rank {rank} has waited 3 s for all of 2 ranks to meet at {where}: one has ended" in said
+    assert "Traceback" not in said
+
+
+# The codes
+
+
+def test_documented_exit_codes_equal_the_table():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    rows = text.partition("\n| 0 | ")[1:]  # the page's first table
+    table = dict(re.findall(r"^\| (\d+) \| (.*) \|$", "".join(rows).partition("\n\n")[0], re.MULTILINE))
+    assert table == {str(code): meaning for code, meaning in exit_codes.MEANINGS.items()}
+
+
+def test_every_code_has_one_meaning():
+    codes = {value for name, value in vars(exit_codes).items() if name.isupper() and isinstance(value, int)}
+    assert codes == set(exit_codes.MEANINGS)

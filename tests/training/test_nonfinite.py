@@ -12,7 +12,7 @@ from bevt_ds.config.deepspeed import read_json
 from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import FINISHED, NON_FINITE
 from bevt_ds.train.nonfinite import describe
-from tests.training.processes import launch
+from tests.training.processes import launch, launch_rows
 
 SLOW_SECONDS = 900  # 28 engines, on a machine that may be busy
 
@@ -28,10 +28,8 @@ PARAMETERS = [f"{layer}.{part}" for layer in ("first", "last", "norm") for part 
 @pytest.mark.parametrize("world", [1, 2])
 def test_non_finite_step_is_left_out_to_the_last_bit(tmp_path, world):
     """Stages 0 to 3, fp32 and bf16, of a NaN in pixels, an infinite loss, an infinite gradient of one micro-step."""
-    output = launch(["-m", "tests.training.nonfinite_matrix", str(tmp_path)], world, SLOW_SECONDS)
-    assert (tmp_path / "rows.jsonl").exists(), output
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len({(row["stage"], row["precision"], row["site"]) for row in rows}) == len(rows) == 21, output
+    rows = launch_rows("nonfinite_matrix", tmp_path, world, seconds=SLOW_SECONDS)
+    assert len({(row["stage"], row["precision"], row["site"]) for row in rows}) == len(rows) == 21, rows
     for row in rows:
         assert row["skipped"] == [False, True, False] and row["counted"] == 1, row
         assert row["equal"] and row["tensors"] > 9 and row["finite"], row

@@ -1,6 +1,7 @@
-"""`walking.py FOLDER`: a rank with all that ends a run, and without what makes it slow to start: engine and model.
+"""Ranks with all that ends a run, and without what makes it slow to start, engine and model: `short_ranks.py VERB ...`.
 
-RANK.json in the folder says its process and how many steps it has done; RANK.committed what has stopped it.
+`meet` waits for the other ranks. `walk FOLDER` does steps: RANK.json in the folder says its process and how many it
+has done; RANK.committed what has stopped it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,18 @@ from bevt_ds.runtime.signals import Stopped, StopRequest
 
 PATIENCE = timedelta(seconds=240)
 DEADLINE = "WALKING_DEADLINE"  # in the environment: seconds until a silent rank is missed
+MEETING_DEADLINE = 0.6  # seconds; of the meeting it is five times as much
 
 
-def main(argv: Sequence[str]) -> int:
-    folder = Path(argv[-1])
+def meet() -> int:
+    from bevt_ds.runtime.joining import joined  # imports DeepSpeed, which walking does not need
+
+    with joined(StopRequest(), MEETING_DEADLINE):
+        return 0
+
+
+def walk(text: str) -> int:
+    folder = Path(text)
     with StopRequest() as stop:
         choose_rendezvous(os.environ)
         dist.init_process_group("gloo", timeout=PATIENCE)
@@ -39,20 +48,25 @@ def main(argv: Sequence[str]) -> int:
             stop.before_end = partial(heartbeat.leave, STOPPED)
             try:
                 with stop.training():
-                    walk(folder / str(ranks.rank), ranks, stop)
+                    take_steps(folder / str(ranks.rank), ranks, stop)
             except Stopped:
                 stop.stopped()
                 ranks.barrier()
                 return STOPPED
 
 
-def walk(place: Path, ranks: Ranks, stop: StopRequest) -> None:
+def take_steps(place: Path, ranks: Ranks, stop: StopRequest) -> None:
     for step in count():
         time.sleep(0.05)
         write_atomic(place.with_suffix(".json"), json.dumps({"pid": os.getpid(), "steps": step}).encode())
         if reason := stop.agreed(ranks):
             place.with_suffix(".committed").write_text(reason)
             raise Stopped(f"by {reason}")
+
+
+def main(argv: Sequence[str]) -> int:
+    verb, *words = (word for word in argv if not word.startswith("--local_rank"))  # which deepspeed adds
+    return {"meet": meet, "walk": walk}[verb](*words)
 
 
 if __name__ == "__main__":
