@@ -168,7 +168,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, rounds=1)
     kinds, ways = [*RAW, *PACKED, "jpeg"], [*VIDEO_WAYS, *IMAGE_WAYS]
     parser.add_argument("--media", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--way", nargs="+", choices=ways, default=ways)
@@ -181,7 +181,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--files", type=int, default=32, help="of each kind; default: %(default)s")
     parser.add_argument("--size", default="340x256", help="of videos; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=2.0, help="a row; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=1, help="in which all take turns; the least CPU time counts")
     arguments = parser.parse_args(words)
     av.logging.set_level(av.logging.PANIC)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -46,7 +46,7 @@ def weights_of(path: str | Path, key: str = "") -> Path:
     if (given / LOG).is_file():
         commits = checkpoints(given / CHECKPOINTS)
         if not commits:
-            raise UserError(f"{named}: this run has not written a checkpoint yet.")
+            raise UserError(f"{named}: this run has not written a checkpoint yet: wait for its first, or name another.")
         return commits[0] / WEIGHTS
     return given
 

@@ -80,7 +80,9 @@ def classes_of(model: VideoClassifier, data: LabelledDataConfig, shards: Sequenc
     if data.classes:
         names = found.names
         if len(names) != number:
-            raise UserError(f"data.classes={data.classes} names {len(names)} classes, the classifier has {number}.")
+            raise UserError(
+                f"data.classes={data.classes} names {len(names)} classes, the classifier has {number}: leave it out."
+            )
         other = [pair for pair in zip(names, saved, strict=False) if pair[0] != pair[1]]
         if other and not all(name.isdecimal() for name in saved):
             raise UserError(f"data.classes={data.classes} has {other[0][0]!r} where the weights have {other[0][1]!r}.")

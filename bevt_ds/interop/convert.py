@@ -95,7 +95,7 @@ def convert(source: str | Path, target: Path, to: str, check: bool = True) -> li
             lines.append(f"the same of what was written, loaded again: {require_same(weights, both):.1e}")
         aside.rename(target)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error}") from error
+        raise UserError(f"cannot write {target} ({error}): choose another DST.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
     return [*lines, f"wrote {target}", *hints(to, target, weights)]

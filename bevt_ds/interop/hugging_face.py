@@ -90,7 +90,9 @@ def load_folder(path: Path) -> BevtPreTrained:
     kind = BevtForVideoClassification if BevtConfig.from_pretrained(path).arch.get("num_classes") else BevtModel
     model, report = kind.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
     if missing := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
-        raise UserError(f"{path}: transformers did not load {', '.join(missing)}.")
+        raise UserError(
+            f"{path}: transformers did not load {', '.join(missing)}: write the folder again with `bevt convert`."
+        )
     return model
 
 

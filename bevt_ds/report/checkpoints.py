@@ -189,7 +189,7 @@ def commits_of(run: Path) -> list[Path]:
     """The checkpoints of a run's folder, the newest first. UserError: there is none."""
     found = checkpoint_folders(run / CHECKPOINTS) or checkpoint_folders(run)
     if not found:
-        raise UserError(f"{run} is no run with checkpoints.")
+        raise UserError(f"{run} is no run with checkpoints: name the folder that a run writes.")
     return found
 
 

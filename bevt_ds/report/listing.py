@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     folder = parser.parse_args(argv).folder
     found = [read_run(path) for path in run_folders(folder)]
     if not found:
-        raise UserError(f"{folder}: there is no run in it.")
+        raise UserError(f"{folder}: there is no run in it. Name the folder that holds them: bevt runs FOLDER.")
     print(aligned([COLUMNS, *(line(run, folder) for run in found)]))
     for problem in (problem for run in found for problem in run.damage):
         print(f"damaged: {problem}")

@@ -101,7 +101,9 @@ def read_run(folder: Path) -> Run:
     """
     written = (CONFIG, LOG, RECORD)
     if not folder.is_dir() or not any((folder / name).exists() for name in written):
-        raise UserError(f"{folder} is not a run's folder: it holds none of {', '.join(written)}.")
+        raise UserError(
+            f"{folder} is not a run's folder: it holds none of {', '.join(written)}. `bevt runs FOLDER` lists runs."
+        )
     damage: list[str] = []
 
     def part(read: Callable[[], Any], default: Any) -> Any:
@@ -131,7 +133,7 @@ def read_run(folder: Path) -> Run:
 def read_settings(folder: Path) -> dict[str, Any]:
     """The configuration of a run. UserError: there is none, or it is damaged."""
     if not (folder / CONFIG).exists():
-        raise UserError(f"{folder} is not a run's folder: it has no {CONFIG}")
+        raise UserError(f"{folder} is not a run's folder: it has no {CONFIG}. `bevt runs FOLDER` lists runs.")
     return read_json(folder / CONFIG, dict)
 
 

@@ -92,7 +92,7 @@ def read_reasons(run: Path) -> dict[str, str]:
     try:
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}. Name the folder of a run with bad samples.") from error
     return {event["key"]: event["reason"] for event in events}
 
 
@@ -120,7 +120,10 @@ def with_key(shards: list[Shard], key: str, kind: str) -> list[Shard]:
     """Shards that hold nothing but the sample of this key, so that a bad one has no substitute. UserError: none has."""
     found = [shard.at([shard.keys.index(key)]) for shard in shards if key in shard.keys]
     if not found:
-        raise UserError(f"no {kind} has the key {key!r} in these shards.")
+        raise UserError(
+            f"no {kind} has the key {key!r} in these shards: a key is a member's name without its extension; the"
+            " other kind needs --kind."
+        )
     return found
 
 

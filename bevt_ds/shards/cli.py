@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     reading = [word for word in argv if _READING.match(word)]
     arguments = _parser().parse_args([word for word in argv if word not in reading])
     if reading and "reading" not in arguments:
-        raise UserError(f"{reading[0]}: this command reads no shards and no files")
+        raise UserError(f"{reading[0]}: this command reads no shards and no files: leave it out")
     if reading:
         arguments.reading += reading
     return arguments.run(arguments) or 0

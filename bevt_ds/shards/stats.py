@@ -86,7 +86,7 @@ def plot(facts: Facts, path: Path) -> None:
             warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a label in a script that the font lacks
             figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write the plots to {path}: {error}") from error
+        raise UserError(f"cannot write the plots to {path} ({error}): name another file with --out") from error
 
 
 def _draw_panel(axis: Axes, name: str, values: np.ndarray | Counter[str]) -> None:

@@ -52,7 +52,7 @@ class ShardWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}. Choose another OUT") from error
         self._tar: BinaryIO | None = None
         self._number = self._samples = self._size = 0
         self._journal = (self.folder / "journal.jsonl").open("a+b")
@@ -109,7 +109,9 @@ class ShardWriter:
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process is packing split {self.split!r} into {self.out}") from error
+            raise UserError(
+                f"another process is packing split {self.split!r} into {self.out}: wait for it, or take another --split"
+            ) from error
 
     def _require_same(self, digest: str) -> None:
         if not self.events:
