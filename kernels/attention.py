@@ -2,7 +2,10 @@
 
 Letters as in reference.py. A program owns one head of one region (a box of tokens that attend to each
 other) and walks over its queries in tiles of BLOCK_M, over its keys in tiles of BLOCK_N, the remainder
-in tiles of TAIL. Exponents are base 2: scores and table carry a factor log2(e).
+in tiles of TAIL; up to LAST queries that are left over take one tile of that height. Exponents are base 2.
+
+The bias comes from its table, by a gather of 4 bytes a score, or from a tile (TILED): the biases of all pairs of tokens
+that a region can have, made once a call for each head in the table's own precision. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -16,94 +19,89 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .attention_backward import launch_backward, launch_fold
-from .configs import PREPARE, forward_is_small, small_groups
+from .bias import empty_tables, launch_bias, launch_prepare
+from .configs import forward_is_small, small_groups
 from .dispatch import custom_op, with_gradient
 from .geometry import Windows
-from .launches import launch, launch_regions, launch_small_windows
+from .launches import launch_regions, launch_small_windows
 from .tiles import (
-    CODES,
     GEOMETRY,
     LOG2E,
-    base_two,
     beyond_cuts,
+    biases,
     code_stride,
-    coordinates,
     dot,
     load_rows,
     locate,
-    part_size,
-    part_start,
     region,
+    row_biases,
+    scaled,
+    score_stride,
     small_bias,
     store_rows,
+    whole_tiles,
     window_origin,
 )
 
 
-@triton.jit(do_not_specialize=["heads", "ROWS", "WT", "WH", "WW", "MT", "MH", "MW", "BT", "BH", "BW", "UT", "UH"])
-def prepare_kernel(
-    bias_table, table, codes, heads, ROWS, WT, WH, WW, MT, MH, MW, BT, BH, BW, UT, UH, BLOCK: tl.constexpr
-):  # fmt: skip
-    """What every program of a call needs, in the form in which it is read.
-
-    bias_table (ROWS, heads) of any float type -> table (heads, ROWS), fp32, times log2(e); and codes
-    (shapes, N rounded up to CODES): the codes of the tokens of each shape that a region can have, numbered by
-    part of the window along time, height, width, 3 each. A token's place for the bias is that of its number in the
-    window, in the box (BT, BH, BW). The first programs do the former, the rest the latter.
-    """
-    blocks = tl.cdiv(ROWS, BLOCK)
-    pid = tl.program_id(0)
-    if pid < heads * blocks:
-        head = pid // blocks
-        row = pid % blocks * BLOCK + tl.arange(0, BLOCK)
-        values = tl.load(bias_table + row * heads + head, mask=row < ROWS)
-        tl.store(table + head * ROWS + row, values.to(tl.float32) * LOG2E, mask=row < ROWS)
-    else:
-        stride = code_stride(WT * WH * WW)
-        pid = pid - heads * blocks
-        shape = pid // tl.cdiv(stride, BLOCK)
-        n = pid % tl.cdiv(stride, BLOCK) * BLOCK + tl.arange(0, BLOCK)
-        # No region has an empty part; its codes are never read, but must not divide by zero.
-        size_t = tl.maximum(part_size(shape // 9, WT, MT), 1)
-        size_h = tl.maximum(part_size(shape // 3 % 3, WH, MH), 1)
-        size_w = tl.maximum(part_size(shape % 3, WW, MW), 1)
-        t, h, w = coordinates(n, (size_t, size_h, size_w))
-        t += part_start(shape // 9, WT, MT)
-        h += part_start(shape // 3 % 3, WH, MH)
-        w += part_start(shape % 3, WW, MW)
-        t, h, w = coordinates((t * WH + h) * WW + w, (BT, BH, BW))
-        tl.store(codes + shape * stride + n, t * UT + h * UH + w, mask=n < stride)
-
-
 @triton.jit
 def attend(
-    state, q, bias_q, keys, start, size, qkv, codes, width, scale, grid,
-    D: tl.constexpr, WRAP: tl.constexpr, MASKED: tl.constexpr,
+    state, q, bias, bias_q, keys, start, size, qkv, codes, width, scale, grid, stride,
+    D: tl.constexpr, WRAP: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, over the key numbers `keys`; `state` is (acc, maximum, sum)."""
     acc, high, total = state
     place = locate(keys, start, size, grid, WRAP)
     k = load_rows(qkv + width, place, 3 * width, D)
-    s = base_two(dot(q, tl.trans(k)), bias_q[:, None] - tl.load(codes + keys)[None, :], scale)
+    s = scaled(dot(q, tl.trans(k)), biases(bias, bias_q, codes, keys, stride, 1, TILED, MASKED), scale)
     if MASKED:
         s = tl.where((keys < size[0] * size[1] * size[2])[None, :], s, float("-inf"))
     new_high = tl.maximum(high, tl.max(s, 1))
-    shrink = tl.exp2(high - new_high)
-    p = tl.exp2(s - new_high[:, None])
+    base = new_high * LOG2E
+    shrink = tl.exp2(high * LOG2E - base)
+    p = tl.exp2(s * LOG2E - base[:, None])
     total = total * shrink + tl.sum(p, 1)
     v = load_rows(qkv + 2 * width, place, 3 * width, D)
     acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
     return acc, new_high, total
 
 
+@triton.jit
+def attend_rows(
+    rows, start, size, qkv, bias, codes, out, lse, width, scale, grid, stride,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WRAP: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
+    """out and lse of the query numbers `rows` of a region."""
+    tokens = size[0] * size[1] * size[2]
+    whole = tokens // BLOCK_N * BLOCK_N
+    place = locate(rows, start, size, grid, WRAP)
+    bias_q = row_biases(bias, codes, rows, tokens, stride, 1, TILED)
+    q = load_rows(qkv, place, 3 * width, D)
+    acc = tl.zeros([rows.shape[0], D], tl.float32)
+    high = tl.full([rows.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([rows.shape[0]], tl.float32)
+    for n in range(0, whole, BLOCK_N):
+        acc, high, total = attend(
+            (acc, high, total), q, bias, bias_q, n + tl.arange(0, BLOCK_N), start, size, qkv, codes,
+            width, scale, grid, stride, D, WRAP, TILED, False,
+        )  # fmt: skip
+    for n in range(whole, tokens, TAIL):
+        acc, high, total = attend(
+            (acc, high, total), q, bias, bias_q, n + tl.arange(0, TAIL), start, size, qkv, codes,
+            width, scale, grid, stride, D, WRAP, TILED, True,
+        )  # fmt: skip
+    store_rows(out, place, width, acc / total[:, None], rows < tokens, D)
+    tl.store(lse + place, high * LOG2E + tl.log2(total), mask=rows < tokens)
+
+
 @triton.jit(do_not_specialize=(*GEOMETRY, "heads", "splits"))
 def window_attention_fwd_kernel(
-    qkv, table, codes, out, lse, scale, heads, splits,
+    qkv, bias, codes, out, lse, scale, heads, splits,
     T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, ROWS,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
-    WRAP: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, LAST: tl.constexpr,
+    WRAP: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
-    """qkv (B, T, H, W, 3, h, D), table and codes of `prepare_kernel`
+    """qkv (B, T, H, W, 3, h, D), bias: the table of `prepare_kernel` or the tile of `bias_tile_kernel`, codes
     -> out (B, T, H, W, h * D), lse (B, h, T * H * W)."""
     grid = (T, H, W)
     pid = tl.program_id(0)
@@ -111,33 +109,29 @@ def window_attention_fwd_kernel(
     split = pid // heads % splits
     sample, start, size, shape = region(pid // (heads * splits), grid, (WT, WH, WW), (ST, SH, SW), (MT, MH, MW))
     tokens = size[0] * size[1] * size[2]
-    whole = tokens - tokens % BLOCK_N
     width = heads * D
     qkv += sample * (T * H * W) * (3 * width) + head * D
     out += sample * (T * H * W) * width + head * D
     lse += (sample * heads + head) * (T * H * W)
-    table += head * ROWS + ROWS // 2
-    codes += shape * code_stride(WT * WH * WW)
-    for first in range(split * BLOCK_M, tokens, splits * BLOCK_M):
-        rows = first + tl.arange(0, BLOCK_M)
-        place = locate(rows, start, size, grid, WRAP)
-        bias_q = table + tl.load(codes + rows)
-        q = load_rows(qkv, place, 3 * width, D)
-        acc = tl.zeros([BLOCK_M, D], tl.float32)
-        high = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        for n in range(0, whole, BLOCK_N):
-            acc, high, total = attend(
-                (acc, high, total), q, bias_q, n + tl.arange(0, BLOCK_N), start, size, qkv, codes,
-                width, scale, grid, D, WRAP, False,
+    most = WT * WH * WW
+    stride = score_stride(most)
+    if TILED:
+        bias += (shape * heads + head).to(tl.int64) * most * stride
+    else:
+        bias += head * ROWS + ROWS // 2
+        codes += shape * code_stride(most)
+    whole = whole_tiles(tokens, BLOCK_M, LAST)
+    for first in range(split * BLOCK_M, whole, splits * BLOCK_M):
+        attend_rows(
+            first + tl.arange(0, BLOCK_M), start, size, qkv, bias, codes, out, lse, width, scale, grid, stride,
+            D, BLOCK_N, TAIL, WRAP, TILED,
+        )  # fmt: skip
+    if LAST > 0:  # noqa: SIM102  a constant: no tile of no rows is compiled
+        if (split == splits - 1) & (whole < tokens):
+            attend_rows(
+                whole + tl.arange(0, LAST), start, size, qkv, bias, codes, out, lse, width, scale, grid, stride,
+                D, BLOCK_N, TAIL, WRAP, TILED,
             )  # fmt: skip
-        for n in range(whole, tokens, TAIL):
-            acc, high, total = attend(
-                (acc, high, total), q, bias_q, n + tl.arange(0, TAIL), start, size, qkv, codes,
-                width, scale, grid, D, WRAP, True,
-            )  # fmt: skip
-        store_rows(out, place, width, acc / total[:, None], rows < tokens, D)
-        tl.store(lse + place, high + tl.log2(total), mask=rows < tokens)
 
 
 @triton.jit(do_not_specialize=(*GEOMETRY, "heads", "batch", "groups"))
@@ -169,33 +163,16 @@ def window_attention_fwd_small_kernel(
         q = load_rows(base, place, 3 * width, D)
         k = load_rows(base + width, place, 3 * width, D)
         v = load_rows(base + 2 * width, place, 3 * width, D)
-        s = dot(q, tl.trans(k)) * (scale * LOG2E) + bias
+        s = scaled(dot(q, tl.trans(k)), bias, scale)
         if cuts != 0:
             part = beyond_cuts(n, window, mask_shift) & cuts
             s = tl.where(part[:, None] == part[None, :], s, float("-inf"))
-        high = tl.max(s, 1)
-        p = tl.exp2(s - high[:, None])
+        high = tl.max(s, 1) * LOG2E
+        p = tl.exp2(s * LOG2E - high[:, None])
         total = tl.sum(p, 1)
         acc = dot(p.to(v.dtype), v) / total[:, None]
         store_rows(out + at * width + head * D, place, width, acc, inside, D)
         tl.store(lse + (sample * heads + head) * (T * H * W) + place, high + tl.log2(total), mask=inside)
-
-
-def launch_prepare(bias_table: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-    """The table as the kernels read it, (h, rows) in fp32, and the codes, int32 (shapes, padded N)."""
-    rows, heads = bias_table.shape
-    table, codes = empty_tables(bias_table, windows)
-    sizes = (heads, rows, *windows.window, *windows.mask_shift, *windows.bias_box, *windows.table_strides)
-    grid = (heads * triton.cdiv(rows, PREPARE) + windows.shapes * triton.cdiv(codes.shape[1], PREPARE),)
-    launch(prepare_kernel, grid, bias_table, table, codes, *sizes, BLOCK=PREPARE)
-    return table, codes
-
-
-def empty_tables(bias_table: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-    """Memory for the two results of `prepare_kernel`."""
-    padded = triton.cdiv(windows.tokens, CODES) * CODES
-    table = bias_table.new_empty((bias_table.shape[1], bias_table.shape[0]), dtype=torch.float32)
-    return table, bias_table.new_empty((windows.shapes, padded), dtype=torch.int32)
 
 
 def launch_forward(
@@ -204,13 +181,14 @@ def launch_forward(
     """out (B, T, H, W, h * d) in qkv's dtype, the base-2 log-sum-exp (B, h, T * H * W) in fp32, and `launch_prepare`'s
     two, which the backward pass reads again."""
     out, lse = empty_outputs(qkv)
-    tables = launch_prepare(bias_table, windows)
-    tensors = (qkv, *tables, out, lse)
+    table, codes = tables = launch_prepare(bias_table, windows)
     if forward_is_small(windows.tokens, qkv.shape[-1], qkv.dtype):
-        groups = small_groups(len(qkv) * windows.whole, qkv.shape[5])
+        groups = small_groups("fwd_small", len(qkv) * windows.whole, qkv.shape[5])
+        tensors = (qkv, table, codes, out, lse)
         launch_small_windows(window_attention_fwd_small_kernel, "fwd_small", tensors, windows, scale, groups)
     else:
-        launch_regions(window_attention_fwd_kernel, "fwd", tensors, windows, scale)
+        bias, tile = launch_bias("fwd", qkv, tables, windows, bias_table.dtype, False)
+        launch_regions(window_attention_fwd_kernel, tile, (qkv, bias, codes, out, lse), windows, scale)
     return out, lse, *tables
 
 
@@ -242,7 +220,8 @@ def run_backward(
 ) -> tuple[Tensor, Tensor]:
     """dqkv and dtable."""
     windows = Windows.of(tuple(qkv.shape[1:4]), tuple(settings))
-    dqkv, pairs = launch_backward(dout.contiguous(), qkv.contiguous(), table, codes, out, lse, windows, scale)
+    tensors = (dout.contiguous(), qkv.contiguous(), table, codes, out, lse)
+    dqkv, pairs = launch_backward(*tensors, windows, scale, bias_table.dtype)
     return dqkv, launch_fold(pairs, bias_table.contiguous(), windows)
 
 

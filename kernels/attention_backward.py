@@ -19,22 +19,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bias import launch_bias
 from .configs import FOLD, SCORES_BYTES, STATS, SUM_SCORES, backward_is_small, small_groups
 from .geometry import Windows
-from .launches import launch, launch_small_windows, launch_windows
+from .launches import launch, launch_small_windows, launch_windows, options_of
 from .tiles import (
     GEOMETRY,
     LOG2E,
-    base_two,
     beyond_cuts,
+    biases,
     code_stride,
     coordinates,
     dot,
     load_rows,
     locate,
+    row_biases,
+    scaled,
     score_stride,
     small_bias,
     store_rows,
+    whole_tiles,
     window_origin,
 )
 
@@ -69,8 +73,8 @@ def window_attention_bwd_stats_kernel(
 
 @triton.jit
 def add_dkv(
-    dk, dv, k, v, bias_k, part_k, keys, queries, origin, cuts, qkv, dout, stats, codes, scores, width, scale,
-    grid, window, mask_shift, D: tl.constexpr, WRAP: tl.constexpr,
+    dk, dv, k, v, bias, bias_k, part_k, keys, queries, origin, cuts, qkv, dout, stats, codes, scores, width, scale,
+    grid, window, mask_shift, D: tl.constexpr, WRAP: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys plus the share of the query numbers `queries`; their dS goes into `scores`.
 
@@ -83,30 +87,62 @@ def add_dkv(
     do = load_rows(dout, place, width, D)
     row_lse = tl.load(stats[0] + queries)
     row_delta = tl.load(stats[1] + queries)
-    s = base_two(dot(k, tl.trans(q)), bias_k[:, None] + tl.load(codes + queries)[None, :], scale)
-    p = tl.exp2(s - row_lse[None, :])
-    if cuts != 0:
-        part_q = beyond_cuts(queries, window, mask_shift) & cuts
-        p = tl.where(part_k[:, None] == part_q[None, :], p, 0.0)
+    s = scaled(dot(k, tl.trans(q)), biases(bias, bias_k, codes, queries, stride, -1, TILED, MASKED), scale)
+    p = tl.exp2(s * LOG2E - row_lse[None, :])
+    if not TILED:  # noqa: SIM102  a constant: the tile knows the cuts
+        if cuts != 0:
+            part_q = beyond_cuts(queries, window, mask_shift) & cuts
+            p = tl.where(part_k[:, None] == part_q[None, :], p, 0.0)
     dv = dot(p.to(do.dtype), do, dv)
     ds = (p * (dot(v, tl.trans(do)) - row_delta[None, :])).to(q.dtype)
-    inside = (keys < stride)[:, None] & (queries < tokens)[None, :]
+    inside = (keys < stride)[:, None]
+    if MASKED:
+        inside = inside & (queries < tokens)[None, :]
     tl.store(scores + queries[None, :] * stride + keys[:, None], ds, mask=inside)
     return dot(ds, q, dk), dv
 
 
+@triton.jit
+def keys_of_window(
+    keys, origin, cuts, qkv, dqkv, bias, codes, dout, stats, scores, width, scale, grid, window, mask_shift,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, WRAP: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
+    """dk, dv and dS of the key numbers `keys` of a window."""
+    tokens = window[0] * window[1] * window[2]
+    whole = tokens // BLOCK_N * BLOCK_N
+    place = locate(keys, origin, window, grid, WRAP)
+    bias_k = row_biases(bias, codes, keys, tokens, score_stride(tokens), -1, TILED)
+    part_k = beyond_cuts(keys, window, mask_shift) & cuts
+    k = load_rows(qkv + width, place, 3 * width, D)
+    v = load_rows(qkv + 2 * width, place, 3 * width, D)
+    dk = tl.zeros([keys.shape[0], D], tl.float32)
+    dv = tl.zeros([keys.shape[0], D], tl.float32)
+    for n in range(0, whole, BLOCK_N):
+        dk, dv = add_dkv(
+            dk, dv, k, v, bias, bias_k, part_k, keys, n + tl.arange(0, BLOCK_N), origin, cuts, qkv, dout, stats, codes,
+            scores, width, scale, grid, window, mask_shift, D, WRAP, TILED, False,
+        )  # fmt: skip
+    for n in range(whole, tokens, TAIL):
+        dk, dv = add_dkv(
+            dk, dv, k, v, bias, bias_k, part_k, keys, n + tl.arange(0, TAIL), origin, cuts, qkv, dout, stats, codes,
+            scores, width, scale, grid, window, mask_shift, D, WRAP, TILED, True,
+        )  # fmt: skip
+    store_rows(dqkv + width, place, 3 * width, dk * scale, keys < tokens, D)
+    store_rows(dqkv + 2 * width, place, 3 * width, dv, keys < tokens, D)
+
+
 @triton.jit(do_not_specialize=(*GEOMETRY, "heads", "splits", "first"))
 def window_attention_bwd_kv_kernel(
-    qkv, table, codes, dout, stats, dqkv, scores, scale, heads, splits, first,
+    qkv, bias, codes, dout, stats, dqkv, scores, scale, heads, splits, first,
     T, H, W, WT, WH, WW, ST, SH, SW, MT, MH, MW, ROWS,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
-    WRAP: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, LAST: tl.constexpr,
+    WRAP: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv into dqkv (B, T, H, W, 3, h, D), and dS into scores (windows from `first` on, h, N, N rounded up), of
-    which columns from N on hold nothing of use. BLOCK_M is the tile of keys, BLOCK_N of queries."""
+    which columns from N on hold nothing of use. bias: the table, or the flipped tile. BLOCK_M and LAST are tiles of
+    keys, BLOCK_N of queries."""
     grid, window, mask_shift = (T, H, W), (WT, WH, WW), (MT, MH, MW)
     tokens = WT * WH * WW
-    whole = tokens - tokens % BLOCK_N
     pid = tl.program_id(0)
     head = pid % heads
     split = pid // heads % splits
@@ -116,32 +152,26 @@ def window_attention_bwd_kv_kernel(
     qkv += sample * (T * H * W) * (3 * width) + head * D
     dqkv += sample * (T * H * W) * (3 * width) + head * D
     dout += sample * (T * H * W) * width + head * D
-    table += head * ROWS + ROWS // 2
+    if TILED:
+        bias += (cuts * heads + head).to(tl.int64) * tokens * score_stride(tokens)
+    else:
+        bias += head * ROWS + ROWS // 2
     stride = code_stride(tokens)
     stats += ((first + i).to(tl.int64) * heads + head) * 2 * stride
     stats = (stats, stats + stride)
     scores += (i.to(tl.int64) * heads + head) * tokens * score_stride(tokens)
-    for m in range(split * BLOCK_M, tokens, splits * BLOCK_M):
-        keys = m + tl.arange(0, BLOCK_M)
-        place = locate(keys, origin, window, grid, WRAP)
-        bias_k = table - tl.load(codes + keys)
-        part_k = beyond_cuts(keys, window, mask_shift) & cuts
-        k = load_rows(qkv + width, place, 3 * width, D)
-        v = load_rows(qkv + 2 * width, place, 3 * width, D)
-        dk = tl.zeros([BLOCK_M, D], tl.float32)
-        dv = tl.zeros([BLOCK_M, D], tl.float32)
-        for n in range(0, whole, BLOCK_N):
-            dk, dv = add_dkv(
-                dk, dv, k, v, bias_k, part_k, keys, n + tl.arange(0, BLOCK_N), origin, cuts, qkv, dout, stats, codes,
-                scores, width, scale, grid, window, mask_shift, D, WRAP,
+    whole = whole_tiles(tokens, BLOCK_M, LAST)
+    for m in range(split * BLOCK_M, whole, splits * BLOCK_M):
+        keys_of_window(
+            m + tl.arange(0, BLOCK_M), origin, cuts, qkv, dqkv, bias, codes, dout, stats, scores, width, scale,
+            grid, window, mask_shift, D, BLOCK_N, TAIL, WRAP, TILED,
+        )  # fmt: skip
+    if LAST > 0:  # noqa: SIM102  a constant: no tile of no rows is compiled
+        if (split == splits - 1) & (whole < tokens):
+            keys_of_window(
+                whole + tl.arange(0, LAST), origin, cuts, qkv, dqkv, bias, codes, dout, stats, scores, width, scale,
+                grid, window, mask_shift, D, BLOCK_N, TAIL, WRAP, TILED,
             )  # fmt: skip
-        for n in range(whole, tokens, TAIL):
-            dk, dv = add_dkv(
-                dk, dv, k, v, bias_k, part_k, keys, n + tl.arange(0, TAIL), origin, cuts, qkv, dout, stats, codes,
-                scores, width, scale, grid, window, mask_shift, D, WRAP,
-            )  # fmt: skip
-        store_rows(dqkv + width, place, 3 * width, dk * scale, keys < tokens, D)
-        store_rows(dqkv + 2 * width, place, 3 * width, dv, keys < tokens, D)
 
 
 @triton.jit
@@ -240,7 +270,7 @@ def window_attention_bwd_small_kernel(
         q = load_rows(base, place, 3 * width, D)
         k = load_rows(base + width, place, 3 * width, D)
         v = load_rows(base + 2 * width, place, 3 * width, D)
-        p = tl.exp2(dot(q, tl.trans(k)) * (scale * LOG2E) + bias - row_lse[:, None])
+        p = tl.exp2(scaled(dot(q, tl.trans(k)), bias, scale) * LOG2E - row_lse[:, None])
         if cuts != 0:
             part = beyond_cuts(n, window, mask_shift) & cuts
             p = tl.where(part[:, None] == part[None, :], p, 0.0)
@@ -308,7 +338,7 @@ def launch_small(
     dout: Tensor, qkv: Tensor, table: Tensor, codes: Tensor, lse: Tensor, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """dqkv and pairs, by the kernel for windows of one tile."""
-    groups, heads = small_groups(len(qkv) * windows.whole, len(table)), len(table)
+    groups, heads = small_groups("bwd_small", len(qkv) * windows.whole, len(table)), len(table)
     dqkv = torch.empty_like(qkv)
     pairs = table.new_empty((groups, heads, windows.tokens, windows.tokens))
     tensors = (qkv, table, codes, lse, dout, dqkv, pairs)
@@ -325,18 +355,27 @@ def window_chunks(qkv: Tensor, windows: Windows) -> Iterator[tuple[int, int]]:
 
 
 def launch_large(
-    dout: Tensor, qkv: Tensor, table: Tensor, codes: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
+    dout: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    codes: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    windows: Windows,
+    scale: float,
+    precision: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """dqkv and pairs, by the kernels for windows of many tiles."""
     tokens, heads = windows.tokens, len(table)
     dqkv, stats = torch.empty_like(qkv), launch_stats(dout, out, lse, windows, qkv.shape[-1], codes.shape[1])
     pairs = table.new_empty((1, heads, tokens, windows.score_stride))
+    bias, tile = launch_bias("bwd_kv", qkv, (table, codes), windows, precision, True)
     chunks = list(window_chunks(qkv, windows))
     scores = qkv.new_empty((chunks[0][1], *pairs.shape[1:]))
     for first, count in chunks:
         part = (windows, scale, first, count)
-        launch_windows(window_attention_bwd_kv_kernel, "bwd_kv", (qkv, table, codes, dout, stats, dqkv, scores), *part)
-        launch_windows(window_attention_bwd_q_kernel, "bwd_q", (qkv, scores, dqkv), *part)
+        launch_windows(window_attention_bwd_kv_kernel, tile, (qkv, bias, codes, dout, stats, dqkv, scores), *part)
+        launch_windows(window_attention_bwd_q_kernel, options_of("bwd_q", qkv), (qkv, scores, dqkv), *part)
         grid = (triton.cdiv(pairs.numel(), SUM_SCORES["BLOCK"]),)
         launch(sum_scores_kernel, grid, scores, pairs, pairs.numel() // 8, count, first, **SUM_SCORES)
     return dqkv, pairs
@@ -353,9 +392,18 @@ def launch_stats(dout: Tensor, out: Tensor, lse: Tensor, windows: Windows, d: in
 
 
 def launch_backward(
-    dout: Tensor, qkv: Tensor, table: Tensor, codes: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float
+    dout: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    codes: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    windows: Windows,
+    scale: float,
+    precision: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """dqkv, packed as qkv, and pairs (groups, h, N, N or more); table and codes are what `prepare_kernel` makes."""
+    """dqkv, packed as qkv, and pairs (groups, h, N, N or more); table and codes are what `prepare_kernel` makes of a
+    bias table in `precision`."""
     if backward_is_small(windows.tokens, qkv.shape[-1]):
         return launch_small(dout, qkv, table, codes, lse, windows, scale)
-    return launch_large(dout, qkv, table, codes, out, lse, windows, scale)
+    return launch_large(dout, qkv, table, codes, out, lse, windows, scale, precision)

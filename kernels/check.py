@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -73,11 +75,11 @@ def record_attention(windows: Windows, dtype: torch.dtype, width: int) -> None:
     """Forward and backward of one geometry and width of heads; the kernels do not depend on batch or heads."""
     qkv = torch.empty((1, *windows.grid, 3, 4, width), dtype=dtype, device="meta")
     table = torch.empty((windows.table_rows, 4), dtype=torch.float32, device="meta")
-    out, lse, *_ = attention.launch_forward(qkv, table, windows, width**-0.5)
     for table_dtype in DTYPES:
         bias_table = table.to(table_dtype)
-        tables = attention.launch_prepare(bias_table, windows)
-        _, pairs = attention_backward.launch_backward(out, qkv, *tables, out, lse, windows, width**-0.5)
+        out, lse, *tables = attention.launch_forward(qkv, bias_table, windows, width**-0.5)
+        tensors = (out, qkv, *tables, out, lse)
+        _, pairs = attention_backward.launch_backward(*tensors, windows, width**-0.5, table_dtype)
         attention_backward.launch_fold(pairs, bias_table, windows)
 
 
@@ -148,7 +150,9 @@ def shipped_launches(capability: int) -> list[Launch]:
 
 def source_of(launch: Launch) -> tuple[str, ASTSource, dict[str, int]]:
     """A launch's readable key, its source for the compiler, and the compiler's options."""
-    options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {
+        k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+    }
     constants = {k: v for k, v in launch.options.items() if k not in options}
     values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | constants
     signature, attributes = {}, {}
@@ -189,16 +193,30 @@ def measure(source: ASTSource, options: dict[str, int], capability: int) -> dict
     }
 
 
-def compile_all(only: str) -> dict[str, dict[str, int | str]]:
-    """The measurements of every distinct launch whose key, 'sm_XX kernel types settings', contains `only`."""
-    table = {}
+def shipped_sources(only: str) -> dict[str, tuple[ASTSource, dict[str, int], int]]:
+    """Every distinct launch whose key, 'sm_XX kernel types settings', contains `only`: `measure`'s arguments."""
+    found = {}
     for capability in TARGETS:
         for launch in shipped_launches(capability):
             key, source, options = source_of(launch)
-            name = f"sm_{capability} {key}"
-            if only in name and name not in table:
-                table[name] = measure(source, options, capability)
-    return dict(sorted(table.items()))
+            if only in (name := f"sm_{capability} {key}"):
+                found[name] = (source, options, capability)
+    return dict(sorted(found.items()))
+
+
+_queue: list[tuple[ASTSource, dict[str, int], int]] = []  # what the forks of `compile_all` work on
+
+
+def _measure_queued(i: int) -> dict[str, int | str]:
+    return measure(*_queue[i])
+
+
+def compile_all(only: str) -> dict[str, dict[str, int | str]]:
+    """The measurements of `shipped_sources`, by a process for each core: forks, as sources cannot be sent to others."""
+    sources = shipped_sources(only)
+    _queue[:] = sources.values()
+    with multiprocessing.get_context("fork").Pool(max(1, min(len(sources), len(os.sched_getaffinity(0))))) as processes:
+        return dict(zip(sources, processes.map(_measure_queued, range(len(sources)), chunksize=1), strict=True))
 
 
 def regressions(old: dict, new: dict) -> list[str]:

@@ -13,22 +13,38 @@ from contextlib import contextmanager
 import torch
 
 PROGRAMS = 4 * 132  # enough to fill the largest GPU we know several times over; fixed, so results are too
+# Of kernels whose programs walk over small windows: as many as run at one time, by their registers on sm_90. A second
+# wave would find most of the GPU idle.
+SMALL_PROGRAMS = {"fwd_small": 3 * 132, "bwd_small": 2 * 132}
 
 PREPARE = 512  # table rows or codes of a program of prepare_kernel
 STATS = 128  # tokens of a program that makes delta; codes are padded to a multiple
 SMALL_WINDOW = 64  # tokens up to which one tile holds a window
 WIDE = 64  # heads from this width on need smaller tiles or more warps, or they spill
-FOLD = {"BLOCK": 64, "ROWS": 16, "num_warps": 4}  # queries and neighbouring offsets of a step of fold_pairs
+BIAS_TILE = {"BLOCK": 64, "num_warps": 4}  # rows and columns of a program of bias_tile_kernel
+BIAS_TILE_BYTES = 64 * 2**20  # up to which a call makes a tile of biases: more would not stay in the cache
+FOLD = {"BLOCK": 128, "ROWS": 16, "num_warps": 4}  # queries and neighbouring offsets of a step of fold_pairs
 SUM_SCORES = {"BLOCK": 1024, "num_warps": 4}  # elements of dS of a step of sum_scores
 SCORES_BYTES = 128 * 2**20  # of dS in memory at one time: a batch that needs more goes through in parts
 
 Options = dict[str, int]  # of a launch: its tile's sizes, num_warps, num_stages
 Key = tuple[str, str]  # kernel, kind of its numbers
+TILED = ", bias tile"  # added to the kind where the kernel reads its biases from a tile
 
 
 def tiles(m: int, n: int, tail: int, warps: int, stages: int) -> Options:
     """A kernel's outer tile of m, walked over in steps of n, what is left of the window in steps of `tail`."""
     return {"BLOCK_M": m, "BLOCK_N": n, "TAIL": tail, "num_warps": warps, "num_stages": stages}
+
+
+def scores(
+    m: int, n: int, tail: int, warps: int, stages: int, *, last: int = 0, registers: int | None = None
+) -> Options:
+    """`tiles` of a kernel that makes scores, whose outer tile may be of `last` where no more than that is left.
+
+    registers: the most that a thread may have, so that as many programs share a multiprocessor as are meant to.
+    """
+    return {**tiles(m, n, tail, warps, stages), "LAST": last} | ({} if registers is None else {"maxnreg": registers})
 
 
 def warps(count: int, stages: int) -> Options:
@@ -40,18 +56,18 @@ def warps(count: int, stages: int) -> Options:
 # Triton 3.6 was seen to miscompile 64x128 tiles of 32-wide heads with two stages in a backward pass
 # (triton-lang/triton#10573).
 DEFAULT: dict[Key, Options] = {
-    ("fwd", "16 bit"): tiles(64, 64, 16, 4, 1),
-    ("fwd", "16 bit, wide"): tiles(64, 64, 16, 4, 1),
-    ("fwd", "fp32"): tiles(32, 32, 16, 4, 1),
-    ("fwd", "fp32, wide"): tiles(32, 32, 16, 4, 1),
+    ("fwd", "16 bit"): scores(64, 64, 16, 4, 1),
+    ("fwd", "16 bit, wide"): scores(64, 64, 16, 4, 1),
+    ("fwd", "fp32"): scores(32, 32, 16, 4, 1),
+    ("fwd", "fp32, wide"): scores(32, 32, 16, 4, 1),
     ("fwd_small", "16 bit"): warps(4, 1),
     ("fwd_small", "16 bit, wide"): warps(4, 1),
     ("fwd_small", "fp32"): warps(8, 1),
     ("fwd_small", "fp32, wide"): warps(8, 1),
-    ("bwd_kv", "16 bit"): tiles(64, 32, 16, 4, 1),
-    ("bwd_kv", "16 bit, wide"): tiles(64, 32, 16, 4, 1),
-    ("bwd_kv", "fp32"): tiles(32, 32, 16, 8, 1),
-    ("bwd_kv", "fp32, wide"): tiles(32, 16, 16, 8, 1),
+    ("bwd_kv", "16 bit"): scores(64, 32, 16, 4, 1),
+    ("bwd_kv", "16 bit, wide"): scores(64, 32, 16, 4, 1),
+    ("bwd_kv", "fp32"): scores(32, 32, 16, 8, 1),
+    ("bwd_kv", "fp32, wide"): scores(32, 16, 16, 8, 1),
     ("bwd_q", "16 bit"): tiles(64, 64, 16, 4, 2),
     ("bwd_q", "16 bit, wide"): tiles(64, 64, 16, 4, 2),
     ("bwd_q", "fp32"): tiles(32, 32, 16, 4, 1),
@@ -69,11 +85,15 @@ DEFAULT: dict[Key, Options] = {
 # fwd: first in the sum by depth. Measured on this kernel.
 # bwd_kv: first of those that spill nothing now. Measured on the one before, which walked over regions and kept no dS.
 # bwd_small: 20 to 25 % less time. Measured on the one before, which read `out` and had the bias without its mask.
+# fwd, bwd_kv with a bias tile: chosen by counted traffic (benchmarks/kernels_model.py), never measured. An architecture
+# without such entries gathers its biases.
 # fwd_small: chosen as bwd_small. The kernel is newer than the sweep: never measured.
 MEASURED: dict[str, dict[Key, Options]] = {
     "sm_90": {
-        ("fwd", "16 bit"): tiles(128, 64, 16, 4, 3),
-        ("bwd_kv", "16 bit"): tiles(128, 32, 16, 4, 1),
+        ("fwd", "16 bit"): scores(128, 64, 16, 4, 3),
+        ("fwd", "16 bit, bias tile"): scores(128, 64, 16, 4, 3, last=16),
+        ("bwd_kv", "16 bit, bias tile"): scores(128, 32, 16, 4, 1, last=16),
+        ("bwd_kv", "16 bit"): scores(128, 32, 16, 4, 1),
         ("bwd_small", "16 bit"): warps(4, 2),
         ("fwd_small", "16 bit"): warps(4, 2),
     },
@@ -88,21 +108,33 @@ def kind(dtype: torch.dtype, width: int) -> str:
 def options(architecture: str, kernel: str, dtype: torch.dtype, width: int) -> Options:
     """The launch options of an attention kernel; architecture: sm_90 for compute capability 9.0."""
     key = (kernel, kind(dtype, width))
-    return MEASURED.get(architecture, {}).get(key) or DEFAULT[key]
+    found = MEASURED.get(architecture, {}).get(key) or DEFAULT[key]
+    return found | {"TILED": False} if "LAST" in found else found
+
+
+def bias_tile_options(architecture: str, kernel: str, dtype: torch.dtype, width: int) -> Options | None:
+    """The launch options of an attention kernel that reads its biases from a tile, or None where the architecture's
+    gathers them."""
+    found = MEASURED.get(architecture, {}).get((kernel, kind(dtype, width) + TILED))
+    return None if found is None else found | {"TILED": True}
 
 
 @contextmanager
-def replaced(architecture: str, key: Key, candidate: Options) -> Iterator[None]:
-    """While it lasts, `candidate` is what the table holds."""
+def replaced(architecture: str, key: Key, candidate: Options | None) -> Iterator[None]:
+    """While it lasts, `candidate` is what the table holds; None: nothing."""
     rows = MEASURED.setdefault(architecture, {})
+
+    def put(found: Options | None) -> None:
+        rows.pop(key, None)
+        if found is not None:
+            rows[key] = found
+
     before = rows.get(key)
-    rows[key] = candidate
+    put(candidate)
     try:
         yield
     finally:
-        del rows[key]
-        if before is not None:
-            rows[key] = before
+        put(before)
 
 
 def splits(programs: int, tokens: int, block: int) -> int:
@@ -125,9 +157,9 @@ def small_block(tokens: int) -> int:
     return next(side for side in (16, 32, SMALL_WINDOW) if tokens <= side)
 
 
-def small_groups(windows: int, heads: int) -> int:
+def small_groups(kernel: str, windows: int, heads: int) -> int:
     """Over how many programs a head's windows are spread, where a program walks over windows."""
-    return max(1, min(windows, PROGRAMS // heads))
+    return max(1, min(windows, SMALL_PROGRAMS[kernel] // heads))
 
 
 def cross_entropy_tiles(vocabulary: int) -> Options:

@@ -73,10 +73,10 @@ def options_of(kernel: str, qkv: Tensor) -> Options:
     return {"D": d, **options(architecture(qkv.device), kernel, qkv.dtype, d)}
 
 
-def launch_regions(kernel: Any, name: str, tensors: tuple[Tensor, ...], windows: Windows, scale: float) -> None:
+def launch_regions(kernel: Any, tile: Options, tensors: tuple[Tensor, ...], windows: Windows, scale: float) -> None:
     """Start an attention kernel that has a program, or a few, for every region and head; tensors[0] is qkv."""
     batch, heads = tensors[0].shape[0], tensors[0].shape[5]
-    tile, programs = options_of(name, tensors[0]), batch * windows.regions * heads
+    programs = batch * windows.regions * heads
     parts = splits(programs, windows.tokens, tile["BLOCK_M"])
     launch(
         kernel, (programs * parts,), *tensors, scale, heads, parts, *windows.scalars, WRAP=windows.wraps, **tile
@@ -84,10 +84,10 @@ def launch_regions(kernel: Any, name: str, tensors: tuple[Tensor, ...], windows:
 
 
 def launch_windows(
-    kernel: Any, name: str, tensors: tuple[Tensor, ...], windows: Windows, scale: float, first: int, count: int
+    kernel: Any, tile: Options, tensors: tuple[Tensor, ...], windows: Windows, scale: float, first: int, count: int
 ) -> None:
     """Start an attention kernel that has a program, or a few, for every head of `count` windows from `first` on."""
-    tile, heads = options_of(name, tensors[0]), tensors[0].shape[5]
+    heads = tensors[0].shape[5]
     parts = splits(count * heads, windows.tokens, tile["BLOCK_M"])
     sizes = (scale, heads, parts, first, *windows.scalars)
     launch(kernel, (count * heads * parts,), *tensors, *sizes, WRAP=any(windows.shift), **tile)

@@ -135,8 +135,15 @@ def code_stride(tokens):
 
 @triton.jit
 def score_stride(tokens):
-    """Length of a row of dS in memory, for windows of that many tokens: whole reads and writes of 8 elements."""
+    """Length of a row of dS or of biases in memory, for windows of that many tokens: whole reads and writes of 8
+    elements."""
     return (tokens + 7) // 8 * 8
+
+
+@triton.jit
+def whole_tiles(tokens, BLOCK: tl.constexpr, LAST: tl.constexpr):
+    """Where the tiles of BLOCK tokens end: behind the last token, or in front of at most LAST tokens that are left."""
+    return tl.cdiv(tl.maximum(tokens - LAST, 0), BLOCK) * BLOCK
 
 
 @triton.jit
@@ -173,14 +180,40 @@ def look_up(pointers):
 
 
 @triton.jit
-def base_two(product, bias, scale):
-    """Base-2 scores from q k^T and pointers to their biases: one fused multiply-add per pair."""
-    return product * (scale * LOG2E) + look_up(bias)
+def row_biases(bias, codes, rows, tokens, stride, sign: tl.constexpr, TILED: tl.constexpr):
+    """What `biases` wants of the tokens `rows`, of the `tokens` of a region: their pointers into the table, or where
+    their rows of the bias tile start. sign: 1 where they are queries, -1 where they are keys."""
+    if TILED:  # noqa: SIM108  the branches have different types
+        at = tl.minimum(rows, tokens - 1) * stride
+    else:
+        at = bias + sign * tl.load(codes + rows)
+    return at
+
+
+@triton.jit
+def biases(bias, of_rows, codes, columns, stride, sign: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr):
+    """Biases of a tile of scores in fp32: gathered from the table, or read from the bias tile in whole lines.
+
+    sign: that of `row_biases`. MASKED: the columns may lie past the window.
+    """
+    if not TILED:
+        value = look_up(of_rows[:, None] - sign * tl.load(codes + columns)[None, :])
+    elif MASKED:
+        value = tl.load(bias + (of_rows[:, None] + columns[None, :]), mask=(columns < stride)[None, :], other=0.0)
+    else:
+        value = tl.load(bias + (of_rows[:, None] + columns[None, :]))
+    return value.to(tl.float32)
+
+
+@triton.jit
+def scaled(product, bias, scale):
+    """Scores from q k^T and biases, by one fused multiply-add: the same bits however the biases were read."""
+    return tl.fma(product, tl.zeros_like(product) + scale, bias)
 
 
 @triton.jit
 def small_bias(table, code, inside):
-    """Biases of a window in one tile, times log2(e), from the middle of the table and the codes of its tokens; minus
-    infinity for keys past the window, so that loops over windows need no mask of keys."""
+    """Biases of a window in one tile, from the middle of the table and the codes of its tokens; minus infinity for
+    keys past the window, so that loops over windows need no mask of keys."""
     bias = look_up((table + code)[:, None] - code[None, :])
     return tl.where(inside[None, :], bias, float("-inf"))

@@ -43,7 +43,7 @@ def test_changed_list_of_configurations_is_found():
 def test_compiled_tables_match_the_readme(path):
     """Tensor cores in every 16-bit attention kernel, Hopper's own where a tile has their 64 rows; no spill in 16 bits.
 
-    fp32 kernels, which are for tests and small runs, spill a few registers with Triton 3.8 and later.
+    fp32 kernels, which are for tests and small runs, spill a few registers.
     """
     table = json.loads(path.read_text())
     attention = {key: row for key, row in table.items() if "window_attention" in key and "_kernel fp32" not in key}
@@ -53,7 +53,7 @@ def test_compiled_tables_match_the_readme(path):
         own = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(key.split()[0], "HMMA")
         assert row["products"].startswith("HMMA" if "BLOCK=16" in key else own), key
     spills = {key: row["spills"] for key, row in table.items() if row["spills"]}
-    assert all("_kernel fp32" in key and count <= 4 for key, count in spills.items()), spills
+    assert all("_kernel fp32" in key and count <= 8 for key, count in spills.items()), spills
 
 
 def test_kernel_compiles_without_a_gpu():
@@ -62,4 +62,4 @@ def test_kernel_compiles_without_a_gpu():
     command = [sys.executable, "-m", "bevt_ds.kernels.check", "--only", "sm_90 window_attention_fwd_kernel bf16"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 configurations, none worse" in done.stdout
+    assert "3 configurations, none worse" in done.stdout

@@ -233,7 +233,7 @@ def test_batches_of_more_than_2_31_values_launch_with_numbers_that_fit(window, b
     assert qkv.numel() > 2**31
     with launches.record("sm_90") as recorded:
         out, lse, *tables = attention.launch_forward(qkv, table, windows, 1.0)
-        attention_backward.launch_backward(out, qkv, *tables, out, lse, windows, 1.0)
+        attention_backward.launch_backward(out, qkv, *tables, out, lse, windows, 1.0, table.dtype)
     assert len(recorded) >= 3
     for launch in recorded:
         numbers = [n for n in (*launch.grid, *launch.args) if isinstance(n, int)]
@@ -253,7 +253,8 @@ def test_largest_windows(window, device, check_op, poisoned):
     qkv = torch.randn(1, *window, 3, 1, 16, device=device)
     with ExitStack() as stack:
         for kernel in ("fwd", "bwd_kv", "bwd_q") if device == "cpu" else ():
-            stack.enter_context(configs.replaced("interpreter", (kernel, "fp32"), configs.tiles(128, 128, 128, 4, 1)))
+            options = (configs.tiles if kernel == "bwd_q" else configs.scores)(128, 128, 128, 4, 1)
+            stack.enter_context(configs.replaced("interpreter", (kernel, "fp32"), options))
         attend = partial(kernels.window_attention, provider="triton")
         table = torch.randn(windows.table_rows, 1, device=device)
         check_op(attend, reference.window_attention, (qkv, table), windows=windows)

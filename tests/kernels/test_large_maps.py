@@ -127,7 +127,7 @@ def test_epilogues_reach_the_end_of_a_map(device):
 @pytest.mark.parametrize("side", [8, 9], ids=["one tile", "many tiles"])
 def test_attention_reaches_the_end_of_a_batch(side, device, monkeypatch):
     if side == 8:  # 11 windows for each program
-        monkeypatch.setattr(configs, "PROGRAMS", 2**15)
+        monkeypatch.setattr(configs, "SMALL_PROGRAMS", {"fwd_small": 2**15, "bwd_small": 2**15})
     window, still, heads = (1, side, side), (0, 0, 0), 2
     windows = kernels.Windows((1, 8 * side, 8 * side), window, window, still, still)
     batch = 256 * math.ceil(FAR / (256 * 64 * side * side * 3 * heads * 32))
@@ -138,7 +138,7 @@ def test_attention_reaches_the_end_of_a_batch(side, device, monkeypatch):
         x[-1] = torch.randn(x.shape[1:], device=device).to(HALF)
     table = torch.randn(windows.table_rows, heads, device=device)
     out, lse, *tables = attention.launch_forward(qkv, table, windows, 0.2)
-    dqkv, _ = attention_backward.launch_backward(dout, qkv, *tables, out, lse, windows, 0.2)
+    dqkv, _ = attention_backward.launch_backward(dout, qkv, *tables, out, lse, windows, 0.2, table.dtype)
 
     def last(x):  # window of the last head
         return x[-1:, :, -side:, -side:, ..., -32:].float()

@@ -1,5 +1,6 @@
 """The window attention kernels against the reference: values, gradients, isolation, determinism."""
 
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from bevt_ds import kernels
-from bevt_ds.kernels import reference
+from bevt_ds.kernels import bias, configs, launches, reference
 
 STILL = (0, 0, 0)
 attend = partial(kernels.window_attention, provider="triton")
@@ -60,6 +61,56 @@ def test_public_attention_launches_the_kernels(device, inputs):
         qkv, table, windows = inputs(case, torch.float32, device)
         attend(qkv.requires_grad_(), table, windows).sum().backward()
         assert kernels.launch_counts() == common | own
+
+
+@contextmanager
+def tiles_of_scores(fwd, bwd_kv, dtype, device, kind):
+    """Other options of the kernels that make scores."""
+    name = launches.architecture(torch.device(device))
+    with ExitStack() as stack:
+        for kernel, options in (("fwd", fwd), ("bwd_kv", bwd_kv)):
+            stack.enter_context(configs.replaced(name, (kernel, configs.kind(dtype, 16) + kind), options))
+        yield
+
+
+@pytest.mark.parametrize("case", ["large-shifted", "large-cut-in-time", "large-by-number-cut"])
+def test_bias_tile_gives_the_bits_of_the_gather(case, device, inputs, check_op, poisoned):
+    """And both what the reference gives, with a small tile for the tokens that are left over."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    qkv, table, windows = inputs(case, dtype, device, heads=1)
+    options = (
+        configs.scores(32, 32, 16, 4, 1, last=16) if device == "cpu" else configs.scores(64, 64, 16, 4, 2, last=16)
+    )
+
+    def run():
+        leaves = qkv.clone().requires_grad_(), table.clone().requires_grad_()
+        out = attend(*leaves, windows)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+
+    with (
+        tiles_of_scores(options, options, dtype, device, ""),
+        tiles_of_scores(None, None, dtype, device, configs.TILED),
+    ):
+        gathered = run()
+        assert "bias_tile_kernel" not in kernels.launch_counts()
+        with tiles_of_scores(options, options, dtype, device, configs.TILED):
+            assert all(torch.equal(a, b) for a, b in zip(gathered, run(), strict=True))
+            assert kernels.launch_counts()["bias_tile_kernel"] == 2
+            if case == "large-cut-in-time":
+                check_op(attend, reference.window_attention, (qkv, table), windows=windows)
+
+
+def test_bias_tile_is_made_where_the_table_is_of_the_activations_type_and_it_fits(device, inputs, monkeypatch):
+    options = configs.scores(64, 32, 16, 4, 1)
+    qkv, table, windows = inputs("large-shifted", torch.float16, device, heads=1)
+    with tiles_of_scores(options, options, torch.float16, device, configs.TILED):
+        made = []
+        for precision, most in ((table, 2**20), (table.float(), 2**20), (table, 2)):
+            kernels.reset_launch_counts()
+            monkeypatch.setattr(bias, "BIAS_TILE_BYTES", most)
+            attend(qkv.requires_grad_(), precision, windows).sum().backward()
+            made.append(kernels.launch_counts().get("bias_tile_kernel", 0))
+    assert made == [2, 0, 0]
 
 
 def test_backward_in_parts_of_the_batch(device, inputs, check_op, poisoned, monkeypatch):
