@@ -8,7 +8,7 @@
 
 Rows go to benchmarks/results/kernels-<device>.jsonl as they are measured, and what is already there for the same
 commit is not measured again; a markdown page and a plot are drawn from them. Without a GPU the same command times small
-shapes over what runs on a CPU, and says so.
+shapes over what runs on a CPU, and says so. The last thing printed is the table of goals with what was measured.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ import torch
 from . import (
     kernels_blocks,
     kernels_fused,
+    kernels_goals,
     kernels_heads,
     kernels_masked,
     kernels_providers,
     kernels_sweep,
+    pages,
     report,
 )
 from .common import RESULTS, append_row, ceilings, measure, peak_megabytes, provenance, read_rows, reason, rows_of
@@ -200,6 +202,7 @@ def main() -> None:
         run.others(kernels_blocks.block_jobs(device), kernels_blocks.check_block)
         run.fused()
     report.write(run.path)
+    print(pages.goal_table(kernels_goals.figures(list(read_rows(run.path)))))
     print(f"rows, page and plot: {run.path}")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from statistics import median_low
 from typing import Any
 
+from .kernels_goals import GOALS, figures, index_rows
 from .pages_data import damaged_media, kept_ids, loader, reading, study, targets, tokenizers
 from .pages_decode import decode, host, packing
 from .pages_runs import commits, guard, soak
@@ -27,50 +28,17 @@ def ceilings(row: Row) -> str:
 
 # Kernels
 
-TARGETS = (  # the goals on an H200, bf16, Swin-B, 8 clips, blocks weighted by depth
-    ("forward + backward against eager", 5.0, "x"),
-    ("forward + backward against the best of compile, sdpa, flex", 2.0, "x"),
-    ("forward", 170.0, "TFLOP/s"),
-    ("backward", 120.0, "TFLOP/s"),
-)
-RIVALS = ("compile", "sdpa", "flex")  # those that run every case; forced backends and newer ones have rows of their own
 KERNELS = """\
 Made by `python -m benchmarks.kernels`. Dense: FLOPs of every pair of every window, backward 2.5 times forward;
 executed: of the pairs that may attend. Roof: the least time at the measured ceilings."""
 
 
-def index_rows(rows: Rows) -> dict[tuple[str, str, str], Row]:
-    """Rows by (case, direction, provider); a later row replaces an earlier one."""
-    return {(row["case"], row["direction"], row["provider"]): row for row in rows}
-
-
-def weighted(rows: Rows) -> dict[str, float | None]:
-    """The figures of TARGETS over the video blocks of Swin-B at 8 clips; None where a part is missing."""
-    found = index_rows(rows)
-    cases = {case: row["blocks"] for (case, *_), row in found.items() if case[:2] == "b-" and " 8 video 8x7x7" in case}
-
-    def total(direction: str, *providers: str, of: str = "p50_ms") -> float | None:
-        parts = [[found.get((case, direction, name), {}).get(of) for name in providers] for case in cases]
-        if not parts or any(None in part for part in parts):
-            return None
-        return sum(blocks * min(part) for blocks, part in zip(cases.values(), parts, strict=True))
-
-    def ratio(over: float | None, under: float | None) -> float | None:
-        return over / under if over and under else None
-
-    figures = [ratio(total("both", *names), total("both", "bevt_ds")) for names in (("eager",), RIVALS)]
-    for direction in ("forward", "backward"):
-        rate = ratio(total(direction, "bevt_ds", of="dense_flops"), total(direction, "bevt_ds"))
-        figures.append(rate and 1e-9 * rate)
-    return {name: figure for (name, _, _), figure in zip(TARGETS, figures, strict=True)}
-
-
 def kernels(rows: Rows) -> Page:
     """Each kernel and its rivals, forward, backward and both."""
-    found, figures = index_rows(rows), weighted(rows)
+    found, reached = index_rows(rows), figures(rows)
 
     def speedup(row: Row) -> str:
-        eager = found.get((row["case"], row["direction"], "eager"), {}).get("p50_ms")
+        eager = found.get((row["op"], row["case"], row["direction"], "eager"), {}).get("p50_ms")
         return number(eager and eager / row["p50_ms"], ".2f")
 
     columns: Columns = {
@@ -83,18 +51,26 @@ def kernels(rows: Rows) -> Page:
         **fields("peak MB peak_mb .0f"),
         "x eager": speedup,
     }
-    goals: Columns = {
-        "Swin-B, 8 clips, by depth": lambda goal: goal[0],
-        "target": lambda goal: f"{goal[1]} {goal[2]}",
-        "measured": lambda goal: number(figures[goal[0]], ".2f"),
-    }
     parts = [KERNELS, facts(rows), ceilings(rows[-1]), table(found.values(), columns, names=3)]
-    parts += [ON_CPU if on_cpu(rows) else table(TARGETS, goals, names=2)]
+    parts += [ON_CPU if on_cpu(rows) else goal_table(reached)]
     both = [row for row in found.values() if row["op"] == "window_attention" and row["direction"] == "both"]
     cases, providers = ([name for (name,) in grouped(both, field)] for field in ("case", "provider"))
-    bars = {p: [found.get((case, "both", p), {}).get("p50_ms") for case in cases] for p in providers}
+    bars = {
+        p: [found.get(("window_attention", case, "both", p), {}).get("p50_ms") for case in cases] for p in providers
+    }
     panel = Panel("ms, forward + backward", source(rows[-1])["device"], names=cases, bars=bars, log=True)
     return Page("Kernel benchmark", parts, [panel] if both else [])
+
+
+def goal_table(reached: dict[str, float | None]) -> str:
+    """Goals next to what was measured."""
+    columns: Columns = {
+        "Swin-B, 8 clips and 64 images, by depth": lambda goal: goal[0],
+        "goal": lambda goal: f"{goal[1]:g} {goal[3]}",
+        "stretch": lambda goal: f"{goal[2]:g} {goal[3]}" if goal[2] else "-",
+        "measured": lambda goal: number(reached[goal[0]], ".2f"),
+    }
+    return table(GOALS, columns, names=2)
 
 
 def _teraflops(row: Row, name: str) -> str:

@@ -1,9 +1,11 @@
 """The kernel benchmark: competitors compute the same, and the page states only what was measured."""
 
 import os
+import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +22,12 @@ from benchmarks import (
     pages,
 )
 from benchmarks.common import Timing, commit, read_rows, reason
+from benchmarks.kernels_goals import GOALS, figures
 from bevt_ds import kernels
 from bevt_ds.kernels import configs
 from bevt_ds.kernels.reference import partition
 
+ROOT = Path(__file__).parents[2]
 LIMITS = {"copy_bytes_s": 1e10, "matmul_flop_s": 1e11, "exp_s": None}
 CASES = [case for case in kernels_cases.small_cases() if case.stream == "image"]
 
@@ -81,12 +85,12 @@ def row(provider, direction="both", p50=1.0, **more):
 def test_failed_competitor_voids_the_best():
     """The speedup over the best needs all competitors; the one over eager does not."""
     rows = [row("eager", p50=6.0), row("bevt_ds"), row("compile", p50=3.0), row("sdpa", p50=2.0)]
-    goal_eager, goal_best, *_ = (name for name, _, _ in pages.TARGETS)
-    complete = pages.weighted([*rows, row("flex", p50=4.0)])
+    goal_eager, goal_best, *_ = (name for name, *_ in GOALS)
+    complete = figures([*rows, row("flex", p50=4.0)])
     assert (complete[goal_eager], complete[goal_best]) == (6.0, 2.0)
     failed = row("flex", error="RuntimeError: no")
     failed.pop("p50_ms")
-    partial = pages.weighted([*rows, failed])
+    partial = figures([*rows, failed])
     assert (partial[goal_eager], partial[goal_best]) == (6.0, None)
     assert "not measured: RuntimeError: no" in pages.kernels([*rows, failed]).markdown()
 
@@ -140,15 +144,36 @@ def test_commit_can_be_given_without_git_history(monkeypatch):
 
 def test_report_leaves_out_what_was_not_measured():
     """Without forward rows there is no forward rate."""
-    figures = pages.weighted([row("eager", p50=6.0), row("bevt_ds")])
-    assert figures["forward"] is None and figures["backward"] is None
+    reached = figures([row("eager", p50=6.0), row("bevt_ds")])
+    assert reached["clips, forward"] is None and reached["clips, backward"] is None
+    assert reached["clips, forward + backward against eager"] == 6.0
+
+
+def test_goals_are_stated_next_to_what_was_measured():
+    """A forced backend that is faster than the three that run everything is the best; images count by their roof;
+    rows of other ops with the same name stay apart."""
+    rows = [row("eager", p50=9.0), *(row(name, p50=4.0) for name in ("compile", "sdpa", "flex", "bevt_ds"))]
+    rows += [row("sdpa_cudnn", p50=2.0), row("sdpa_math", error="no"), row("bevt_ds", "forward", p50=2.0)]
+    rows[-2].pop("p50_ms")
+    image = {"case": "b-stage1 64 image 1x7x7 plain", "roof_ms": 1.0, "roof": "memory"}
+    rows += [row("bevt_ds", p50=4.0, **image)]
+    step = {"case": "b 8 clips 64 images"}
+    rows += [
+        row(name, p50=p50, peak_mb=274.0, op="masked_head", **step) for name, p50 in (("eager", 7), ("bevt_ds", 2))
+    ]
+    rows += [row(name, op="insert_mask_tokens", **step) for name in ("eager", "bevt_ds")]
+    reached = figures(rows)
+    assert list(reached.values()) == [2.25, 0.5, 0.5, None, 25.0, 3.5, 274.0]
+    page = pages.kernels(rows).markdown()
+    assert "| images, forward + backward, of the copy roof | 60 % | 75 % | 25.00 |" in page
+    assert "masked_head b 8 clips 64 images" in page and "insert_mask_tokens b 8 clips 64 images" in page
 
 
 def test_page_of_a_cpu_sets_no_goals():
     """And sets no goals next to its numbers."""
     page = pages.kernels([row("bevt_ds") | {"provenance": {"device": "CPU x86_64"}}]).markdown()
     assert "These are CPU numbers" in page
-    assert "target" not in page
+    assert "stretch" not in page
 
 
 def test_masked_jobs_run():
@@ -196,17 +221,19 @@ def test_sweep_times_every_candidate_and_prints_the_table(tmp_path, quick, monke
     monkeypatch.setattr(
         kernels_sweep,
         "candidates",
-        lambda kernel, device: [*[deadly] * (kernel == "fwd_small"), *candidates(kernel, device)],
+        lambda kernel, device: [*[(False, deadly)] * (kernel == "fwd_small"), *candidates(kernel, device)],
     )
     entry = kernels_sweep.sweep("cpu", tmp_path)
     (path,) = tmp_path.glob("tiles-*.jsonl")
     rows = list(read_rows(path))
-    expected = {"fwd": 1, "bwd_kv": 1, "bwd_q": 1, "fwd_small": 3, "bwd_small": 2}
+    expected = {"fwd": 2, "bwd_kv": 2, "bwd_q": 1, "fwd_small": 3, "bwd_small": 2}
     assert Counter(row["kernel"] for row in rows) == expected
     failed = {(row["kernel"], row["options"]): row["error"] for row in rows if "error" in row}
     assert failed == {("fwd_small", "warps(2, 1)"): "the process that compiled it died"}
-    held = eval(f"{{{entry}}}", {"tiles": configs.tiles, "warps": configs.warps})
-    assert held["interpreter"].keys() == {(kernel, "fp32") for kernel in expected}
+    held = eval(f"{{{entry}}}", vars(configs))
+    assert held["interpreter"].keys() == {(kernel, "fp32") for kernel in expected}  # of equal times, no tile
+    assert {row["kind"] for row in rows if row["kernel"] == "fwd"} == {"fp32", "fp32, bias tile"}
+    assert '# no faster than the gather: ("fwd", "fp32, bias tile")' in entry
     assert held["interpreter"]["fwd_small", "fp32"] == configs.warps(4, 1)
     assert not configs.MEASURED["interpreter"]
 
@@ -237,8 +264,8 @@ def test_tiles_are_those_of_the_architecture():
         with launches.record(name):
             found[name] = launches.options_of("fwd", qkv)
     key = ("fwd", "16 bit")
-    assert found["sm_90"] == configs.MEASURED["sm_90"][key] | {"D": 32} != found["sm_100"]
-    assert found["sm_100"] == configs.DEFAULT[key] | {"D": 32}
+    assert found["sm_90"] == configs.MEASURED["sm_90"][key] | {"D": 32, "TILED": False} != found["sm_100"]
+    assert found["sm_100"] == configs.DEFAULT[key] | {"D": 32, "TILED": False}
 
 
 @pytest.mark.parametrize("name", kernels_heads.LOSSES)
@@ -283,3 +310,21 @@ def test_blocks_of_libraries_run_and_are_accelerated(case):
     jobs = [kernels_blocks.block_job(case, mode, "torch", "cpu", torch.float32) for mode in ("eager", "accelerated")]
     for job in jobs:
         assert all(grad.isfinite().all() for grad in job.backward(job.forward()))
+
+
+def test_script_for_a_gpu_goes_on_after_a_tool_that_is_missing(tmp_path):
+    """And says so by its exit status; a step that there is not is refused."""
+    script, path = ROOT / "benchmarks" / "kernels_on_gpu.sh", "/usr/bin:/bin"
+
+    def call(**settings):
+        environment = {"PATH": path, "OUT": str(tmp_path), "PYTHON": "echo", **settings}
+        return subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+
+    done = call(STEPS="memcheck soak")
+    assert done.returncode == 1
+    assert "not run: compute-sanitizer is not installed" in done.stdout
+    assert (tmp_path / "soak.log").read_text() == "-m benchmarks.kernels --soak\n"
+    assert call(STEPS="soak").returncode == 0
+    dry = call(DRY="1")
+    assert dry.returncode == 0 and "--tool racecheck" in dry.stdout and "ncu --set full" in dry.stdout
+    assert call(STEPS="other").returncode == 2
