@@ -294,6 +294,31 @@ def test_closing_ends_the_waiting(config: Config) -> None:
     assert not loader._thread.is_alive()
 
 
+def test_a_channel_carries_large_messages_and_files_in_order(tmp_path: Path) -> None:
+    """Larger than a socket holds, so that they arrive in parts."""
+    (tmp_path / "file").write_text("in it")
+    ends = [Channel(end) for end in socket.socketpair()]
+    messages = [b"first", bytes(range(256)) * 20_000, "last"]
+
+    def send() -> None:
+        with (tmp_path / "file").open() as file:
+            for message in messages:
+                ends[0].send(message, file.fileno() if isinstance(message, bytes) else None)
+        ends[0].close()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    for message in messages:
+        got, number = ends[1].receive()
+        assert got == message and (number is None) == isinstance(message, str)
+        if number is not None:
+            os.close(number)
+    with pytest.raises(EOFError):
+        ends[1].receive()
+    sender.join()
+    ends[1].close()
+
+
 def through(outbox: Outbox, inbox: Inbox, message: object) -> object:
     placed, file = outbox.place(message)
     return inbox.message(placed, None if file is None else os.dup(file))

@@ -38,9 +38,11 @@ class Channel:
     def send(self, message: Any, file: int | None = None) -> None:
         """Send a message, and a file with it, by its number. If the other end is gone, it is lost."""
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        data = _LENGTH.pack(len(data)) + data
         with suppress(OSError), self._sending:
-            socket.send_fds(self._end, [_LENGTH.pack(len(data))], [] if file is None else [file])
-            self._end.sendall(data)
+            sent = socket.send_fds(self._end, [data], [] if file is None else [file])
+            if sent < len(data):
+                self._end.sendall(memoryview(data)[sent:])
 
     def receive(self) -> tuple[Any, int | None]:
         """The next message, and the number of the file that came with it.
