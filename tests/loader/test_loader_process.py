@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -38,7 +39,7 @@ from bevt_ds.data.plan import StreamId
 from bevt_ds.data.process import remote as remote_module
 from bevt_ds.data.process.channel import Channel, Inbox, Outbox
 from bevt_ds.data.process.messages import Opened, Opening
-from bevt_ds.data.process.remote import LoaderLost, RemoteReader
+from bevt_ds.data.process.remote import LoaderLost, PageLock, RemoteReader
 from bevt_ds.data.process.server import Server, opened, portable
 from bevt_ds.errors import UserError
 from bevt_ds.exit_codes import RANK_LOST
@@ -346,7 +347,7 @@ def test_memory_is_used_again_once_nothing_refers_to_it() -> None:
 def test_blocks_are_page_locked_for_a_gpu_while_they_are_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    locked, codes = {}, [0, 0, 2]
+    locked, codes, devices = {}, [0, 0, 2], []
 
     def register(place: int, size: int, flags: int) -> int:
         locked[place] = (size, flags)
@@ -354,14 +355,17 @@ def test_blocks_are_page_locked_for_a_gpu_while_they_are_there(
 
     cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda place: locked.pop(place))
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    outbox, inbox = Outbox(), Inbox(remote_module._page_lock, remote_module._page_unlock)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: devices.append(device) or nullcontext())
+    pages = PageLock(torch.device("cuda", 3))
+    outbox, inbox = Outbox(), Inbox(pages.lock, pages.unlock)
     for size in (10, 1 << 14, 1 << 16):
         array = through(outbox, inbox, np.ones(size))
-        assert locked[min(locked)] and [size for size, _ in locked.values()] == [
-            len(next(iter(inbox._blocks.values())))
-        ]
-        del array
+        (block,) = inbox._blocks.values()
+        assert list(locked.values()) == [(len(block), 1)]
+        del array, block
         outbox.free(inbox.freed())
+    del inbox
+    assert not locked and set(devices) == {torch.device("cuda", 3)}
     assert len(caplog.messages) == 1 and "cannot be page-locked (CUDA's error 2)" in caplog.text
 
 

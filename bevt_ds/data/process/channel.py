@@ -145,9 +145,13 @@ class Outbox:
 
 
 class Inbox:
-    """The same blocks at the other end. pin, unpin: what is done to the memory of a block that comes or goes."""
+    """The same blocks at the other end.
 
-    def __init__(self, pin: Callable[[np.ndarray], object] = id, unpin: Callable[[np.ndarray], object] = id) -> None:
+    pin, unpin: called with the address and bytes of a block that comes, and with the address of one that goes, once
+    nothing refers to it.
+    """
+
+    def __init__(self, pin: Callable[[int, int], object] = max, unpin: Callable[[int], object] = id) -> None:
         self._pin, self._unpin = pin, unpin
         self._blocks: dict[int, np.ndarray] = {}
         self._free: deque[int] = deque()  # no message is left in them
@@ -159,12 +163,13 @@ class Inbox:
     def message(self, placed: Placed, file: int | None) -> Any:
         """What was sent. Its arrays keep the block from being used again for as long as one of them is there."""
         for block in placed.dropped:
-            self._unpin(self._blocks.pop(block))
+            del self._blocks[block]
         if file is not None:
             memory = SharedMemory(file)
-            self._blocks[placed.block] = memory.first(placed.capacity)
+            self._blocks[placed.block] = block = memory.first(placed.capacity)
             memory.close()  # the file, not what is mapped of it
-            self._pin(self._blocks[placed.block])
+            self._pin(block.ctypes.data, block.nbytes)
+            weakref.finalize(block.base, self._unpin, block.ctypes.data).atexit = False
         held = self._blocks[placed.block][:]  # for this message alone
         weakref.finalize(held, self._free.append, placed.block).atexit = False
         room = memoryview(held)

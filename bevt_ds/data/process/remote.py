@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from bevt_ds import exit_codes
@@ -61,7 +60,8 @@ class RemoteReader:
         path = opening.folder and opening.folder / LEDGER
         self.ledgers = {s.stream: Ledger(s.stream, path, self.skips) for s in opening.sources}
         self.decoder_choices = dict(opening.decoders or {}) if self.is_on_gpu else {}
-        self._rank, self._inbox = opening.rank, Inbox(_page_lock, _page_unlock) if self.is_on_gpu else Inbox()
+        pages = PageLock(device)
+        self._rank, self._inbox = opening.rank, Inbox(pages.lock, pages.unlock) if self.is_on_gpu else Inbox()
         self._begun = self._finished = 0  # micro-batches
         self._answers: dict[tuple[int, str], Any] = {}  # those that have come before their turn
         self._pids: list[int] = []
@@ -182,11 +182,20 @@ class RemoteReader:
         return LoaderLost(f"the loader's process {self._process.pid} of rank {self._rank} {how}; resume=auto continues")
 
 
-def _page_lock(memory: np.ndarray) -> None:
-    """Let a GPU copy from it without the CPU. Where the system allows no more of that, copies are only slower."""
-    if code := int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE)):
-        log.warning("%d bytes of shared memory cannot be page-locked (CUDA's error %d)", memory.nbytes, code)
+class PageLock:
+    """Lets a GPU copy from memory without the CPU. Where the system allows no more of that, copies are only slower."""
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
-def _page_unlock(memory: np.ndarray) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+    def lock(self, address: int, size: int) -> None:
+        """For a block that has come."""
+        with torch.cuda.device(self._device):  # or a thread that has none would start up the first GPU
+            code = int(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE))
+        if code:
+            log.warning("%d bytes of shared memory cannot be page-locked (CUDA's error %d)", size, code)
+
+    def unlock(self, address: int) -> None:
+        """For a block that goes."""
+        with torch.cuda.device(self._device):
+            torch.cuda.cudart().cudaHostUnregister(address)
