@@ -59,7 +59,8 @@ PACKING = """\
 Made by `python -m benchmarks.packing`: each video rewritten by the profile `train`, then clips of 16 frames decoded
 from the copy, all in one thread, in milliseconds of CPU time. A clip lasts as long at either frame rate: stride 8 at
 the source's, 1 at 3.75 frames/s. PSNR of 8-bit RGB against the source scaled to the same size. Packets a clip are what
-a decoder must decode for it, from the keyframe in front of it on; how fast NVDEC does that is not measured."""
+a decoder gets for it, from the keyframe in front of it on, less those between what one frame needs and the keyframe of
+the next; how fast NVDEC decodes them is not measured."""
 
 
 def packing(rows: Rows) -> Page:

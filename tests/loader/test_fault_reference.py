@@ -6,12 +6,19 @@ import bz2
 import re
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+from bevt_ds.data.decoding.gpu_decoder import GpuDecoder
 from bevt_ds.data.decoding.images import decode_image
+from bevt_ds.data.decoding.pool import DecodePool
+from bevt_ds.data.decoding.sessions import GpuRefusal
 from bevt_ds.data.decoding.transcode import Profile, transcode
 from bevt_ds.data.decoding.verify import verify_video
 from bevt_ds.data.decoding.video import fits_gpu
@@ -21,7 +28,8 @@ from bevt_ds.data.reading.shards import expand
 from bevt_ds.errors import UserError
 from bevt_ds.shards.file_lists import read_rows
 from bevt_ds.shards.sources import list_items
-from tests.loader.media import deep_jpeg, encode_clip, encoded, noise, special_member, write_tar
+from tests.loader.fake_gpu import FakeGpu
+from tests.loader.media import deep_jpeg, encode_clip, encoded, noise, pooled_clips, special_member, write_tar
 from tests.loader.test_frame_numbers import CACHED
 from tests.loader.test_gpu_obstacles import OBSTACLES
 from tests.loader.test_images import refused_by_pillow
@@ -37,11 +45,14 @@ GPU, WORKER = "decoded", "decoded by workers only"
 VP9 = {"deadline": "realtime", "cpu-used": "8"}
 
 
-def video(make: Callable[[], bytes]) -> Callable[[Path], str]:
+@dataclass(frozen=True)
+class video:  # noqa: N801 - next to the functions that make the other attempts
     """Decoded as in training and compared with a full decode; then rewritten."""
 
-    def attempt(folder: Path) -> str:
-        data = make()
+    make: Callable[[], bytes]
+
+    def __call__(self, folder: Path) -> str:
+        data = self.make()
         try:
             info = verify_video(data, LIMITS)
         except BadSample:
@@ -52,8 +63,6 @@ def video(make: Callable[[], bytes]) -> Callable[[Path], str]:
         assert verify_video(rewritten, LIMITS).frames == facts["frames"]
         turns = [f"{info.rotation}°"] * (info.rotation > 0) + ["mirrored"] * info.mirrored
         return (f"turned ({', '.join(turns)}), " if turns else "") + (GPU if fits_gpu(vars(info)) else WORKER)
-
-    return attempt
 
 
 def image(make: Callable[[], bytes]) -> Callable[[Path], str]:
@@ -190,3 +199,28 @@ def test_every_row_of_the_fault_reference_is_tried() -> None:
 @pytest.mark.parametrize("given", CASES)
 def test_fault_has_the_documented_outcome(given: str, tmp_path: Path) -> None:
     assert CASES[given](tmp_path) == OUTCOMES[given]
+
+
+def test_every_video_of_the_table_is_decoded_by_a_gpus_sessions_or_left_to_a_worker() -> None:
+    """No file makes a session fail, so nothing is built again; what a session decodes is what the worker does."""
+    videos = {given: attempt.make for given, attempt in CASES.items() if isinstance(attempt, video)}
+    videos |= {kind: make for kind, make in CACHED.items() if kind.startswith("H.264")}
+    pool, gpu, decoded = DecodePool(1, 60.0, LIMITS), FakeGpu(), []
+    decoder = GpuDecoder(pool, gpu, sessions=8)
+    for name, make in videos.items():
+        data, by_worker = make(), None
+        with suppress(BadSample):
+            by_worker = pooled_clips(pool, data, [(0.9, 0.5)], 3, 5)
+        try:
+            clips, _ = decoder.clips(data, [(0.9, 0.5)], 3, 5)
+        except GpuRefusal as refusal:
+            assert not refusal.is_fault and by_worker is not None, name
+        except BadSample:
+            assert by_worker is None, name
+        else:
+            np.testing.assert_array_equal(torch.stack(clips).numpy(), by_worker, err_msg=name)
+            decoded.append(name)
+    pool.close()
+    assert "H.264 in MP4" in decoded and len(decoded) >= 5
+    assert gpu.closed == 0 and sorted(gpu.opened) == sorted(set(gpu.opened)), "each kind is opened once"
+    decoder.sessions.close()
