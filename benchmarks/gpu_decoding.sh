@@ -23,12 +23,12 @@ step() { # name, seconds, command
 }
 
 if [ "$tiny" = 1 ]; then
-    tests=(--collect-only) decoders=(cpu) files=(--files 2 --seconds 0.2) videos=(2 1) clips=40 images=4 steps=2
+    tests=(--collect-only) decoders=(cpu) files=(--files 2 --seconds 0.2) videos=(2 1) images=4 steps=2
     goals=("ours, packed, fps=") soak=(--soak-row "ours, packed, fps=" --soak-clips 160)
     ways=(--way "our workers" --media h264 --batch 2 --lanes 1) images_of=(--batch 2 --lanes 1)
     recipe=(recipe=demo)
 else
-    tests=() decoders=(nvdec split cpu) files=(--files 16 --seconds 1) videos=(64 1) clips=64 images=256 steps=300
+    tests=() decoders=(nvdec split cpu) files=(--files 16 --seconds 1) videos=(64 1) images=256 steps=300
     goals=("ours, NVDEC, raw" "ours, NVDEC, packed" "ours, NVDEC, packed, fps=" "ours, split, raw" "ours, raw")
     soak=(--soak-row "ours, NVDEC, packed, fps=")
     ways=(--media h264 packed "packed fps=3.75" hevc --batch 8 --lanes 1 8) images_of=(--batch 64 --lanes 8)
@@ -36,9 +36,10 @@ else
     recipe+=("tokenizer.weights=$out/tokenizer.safetensors")
 fi
 
+drawn="$out/videos/340x256-${videos[0]}"
 training() { # decoder
     step "train-$1" 120 deepspeed --num_gpus 1 bevt_ds/pretrain.py --deepspeed_config ds_configs/zero2.json "${recipe[@]}" \
-        "data.videos=$out/shards/video-*.tar" "data.images=$out/shards/image-*.tar" "data.decoder=$1" \
+        "data.videos=$drawn/raw-*.tar" "data.images=$out/shards/image-*.tar" "data.decoder=$1" \
         "train.steps=$steps" "output_dir=$out/train-$1"
 }
 
@@ -47,11 +48,16 @@ step videos 60 "${loader[@]}" --prepare
 words=(); for row in "${goals[@]}"; do words+=(--row "$row"); done
 step rates 120 "${loader[@]}" --seconds 3 --sampling 16x8 --rounds 1 --no-soak --out "$out" "${words[@]}"
 step images 25 python -m benchmarks.decode --media jpeg "${images_of[@]}" "${files[@]}" --out "$out"
-step shards 40 python -c "
+step shards 30 python -c "
 import sys
 from pathlib import Path
-from benchmarks.host import shards
-shards(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), '340x256')" "$out/shards" "$clips" "$images"
+from benchmarks.decode import drawn_jpeg
+from benchmarks.loader_media import pack
+folder, count = Path(sys.argv[1]), int(sys.argv[2])
+(folder / 'media').mkdir()
+for i in range(count):
+    (folder / 'media' / f'{i}.jpg').write_bytes(drawn_jpeg(i))
+pack(folder / 'media', folder, 'image', 'image')" "$out/shards" "$images"
 step weights 25 python -c "
 import sys
 import torch
@@ -68,7 +74,7 @@ training "${decoders[0]}"
     --batch 32 --lanes 1 2 4 7 14 "${files[@]}" --out "$out"
 step tests 75 python -m pytest -q -m gpu "${tests[@]}" tests/loader
 step decode 90 python -m benchmarks.decode "${ways[@]}" "${files[@]}" --out "$out"
-step soak 90 python -m benchmarks.loader --soak "$out/videos/340x256-${videos[0]}" "${soak[@]}"
+step soak 90 python -m benchmarks.loader --soak "$drawn" "${soak[@]}"
 for decoder in "${decoders[@]:1}"; do training "$decoder"; done
 echo "left out: ${left_out[*]:-nothing}"
 exit $failed
