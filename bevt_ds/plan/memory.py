@@ -43,15 +43,19 @@ def _offloads(zero: Mapping[str, Any], what: str) -> bool:
 
 
 def bucket_bytes(settings: Mapping[str, Any], precision: str) -> float:
-    """Buffers in which gradients wait for their reduction; two where that overlaps with the backward pass.
+    """Buffers in which gradients wait for their reduction, two where that overlaps with the backward pass.
 
-    `settings`: what DeepSpeed is given, with no "auto" left. Not counted: in bf16, stages 1 and 2 add up a reduced
-    bucket from a copy in fp32 (runtime/bucket_sums.py), 4 bytes an element for a moment of the backward pass; 0.2 GB
-    for the 50 million of the largest bucket that is shipped.
+    At stages 1 and 2 also what reducing one of them takes: a flat copy, and in bf16 that copy in fp32, from which it is
+    added up (runtime/bucket_sums.py). It is no less than the gradients that have waited for their bucket, gone by then.
+    `settings`: what DeepSpeed is given, with no "auto" left.
     """
-    zero = settings.get("zero_optimization", {})
-    copies = 2 if zero.get("overlap_comm") else 1
-    return copies * zero.get("reduce_bucket_size", 0) * WIDTHS[precision] if zero_stage(settings) else 0.0
+    zero, width = settings.get("zero_optimization", {}), WIDTHS[precision]
+    stage, copies = zero_stage(settings), 2 if zero.get("overlap_comm") else 1
+    if not stage:
+        return 0.0
+    plain = stage == 3 or (stage == 1 and precision == "bf16")  # other optimizers of DeepSpeed's
+    reducing = 0 if plain else width + 4 * (precision == "bf16")
+    return zero.get("reduce_bucket_size", 0) * (copies * width + reducing) + 0.0
 
 
 def input_bytes(config: TrainingConfig, clips: int, images: int) -> float:

@@ -216,7 +216,11 @@ def traced(config: TrainingConfig) -> tuple[nn.Module, tuple[Batch | Tensor, ...
 
 
 def memory_of(config: TrainingConfig, settings: Mapping[str, Any], world: int, passes: int) -> Memory:
-    """`settings`: what DeepSpeed is given; `passes`: micro-steps an update, after the first of which gradients wait."""
+    """`settings`: what DeepSpeed is given; `passes`: micro-steps an update.
+
+    Gradients are there next to activations where they wait for a later micro-step, and in bf16 at stage 2, which adds
+    up each bucket in fp32 as it is reduced.
+    """
     precision, zero = config.train.precision, settings.get("zero_optimization", {})
     parameters, _ = parameter_counts(network(config))
     clips, images = micro_of(config)
@@ -233,7 +237,8 @@ def memory_of(config: TrainingConfig, settings: Mapping[str, Any], world: int, p
     if not why_without_graphs(config.train.graphs, config.model, zero.get("stage", 0), "cuda", world):
         parts["graphs"] = pool_bytes(canonical(config)) + chunk_bytes(config)
     gradients = parts["gradients"]
-    changing = max(used.peak + (gradients if passes > 1 else 0), gradients, passing)
+    early = passes > 1 or (zero.get("stage", 0) == 2 and precision == "bf16")
+    changing = max(used.peak + early * gradients, gradients, passing)
     return Memory(parts, used.saved, sum(parts.values()) - gradients + changing, offloaded)
 
 

@@ -93,8 +93,10 @@ def test_peaks_measured_on_an_h200(batch):
     base = joint_swin_b()
     sizes = {"global_clips": batch[0], "global_images": batch[1]}
     config = with_micro(replace(base, train=replace(base.train, **sizes)), *batch)
-    zero = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 109_679_048}}
-    assert memory_of(config, zero, 1, 1).peak == pytest.approx(PEAKS[batch], rel=0.1)
+    bucket = 109_679_048
+    since = 4 * bucket  # the fp32 copy of a bucket, which the code that was measured did not make
+    zero = {"zero_optimization": {"stage": 2, "reduce_bucket_size": bucket}}
+    assert memory_of(config, zero, 1, 1).peak - since == pytest.approx(PEAKS[batch], rel=0.1)
 
 
 def test_a_block_keeps_sixteen_maps():

@@ -17,7 +17,7 @@ from bevt_ds.model.presets import SIZES, create_model
 from bevt_ds.plan import planning
 from bevt_ds.plan.activations import micro_batch
 from bevt_ds.plan.compute import MFU, Rates, flops, rates
-from bevt_ds.plan.memory import checkpoint_bytes, state_bytes, surface_bytes
+from bevt_ds.plan.memory import bucket_bytes, checkpoint_bytes, state_bytes, surface_bytes
 from bevt_ds.plan.planning import (
     STAGES,
     make_plan,
@@ -267,3 +267,20 @@ def test_one_stream_launches_half():
     speed, machines = rates(H200, "swin_b"), Machines(8)
     plans = [make_plan(with_micro(c, 4 * (c is both), 32), ZERO[2], H200, machines, speed) for c in (both, images)]
     assert plans[0].seconds["launch"] == pytest.approx(2 * plans[1].seconds["launch"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "overlap", "bytes_an_element"),
+    [
+        (0, "fp32", False, 0),
+        (1, "fp32", False, 4 + 4),
+        (1, "bf16", False, 2),
+        (2, "bf16", False, 2 + 2 + 4),
+        (2, "bf16", True, 2 * 2 + 2 + 4),
+        (3, "bf16", True, 2 * 2),
+    ],
+)
+def test_buckets_and_what_reducing_one_takes(stage, precision, overlap, bytes_an_element):
+    """The buffer, two where they take turns; its flat copy; that copy in fp32."""
+    zero = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 100}
+    assert bucket_bytes({"zero_optimization": zero}, precision) == 100 * bytes_an_element
