@@ -29,19 +29,29 @@ def flag_of(total: Tensor) -> Tensor:
 
 
 class WholeGradient:
-    """The gradient at ZeRO stage 0: whole, and the same on all ranks."""
+    """The gradient at ZeRO stage 0: whole, and the same on all ranks.
 
-    def __init__(self, optimizer: Any, parameters: dict[str, nn.Parameter]) -> None:
-        """optimizer: torch's own."""
-        self._optimizer, self._parameters = optimizer, parameters
+    Takes the place of clipping in DeepSpeed's engine, which takes each norm again and copies two numbers to the device.
+    """
+
+    def __init__(self, ds: Any, parameters: dict[str, nn.Parameter]) -> None:
+        """ds: DeepSpeed's engine around torch's optimizer."""
+        self._optimizer, self._parameters, self._most = ds.optimizer, parameters, ds.gradient_clipping()
         self.total, self.found_inf = torch.zeros(()), torch.zeros(())
+        ds.clip_fp32_gradients = self._clip
 
     def look(self) -> None:
         """Measure the gradient, and tell the optimizer whether to leave the step out."""
         graded = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-        self._names, self._norms = list(graded), norms_of(list(graded.values()))
-        self.total = torch.linalg.vector_norm(self._norms)
+        self._names, self._gradients = list(graded), list(graded.values())
+        self._norms = norms_of(self._gradients)
+        self.total = self._norms.pow(2).sum().pow(0.5)
         self._optimizer.found_inf = self.found_inf = flag_of(self.total)
+
+    def _clip(self) -> None:
+        """DeepSpeed's `clip_fp32_gradients`, after `look`."""
+        factor = torch.full_like(self.total, self._most) / (self.total + 1e-6)
+        torch._foreach_mul_(self._gradients, factor.clamp(max=1.0))
 
     def by_parameter(self) -> Norms:
         """What gives the norms of this step by parameter."""

@@ -110,7 +110,7 @@ def _on_device(ds: Any, parameters: dict[str, nn.Parameter]) -> WholeGradient | 
     """The gradient where AdamW's fused kernel can take the decision; else None."""
     stage = ds.zero_optimization_stage()
     if stage == 0:
-        return WholeGradient(ds.optimizer, parameters)
+        return WholeGradient(ds, parameters)
     sharded = stage < 3 and hasattr(ds.optimizer, "averaged_gradients")  # bf16 at stage 1 has another optimizer
     scaled = any(p.dtype is torch.float16 for p in parameters.values())
     fused = isinstance(getattr(ds.optimizer, "optimizer", None), torch.optim.AdamW)
