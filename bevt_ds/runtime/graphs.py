@@ -27,6 +27,7 @@ from bevt_ds.runtime.distributed import Ranks
 
 WARM_UP = 2  # calls of a shape in the ordinary way before it is captured
 SHAPES = 4  # that are captured; more would hold too much memory
+REMEDY = "Use train.graphs=auto or off."
 # Largest difference to the ordinary pass, relative to the largest value: a matrix product may take another algorithm.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 Run = Callable[[], Any]
@@ -270,7 +271,7 @@ class Graphs:
         self._captured.clear()
         line = f"train.graphs={self._switch}: {key[0]} is not replayed, {problem or 'another rank cannot'}"
         if self._switch == "on":
-            raise UserError(f"{line}. Use train.graphs=auto or off.")
+            raise UserError(f"{line}. {REMEDY}")
         self._say(f"{line}: the run goes on without graphs.")
         return None
 
@@ -284,7 +285,7 @@ def make_graphs(config: Config | FinetuneConfig, stage: int, ranks: Ranks) -> Gr
     switch = config.train.graphs
     reason = why_without_graphs(switch, config.model, stage, ranks.device.type, ranks.world)
     if reason and switch == "on":
-        raise UserError(f"train.graphs=on: {reason}. Use train.graphs=auto or off.")
+        raise UserError(f"train.graphs=on: {reason}. {REMEDY}")
     say = partial(print, flush=True) if ranks.is_main else lambda line: None
     if switch != "off" and ranks.device.type == "cuda":
         say(f"graphs: {'off, ' + reason if reason else 'the encoder, after a comparison'} (train.graphs={switch})")

@@ -15,10 +15,11 @@ from torch import Tensor
 from bevt_ds.config.graphs import Graphs as Switch
 from bevt_ds.errors import UserError
 from bevt_ds.model.tokenizers.dalle import DalleTokenizer
-from bevt_ds.runtime.graphs import Backend
+from bevt_ds.runtime.graphs import REMEDY, Backend
 
 FRAMES = 16  # of a chunk: on average half of them are computed for nothing
 WARM_UP = 2  # calls in the ordinary way before the capture
+SETTLED = 6  # micro-steps after which all ranks use their graphs, or none does
 DIFFERENT = 0.01  # share of ids that may be others: another algorithm rounds otherwise where two logits are close
 
 
@@ -31,43 +32,57 @@ class _Graph(NamedTuple):
 
 
 class ReplayedTokenizer:
-    """A tokenizer whose `encode` replays a graph, once that has given the ids of the ordinary way."""
+    """A tokenizer whose `encode` replays a graph, once those of all ranks have given the ids of the ordinary way."""
 
     def __init__(
         self,
         tokenizer: DalleTokenizer,
         switch: Switch,
         backend: Backend,
+        agree: Callable[[bool], bool],
         say: Callable[[str], None],
-        world: int = 1,
     ) -> None:
         """Args:
         switch: auto goes back to the ordinary way where capturing fails or gives other ids; on: an error.
+        agree: whether all ranks hold something. Collective.
         say: prints a line.
-        world: ranks. Of several, one goes back on its own with on too: they capture at different calls, since a rank
-            has none where nothing is masked, so they cannot agree there, and an error would leave the others waiting.
         """
         self.vocab_size, self._tokenizer = tokenizer.vocab_size, tokenizer
-        self._switch, self._backend, self._say = switch, backend, say
-        self._raises = switch == "on" and world == 1
-        self._calls, self._off = 0, False
+        self._switch, self._backend, self._agree, self._say = switch, backend, agree, say
+        self._calls = self._micro_steps = 0
         self._graph: _Graph | None = None
+        self._problem = f"nothing to capture in {SETTLED} micro-steps"
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """Frames (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64.
-
-        Raises:
-            UserError: train.graphs=on on one rank, and it cannot be captured, or gives other ids; frames that are none.
-        """
-        if self._graph and self._graph.frames.shape[1:] == frames.shape[1:]:
+        """Frames (N,3,v,v), float RGB in [0,1] -> ids (N,v/8,v/8), int64. UserError: frames that are none."""
+        settled = self._micro_steps >= SETTLED
+        if settled and self._graph and self._graph.frames.shape[1:] == frames.shape[1:]:
             self._tokenizer.require(frames)
             return _replayed(self._graph, frames)
         ids = self._tokenizer.encode(frames)
         self._calls += 1
-        if self._calls > WARM_UP and not self._off and self._graph is None:
+        if self._calls == WARM_UP + 1 and not settled:
             self._prepare(frames, ids)
         return ids
+
+    def after_micro_step(self) -> None:
+        """Also one in which nothing was encoded: the last of SETTLED decides. Collective.
+
+        Ranks capture at different calls, since one has no frames where nothing is masked.
+
+        Raises:
+            UserError: train.graphs=on, and a rank has no graph that can be relied on. On all ranks.
+        """
+        self._micro_steps += 1
+        if self._micro_steps != SETTLED or self._agree(self._graph is not None):
+            return
+        problem = "another rank cannot" if self._graph else self._problem
+        self._graph = None
+        line = f"train.graphs={self._switch}: the tokenizer is not replayed, {problem}"
+        if self._switch == "on":
+            raise UserError(f"{line}. {REMEDY}")
+        self._say(f"{line}: it goes on without a graph.")
 
     def _prepare(self, frames: Tensor, expected: Tensor) -> None:
         """Capture, and keep the graph if its ids of these frames are the ordinary ones."""
@@ -79,19 +94,12 @@ class ReplayedTokenizer:
             ((replay, ids),) = self._backend.capture(run)
             graph = _Graph(own, replay, ids)
             different = float((_replayed(graph, frames) != expected).double().mean())
-            problem = f"{different:.1%} of its ids are others than those of the ordinary way"
+            self._problem = f"{different:.1%} of its ids are others than those of the ordinary way"
+            self._graph = graph if different <= DIFFERENT else None
         except RuntimeError as error:
-            different, problem = 1.0, f"it cannot be captured ({str(error).splitlines()[0]})"
+            self._problem = f"it cannot be captured ({str(error).splitlines()[0]})"
         finally:
             torch.backends.cudnn.benchmark = measures
-        if different <= DIFFERENT:
-            self._graph = graph
-            return
-        self._off = True
-        line = f"train.graphs={self._switch}: the tokenizer is not replayed, {problem}"
-        if self._raises:
-            raise UserError(f"{line}. Use train.graphs=auto or off.")
-        self._say(f"{line}: it goes on without a graph.")
 
 
 def _replayed(graph: _Graph, frames: Tensor) -> Tensor:

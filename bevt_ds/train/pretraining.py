@@ -138,6 +138,7 @@ def replay_tokenizer(targets: Targets, engine: Engine, config: Config) -> None:
         and isinstance(targets, IdTargets)
         and isinstance(targets.tokenizer, DalleTokenizer)
     ):
-        rank, world = engine.ranks.rank, engine.ranks.world  # each goes back on its own, so each says so
-        say = lambda line: print(f"rank {rank}: {line}" if world > 1 else line, flush=True)  # noqa: E731
-        targets.encoder = ReplayedTokenizer(targets.tokenizer, config.train.graphs, CudaBackend(), say, world)
+        say = partial(print, flush=True) if engine.ranks.is_main else lambda line: None
+        agree, switch = engine.ranks.all_hold, config.train.graphs
+        replayed = ReplayedTokenizer(targets.tokenizer, switch, CudaBackend(), agree, say)
+        targets.encoder, targets.after_fill = replayed, replayed.after_micro_step

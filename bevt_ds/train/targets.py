@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ class Targets(Protocol):
     files: Mapping[str, str]
 
     def fill(self, batch: Batch) -> Batch:
-        """The batch, on the device, with its targets."""
+        """The batch, on the device, with its targets. Collective."""
         ...
 
     def require(self, sums: Mapping[str, Any], where: str) -> None:
@@ -68,10 +68,13 @@ class IdTargets:
         """tokenizer: on the run's device. file: of its weights; "": it has none."""
         self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocab_size
         self.encoder: Tokenizer = tokenizer  # what training encodes with
+        self.after_fill: Callable[[], None] = lambda: None  # what that has to do after each micro-batch, on all ranks
         self.head, self.files = {"vocab_size": self.vocabulary}, {"tokenizer": file}
 
     def fill(self, batch: Batch) -> Batch:
-        return tokenize(self.encoder, batch)
+        filled = tokenize(self.encoder, batch)
+        self.after_fill()
+        return filled
 
     def require(self, sums: Mapping[str, Any], where: str) -> None:
         require_known_targets(sums, self.vocabulary, where)

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.step_batch import resident_batch
+from bevt_ds.batch import Batch
 from bevt_ds.errors import UserError
-from bevt_ds.model.tokenizers import DalleTokenizer, RandomProjectionTokenizer
-from bevt_ds.runtime.tokenizer_graph import FRAMES, WARM_UP, ReplayedTokenizer
+from bevt_ds.model.tokenizers import DalleTokenizer, RandomProjectionTokenizer, tokenize
+from bevt_ds.runtime.tokenizer_graph import FRAMES, SETTLED, ReplayedTokenizer
 from bevt_ds.train.pretraining import replay_tokenizer
 from bevt_ds.train.targets import IdTargets
 from tests.training.test_graphs import Refusing, Stand
@@ -45,11 +47,13 @@ def frames(count: int, side: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-def warmed(tokenizer, stand, switch="on", said=None) -> ReplayedTokenizer:
-    """After the call that captures."""
-    replayed = ReplayedTokenizer(tokenizer, switch, stand, (said if said is not None else []).append)
-    for seed in range(WARM_UP + 1):
+def warmed(tokenizer, stand, switch="on", said=None, agree=bool) -> ReplayedTokenizer:
+    """After the micro-steps in which it captures, and all ranks agree."""
+    say = (said if said is not None else []).append
+    replayed = ReplayedTokenizer(tokenizer, switch, stand, agree, say)
+    for seed in range(SETTLED):
         replayed.encode(frames(5, seed=seed))
+        replayed.after_micro_step()
     return replayed
 
 
@@ -79,7 +83,8 @@ def test_frames_of_another_size_are_tokenized_as_written():
 
 
 def test_a_run_has_the_graph_of_dalle_where_its_encoder_has_graphs():
-    config, ranks = SimpleNamespace(train=SimpleNamespace(graphs="auto")), SimpleNamespace(rank=0, world=1)
+    config = SimpleNamespace(train=SimpleNamespace(graphs="auto"))
+    ranks = SimpleNamespace(is_main=True, all_hold=bool)
     for replay, tokenizer, expected in (
         (print, make_tokenizer(), True),
         (None, make_tokenizer(), False),
@@ -117,15 +122,37 @@ def test_a_graph_that_gives_other_ids_is_not_kept():
     assert (good.captures, bad.captures) == (1, 1), "nor is another one made"
 
 
-@pytest.mark.parametrize("stand", [Refusing(), Ids(others=3)], ids=["refused", "other ids"])
-def test_of_several_ranks_one_goes_back_on_its_own(stand, monkeypatch, capsys):
-    """Ranks capture at different calls: an error of one would leave the others waiting. Each says so by its number."""
-    monkeypatch.setattr("bevt_ds.train.pretraining.CudaBackend", lambda: stand)
+def test_all_ranks_replay_or_none_does(monkeypatch, capsys):
+    """Rank 0 has a graph and rank 1 none: asked once, after the same micro-step, though rank 1 encoded in fewer."""
+    batch, unmasked, asked = resident_batch(1, 1, 2, 32), Batch(None, None), []
     tokenizer = make_tokenizer()
-    targets, module = IdTargets(tokenizer), SimpleNamespace(encoder=SimpleNamespace(replay=print))
-    engine = SimpleNamespace(ranks=SimpleNamespace(rank=1, world=2), module=module)
-    replay_tokenizer(targets, engine, SimpleNamespace(train=SimpleNamespace(graphs="on")))
-    for seed in range(WARM_UP + 2):
-        assert targets.encoder.encode(frames(5, seed=seed)).equal(tokenizer.encode(frames(5, seed=seed)))
+    for switch in ("auto", "on"):
+        for rank, stand in enumerate((Ids(), Refusing())):
+            monkeypatch.setattr("bevt_ds.train.pretraining.CudaBackend", lambda stand=stand: stand)
+            ranks = SimpleNamespace(is_main=rank == 0, all_hold=lambda holds: asked.append(holds) or False)
+            engine = SimpleNamespace(ranks=ranks, module=SimpleNamespace(encoder=SimpleNamespace(replay=print)))
+            targets = IdTargets(tokenizer)
+            replay_tokenizer(targets, engine, SimpleNamespace(train=SimpleNamespace(graphs=switch)))
+            for step in range(SETTLED - 1):
+                targets.fill(unmasked if rank == 1 and step == 0 else batch)
+            assert len(asked) == rank and stand.replays == (rank == 0), "of the comparison"
+            if switch == "on":
+                with pytest.raises(UserError, match="another rank cannot|it cannot be captured"):
+                    targets.fill(batch)
+                continue
+            for _ in range(3):
+                assert targets.fill(batch).image.targets.equal(tokenize(tokenizer, batch).image.targets)
+            assert stand.replays == (rank == 0)
+        assert asked == [True, False]
+        asked.clear()
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("rank 1: train.graphs=on: the tokenizer is not replayed, ") and "without a graph" in line
+    assert line == "train.graphs=auto: the tokenizer is not replayed, another rank cannot: it goes on without a graph."
+
+
+def test_where_nothing_is_encoded_there_is_no_graph():
+    said = []
+    replayed = ReplayedTokenizer(make_tokenizer(), "auto", Ids(), bool, said.append)
+    for _ in range(SETTLED):
+        replayed.after_micro_step()
+    assert len(said) == 1 and f"nothing to capture in {SETTLED} micro-steps" in said[0]
+    assert replayed.encode(frames(3)).shape == (3, 2, 2)
