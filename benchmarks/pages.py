@@ -11,6 +11,7 @@ from .pages_data import damaged_media, kept_ids, loader, reading, study, targets
 from .pages_decode import decode, host, packing
 from .pages_runs import commits, guard, soak
 from .report import Columns, Page, Panel, Row, Rows, facts, fields, grouped, newest, number, source, table, timing
+from .step_goals import OURS, WITH_GRAPHS, goals
 from .step_parts import PARTS
 
 ON_CPU = "**These are CPU numbers.** They say nothing about the Triton kernels, which run on a GPU."
@@ -119,6 +120,7 @@ def step(rows: Rows) -> Page:
     parts = ["Made by `python -m benchmarks.step`. Compare rows of one table only: they took turns in one run."]
     parts += [f"{ON_CPU} Compare CPU time; where programs share the cores, MFU is only a hint."] * on_cpu(rows)
     parts += [facts(rows), ceilings(rows[-1])]
+    parts += [step_goal_table(rows)] * (not on_cpu(rows))
     shares: Columns = fields("ms of the step provider s") | {
         p: lambda row, p=p: f"{row['parts'][p]:.1f}" for p in PARTS
     }
@@ -128,6 +130,13 @@ def step(rows: Rows) -> Page:
         bars = {p: [max(row["parts"][p], 0.0) for row in measured.values()] for p in PARTS}
         panels += [Panel("ms a step", title, names=list(measured), bars=bars, stacked=True)] * bool(measured)
     return Page("Step benchmark", parts, panels)
+
+
+def step_goal_table(rows: Rows) -> str:
+    """The goals of a step of Swin-B on a GPU and what these rows say of them."""
+    found = goals([run for _, run in runs([row for row in rows if row["model"] == "swin_b"])])
+    names = ("goal", "to reach", OURS, WITH_GRAPHS)
+    return table(found, {name: lambda line, i=i: line[i] for i, name in enumerate(names)})
 
 
 def _step_columns(run: dict[str, Row]) -> Columns:

@@ -8,7 +8,8 @@
 A step is tokenizer, forward, backward, clipping and update. Four cases: a batch of noise that stays on the device; the
 same without the tokenizer; a step of fine-tuning on such a batch; and batches of real shards through the loader, for
 which drawn ones stand in where none are given. Providers take turns step by step, so that other load on the machine
-affects all alike; only with shards each has a loader and a time of its own.
+affects all alike; only with shards each has a loader and a time of its own. One that fails leaves a row with its
+reason, and the others go on; where it is ours, the command ends with status 1.
 
 Rows go to step-DEVICE.jsonl; a page and a plot are made of those of the newest commit. Compare ratios within one run:
 on a CPU those of CPU seconds, which a busy machine disturbs least.
@@ -22,6 +23,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
@@ -35,22 +37,26 @@ from tqdm import tqdm
 from bevt_ds.batch import Batch
 from bevt_ds.config.schema import Config, FinetuneConfig
 from bevt_ds.data.loader import Loader
+from bevt_ds.errors import UserError
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.runtime.engine_setup import start_ranks
 from bevt_ds.runtime.flops import clip_parts, image_parts, peak_flops, training_flops
+from bevt_ds.runtime.tokenizer_graph import SETTLED
 from bevt_ds.shards.synthetic.draw import ensure_demo_shards
 
-from . import report
+from . import pages, report
 from .common import RESULTS, append_row, ceilings, provenance, quantiles, reason, rows_of
 from .step_batch import resident_batch
 from .step_finetune import FINETUNING, FinetuneSetting, finetuning_configuration, labelled_batch
+from .step_goals import WITH_GRAPHS
 from .step_parts import profile_step
 from .step_profile import write_profile
-from .step_providers import CPU_PROVIDERS, MAY_FAIL, PROVIDERS, WITH_GRAPHS, Setting, Step, configuration
+from .step_providers import CPU_PROVIDERS, PROVIDERS, RIVALS, Setting, Step, configuration
 
 CASES = ("resident", "no tokenizer", "fine-tuning", "shards")
-FEW = ("eager", "ours")  # providers of the cases beyond the first; graphs too where a failure leaves a row
-WARM_UP, SHARD_STEPS = {"cuda": 4, "cpu": 2}, {"cuda": 20, "cpu": 4}  # graphs are captured in the third step
+FEW = ("eager", "ours")  # providers of the cases beyond the first; graphs too, but with shards
+MAY_FAIL = {*RIVALS, WITH_GRAPHS}  # graphs have not been captured on a GPU yet
+WARM_UP, SHARD_STEPS = {"cuda": SETTLED + 1, "cpu": 2}, {"cuda": 20, "cpu": 4}  # graphs are there after SETTLED
 BATCH = {"tiny": (4, 16)}  # clips and images a step on a CPU, by model; else one clip and four images
 GPU_BATCH = (8, 64)
 
@@ -124,6 +130,14 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def held_bytes(device: str) -> int:
+    """Bytes of a GPU that are taken between steps; of a graph's pool all, for no one else can have them. CPU: 0."""
+    if device != "cuda":
+        return 0
+    pools = [s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)]
+    return torch.cuda.memory_allocated() + sum(s["total_size"] - s["allocated_size"] for s in pools)
+
+
 def timed(entry: Entry, batches: Iterator[Batch], device: str) -> None:
     """One step, noted in the entry."""
     synchronise(device)
@@ -147,15 +161,16 @@ class Benchmark:
         self.ranks, self.finetune = start_ranks(), finetune
         self.device, self.path, self.config, self.seconds = self.ranks.device.type, path, config, seconds
         self.source, self.limits = provenance(self.device), ceilings(self.device)
+        self.failed: list[str] = []  # of ours
 
     def build(self, name: str, make: Callable[[], Step], batches: Iterator[Any]) -> Entry:
         """A provider after its first steps, which compile, tune and make the optimizer's state."""
-        before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
+        before = held_bytes(self.device)
         step = make()
         for _ in range(WARM_UP[self.device]):
             step(batches)
         synchronise(self.device)
-        state = round((torch.cuda.memory_allocated() - before) / 1e6, 1) if self.device == "cuda" else None
+        state = round((held_bytes(self.device) - before) / 1e6, 1) if self.device == "cuda" else None
         return Entry(name, step, state)
 
     def run(self, case: str, providers: Sequence[str], tokenizer: str) -> None:
@@ -186,26 +201,33 @@ class Benchmark:
         self.in_turns(finetuning_case(setting), makers, batch)
 
     def in_turns(self, case: Case, makers: Mapping[str, Callable[[], Step]], batch: Any) -> None:
-        """All providers step by step, on one batch.
-
-        A competitor that fails leaves a row with its reason; a failure of ours is an error.
-        """
-        entries = []
+        """All providers step by step, on one batch."""
+        entries: dict[str, Entry] = {}
         for name in tqdm(makers, desc=f"{case.name}: warming up"):
-            try:
-                entries.append(self.build(name, makers[name], repeat(batch)))
-            except Exception as error:  # compilers raise whatever they like
-                if name not in MAY_FAIL:
-                    raise
-                self.row(case, name, {"error": reason(error)})
-        began = time.perf_counter()
+            with self.surviving(case, name, entries):
+                entries[name] = self.build(name, makers[name], repeat(batch))
+        began, rounds = time.perf_counter(), 0
         with tqdm(desc=case.name, unit="round") as bar:
-            while len(entries[0].wall_ms) < 3 or time.perf_counter() - began < self.seconds:
-                for entry in entries:
-                    timed(entry, repeat(batch), self.device)
+            while entries and (rounds < 3 or time.perf_counter() - began < self.seconds):
+                for name in list(entries):
+                    with self.surviving(case, name, entries):
+                        timed(entries[name], repeat(batch), self.device)
+                rounds += 1
                 bar.update()
-        for entry in entries:
-            self.write(case, entry, batch, repeat(batch))
+        for name in list(entries):
+            with self.surviving(case, name, entries):
+                self.write(case, entries[name], batch, repeat(batch))
+
+    @contextmanager
+    def surviving(self, case: Case, name: str, entries: dict[str, Entry]) -> Iterator[None]:
+        """Inside the block a provider may fail: it leaves a row with its reason, its memory, and the others."""
+        try:
+            yield
+        except Exception as error:  # compilers raise whatever they like
+            self.row(case, name, {"error": reason(error)})
+            self.failed += [f"{case.name}, {name}"] * (name not in MAY_FAIL)
+            entries.pop(name, None)
+            gc.collect()
 
     def profile(self, provider: str, tokenizer: str, folder: Path) -> dict[str, Any]:
         """Write what host and device do in a step of one provider, on a batch that stays on the device."""
@@ -218,18 +240,22 @@ class Benchmark:
     def shards(self, providers: Sequence[str], tokenizer: str) -> None:
         """Each provider on a loader of its own, its wait for data included."""
         setting = Setting(self.config, tokenizer, self.ranks)
+        case = pretraining_case("shards", setting)
         for name in providers:
-            with Loader(self.config, device=self.ranks.device) as loader:
-                batches = iter(loader)
-                entry = self.build(name, partial(PROVIDERS[name], setting), batches)
-                loader.wait_seconds()
-                for _ in tqdm(range(SHARD_STEPS[self.device]), desc=f"shards: {name}"):
-                    timed(entry, batches, self.device)
-                waited = loader.wait_seconds() / (sum(entry.wall_ms) / 1e3)
-                case = pretraining_case("shards", setting)
-                self.write(case, entry, next(batches), batches, data_wait_share=round(waited, 4))
-            del entry
+            with self.surviving(case, name, {}):
+                self.on_shards(case, name, partial(PROVIDERS[name], setting))
             gc.collect()
+
+    def on_shards(self, case: Case, name: str, make: Callable[[], Step]) -> None:
+        """One provider on batches of a loader."""
+        with Loader(self.config, device=self.ranks.device) as loader:
+            batches = iter(loader)
+            entry = self.build(name, make, batches)
+            loader.wait_seconds()
+            for _ in tqdm(range(SHARD_STEPS[self.device]), desc=f"shards: {name}"):
+                timed(entry, batches, self.device)
+            waited = loader.wait_seconds() / (sum(entry.wall_ms) / 1e3)
+            self.write(case, entry, next(batches), batches, data_wait_share=round(waited, 4))
 
     def write(self, case: Case, entry: Entry, batch: Any, batches: Iterator[Any], **more: float) -> None:
         """Times, rates, use of the peak and parts of one provider."""
@@ -297,12 +323,18 @@ def main() -> None:
     if arguments.profile:
         for name in arguments.providers if arguments.providers != parser.get_default("providers") else ["ours"]:
             folder = path.with_name(f"{path.stem}-profile") / re.sub(r"\W+", "-", name)
-            print(f"{folder}: {benchmark.profile(name, arguments.tokenizer, folder)}")
+            try:
+                print(f"{folder}: {benchmark.profile(name, arguments.tokenizer, folder)}")
+            except UserError as error:  # graphs that cannot be captured
+                print(f"{folder}: not measured: {error}")
         return
     for case in arguments.cases:
         benchmark.run(case, arguments.providers, arguments.tokenizer)
+    print(f"rows: {path}\n\n{pages.step_goal_table(report.newest(report.load(path)))}\n")
+    if benchmark.failed:
+        raise SystemExit(f"failed: {'; '.join(benchmark.failed)}; the reasons are in the rows")
     report.write(path)
-    print(f"rows, page and plot: {path}")
+    print("page and plot are next to the rows")
 
 
 if __name__ == "__main__":

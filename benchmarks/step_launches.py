@@ -50,7 +50,7 @@ SITES = {  # functions of ours and DeepSpeed's: the first of these that is on th
     "train_step": "sums for the log line",
 }
 PARTS = tuple(dict.fromkeys(SITES.values()))
-WARM_UP = (1, graphs.WARM_UP + 1)  # steps before the one that is counted, without graphs and with them
+WARM_UP = (1, tokenizer_graph.SETTLED)  # steps before the one that is counted, without graphs and with them
 WIDTH, IDS = 32, 64  # channels of the first stage and of the tokenizer's, for which no count changes; ids
 
 
@@ -144,7 +144,11 @@ def pretraining(model: str, frames: int, size: int, with_graphs: bool = False) -
     targets.encoder = dalle.DalleTokenizer(WIDTH, IDS)
     if with_graphs:
         replay(ours.task.engine, found)
-        targets.encoder = tokenizer_graph.ReplayedTokenizer(targets.encoder, "on", Replays(found.note), print)
+        replays = Replays(found.note)
+        targets.encoder = tokenizer_graph.ReplayedTokenizer(
+            targets.encoder, "on", replays, ours.task.ranks.all_hold, print
+        )
+        targets.after_fill = targets.encoder.after_micro_step
     return count_step(ours, resident_batch(1, 1, frames, size, 0, data.mask), found, WARM_UP[with_graphs])
 
 

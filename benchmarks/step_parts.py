@@ -7,7 +7,7 @@ op's part. What no range claims, Python between the ops included, is "other", so
 On a GPU a part is the duration of the kernels that its ops launched, and "other" what remains of the step: idle time,
 or less than nothing where kernels ran side by side. On a CPU it is the ops' own time, scaled from the profiled step to
 the step as timed without the profiler. A compiled region is a part of its own, because its
-ops cannot be told apart.
+ops cannot be told apart; so is the encoder where it is replayed as a graph.
 """
 
 from __future__ import annotations
@@ -147,6 +147,22 @@ def kernels_of(event: Any) -> list[Any]:
     return [k for k in event.kernels if not k.name.startswith((MARK, "Memcpy", "Memset"))]
 
 
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals (start, end)."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def busy_ms(events: Iterable[Any]) -> float:
+    """Milliseconds in which the device does anything, of all events of a trace."""
+    kind = torch.autograd.DeviceType.CUDA
+    work = [e.time_range for e in events if e.device_type == kind and not e.name.startswith(MARK)]
+    return 1e-3 * covered((span.start, span.end) for span in work)
+
+
 def launch_calls(events: Iterable[Any]) -> int:
     """How often the host told the device to run something. A replayed graph is one, whatever kernels are in it."""
     return sum(event.name.startswith(LAUNCHES) for event in events)
@@ -180,8 +196,8 @@ def profile_step(run: Callable[[], None], marks: nn.Module | None, device: str, 
     """Milliseconds by part, adding up to `step_ms`, and kernels and launches, of one step. `run` must have warmed up.
 
     `launches` are the kernels that ran, `launch_calls` what the host launched; they differ by graphs. `idle_share`: of
-    the step, without kernels. On a CPU nothing is launched: there it is the operators that count, unless some are
-    compiled.
+    the step, in which the device does nothing. On a CPU nothing is launched: there it is the operators that count,
+    unless some are compiled.
 
     `marks` is the model whose modules name the parts; None for a compiled one, which must not be touched.
     """
@@ -207,7 +223,7 @@ def profile_step(run: Callable[[], None], marks: nn.Module | None, device: str, 
     counts = {
         "launches": sum(len(kernels_of(e)) for e in events) if gpu else None,
         "launch_calls": launch_calls(events) if gpu else None,
-        "idle_share": round(max(0.0, other / step_ms), 4) if gpu else None,
+        "idle_share": round(max(0.0, 1 - busy_ms(trace.events()) / step_ms), 4) if gpu else None,
     }
     operators = None if gpu or marks is None or is_compiled(marks) else count_operators(run)
     return {"parts": times | {"other": round(other, 3)}, "operators": operators} | counts

@@ -18,7 +18,7 @@ import pstats
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,19 +27,20 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from .step_parts import MARK, PARTS, count_operators, is_compiled, kernels_of, launch_calls, marked, parts_of_events
+from .step_parts import (
+    MARK,
+    PARTS,
+    busy_ms,
+    count_operators,
+    is_compiled,
+    kernels_of,
+    launch_calls,
+    marked,
+    parts_of_events,
+)
 
 STEPS, FUNCTIONS = 5, 60  # timed or under cProfile; lines of each list of host.txt
 NOT_MEASURED = "not measured"
-
-
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of intervals (start, end)."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
 
 
 def timed_ms(run: Callable[[], None], synchronise: Callable[[], None]) -> float:
@@ -110,10 +111,7 @@ DEVICE = ("device_ms", "launches", "launch_calls", "device_busy_ms", "idle_share
 
 def _device(trace: profile, host: list[Any], step_ms: float) -> dict[str, Any]:
     """What the device did, from the kernels of the trace."""
-    work = [
-        e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith(MARK)
-    ]
-    busy = 1e-3 * covered((e.time_range.start, e.time_range.end) for e in work)
+    busy = busy_ms(trace.events())
     parts = by_part(host, lambda e: sum(k.duration for k in e.kernels if not k.name.startswith(MARK)))
     launches = sum(len(kernels_of(e)) for e in host)
     idle = round(max(0.0, 1 - busy / step_ms), 4)

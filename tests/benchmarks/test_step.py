@@ -8,6 +8,7 @@ from itertools import repeat
 import pytest
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import pages, report, step
@@ -22,6 +23,8 @@ from benchmarks.step_providers import CPU_PROVIDERS, WITH_GRAPHS, Ours, Setting,
 from bevt_ds import BEVT
 from bevt_ds.model.arch import SwinArch
 from bevt_ds.model.tokenizers import RandomProjectionTokenizer, tokenize
+from bevt_ds.plan.graphs import Made
+from bevt_ds.plan.planning import memory_of
 from bevt_ds.runtime.engine_setup import start_ranks
 from bevt_ds.train.loop import train_step
 
@@ -185,10 +188,14 @@ class Named(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_an_update_is_one_fused_kernel_for_each_group_of_parameters(small):
-    """ZeRO-2 in bf16, of 136 parameters in two groups: one AdamW for each, and one copy to the network's type."""
+UPDATES = {(0, "fp32"): 30, (1, "fp32"): 40, (2, "bf16"): 40}  # operators of an update, at most; of 136 parameters
+
+
+@pytest.mark.parametrize(("stage", "precision"), UPDATES)
+def test_an_update_is_one_fused_kernel_for_each_group_of_parameters(small, stage, precision):
+    """Of both groups one AdamW each, and one copy to the network's type; norms and clipping are few operators too."""
     config, batch = small
-    ours = Ours(Setting(config, "random_projection", start_ranks()), Levers(), precision="bf16")
+    ours = Ours(Setting(config, "random_projection", start_ranks()), Levers(), stage=stage, precision=precision)
     engine, named = ours.task.engine, Named()
     update = engine.step
 
@@ -200,7 +207,48 @@ def test_an_update_is_one_fused_kernel_for_each_group_of_parameters(small):
     engine.step = counted
     ours(repeat(batch))
     assert named.found["_fused_adamw_"] == 2
-    assert named.found.total() <= 40, named.found
+    assert named.found.total() <= UPDATES[stage, precision], named.found
+
+
+def test_clipping_without_zero_is_deepspeeds_bit_for_bit(small):
+    """Its own takes the norm of each parameter again."""
+    config, batch = small
+    ours = Ours(Setting(config, "random_projection", start_ranks()), Levers(), stage=0)
+    ds, most = ours.task.engine.ds, config.optim.clip_grad
+    clip, compared = ds.clip_fp32_gradients, []
+
+    def both():
+        graded = [p for p in ds.module.parameters() if p.grad is not None]
+        before = [torch.nn.Parameter(p.detach()) for p in graded]
+        for p, copy in zip(graded, before, strict=True):
+            copy.grad = 100 * p.grad
+            p.grad.mul_(100)
+        ours.task.engine.guard.before_step()
+        assert clip_grad_norm_(before, most).equal(ours.task.engine.guard.total) and before[0].grad.norm() < most
+        clip()
+        compared.extend(p.grad.equal(copy.grad) for p, copy in zip(graded, before, strict=True))
+
+    ds.clip_fp32_gradients = both
+    ours(repeat(batch))
+    assert len(compared) > 100 and all(compared)
+
+
+def test_a_plan_has_room_for_what_a_step_makes(small):
+    """ZeRO-2 in bf16: activations, buckets and what reducing them takes, and the fp32 gradient next to them."""
+    config, batch = small
+    config = replace(
+        config, model=replace(config.model, kernels="torch"), train=replace(config.train, precision="bf16")
+    )
+    ours = Ours(Setting(config, "none", start_ranks()), Levers(kernels=False), precision="bf16")
+    ours(repeat(batch))
+    with Made([]) as made:
+        ours(repeat(batch))
+    zero = {"stage": 2, "reduce_bucket_size": ours.task.engine.ds.optimizer.reduce_bucket_size}
+    memory = memory_of(config, {"zero_optimization": zero}, world=1, passes=1)
+    there = sum(memory.parts[name] for name in ("optimizer", "weights", "tokenizer", "input"))
+    gradient = memory.parts["gradients"]
+    assert made.peak > gradient > 0.2 * made.peak, "it is a good part of all"
+    assert made.peak <= memory.peak - there <= made.peak + gradient
 
 
 def test_ladder_adds_one_lever_at_a_time():

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks.step_batch import resident_batch
-from benchmarks.step_parts import PARTS
-from benchmarks.step_profile import DEVICE, NOT_MEASURED, _device, covered, write_profile
+from benchmarks.step_parts import PARTS, covered
+from benchmarks.step_profile import DEVICE, NOT_MEASURED, _device, write_profile
 from bevt_ds import BEVT
 from bevt_ds.model.tokenizers import RandomProjectionTokenizer, tokenize
 
