@@ -58,6 +58,7 @@ class Skips:
         self._lock = threading.Lock()
         self._reasons = {tuple(place): reason for *place, reason in (state or {}).get("skips", [])}
         self._added: dict[tuple, str] = {}
+        self.has_any = bool(self._reasons)
 
     def add(self, stream: StreamId, entry: PlanEntry, reason: str) -> None:
         added = {(int(stream), entry.step, entry.slot, entry.attempt): reason}
@@ -69,6 +70,7 @@ class Skips:
         """Take over what `added` has returned in another process."""
         with self._lock:
             self._reasons |= reasons
+            self.has_any = bool(self._reasons)
 
     def added(self) -> dict[tuple, str]:
         """Those met since the last call: (stream, step, slot, attempt) -> reason."""

@@ -177,7 +177,7 @@ class BatchReader(RankReader):
         return open_all(storage, config.tokens, shards, kind, contract_of(config, kind))
 
     def _joined(self, parts: dict[StreamId, Stream]) -> Batch:
-        streams = {stream.kind: part for stream, part in parts.items()}
+        streams = {self.ledgers[stream].kind: part for stream, part in parts.items()}
         return Batch(streams.get("video"), streams.get("image"))
 
     @property

@@ -120,7 +120,7 @@ class SampleReader(ABC):
 
     def _start(self, pending: PendingBatch, i: int, group: list) -> Future:
         """Start on sample i. The future raises BadSample."""
-        if reason := self.ledger.skips.reason(self.plan.stream, group[0]):
+        if (skips := self.ledger.skips).has_any and (reason := skips.reason(self.plan.stream, group[0])):
             skipped: Future = Future()
             skipped.set_exception(BadSample(reason, transient=True))
             return skipped
