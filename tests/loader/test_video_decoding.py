@@ -52,7 +52,7 @@ def test_decoding_starts_at_the_nearest_keyframe(clips: dict[str, bytes]) -> Non
     with opened(clips["h264"], LIMITS) as video:
         video.frames(np.array([25]))
         assert video.decoded <= 10
-        assert Entry(20, 20) in video.index.entries and video.index.beginnings(25)[0] == 20
+        assert Entry(20, 20) in video.index.entries and video.index.stretches([25])[0].beginnings == [20, 10, 0]
 
 
 def test_probe_returns_video_properties(clips: dict[str, bytes]) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, pairwise
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -49,10 +49,11 @@ class Entry:
 
 
 class Stretch(NamedTuple):
-    """Frames that are decoded in one go, and the last packet that they need."""
+    """Frames that are decoded in one go."""
 
     frames: list[int]  # their numbers, ascending
-    last: int
+    beginnings: list[int]  # packets from which to look for them, one after the other: the latest entries, and packet 0
+    last: int  # packet that they need
 
 
 @dataclass(frozen=True)
@@ -77,32 +78,24 @@ class FrameIndex:
         firsts = sorted({entry.frame for entry in self.entries})
         return max((b - a for a, b in pairwise([*firsts, self.total])), default=self.total)
 
-    @cached_property
-    def _firsts(self) -> list[int]:
-        return [entry.frame for entry in self.entries]
-
-    def beginnings(self, frame: int) -> list[int]:
-        """Packets from which to look for the frame, one after the other: the latest entries, and the first packet."""
-        end = bisect_right(self._firsts, frame)
-        latest = [entry.packet for entry in reversed(self.entries[max(end - _ATTEMPTS, 0) : end])]
-        return list(dict.fromkeys([*latest, 0]))
-
     def stretches(self, frames: Sequence[int]) -> list[Stretch]:
         """The frames, which ascend, parted where packets can be passed over.
 
         A stretch begins at an entry, where the one before it needs no packet from the one in front of that entry on.
-        The frames must be numbered.
+        Frames that are counted are one stretch.
         """
+        if self.numbers is None:
+            return [Stretch(list(frames), [0], HIDDEN)]
         packet_of = {number: i for i, number in enumerate(self.numbers)}
         found: list[Stretch] = []
         for frame in frames:
-            entry, packet = self.beginnings(frame)[0], packet_of[frame]
-            if found and entry <= found[-1].last + 1:
-                before, last = found[-1]
-                before.append(frame)
-                found[-1] = Stretch(before, max(last, packet))
+            end = bisect_right(self.entries, frame, key=attrgetter("frame"))
+            latest = [entry.packet for entry in reversed(self.entries[max(end - _ATTEMPTS, 0) : end])]
+            if found and latest[0] <= found[-1].last + 1:
+                before = found.pop()
+                found.append(Stretch([*before.frames, frame], before.beginnings, max(before.last, packet_of[frame])))
             else:
-                found.append(Stretch([frame], packet))
+                found.append(Stretch([frame], list(dict.fromkeys([*latest, 0])), packet_of[frame]))
         return found
 
 

@@ -103,8 +103,8 @@ def needed(index: FrameIndex, wanted: Sequence[int]) -> list[list[int]]:
     """The packets of each stretch: from the last entry in front of its first frame on, less what no other refers to."""
     numbers = index.numbers
     chosen = []
-    for frames, last in index.stretches(wanted):
-        first, kept = index.beginnings(frames[0])[0], frozenset(frames)
+    for frames, (first, *_), last in index.stretches(wanted):
+        kept = frozenset(frames)
         chosen.append([i for i in range(first, last + 1) if numbers[i] in kept or not index.spare[i]])
     return chosen
 

@@ -22,7 +22,7 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from bevt_ds.data.decoding import avi, bitstream, h264, hevc
-from bevt_ds.data.decoding.frame_index import Codec, FrameIndex, Stretch, counted, index_frames
+from bevt_ds.data.decoding.frame_index import Codec, FrameIndex, counted, index_frames
 from bevt_ds.data.decoding.geometry import UPRIGHT, Box, Turn, turn_of_matrix
 from bevt_ds.data.decoding.matroska import MAGIC, check_matroska
 from bevt_ds.data.decoding.mp4 import FIRST, check_mp4
@@ -221,19 +221,14 @@ class Video:
 
     def pick(self, numbers: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
         """The decoded frames with these numbers, which ascend, as they are stored. BadSample: not all are there."""
-        for stretch in self._stretches(numbers.tolist()):
+        for stretch in self.index.stretches(numbers.tolist()):
             wanted = deque(stretch.frames)
-            for first in self.index.beginnings(wanted[0]):
+            for first in stretch.beginnings:
                 yield from self._found(first, stretch.last, wanted)
                 if not wanted:
                     break
             else:
                 raise BadSample(f"{len(wanted)} of the {len(numbers)} frames needed do not come out of the decoder")
-
-    def _stretches(self, numbers: list[int]) -> list[Stretch]:
-        if self._is_counted:
-            return [Stretch(numbers, len(self.packets) - 1)]
-        return self.index.stretches(numbers)
 
     def _found(self, first: int, last: int, wanted: deque[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """The frames of `wanted` with their numbers, taken off its front, as far as packets first to last give them."""
