@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future, InvalidStateError, wait
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
@@ -102,6 +102,8 @@ class Sessions:
     def _taken(self, kind: StreamKind) -> _Thread:
         with self._changed:
             while (thread := self._resting(kind)) is None and not self._idle and len(self._all) >= self._most:
+                if self._is_closed:
+                    raise CancelledError
                 if all(each.is_stuck for each in self._all):
                     raise GpuRefusal(f"none of its {self._most} sessions has answered within {self._seconds:g} s")
                 self._changed.wait()
@@ -146,7 +148,8 @@ class _Thread:
         """What work(session) returns or raises. GpuRefusal: not within `seconds`. CancelledError: by `cancel`."""
         self._call = call = Future()
         self._calls.put((work, call))
-        wait([call], seconds)
+        with suppress(TimeoutError, CancelledError):  # which `concurrent.futures.wait` would not hear of
+            call.exception(seconds)
         is_late = not call.done() and call.cancel()
         self.is_stuck = call.cancelled()
         if is_late:
