@@ -21,7 +21,7 @@ from bevt_ds.exit_codes import RANK_LOST, STOPPED
 from bevt_ds.launcher import Process, find
 from bevt_ds.runtime import heartbeat
 from bevt_ds.runtime.heartbeat import Heartbeat, kill, stacks
-from bevt_ds.runtime.place import MOVED, PATIENCE, USUAL, Place
+from bevt_ds.runtime.place import MOVED, PATIENCE, USUAL, Place, moved_bytes
 from bevt_ds.runtime.roll_call import LATE, RollCall
 from bevt_ds.runtime.signals import end_process
 from tests.waiting import SECONDS, until
@@ -126,6 +126,16 @@ def test_bytes_written_are_progress_but_of_a_step(clock):
     clock[0] = 20.0
     place.look(10 * MOVED)
     assert place.since == 9
+
+
+def test_what_a_process_of_its_own_reads_for_this_one_is_progress():
+    """As a loader that has one, while the training thread waits for its answer."""
+    code = "import sys; open('/dev/zero', 'rb').read(1 << 20); print('read', flush=True); sys.stdin.read()"
+    before = moved_bytes()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+        assert reader.stdout.readline() == b"read\n"
+        assert moved_bytes() - before > 1 << 20
+        reader.stdin.close()
 
 
 class ThreadRank:
