@@ -278,6 +278,24 @@ def test_a_silent_loader_is_lost(config: Config, monkeypatch: pytest.MonkeyPatch
     reader.close()
 
 
+def test_signals_that_come_while_the_process_starts_are_for_the_trainer(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal's Ctrl-C reaches all processes, and the first instants are Python's own."""
+    start = RemoteReader._start
+
+    def start_and_interrupt(self: RemoteReader) -> None:
+        start(self)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            os.kill(self._process.pid, number)
+
+    monkeypatch.setattr(RemoteReader, "_start", start_and_interrupt)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with Loader(apart(config)) as loader:
+        next(loader)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
 def test_all_ranks_end_where_one_has_lost_its_loader(config: Config) -> None:
     """The code is the same on each."""
     lost_elsewhere = SimpleNamespace(rank=0, world=1, sum_counts=lambda numbers: [0, 0, 1, 0, *numbers[4:]])

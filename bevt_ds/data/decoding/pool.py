@@ -83,15 +83,16 @@ class DecodeWorker:
     def __init__(self) -> None:
         self.memory = SharedMemory()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self.process = subprocess.Popen(
-            subprocess_env.command("bevt_ds.data.decoding.worker", str(self.memory.number)),
-            env=subprocess_env.environment(),
-            pass_fds=[self.memory.number],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            bufsize=0,
-        )
+        with subprocess_env.deaf_at_first():
+            self.process = subprocess.Popen(
+                subprocess_env.command("bevt_ds.data.decoding.worker", str(self.memory.number)),
+                env=subprocess_env.environment(),
+                pass_fds=[self.memory.number],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                bufsize=0,
+            )
         self._started = False
         self._inlet, self._outlet = self.process.stdin.fileno(), self.process.stdout.fileno()
         self._writable, self._readable = select.poll(), select.poll()

@@ -7,11 +7,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import bevt_ds
 
 LOOK_EVERY = 1.0  # seconds
+# Those that ask to stop: a terminal or launcher sends them to all processes, and the parent decides.
+_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -26,10 +30,24 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
+@contextmanager
+def deaf_at_first() -> Iterator[None]:
+    """What the block starts does not hear signals that ask to stop; it must call `ignore_signals`.
+
+    Without that, one which comes while Python starts would end it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore_signals() -> None:
-    """Those that ask to stop: a terminal or launcher sends them to all processes, and the parent decides."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    """Those that ask to stop."""
+    for number in _ASKING:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKING)
 
 
 def begin_watch() -> None:

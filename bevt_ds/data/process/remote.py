@@ -112,7 +112,7 @@ class RemoteReader:
 
     def _start(self) -> None:
         own, other = socket.socketpair()
-        with other:
+        with other, subprocess_env.deaf_at_first():
             self._process = subprocess.Popen(
                 subprocess_env.command("bevt_ds.data.process", str(other.fileno())),
                 env={**subprocess_env.environment(), "CUDA_VISIBLE_DEVICES": ""},
