@@ -38,7 +38,7 @@ from bevt_ds.data.pixels.pipeline import PixelPipeline
 from bevt_ds.data.plan import StreamId
 from bevt_ds.data.process import remote as remote_module
 from bevt_ds.data.process.channel import Channel, Inbox, Outbox
-from bevt_ds.data.process.messages import Opened, Opening
+from bevt_ds.data.process.messages import Opened, Opening, Said, Working
 from bevt_ds.data.process.remote import LoaderLost, PageLock, RemoteReader
 from bevt_ds.data.process.server import Server, opened, portable
 from bevt_ds.errors import UserError
@@ -271,11 +271,31 @@ def test_a_silent_loader_is_lost(config: Config, monkeypatch: pytest.MonkeyPatch
             self._other.receive()
             self._other.send(Opened("", {}, 1.0))
 
-    monkeypatch.setattr(remote_module, "SILENCE", 0.05)
     reader = Silent(Opening(config, [], 0, 1), CPU)
-    with pytest.raises(LoaderLost, match=r"has given no sign for 0\.1 s; resume=auto continues"):
+    heard = [TimeoutError(), Working(), TimeoutError(), Said("a", 0, "b"), TimeoutError(), TimeoutError(), Working()]
+
+    def receive() -> tuple[object, None]:
+        if isinstance(came := heard.pop(0), TimeoutError):
+            raise came
+        return came, None
+
+    monkeypatch.setattr(reader._channel, "receive", receive)
+    with pytest.raises(LoaderLost, match=r"has given no sign for 120 s; resume=auto continues"):
         reader.finish(reader.begin(0, 0))
+    assert len(heard) == 1
     reader.close()
+
+
+def test_a_loader_that_cannot_be_ended_is_left_behind(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a disk does not answer: what has gone wrong must be told all the same."""
+    reader, killed = InThread(Opening(config, loader_module._training_sources(config), 0, 1), CPU), []
+
+    def wait(seconds: float) -> int:
+        raise subprocess.TimeoutExpired("loader", seconds)
+
+    reader._process = SimpleNamespace(pid=0, wait=wait, kill=lambda: killed.append(True))
+    reader.close()
+    assert killed == [True]
 
 
 def test_signals_that_come_while_the_process_starts_are_for_the_trainer(
@@ -338,6 +358,34 @@ def test_a_channel_carries_large_messages_and_files_in_order(tmp_path: Path) -> 
     ends[1].close()
 
 
+def test_a_message_that_stops_in_its_middle_goes_on_behind_the_silence(tmp_path: Path) -> None:
+    """Nothing of it is lost, nor of the next one, though whoever waits has been told of the silence."""
+    (tmp_path / "file").write_text("in it")
+    ends = socket.socketpair()
+    whole = b"".join(_sent(message) for message in (list(range(1000)), "next"))
+    channel = Channel(ends[1], 0.01)
+    with (tmp_path / "file").open() as file:
+        socket.send_fds(ends[0], [whole[:3]], [file.fileno()])
+    for begin, end in ((3, 100), (100, len(whole))):
+        with pytest.raises(TimeoutError):
+            channel.receive()
+        ends[0].sendall(whole[begin:end])
+    got, number = channel.receive()
+    assert got == list(range(1000)) and Path(f"/proc/self/fd/{number}").read_text() == "in it"
+    os.close(number)
+    assert channel.receive() == ("next", None)
+    channel.close()
+    ends[0].close()
+
+
+def _sent(message: object) -> bytes:
+    """The bytes with which a channel sends a message."""
+    here, there = socket.socketpair()
+    with here, there:
+        Channel(here).send(message)
+        return there.recv(1 << 16)
+
+
 def through(outbox: Outbox, inbox: Inbox, message: object) -> object:
     placed, file = outbox.place(message)
     return inbox.message(placed, None if file is None else os.dup(file))
@@ -365,25 +413,32 @@ def test_memory_is_used_again_once_nothing_refers_to_it() -> None:
 def test_blocks_are_page_locked_for_a_gpu_while_they_are_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    locked, codes, devices = {}, [0, 0, 2], []
+    locked, codes, devices, launched = {}, [0, 2, 0], [], []
 
     def register(place: int, size: int, flags: int) -> int:
-        locked[place] = (size, flags)
-        return codes.pop(0)
+        if not (code := codes.pop(0)):
+            locked[place] = (size, flags)
+        return code
+
+    def launch(size: int, device: torch.device) -> None:
+        launched.append(device)
+        raise RuntimeError("CUDA error: out of memory")
 
     cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda place: locked.pop(place))
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch, "zeros", launch)
     monkeypatch.setattr(torch.cuda, "device", lambda device: devices.append(device) or nullcontext())
     pages = PageLock(torch.device("cuda", 3))
     outbox, inbox = Outbox(), Inbox(pages.lock, pages.unlock)
     for size in (10, 1 << 14, 1 << 16):
         array = through(outbox, inbox, np.ones(size))
         (block,) = inbox._blocks.values()
-        assert list(locked.values()) == [(len(block), 1)]
+        assert list(locked.values()) == ([] if size == 1 << 14 else [(len(block), 1)])
         del array, block
         outbox.free(inbox.freed())
     del inbox
     assert not locked and set(devices) == {torch.device("cuda", 3)}
+    assert launched == [torch.device("cuda", 3)], "CUDA's error is taken from this thread"
     assert len(caplog.messages) == 1 and "cannot be page-locked (CUDA's error 2)" in caplog.text
 
 

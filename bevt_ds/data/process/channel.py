@@ -25,6 +25,7 @@ from bevt_ds.data.decoding.pool import SharedMemory
 
 ALIGNED = 64  # bytes: at a multiple of them an array begins
 _LENGTH = struct.Struct("<Q")  # of the pickled message that follows
+_PART = 1 << 18  # bytes that are received at a time
 
 
 class Channel:
@@ -33,6 +34,7 @@ class Channel:
     def __init__(self, end: socket.socket, seconds: float | None = None) -> None:
         """seconds: for which the other end may be silent while this one waits for it."""
         self._end, self._sending, self._receiving = end, threading.Lock(), threading.Lock()
+        self._come, self._files = bytearray(), []  # of a message that is not whole
         end.settimeout(seconds)
 
     def send(self, message: Any, file: int | None = None) -> None:
@@ -47,20 +49,20 @@ class Channel:
     def receive(self) -> tuple[Any, int | None]:
         """The next message, and the number of the file that came with it.
 
-        EOFError: the other end is gone, or this one is closed. TimeoutError: it is silent.
+        EOFError: the other end is gone, or this one is closed. TimeoutError: it is silent; another call goes on there.
         """
         with self._receiving:
             try:
-                head, files, *_ = socket.recv_fds(self._end, _LENGTH.size, 1)
-                if not head:
-                    raise EOFError
-                head += self._exactly(_LENGTH.size - len(head))
-                data = self._exactly(*_LENGTH.unpack(head))
+                self._await(_LENGTH.size)
+                (length,) = _LENGTH.unpack_from(self._come)
+                self._await(_LENGTH.size + length)
             except TimeoutError:
                 raise
             except OSError as error:
                 raise EOFError from error
-        return pickle.loads(data), next(iter(files), None)
+            data, files = self._come, self._files
+            self._come, self._files = bytearray(), []
+        return pickle.loads(memoryview(data)[_LENGTH.size :]), next(iter(files), None)
 
     def close(self) -> None:
         """Whoever receives, at either end, gets no more and waits no longer. Twice is harmless."""
@@ -69,15 +71,14 @@ class Channel:
         with self._receiving:
             self._end.close()
 
-    def _exactly(self, size: int) -> bytearray:
-        data = bytearray(size)
-        rest = memoryview(data)
-        while len(rest):
-            got = self._end.recv_into(rest)
-            if not got:
+    def _await(self, size: int) -> None:
+        """Wait until so many bytes of a message have come."""
+        while (rest := size - len(self._come)) > 0:
+            data, files, *_ = socket.recv_fds(self._end, min(rest, _PART), 1)
+            if not data:
                 raise EOFError
-            rest = rest[got:]
-        return data
+            self._come += data
+            self._files += files
 
 
 class Placed(NamedTuple):

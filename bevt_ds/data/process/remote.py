@@ -12,7 +12,7 @@ import socket
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -108,7 +108,8 @@ class RemoteReader:
             self._process.wait(CLOSING_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a disk that does not answer may keep it from ending
+                self._process.wait(CLOSING_SECONDS)
 
     def _start(self) -> None:
         own, other = socket.socketpair()
@@ -187,15 +188,23 @@ class PageLock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._locked: set[int] = set()  # addresses
 
     def lock(self, address: int, size: int) -> None:
         """For a block that has come."""
         with torch.cuda.device(self._device):  # or a thread that has none would start up the first GPU
             code = int(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE))
-        if code:
-            log.warning("%d bytes of shared memory cannot be page-locked (CUDA's error %d)", size, code)
+            if not code:
+                self._locked.add(address)
+                return
+            with suppress(RuntimeError):  # or CUDA would tell that error of the next kernel that this thread launches
+                torch.zeros(1, device=self._device)
+        log.warning("%d bytes of shared memory cannot be page-locked (CUDA's error %d)", size, code)
 
     def unlock(self, address: int) -> None:
         """For a block that goes."""
+        if address not in self._locked:
+            return
+        self._locked.remove(address)
         with torch.cuda.device(self._device):
             torch.cuda.cudart().cudaHostUnregister(address)
