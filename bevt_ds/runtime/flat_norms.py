@@ -43,15 +43,14 @@ class WholeGradient:
     def look(self) -> None:
         """Measure the gradient, and tell the optimizer whether to leave the step out."""
         graded = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-        self._names, self._gradients = list(graded), list(graded.values())
-        self._norms = norms_of(self._gradients)
+        self._names, self._norms = list(graded), norms_of(list(graded.values()))
         self.total = self._norms.pow(2).sum().pow(0.5)
         self._optimizer.found_inf = self.found_inf = flag_of(self.total)
 
     def _clip(self) -> None:
         """DeepSpeed's `clip_fp32_gradients`, after `look`."""
         factor = torch.full_like(self.total, self._most) / (self.total + 1e-6)
-        torch._foreach_mul_(self._gradients, factor.clamp(max=1.0))
+        torch._foreach_mul_([p.grad for p in self._parameters.values() if p.grad is not None], factor.clamp(max=1.0))
 
     def by_parameter(self) -> Norms:
         """What gives the norms of this step by parameter."""

@@ -1,6 +1,7 @@
 """The step benchmark: attribution of time to parts, levers that change only the time, rows and page."""
 
 import time
+import weakref
 from collections import Counter
 from dataclasses import fields, replace
 from itertools import repeat
@@ -211,11 +212,11 @@ def test_an_update_is_one_fused_kernel_for_each_group_of_parameters(small, stage
 
 
 def test_clipping_without_zero_is_deepspeeds_bit_for_bit(small):
-    """Its own takes the norm of each parameter again."""
+    """Its own takes the norm of each parameter again. After the step nothing holds the gradient."""
     config, batch = small
     ours = Ours(Setting(config, "random_projection", start_ranks()), Levers(), stage=0)
     ds, most = ours.task.engine.ds, config.optim.clip_grad
-    clip, compared = ds.clip_fp32_gradients, []
+    clip, compared, made = ds.clip_fp32_gradients, [], []
 
     def both():
         graded = [p for p in ds.module.parameters() if p.grad is not None]
@@ -227,10 +228,12 @@ def test_clipping_without_zero_is_deepspeeds_bit_for_bit(small):
         assert clip_grad_norm_(before, most).equal(ours.task.engine.guard.total) and before[0].grad.norm() < most
         clip()
         compared.extend(p.grad.equal(copy.grad) for p, copy in zip(graded, before, strict=True))
+        made.extend(weakref.ref(p.grad) for p in graded)
 
     ds.clip_fp32_gradients = both
     ours(repeat(batch))
     assert len(compared) > 100 and all(compared)
+    assert not any(gradient() is not None for gradient in made)
 
 
 def test_a_plan_has_room_for_what_a_step_makes(small):
