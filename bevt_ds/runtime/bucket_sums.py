@@ -79,9 +79,8 @@ def fill_by_bucket(optimizer: Any) -> None:
     if not hasattr(optimizer, NAME) or not optimizer.contiguous_gradients or optimizer.cpu_offload:
         return
     take, reduce = getattr(optimizer, TAKE), getattr(optimizer, REDUCE)
-    waiting: dict[
-        Any, list[tuple[Tensor, Tensor]]
-    ] = {}  # by the stream that made it: a place in the bucket, a gradient
+    # By the stream that made it: a place in the bucket, a gradient.
+    waiting: dict[Any, list[tuple[Tensor, Tensor]]] = {}
 
     def take_later(parameter: nn.Parameter, group: int) -> None:
         """Arguments as DeepSpeed gives them. Collective where the bucket is full."""
@@ -104,11 +103,14 @@ def fill_by_bucket(optimizer: Any) -> None:
         bucket.grads.append(gradient)
         bucket.params.append((group, parameter.param_idx_in_group, number))
 
-    def fill_and_reduce(*args: Any, **kwargs: Any) -> None:
+    def fill() -> None:
         for stream, copies in waiting.items():
             with torch.cuda.stream(stream):  # None: where it is
                 torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
         waiting.clear()
+
+    def fill_and_reduce(*args: Any, **kwargs: Any) -> None:
+        fill()  # a function of its own, whose variables hold no gradient while the bucket is reduced
         reduce(*args, **kwargs)
 
     setattr(optimizer, TAKE, take_later)

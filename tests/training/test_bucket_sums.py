@@ -1,5 +1,6 @@
 """A bucket of gradients filled and added up at once, against DeepSpeed's own method: equal bits, fewer operators."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,23 @@ def test_a_bucket_is_filled_at_once_with_what_deepspeed_copies_one_by_one(overla
         assert own[0].equal(other[0]) and own[1:3] == other[1:3]
         assert all(a.equal(b) for a, b in zip(own[3], other[3], strict=True))
     assert before - after == 7 - 5, "of seven gradients that have a place in five buckets"
+
+
+def test_no_gradient_is_held_while_its_bucket_is_reduced():
+    """A plan counts on the place in the bucket alone."""
+    optimizer = Filled(overlap=False)
+    made, held, reduce = [], [], optimizer.reduce_ipg_grads
+    optimizer.reduce_ipg_grads = lambda comm_dtype=None: (held.extend(x() for x in made), reduce(comm_dtype))
+    fill_by_bucket(optimizer)
+    parameters = [torch.nn.Parameter(torch.zeros(5, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer.param_id = {id(p): i for i, p in enumerate(parameters)}
+    optimizer.params_already_reduced = [False] * 2
+    for number, p in enumerate(parameters):
+        p.param_idx_in_group, p.grad = number, torch.ones_like(p)
+        made.append(weakref.ref(p.grad.untyped_storage()))
+        getattr(optimizer, TAKE)(p, 0)
+    optimizer.reduce_ipg_grads()
+    assert held == [None, None]
 
 
 def test_a_gradient_that_comes_twice_is_deepspeeds_error():
