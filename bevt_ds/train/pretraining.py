@@ -132,9 +132,13 @@ def make_engine(config: Config, setup: Setup[Config], head: Mapping[str, int], s
 
 
 def replay_tokenizer(targets: Targets, engine: Engine, config: Config) -> None:
-    """Encode with a CUDA graph where the encoder has them; other tokenizers than DALL-E's run as they are written."""
+    """Encode with a CUDA graph where the encoder has them; other tokenizers than DALL-E's run as they are written.
+
+    Of a run on kept ids nothing is encoded but what is held out.
+    """
     if (
         engine.module.encoder.replay
+        and not config.tokens
         and isinstance(targets, IdTargets)
         and isinstance(targets.tokenizer, DalleTokenizer)
     ):

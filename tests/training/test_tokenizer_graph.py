@@ -83,13 +83,15 @@ def test_frames_of_another_size_are_tokenized_as_written():
 
 
 def test_a_run_has_the_graph_of_dalle_where_its_encoder_has_graphs():
-    config = SimpleNamespace(train=SimpleNamespace(graphs="auto"))
+    """Of kept ids nothing is encoded, so there would be nothing to capture, which `on` takes for an error."""
     ranks = SimpleNamespace(is_main=True, all_hold=bool)
-    for replay, tokenizer, expected in (
-        (print, make_tokenizer(), True),
-        (None, make_tokenizer(), False),
-        (print, RandomProjectionTokenizer(32), False),
+    for replay, tokenizer, tokens, expected in (
+        (print, make_tokenizer(), "", True),
+        (None, make_tokenizer(), "", False),
+        (print, RandomProjectionTokenizer(32), "", False),
+        (print, make_tokenizer(), "ids", False),
     ):
+        config = SimpleNamespace(train=SimpleNamespace(graphs="on"), tokens=tokens)
         engine = SimpleNamespace(ranks=ranks, module=SimpleNamespace(encoder=SimpleNamespace(replay=replay)))
         targets = IdTargets(tokenizer)
         replay_tokenizer(targets, engine, config)
@@ -132,7 +134,7 @@ def test_all_ranks_replay_or_none_does(monkeypatch, capsys):
             ranks = SimpleNamespace(is_main=rank == 0, all_hold=lambda holds: asked.append(holds) or False)
             engine = SimpleNamespace(ranks=ranks, module=SimpleNamespace(encoder=SimpleNamespace(replay=print)))
             targets = IdTargets(tokenizer)
-            replay_tokenizer(targets, engine, SimpleNamespace(train=SimpleNamespace(graphs=switch)))
+            replay_tokenizer(targets, engine, SimpleNamespace(train=SimpleNamespace(graphs=switch), tokens=""))
             for step in range(SETTLED - 1):
                 targets.fill(unmasked if rank == 1 and step == 0 else batch)
             assert len(asked) == rank and stand.replays == (rank == 0), "of the comparison"
