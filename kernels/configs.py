@@ -80,9 +80,8 @@ DEFAULT: dict[Key, Options] = {
 
 # What differs from DEFAULT for an architecture. sm_90 comes from one sweep: one H200, Triton 3.6.0, Swin-B in bf16,
 # 2026-11-26, each tile compared with that of DEFAULT, with the kernels of commit 781b91b
-# (benchmarks/results/h200/attention-tiles-sweep.jsonl). Only `fwd` has not changed since; no entry was measured with a
-# later kernel or a later Triton.
-# fwd: first in the sum by depth. Measured on this kernel.
+# (benchmarks/results/h200/attention-tiles-sweep.jsonl). No entry was measured with a later kernel or a later Triton.
+# fwd: first in the sum by depth. Measured on the one before, whose table carried a factor log2(e); else it is the same.
 # bwd_kv: first of those that spill nothing now. Measured on the one before, which walked over regions and kept no dS.
 # bwd_small: 20 to 25 % less time. Measured on the one before, which read `out` and had the bias without its mask.
 # fwd, bwd_kv with a bias tile: chosen by counted traffic (benchmarks/kernels_model.py), never measured. An architecture
