@@ -36,6 +36,7 @@ executed: of the pairs that may attend. Roof: the least time at the measured cei
 
 def kernels(rows: Rows) -> Page:
     """Each kernel and its rivals, forward, backward and both."""
+    rows = newest(rows)
     found, reached = index_rows(rows), figures(rows)
 
     def speedup(row: Row) -> str:
