@@ -33,10 +33,17 @@ def without_gradient(name: str, run: Callable[..., Any], op: Any) -> Callable[..
     RuntimeError where an argument wants a gradient: the operator's result would pass for a constant.
     """
 
+    class Direct(torch.autograd.Function):
+        """The operator without the dispatcher; autograd refuses vmap, whose tensors have no memory, in clear words."""
+
+        @staticmethod
+        def forward(_ctx: Any, *inputs: Any) -> Any:
+            return run(*inputs)
+
     def call(*inputs: Any) -> Any:
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         refuse_gradients(name, *tensors)
-        return (run if is_direct(*tensors) else op)(*inputs)
+        return (Direct.apply if is_direct(*tensors) else op)(*inputs)
 
     return call
 

@@ -141,7 +141,10 @@ def test_guard_reads_nothing_from_the_device_before_the_update():
     """At stage 0 the decision is the optimizer's; the flag is copied, not waited for."""
     model = nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    guard = Guard(SimpleNamespace(module=model, optimizer=optimizer, zero_optimization_stage=lambda: 0), None)
+    engine = SimpleNamespace(
+        module=model, optimizer=optimizer, zero_optimization_stage=lambda: 0, gradient_clipping=lambda: 0.0
+    )
+    guard = Guard(engine, None)
     model(torch.ones(3, 4)).sum().backward()
     with Reads() as reads:
         guard.before_step()
