@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from bevt_ds.data.loader import BatchReader, OneRank
 from bevt_ds.data.process.channel import Channel, Outbox
@@ -110,12 +110,14 @@ def _in_background(work: Callable[[], None]) -> None:
 def _receive(channel: Channel, requests: queue.SimpleQueue, closing: ExitStack) -> None:
     """Take requests until there are no more; then end the workers, and this process whatever else it is at."""
     try:
-        while True:
-            requests.put(channel.receive()[0])
-    except EOFError:
+        with suppress(EOFError):
+            while True:
+                requests.put(channel.receive()[0])
         closing.close()
-    finally:
-        os._exit(0)
+    except BaseException:
+        traceback.print_exc()  # nothing else would say why the process is gone
+        os._exit(1)
+    os._exit(0)
 
 
 def _give_signs(channel: Channel, has_work: threading.Event) -> None:
